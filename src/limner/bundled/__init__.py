@@ -1,0 +1,1 @@
+"""What comes with Limner: the small base model and the captioned pictures of the demo."""

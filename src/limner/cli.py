@@ -1,0 +1,127 @@
+"""The ``limner`` command: one verb each, errors as one message, an exit code for each kind of end."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from limner.faults import Fault
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run; returns the exit code (see ``limner.faults``)."""
+    parser = argparse.ArgumentParser(prog="limner", description="Fine-tune text-to-image diffusion models.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    recipe = "settings as section.key=value, in TOML"
+    for name, text in (("train", "train, or go on training"), ("show", "print the resolved settings and batch arithmetic, and load nothing")):
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("recipe", type=Path, help="a TOML file, such as those in recipes/")
+        verb.add_argument("overrides", nargs="*", help=recipe)
+    add_generate(verbs.add_parser("generate", help="make pictures with a run, a model folder or a Hub repository"))
+    verb = verbs.add_parser("export", help="write the result of a run's newest checkpoint again, or push it to the Hub")
+    verb.add_argument("run", type=Path)
+    verb.add_argument("--push", metavar="REPOSITORY", help="Hub repository to push the result to")
+    verb.add_argument("--private", action="store_true")
+    verb = verbs.add_parser("demo", help="fine-tune the bundled model on the bundled pictures, on the CPU, in minutes")
+    verb.add_argument("--folder", type=Path, default=Path("runs/demo"), help="receives the run (default: %(default)s)")
+    verb.add_argument("--output", type=Path, default=Path("before-after.png"), help="the picture at the end (default: %(default)s)")
+    verb = verbs.add_parser("bench", help="step time, images/s, peak memory and MFU of a recipe")
+    verb.add_argument("recipe", type=Path)
+    verb.add_argument("overrides", nargs="*", help=recipe)
+    verb.add_argument("--steps", type=int, default=10, help="measured steps (default: %(default)s)")
+    verb.add_argument("--json", type=Path, help="write the figures to this file too")
+    arguments = parser.parse_args(argv)
+    return guard(lambda: VERBS[arguments.verb](arguments))
+
+
+def add_generate(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", help="a run's folder, a folder in the diffusers layout, or a Hub repository")
+    verb.add_argument("prompts", nargs="*", help="what to draw")
+    verb.add_argument("--prompt-file", type=Path, help="a text file with one prompt per line")
+    verb.add_argument("--negative-prompt", default=None)
+    verb.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next ones count up (default: %(default)s)")
+    verb.add_argument("--count", type=int, default=1, help="pictures per prompt (default: %(default)s)")
+    verb.add_argument("--steps", type=int, default=25, help="of the sampler (default: %(default)s)")
+    verb.add_argument("--guidance-scale", type=float, default=7.5)
+    verb.add_argument("--scheduler", default=None, help="ddim, ddpm, dpm++, euler, euler-a, heun, lms, pndm or unipc (default: the model's own)")
+    verb.add_argument("--size", type=int, default=None, help="pixels a side (default: the model's own)")
+    verb.add_argument("--batch-size", type=int, default=4)
+    verb.add_argument("--base", default=None, help="base model of a LoRA, where the run does not say")
+    verb.add_argument("--precision", choices=["no", "fp16", "bf16"], default="no")
+    verb.add_argument("--device", default=None)
+    verb.add_argument("--output", type=Path, default=Path("pictures"), help="folder for the PNG files (default: %(default)s)")
+    verb.add_argument("--grid", type=Path, default=None, help="also write all pictures into one PNG")
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    from limner import config, train
+
+    train.run(config.load(arguments.recipe, arguments.overrides))
+
+
+def run_show(arguments: argparse.Namespace) -> None:
+    from limner import config, show
+
+    print(show.text(config.load(arguments.recipe, arguments.overrides)))
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    from limner import generate
+
+    settings: dict[str, Any] = {k: v for k, v in vars(arguments).items() if k != "verb"}
+    generate.run(**settings)
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    from limner import export
+
+    export.again(arguments.run, push_to=arguments.push, private=arguments.private)
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    from limner import demo
+
+    demo.run(arguments.folder, arguments.output)
+
+
+def run_bench(arguments: argparse.Namespace) -> None:
+    from limner import bench, config
+
+    bench.run(config.load(arguments.recipe, arguments.overrides), steps=arguments.steps, json_file=arguments.json)
+
+
+VERBS = {"train": run_train, "show": run_show, "generate": run_generate, "export": run_export, "demo": run_demo, "bench": run_bench}
+
+
+def guard(action: Callable[[], object]) -> int:
+    """Run ``action``; a fault becomes one message on standard error and its exit code."""
+    quiet_libraries()
+    try:
+        action()
+    except Fault as fault:
+        if not fault.told:
+            print(f"limner: {fault}", file=sys.stderr)
+        return fault.code
+    except KeyboardInterrupt:
+        print("limner: stopped by hand", file=sys.stderr)
+        return 130
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Libraries' advice that is not for Limner's users goes unsaid; their errors do not."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers|torch|peft|accelerate)")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

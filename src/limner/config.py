@@ -1,0 +1,333 @@
+"""Everything a run depends on, as one tree of frozen dataclasses: typed, complete, saved with the run; strangers are refused with "did you mean"."""
+
+import dataclasses
+import datetime
+import difflib
+import json
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from limner.faults import InputFault
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base that is fine-tuned: a folder or a Hub repository in the diffusers layout."""
+
+    base: str = ""
+    family: str = "sd"
+    revision: str | None = None  # of the Hub repository
+    trained_revision: str | None = None  # of the trained component, where it differs
+    variant: str | None = None  # e.g. fp16: which weight files of the base
+    cache_dir: str | None = None  # where downloads are kept; None: the Hub library's own place
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where pictures and captions come from, and how a picture becomes a training example."""
+
+    folder: str | None = None  # exactly one of folder and hub, unless records are passed to limner.train
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_revision: str | None = None
+    hub_files: str | None = None  # a folder handed to datasets.load_dataset as data_dir
+    cache_dir: str | None = None
+    split: str = "train"
+    image: str = "image"  # column names
+    caption: str = "text"
+    limit: int | None = None  # train on a random choice of this many records
+    bad: Literal["refuse", "skip"] = "refuse"  # what to do about pictures and captions that cannot be used
+    max_pixels: int = 178_956_970  # a larger picture is taken for a decompression bomb
+    size: int = 512  # pixels: the shorter side is resized to it, then cropped square
+    crop: Literal["center", "random"] = "center"
+    crops: int | None = None  # random crops per picture; None: a new one each time, which cannot be cached
+    flip: bool = False  # left to right, half of the time
+    resample: Literal["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"] = "lanczos"
+    background: str = "white"  # what shows through transparent pixels: a colour name or #rrggbb
+    drop_caption: float = 0.0  # probability of an empty caption, per example
+    cache: str = "auto"  # encoded pictures and captions: auto (a user-wide folder), off, or a folder
+    threads: int = 4
+
+
+@dataclass(frozen=True)
+class TimestepBias:
+    """Draw some timesteps more often than others."""
+
+    strategy: Literal["later", "earlier", "range"] = "later"
+    multiplier: float = 1.0
+    portion: float = 0.25  # of all timesteps, for later and earlier
+    begin: int = 0  # for range
+    end: int = 1000
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the network learns to predict, and how the loss is weighted."""
+
+    predict: Literal["epsilon", "v_prediction", "sample"] | None = None  # None: what the base's scheduler says
+    min_snr: float | None = None  # gamma of arXiv:2303.09556; 5 is recommended there
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0  # arXiv:2301.11706; 0.1 is recommended there
+    dream: float | None = None  # detail preservation of arXiv:2312.00210
+    timestep_bias: TimestepBias | None = None
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """Which weights learn: all of them, or low-rank additions (arXiv:2106.09685)."""
+
+    kind: Literal["full", "lora"] = "full"
+    rank: int = 4
+    alpha: float | None = None  # None: equal to rank
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()  # module names; empty: the family's own
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW and its learning rate."""
+
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    learning_rate: float = 1e-4
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
+    warmup: int = 0  # optimizer steps, whatever the accumulation and the number of processes
+    cycles: int = 1  # of cosine_with_restarts
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-2
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    ema: float | None = None  # highest decay of the moving average of the weights; None: no average is kept
+    ema_offload: bool = False  # keep the average in host memory
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long, and how much at once. The global batch is the unit: processes and accumulation divide it."""
+
+    steps: int | None = None  # exactly one of steps and epochs
+    epochs: float | None = None
+    batch: int | None = None  # global: what one optimizer step sees; None: micro * accumulate * processes
+    micro: int | None = None  # what one device holds at once; None: its whole share of the batch
+    accumulate: int | None = None  # micro-batches per step; only where batch is not given
+    seed: int | None = None  # None: one is drawn and stored with the run
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the numbers are computed; on the CPU in float32 nothing here changes a result."""
+
+    kind: Literal["torch"] = "torch"
+    precision: Literal["no", "fp16", "bf16"] | None = None  # None: what the launcher says, else no (float32)
+    device: str | None = None  # None: the accelerator that torch finds, else the CPU
+    gradient_checkpointing: bool = False
+    tf32: bool = False
+    attention: Literal["sdpa", "math", "xformers"] = "sdpa"  # math: plain products, faster for small pictures on a CPU
+    encode_batch: int = 8  # pictures or captions that the frozen encoders see at once, always, padded
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the whole state is saved, and where a run goes on from."""
+
+    every: int = 500
+    keep: int | None = None  # the newest so many; None: all
+    resume: str = "auto"  # auto and latest: the newest good one; never: refuse a folder that has some; or checkpoint-N, or a path
+    allow: tuple[str, ...] = ()  # settings that may differ from the checkpoint's, e.g. optim.learning_rate
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Pictures made with the current weights (the average, where one is kept) while training goes on."""
+
+    prompts: tuple[str, ...] = ()
+    count: int = 1  # pictures per prompt
+    every: int | None = None  # optimizer steps
+    every_epochs: float | None = None
+    steps: int = 25  # of the sampler
+    guidance_scale: float = 7.5
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Held-out loss: records that are never trained on, at fixed timesteps and noise."""
+
+    hold_out: int = 0  # records
+    every: int = 100  # optimizer steps
+    timesteps: int = 4  # noise levels per record, evenly spread
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is written down, and for whom; metrics.jsonl always is."""
+
+    every: int = 10  # optimizer steps; between two of them nothing is copied from the device
+    to: tuple[Literal["tensorboard", "wandb", "comet_ml"], ...] = ()
+    folder: str = "logs"  # below the run's folder
+    project: str = "limner"
+
+
+@dataclass(frozen=True)
+class Export:
+    """Where the result goes besides the run's folder. A token is never a setting: log in, or set HF_TOKEN."""
+
+    hub: str | None = None  # repository id to push to
+    private: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    run: str = "run"  # folder that receives checkpoints, metrics, previews and the result
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    objective: Objective = field(default_factory=Objective)
+    adapt: Adapt = field(default_factory=Adapt)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    engine: Engine = field(default_factory=Engine)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    preview: Preview = field(default_factory=Preview)
+    watch: Watch = field(default_factory=Watch)
+    log: Log = field(default_factory=Log)
+    export: Export = field(default_factory=Export)
+
+    def check(self, *, own_records: bool = False) -> None:
+        """Refuse what cannot be honoured, before anything is loaded.
+
+        Raises:
+            InputFault: naming the settings, what was given and what is expected.
+        """
+        t, d, o = self.train, self.data, self.optim
+        refuse = [
+            (not self.model.base, "model.base: give a folder or a Hub repository in the diffusers layout, e.g. model.base=stable-diffusion-v1-5/stable-diffusion-v1-5"),
+            (not own_records and (d.folder is None) == (d.hub is None), "data: give exactly one of data.folder and data.hub"),
+            ((t.steps is None) == (t.epochs is None), "train: give exactly one of train.steps and train.epochs"),
+            (t.batch is not None and t.accumulate is not None, "train: give train.batch (global) or train.accumulate, not both"),
+            (t.batch is None and t.micro is None, "train: give train.batch (global: what one optimizer step sees), or train.micro"),
+            (d.crops is not None and d.crop != "random", 'data.crops: only a random crop comes in several; set data.crop="random" or leave data.crops out'),
+            (t.seed is not None and not 0 <= t.seed < 2**63, f"train.seed: {t.seed} is not within 0 to 2**63 - 1"),
+            (not 0 <= d.drop_caption <= 1, f"data.drop_caption: {d.drop_caption} is not a probability, 0 to 1"),
+            (o.ema is not None and not 0 <= o.ema < 1, f"optim.ema: {o.ema} is not a decay, 0 to below 1"),
+            (not all(0 <= b < 1 for b in o.betas), f"optim.betas: {o.betas} are not both within 0 to below 1"),
+            (self.objective.min_snr is not None and self.objective.min_snr <= 0, f"objective.min_snr: {self.objective.min_snr} is not above 0"),
+            (not 0 <= self.adapt.dropout < 1, f"adapt.dropout: {self.adapt.dropout} is not within 0 to below 1"),
+            (self.preview.every is not None and self.preview.every_epochs is not None, "preview: give preview.every (steps) or preview.every_epochs, not both"),
+        ]
+        positive = ["train.steps", "train.epochs", "train.batch", "train.micro", "train.accumulate", "data.size", "data.limit", "data.crops", "data.threads", "data.max_pixels"]
+        positive += ["adapt.rank", "adapt.alpha", "optim.learning_rate", "optim.cycles", "optim.eps", "optim.max_grad_norm", "engine.encode_batch", "checkpoint.every"]
+        positive += ["checkpoint.keep", "preview.count", "preview.every", "preview.every_epochs", "preview.steps", "watch.every", "watch.timesteps", "log.every"]
+        not_negative = ["optim.warmup", "optim.weight_decay", "watch.hold_out", "objective.noise_offset", "objective.input_perturbation", "objective.dream"]
+        refuse += [((v := self[k]) is not None and v <= 0, f"{k}: {self[k]} is not above 0") for k in positive]
+        refuse += [((v := self[k]) is not None and v < 0, f"{k}: {self[k]} is below 0") for k in not_negative]
+        if problems := [text for wrong, text in refuse if wrong]:
+            raise InputFault("\n".join(problems))
+
+    def __getitem__(self, name: str) -> Any:
+        """The setting of a dotted name, e.g. ``optim.learning_rate``."""
+        node: Any = self
+        for part in name.split("."):
+            node = getattr(node, part)
+        return node
+
+
+def build(cls: type, raw: dict[str, Any], where: str = "") -> Any:
+    """A dataclass from plain data; every key must exist, every value must have the declared type.
+
+    Raises:
+        InputFault: for an unknown key (with the closest known one) or a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    for key in raw:
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, 1)
+            known = f"did you mean {where}{close[0]}?" if close else f"known here: {', '.join(hints)}"
+            raise InputFault(f"{where}{key}: no such setting; {known}")
+    return cls(**{k: _value(hints[k], v, where + k) for k, v in raw.items()})
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)  # Literal | None is a Union
+    for option in options:
+        origin, arguments = typing.get_origin(option) or option, typing.get_args(option)
+        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            return build(option, value, where + ".")  # type: ignore[arg-type]
+        if origin is Literal and value in arguments:
+            return value
+        if origin is tuple and isinstance(value, list | tuple) and (arguments[-1] is ... or len(value) == len(arguments)):
+            return tuple(_value(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if option is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # neither NaN nor infinite
+            return float(value)
+        if option is types.NoneType and value is None or isinstance(option, type) and option is not float and type(value) is option:
+            return value
+    raise InputFault(f"{where}: {value!r} was given, {_expected(options)} is expected")
+
+
+def _expected(options: tuple[Any, ...]) -> str:
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: ""}
+    parts = []
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            parts.append("one of " + ", ".join(map(repr, typing.get_args(option))))
+        elif typing.get_origin(option) is tuple:
+            arguments = typing.get_args(option)
+            parts.append(("a list" if arguments[-1] is ... else f"a list of {len(arguments)}") + f", each {_expected(arguments[:1])}")
+        elif dataclasses.is_dataclass(option):
+            parts.append(f"a table with {', '.join(f.name for f in dataclasses.fields(option))}")
+        else:
+            parts.append(names.get(option, str(option)))
+    return " or ".join(p for p in parts if p)
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """A recipe (TOML), then ``section.key=value`` overrides whose values are TOML, or plain words.
+
+    Raises:
+        InputFault: when the file is missing, is not TOML, or holds what ``build`` refuses.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputFault(f"{path}: {error.strerror}. Give the path of a recipe, a TOML file such as those in recipes/.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputFault(f"{path}: not a TOML file: {error}") from error
+    return build(Config, override(raw, overrides))
+
+
+def override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Put ``section.key=value`` pairs into plain data; ``none`` stands for no value."""
+    for item in overrides:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise InputFault(f"{item}: not a setting; write section.key=value, e.g. train.steps=500")
+        *sections, key = name.split(".")
+        node = raw
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise InputFault(f"{name}: {section} is a value, it has no settings below it")
+        try:
+            value = tomllib.loads(f"x = {text}")["x"]
+        except tomllib.TOMLDecodeError:
+            value = None if text == "none" else text
+        node[key] = text if isinstance(value, datetime.date | datetime.time) else value  # no setting is a date, but a folder may be called like one
+    return raw
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """A config as JSON knows it: what is saved with the run, and what ``build`` takes back."""
+    return json.loads(json.dumps(dataclasses.asdict(value)))
+
+
+def flat(raw: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """``{"train": {"steps": 5}}`` as ``{"train.steps": 5}``."""
+    out: dict[str, Any] = {}
+    for key, value in raw.items():
+        out |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
+    return out

@@ -1,0 +1,216 @@
+"""Every record is read and decoded once before training: what is wrong with the data is known, by name, before any weight is loaded."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import xxhash
+from tqdm import tqdm
+
+from limner import config, durable, rng
+from limner.data import image
+from limner.data.records import BadRecord, Record, Source, Tell
+from limner.faults import DiskFault, InputFault
+
+SKIPPED = "skipped.jsonl"
+_DECODER = f"1, Pillow {PIL.__version__}"  # pictures are decoded anew when either changes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One good record: its number in the source, and all that training needs to know before it reads the picture again."""
+
+    row: int
+    key: str
+    captions: tuple[str, ...]
+    digest: str  # of the picture's content
+    height: int  # upright
+    width: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """The good records in the source's order, and (key, reason) of those that were left out."""
+
+    entries: tuple[Entry, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """Of pictures and captions in their order, whatever the files are called."""
+        return durable.digest_json([[entry.digest, entry.captions] for entry in self.entries])
+
+    def limited(self, count: int, seed: int) -> "Index":
+        """A random choice of ``count`` records, in the source's order; all, where there are no more."""
+        if count >= len(self.entries):
+            return self
+        chosen = np.sort(rng.at(seed, "limit", 0).permutation(len(self.entries))[:count])
+        return Index(tuple(self.entries[i] for i in chosen), self.skipped)
+
+    @property
+    def without_caption(self) -> list[Entry]:
+        """Records of which a caption is empty."""
+        return [entry for entry in self.entries if not all(text.strip() for text in entry.captions)]
+
+    @property
+    def repeated(self) -> list[Entry]:
+        """Records whose picture has the same content as an earlier one's."""
+        first: dict[str, int] = {}
+        return [entry for entry in self.entries if first.setdefault(entry.digest, entry.row) != entry.row]
+
+    def captions(self) -> Iterator[tuple[str, str]]:
+        """Every caption with the key of its record."""
+        return ((entry.key, text) for entry in self.entries for text in entry.captions)
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON: how one process tells the others."""
+        return {"entries": [list(vars(entry).values()) for entry in self.entries], "skipped": [list(pair) for pair in self.skipped]}
+
+    @staticmethod
+    def of_plain(raw: dict[str, Any]) -> "Index":
+        """The inverse of ``to_plain``."""
+        entries = (Entry(row, key, tuple(captions), *rest) for row, key, captions, *rest in raw["entries"])
+        return Index(tuple(entries), tuple((key, reason) for key, reason in raw["skipped"]))
+
+
+def look(source: Source, cfg: config.Data, *, known: Path | None = None, tell: Tell) -> Index:
+    """Read, hash and decode every record.
+
+    Args:
+        known: a file that remembers the content of pictures that were decoded before; those are only hashed.
+        tell: receives one line when records are left out.
+
+    Raises:
+        InputFault: naming the records that cannot be used (``data.bad="refuse"``), or when none is left.
+    """
+    image.colour(cfg.background)
+    if not len(source):
+        raise InputFault("the source has no records; give at least one picture with a caption")
+    sizes = _recall(known)
+    before = len(sizes)
+
+    def one(row: int) -> Entry | tuple[str, str]:
+        try:
+            return _examine(source, row, cfg, sizes)
+        except BadRecord as bad:
+            return bad.key, bad.reason
+
+    pool = ThreadPoolExecutor(cfg.threads, thread_name_prefix="limner-look")
+    try:
+        results = list(tqdm(pool.map(one, range(len(source))), total=len(source), desc="pictures", unit="", disable=None, leave=False))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if known is not None and len(sizes) > before:
+            _remember(known, sizes, tell)
+    skipped = tuple(result for result in results if not isinstance(result, Entry))
+    entries = tuple(result for result in results if isinstance(result, Entry))
+    if skipped and (cfg.bad == "refuse" or not entries):
+        raise InputFault(_complaint(skipped, len(results), bool(entries)))
+    if skipped:
+        first = [f"{key}: {reason}" for key, reason in skipped[:3]] + ["..."] * (len(skipped) > 3)
+        tell(f"{len(skipped)} of {len(results)} records are left out: {'; '.join(first)}")
+    return Index(entries, skipped)
+
+
+def _complaint(bad: tuple[tuple[str, str], ...], total: int, some_left: bool) -> str:
+    lines = [f"{len(bad)} of {total} records cannot be used:", *(f"  {key}: {reason}" for key, reason in bad[:10])]
+    lines += [f"  and {len(bad) - 10} more"] if len(bad) > 10 else []
+    lines += ['Mend or remove them, or set data.bad="skip" to go on without them.' if some_left else "None is left to train on."]
+    return "\n".join(lines)
+
+
+def _examine(source: Source, row: int, cfg: config.Data, sizes: dict[str, tuple[int, int]]) -> Entry:
+    record = source[row]
+    if not isinstance(record, Record):
+        raise InputFault(f"record {row} of the source is {type(record).__name__}; limner.Record(key, image, captions) is expected")
+    try:
+        digest, height, width = _measure(record.image, cfg, sizes)
+        tall, wide = image.resized((height, width), cfg.size)
+        if tall * wide > cfg.max_pixels:
+            raise image.Undecodable(f"{width}x{height} pixels are too long and thin: {wide}x{tall} once the shorter side is data.size = {cfg.size}")
+    except image.Undecodable as error:
+        raise BadRecord(record.key, str(error)) from error
+    return Entry(row, record.key, record.captions, digest, height, width)
+
+
+def _measure(picture: image.Picture, cfg: config.Data, sizes: dict[str, tuple[int, int]]) -> tuple[str, int, int]:
+    """Digest, height and width: of a file's bytes, which decode alike each time; of the decoded pixels, where there is no file."""
+    if isinstance(picture, Path | bytes):
+        digest = _digest(picture)
+        height, width = sizes.get(digest, (0, 0))
+        if not 0 < height * width <= cfg.max_pixels:
+            width, height = image.decode(picture, background=cfg.background, max_pixels=cfg.max_pixels).size
+            sizes[digest] = (height, width)
+        return digest, height, width
+    decoded = image.decode(picture, background=cfg.background, max_pixels=cfg.max_pixels)
+    return xxhash.xxh3_128(f"{decoded.size}".encode() + decoded.tobytes()).hexdigest(), decoded.height, decoded.width
+
+
+def _digest(picture: Path | bytes) -> str:
+    if isinstance(picture, bytes):
+        return xxhash.xxh3_128(picture).hexdigest()
+    if not picture.is_file():
+        raise image.Undecodable("not a regular file" if picture.exists() else "no such file")
+    try:
+        return durable.digest(picture)
+    except OSError as error:
+        raise image.Undecodable(f"cannot be read: {error.strerror or error}") from error
+
+
+def _recall(known: Path | None) -> dict[str, tuple[int, int]]:
+    """Sizes by digest; a file that is missing, damaged or of another decoder is as good as empty."""
+    try:
+        raw = json.loads(known.read_text(encoding="utf-8")) if known is not None else {}
+        if raw["digest"] != durable.digest_json([_DECODER, raw["pictures"]]):
+            return {}
+        return {digest: (height, width) for digest, (height, width) in raw["pictures"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _remember(known: Path, sizes: dict[str, tuple[int, int]], tell: Tell) -> None:
+    pictures = _recall(known) | sizes
+    try:
+        durable.write_text(known, json.dumps({"digest": durable.digest_json([_DECODER, pictures]), "pictures": pictures}))
+    except (DiskFault, OSError) as error:
+        tell(f"{known}: cannot be written, so the pictures will be decoded again next time ({error})")
+
+
+def write_skipped(run: Path, skipped: Iterable[tuple[str, str]]) -> None:
+    """``skipped.jsonl`` in the run's folder: path and reason of each record that was left out; no file, where there is none."""
+    lines = [json.dumps({"path": key, "reason": reason}) + "\n" for key, reason in skipped]
+    if lines:
+        durable.write_text(run / SKIPPED, "".join(lines))
+    else:
+        (run / SKIPPED).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Overlong:
+    """A caption that the text encoder would see cut."""
+
+    key: str
+    caption: str
+    tokens: int
+
+
+def caption_report(captions: Iterable[tuple[str, str]], tokenizer_lengths: Callable[[list[str]], list[int]], max_tokens: int) -> list[Overlong]:
+    """The captions of more than ``max_tokens`` tokens; each distinct text is counted once by the tokenizer.
+
+    Args:
+        captions: (key of the record, caption), as ``Index.captions`` gives them.
+        tokenizer_lengths: number of tokens of each text, start and end tokens included.
+    """
+    pairs = list(captions)
+    texts = list(dict.fromkeys(text for _, text in pairs))
+    lengths: dict[str, int] = {}
+    for start in range(0, len(texts), 1000):
+        part = texts[start : start + 1000]
+        lengths |= zip(part, tokenizer_lengths(part), strict=True)
+    return [Overlong(key, text, lengths[text]) for key, text in pairs if lengths[text] > max_tokens]

@@ -1,0 +1,22 @@
+"""Loads ahead: a pure loader needs no state, so any thread may load any step, and results come out in order."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def prefetch(load: Callable[[int], T], first: int, last: int, *, threads: int = 4) -> Iterator[T]:
+    """``load(first)`` to ``load(last - 1)`` in order, up to ``threads + 1`` of them loaded ahead; an error is raised where its turn comes."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="limner-load")
+    try:
+        window: deque[Future[T]] = deque(pool.submit(load, step) for step in range(first, min(first + threads + 1, last)))
+        for step in range(first, last):
+            result = window.popleft().result()
+            if step + threads + 1 < last:
+                window.append(pool.submit(load, step + threads + 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)

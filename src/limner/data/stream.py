@@ -1,0 +1,129 @@
+"""The stream of training examples: example number p is a pure function of (seed, p), whoever asks, in whatever order, on however many processes."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from limner import config, rng
+from limner.data import image
+from limner.data.index import Entry
+from limner.data.records import Source
+from limner.engine import Batch
+from limner.family import Configs, Family
+from limner.features import Encoded, Picture
+from limner.objective import Objective
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All chance about one example, decided before a byte is read; ``position`` is also the address of its noise."""
+
+    position: int
+    entry: Entry
+    geometry: image.Geometry
+    caption: str
+    u: float  # where on the noise schedule, in [0, 1)
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(seed: int, count: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: every record once."""
+    return rng.at(seed, "order", epoch).permutation(count)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Batches by step number. The global batch is the unit; a process takes its contiguous share of it."""
+
+    entries: tuple[Entry, ...]
+    source: Source
+    data: config.Data
+    noise: config.Objective
+    objective: Objective
+    family: Family
+    configs: Configs
+    encoded: Encoded
+    seed: int
+    batch_size: int  # global
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The rows of process ``rank`` in the batch of optimizer step ``step`` (from 0)."""
+        share = self.batch_size // world
+        first = step * self.batch_size + rank * share
+        return self.assemble([self.draw(p) for p in range(first, first + share)], "")
+
+    def names(self, step: int) -> list[str]:
+        """The records of a whole batch, by key."""
+        return [self.draw(p).entry.key for p in range(step * self.batch_size, (step + 1) * self.batch_size)]
+
+    def draw(self, position: int) -> Draw:
+        """The ticket at ``position``. Each decision has its own address, so that adding one never moves another."""
+        epoch, slot = divmod(position, len(self.entries))
+        entry = self.entries[permutation(self.seed, len(self.entries), epoch)[slot]]
+        number = functools.partial(rng.uniform, self.seed)
+        flip = self.data.flip and number("flip", position) < 0.5
+        crop = None if self.data.crops is None else int(number("crops", position) * self.data.crops)
+        caption = entry.captions[int(number("caption", position) * len(entry.captions))]
+        if self.data.drop_caption and number("drop", position) < self.data.drop_caption:
+            caption = ""
+        return Draw(position, entry, self.geometry(entry, position, crop, flip), caption, number("timestep", position))
+
+    def geometry(self, entry: Entry, position: int, crop: int | None, flip: bool) -> image.Geometry:
+        """Where the picture is cut: at the centre, at one of ``data.crops`` fixed places, or at a new one for every position."""
+        top, left = rng.at(self.seed, "crop", position if crop is None else entry.row, 0 if crop is None else crop + 1).random(2)
+        return image.geometry((entry.height, entry.width), self.data.size, top, left, flip, self.data.crop)
+
+    def variants(self, entry: Entry) -> list[image.Geometry] | None:
+        """All the ways in which a picture is cut, or None where there is no end of them."""
+        probe = self.geometry(entry, 0, None, False)
+        if self.data.crop == "center" or image.distinct_crops(probe) == 1:
+            crops: list[image.Geometry] = [probe]
+        elif self.data.crops is not None:
+            crops = [self.geometry(entry, 0, k, False) for k in range(self.data.crops)]
+        else:
+            return None
+        return list(dict.fromkeys(replace(g, flip=flip) for g in crops for flip in ((False, True) if self.data.flip else (False,))))
+
+    def picture(self, entry: Entry, geometry: image.Geometry, cached: bool = True) -> Picture:
+        """The request for one cut picture: a key that says all it depends on, and what loads it."""
+
+        def load() -> np.ndarray:
+            decoded = image.decode(self.source[entry.row].image, background=self.data.background, max_pixels=self.data.max_pixels)
+            return image.cut(decoded, geometry, self.data.resample)
+
+        return (f"{entry.digest} {geometry} {self.data.resample} {self.data.background}" if cached else None), load
+
+    def assemble(self, draws: list[Draw], kind: str) -> Batch:
+        """Features, clean latents, noise and the objective's numbers for some draws; ``kind`` sets its noise apart from training's."""
+        pictures = self.encoded.images([self.picture(d.entry, d.geometry, self.variants(d.entry) is not None) for d in draws])
+        shape = pictures[self.family.latent[0]].shape[1:]
+
+        def normal(purpose: str, shape: tuple[int, ...] = shape) -> np.ndarray:
+            return np.stack([rng.at(self.seed, kind + purpose, d.position).standard_normal(shape, np.float32) for d in draws])
+
+        noise = normal("noise")
+        if self.noise.noise_offset:
+            noise += np.float32(self.noise.noise_offset) * normal("offset", (shape[0],) + (1,) * (len(shape) - 1))
+        batch = {"x0": self.family.clean(pictures, self.configs, normal("posterior")), "noise": noise}
+        batch |= vars(self.objective.at(np.array([d.u for d in draws])))
+        if self.noise.input_perturbation and not kind:
+            batch["input_noise"] = noise + np.float32(self.noise.input_perturbation) * normal("perturbation")
+        kept = {name: array for name, array in pictures.items() if name not in self.family.latent}
+        return batch | kept | self.encoded.texts([d.caption for d in draws])
+
+    def held_out(self, entries: tuple[Entry, ...], timesteps: int, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Batch]]:
+        """Batches for validation: each record at evenly spread timesteps, always the same crop, caption and noise. Yields (rows that count, batch).
+
+        Every process gets batches of its share's size, the last ones filled up with rows that do not count.
+        """
+        draws = []
+        for i, entry in enumerate(entries):
+            for k in range(timesteps):
+                geometry = image.geometry((entry.height, entry.width), self.data.size, 0.5, 0.5, False, "center")
+                draws.append(Draw(i * timesteps + k, entry, geometry, entry.captions[0], (k + 0.5) / timesteps))
+        share = self.batch_size // world
+        for start in range(0, len(draws), self.batch_size):
+            mine = draws[start + rank * share : start + (rank + 1) * share]
+            yield len(mine), self.assemble((mine + [draws[0]] * share)[:share], "watch ")

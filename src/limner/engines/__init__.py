@@ -1,0 +1,44 @@
+"""The engines, by name; each framework is imported only when its engine is asked for."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from limner import config
+from limner.base import Base
+from limner.engine import Engine, World
+from limner.family import Family
+
+
+def join(settings: config.Engine) -> World:
+    """Join the processes of this run; nothing is loaded yet."""
+    from limner.engines.torch.world import World as TorchWorld
+
+    return TorchWorld(settings.device, settings.precision)
+
+
+def open_engine(cfg: config.Config, base: Base, family: Family, world: World, micro: int, tell: Callable[[str], None]) -> Engine:
+    """The engine of this process; weights are loaded when they are first needed."""
+    from limner.engines.torch.engine import TorchEngine
+
+    return TorchEngine(cfg, base, family, world, micro, tell)  # type: ignore[arg-type]
+
+
+def device_kind(world: World) -> str:
+    """What kind of device computes: encoders' last bits depend on it."""
+    return str(world.device.type)  # type: ignore[attr-defined]
+
+
+def open_pipeline(model: str, **settings: Any) -> Any:
+    """A stock diffusers pipeline; see ``engines.torch.pipeline.open_pipeline``."""
+    from limner.engines.torch import pipeline
+
+    return pipeline.open_pipeline(model, **settings)
+
+
+def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> list[np.ndarray]:
+    """Pictures of a pipeline; see ``engines.torch.pipeline.draw``."""
+    from limner.engines.torch import pipeline as stock
+
+    return stock.draw(pipeline, prompts, seeds, **settings)

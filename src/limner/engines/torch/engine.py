@@ -1,0 +1,269 @@
+"""Training in PyTorch: one pure-looking step on one flat buffer; nothing is copied to the host but at logging and saving."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from limner import config
+from limner.base import Base
+from limner.engine import Batch, FirstFault, Group, Metrics
+from limner.engines.torch import lora, pipeline
+from limner.engines.torch.arena import Arena
+from limner.engines.torch.parts import TorchParts, load
+from limner.engines.torch.world import World
+from limner.family import Family
+from limner.faults import InputFault, IntegrityFault
+from limner.objective import Objective
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class TorchState:
+    """Everything that learns or remembers; ``fault`` is the first step that was not finite, -1 where there was none."""
+
+    net: torch.nn.Module
+    arena: Arena
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: torch.Tensor | None
+    fault: torch.Tensor
+
+
+class TorchEngine:
+    """The engine of one process; see ``limner.engine.Engine``."""
+
+    def __init__(self, cfg: config.Config, base: Base, family: Family, world: World, micro: int, tell: Callable[[str], None] = print):
+        self.cfg, self.base, self.family, self.process, self.micro, self.tell = cfg, base, family, world, micro, tell
+        self.rank, self.world, self.device = world.rank, world.world, world.device
+        self.half = HALF.get(world.precision)
+        self.encoders = TorchParts(base, self.device)
+        self.predict = Objective.of(base.configs["scheduler"], cfg.objective).predict
+        if cfg.engine.tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cudnn.allow_tf32 = True
+
+    def parts(self) -> TorchParts:
+        return self.encoders
+
+    def release(self) -> None:
+        self.encoders.release()
+
+    def init(self, seed: int) -> TorchState:
+        net = load(self.base, self.family.trains)
+        self.choose_attention(net)
+        if self.cfg.engine.gradient_checkpointing:
+            net.enable_gradient_checkpointing()
+        if self.cfg.adapt.kind == "lora":
+            if self.half is not None:
+                net.to(self.half)
+            named = lora.add(net, self.cfg.adapt, self.family, seed)
+        else:
+            named = dict(net.requires_grad_(True).named_parameters())
+        net.to(self.device).train()
+        arena = Arena(named)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.half is torch.float16)
+        ema = arena.flat.detach().to("cpu" if self.cfg.optim.ema_offload else self.device, copy=True) if self.cfg.optim.ema is not None else None
+        return TorchState(net, arena, self.make_optimizer(arena.flat), scaler, ema, torch.full((), -1, dtype=torch.int64, device=self.device))
+
+    def choose_attention(self, net: torch.nn.Module) -> None:
+        """PyTorch's memory-efficient attention is diffusers' default; plain products or xFormers serve by wish, and where they can run."""
+        if self.cfg.engine.attention == "math":
+            from diffusers.models.attention_processor import AttnProcessor
+
+            net.set_attn_processor(AttnProcessor())  # type: ignore[operator]
+        if self.cfg.engine.attention == "xformers":
+            try:
+                net.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
+            except Exception as error:
+                if self.rank == 0:
+                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    self.tell(f"xFormers cannot run here ({reason}); PyTorch's own memory-efficient attention is used")
+
+    def make_optimizer(self, flat: torch.nn.Parameter) -> torch.optim.Optimizer:
+        o = self.cfg.optim
+        settings: dict[str, Any] = {"lr": o.learning_rate, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
+        if o.kind == "adamw":
+            return torch.optim.AdamW([flat], fused=self.device.type in ("cpu", "cuda", "xpu", "mps"), **settings)
+        return eight_bit()([flat], **settings)
+
+    def step(self, state: TorchState, batch: Batch, *, step: int, learning_rate: float, ema: float | None, seed: int) -> tuple[TorchState, Metrics]:
+        arena, gradient = state.arena, state.arena.flat.grad
+        assert gradient is not None
+        gradient.zero_()
+        rows = self.to_device(batch)
+        total = torch.zeros((), device=self.device)
+        for i, part in enumerate(split(rows, self.micro)):
+            torch.manual_seed((seed * 1_000_003 + step * 8191 + self.rank * 131 + i) % 2**63)  # dropout, addressed by the step
+            loss = self.example_losses(state.net, part).sum() / (len(batch["t"]) * self.world)
+            state.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.process.sum_(gradient)
+        self.process.sum_(total)
+        state.optimizer.param_groups[0]["lr"] = learning_rate
+        norm, good = self.update(state, gradient, total, step)
+        if state.ema is not None and ema is not None:
+            weight = torch.where(good, 1.0 - ema, 0.0).to(state.ema.device)
+            state.ema.lerp_(arena.flat.detach().to(state.ema.device), weight)
+        return state, {"loss": total, "grad_norm": norm}
+
+    def update(self, state: TorchState, gradient: torch.Tensor, loss: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip and step, unless something is not finite; all of it on the device. Returns the gradient norm and whether an update was made."""
+        optimizer, scaler = state.optimizer, state.scaler
+        scale = scaler._get_scale_async() if scaler.is_enabled() else None  # the one handle on the scale that does not wait for the device
+        norm = torch.linalg.vector_norm(gradient) if scale is None else torch.linalg.vector_norm(gradient) / scale
+        good = torch.isfinite(norm) & torch.isfinite(loss)
+        overflow = torch.zeros_like(good) if scale is None else torch.isfinite(loss) & (scale > 1.0)  # the scaler lowers the scale and goes on
+        state.fault = torch.where((state.fault < 0) & ~good & ~overflow, step, state.fault)
+        shrink = torch.clamp((norm + 1e-6) / self.cfg.optim.max_grad_norm, min=1.0)
+        if scaler.is_enabled():
+            scaler.unscale_(optimizer)
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # the fused kernel divides by grad_scale, and does nothing where found_inf is set
+            optimizer.grad_scale, optimizer.found_inf = shrink, (~good).float()  # type: ignore[attr-defined]
+            if scaler.is_enabled():
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+                del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        else:
+            gradient.div_(shrink).masked_fill_(~good, 0.0)
+            scaler.step(optimizer)
+            scaler.update()
+        return norm, good
+
+    def example_losses(self, net: torch.nn.Module, b: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted loss of each example, float32, shape [rows]."""
+
+        def column(name: str) -> torch.Tensor:
+            return b[name].view(-1, *[1] * (b["x0"].dim() - 1))
+
+        x = column("a") * b["x0"] + column("s") * b.get("input_noise", b["noise"])
+        target = column("p") * b["x0"] + column("q") * b["noise"]
+        inputs = self.family.inputs(b)
+        with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
+            if self.cfg.objective.dream is not None:  # algorithm 1 of arXiv:2312.00210
+                with torch.no_grad():
+                    delta = (target - net(x, b["t"], **inputs)[0].float()) * column("d")
+                x, target = x + column("s") * delta, target + delta
+            prediction = net(x, b["t"], **inputs)[0][:, : x.shape[1]]
+        return b["w"] * (prediction.float() - target).square().flatten(1).mean(1)
+
+    def to_device(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Copies of the arrays (so that memory is aligned alike in every run), sent without waiting where the device allows."""
+        host = {name: torch.tensor(array) for name, array in batch.items()}
+        if self.device.type != "cuda":
+            return {name: t.to(self.device) for name, t in host.items()}
+        return {name: t.pin_memory().to(self.device, non_blocking=True) for name, t in host.items()}
+
+    def fetch(self, state: TorchState, metrics: Sequence[Metrics]) -> list[dict[str, float]]:
+        names = list(metrics[0]) if metrics else []
+        table = torch.stack([state.fault.double(), *(m[name].double() for m in metrics for name in names)]).tolist()
+        if table[0] >= 0:
+            raise FirstFault(int(table[0]))
+        return [dict(zip(names, table[1 + i * len(names) :], strict=False)) for i in range(len(metrics))]
+
+    @torch.no_grad()
+    def losses(self, state: TorchState, batch: Batch, *, average: bool) -> np.ndarray:
+        with self.weights(state, average):
+            state.net.eval()
+            parts = [self.example_losses(state.net, part) for part in split(self.to_device(batch), self.micro)]
+            state.net.train()
+        return torch.cat(parts).cpu().numpy()
+
+    def weights(self, state: TorchState, average: bool) -> "Swapped":
+        """A context in which the network has the moving average for weights, where there is one and it is wished for."""
+        return Swapped(state.arena.flat.data, state.ema if average else None)
+
+    @torch.no_grad()
+    def pictures(self, state: TorchState, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float, size: int) -> list[np.ndarray]:
+        keep = bool(self.encoders.loaded)
+        with self.weights(state, True), torch.autocast(self.device.type, self.half, enabled=self.half is not None):
+            state.net.eval()
+            made = pipeline.draw(
+                pipeline.of_parts(self.family, self.base, self.encoders, state.net, self.predict), prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size
+            )
+            state.net.train()
+        if not keep:
+            self.release()
+        return made
+
+    def snapshot(self, state: TorchState) -> Iterator[tuple[str, Group]]:
+        arena = state.arena
+        yield "model", arena.read(arena.flat)
+        if state.ema is not None:
+            yield "ema", arena.read(state.ema)
+        memory: Group = {}
+        for key, value in state.optimizer.state[arena.flat].items():
+            if isinstance(value, torch.Tensor) and value.numel() == arena.flat.numel():
+                memory |= {f"{key}/{name}": array for name, array in arena.read(value).items()}
+            else:
+                memory[key] = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        yield "optimizer", memory
+        if state.scaler.is_enabled():
+            yield "scaler", {key: np.asarray(value) for key, value in state.scaler.state_dict().items()}
+
+    def restore(self, state: TorchState, groups: Callable[[str], Group]) -> TorchState:
+        arena = state.arena
+        arena.write(arena.flat.data, groups("model"), "the checkpoint's weights")
+        if state.ema is not None:
+            arena.write(state.ema, groups("ema"), "the checkpoint's average")
+        saved = groups("optimizer")
+        memory: dict[str, Any] = {}
+        for key in {name.split("/")[0] for name in saved}:
+            if key in saved:
+                whole = torch.tensor(saved[key])
+                memory[key] = whole if key == "step" and self.cfg.optim.kind == "adamw" or whole.dim() else whole.item()
+                continue
+            like = {name.partition("/")[2]: array for name, array in saved.items() if name.startswith(key + "/")}
+            memory[key] = torch.zeros(arena.flat.shape, dtype=torch.tensor(next(iter(like.values()))).dtype)
+            arena.write(memory[key], like, "the checkpoint's optimizer")
+        on_device = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in memory.items()}
+        if not on_device:
+            raise IntegrityFault("the checkpoint's optimizer: it is empty")
+        state.optimizer.state[arena.flat] = on_device
+        if state.scaler.is_enabled():
+            state.scaler.load_state_dict({key: array.item() for key, array in groups("scaler").items()})
+        return state
+
+
+class Swapped:
+    """Exchanges the contents of two flat buffers inside, and back after: copies only, so that not a bit is lost."""
+
+    def __init__(self, flat: torch.Tensor, other: torch.Tensor | None):
+        self.flat, self.other = flat, other
+
+    def __enter__(self) -> None:
+        if self.other is not None:
+            kept = self.flat.clone()
+            self.flat.copy_(self.other)
+            self.kept = kept
+
+    def __exit__(self, *_: object) -> None:
+        if self.other is not None:
+            self.flat.copy_(self.kept)
+            del self.kept
+
+
+def split(rows: dict[str, torch.Tensor], micro: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The rows in micro-batches."""
+    for start in range(0, len(rows["t"]), micro):
+        yield {name: tensor[start : start + micro] for name, tensor in rows.items()}
+
+
+def eight_bit() -> Any:
+    """AdamW with 8-bit moments, from bitsandbytes (arXiv:2110.02861).
+
+    Raises:
+        InputFault: where it cannot run.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise InputFault('optim.kind: adamw8bit needs bitsandbytes, "pip install bitsandbytes", and a CUDA device; or use optim.kind="adamw"') from error
+    if not torch.cuda.is_available():
+        raise InputFault('optim.kind: adamw8bit runs on CUDA devices only, and there is none; use optim.kind="adamw"')
+    return AdamW8bit

@@ -1,0 +1,65 @@
+"""The frozen encoders in PyTorch: numpy in, numpy out, always float32, loaded when first called and let go of when told."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from limner.base import Base
+
+
+class TorchParts:
+    """Components of a base by name, on one device."""
+
+    def __init__(self, base: Base, device: torch.device):
+        self.base, self.device = base, device
+        self.loaded: dict[str, Any] = {}
+
+    def component(self, name: str) -> Any:
+        """A component in evaluation mode, without gradients."""
+        if name not in self.loaded:
+            self.loaded[name] = load(self.base, name)
+            if isinstance(self.loaded[name], torch.nn.Module):
+                self.loaded[name].requires_grad_(False).eval().to(self.device, torch.float32)
+        return self.loaded[name]
+
+    @torch.no_grad()
+    def vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See ``family.Parts``."""
+        posterior = self.component(name).encode(torch.tensor(pixels, device=self.device)).latent_dist
+        return posterior.mean.cpu().numpy(), posterior.std.cpu().numpy()
+
+    @torch.no_grad()
+    def text(self, name: str, tokenizer: str, captions: list[str]) -> np.ndarray:
+        """See ``family.Parts``; captions are padded, and cut at the tokenizer's length (which the index has counted and told)."""
+        words = self.component(tokenizer)
+        ids = words(captions, padding="max_length", max_length=words.model_max_length, truncation=True, return_tensors="pt").input_ids
+        return self.component(name)(ids.to(self.device))[0].cpu().numpy()
+
+    def lengths(self, tokenizer: str, captions: list[str]) -> list[int]:
+        """Tokens of each caption, its start and end included, uncut."""
+        return [len(ids) for ids in self.component(tokenizer)(captions, truncation=False, verbose=False).input_ids] if captions else []
+
+    def limit(self, tokenizer: str) -> int:
+        """Tokens that the text encoder can take."""
+        return int(self.component(tokenizer).model_max_length)
+
+    def release(self) -> None:
+        """Let go of all components."""
+        self.loaded.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def load(base: Base, name: str) -> Any:
+    """A component of a base with the class that its model_index names, from safetensors only."""
+    import diffusers
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    library, kind = base.configs["model_index"][name][:2]
+    cls = getattr(diffusers if library == "diffusers" else transformers, kind)
+    folder = base.part(name)
+    if not hasattr(cls, "dtype"):
+        return cls.from_pretrained(folder)
+    return cls.from_pretrained(folder, use_safetensors=True, variant=base.variant, dtype=torch.float32)

@@ -1,0 +1,51 @@
+"""Stable Diffusion 1.x and 2.x: a UNet on the latents of a KL autoencoder, told of the caption by one CLIP text encoder."""
+
+import numpy as np
+
+from limner.family import Configs, Family, Features, Parts
+
+
+def image(parts: Parts, pixels: np.ndarray) -> Features:
+    """The posterior's mean and standard deviation, never a draw from it: deterministic, so that caching it is exact."""
+    mean, std = parts.vae("vae", pixels)
+    return {"mean": mean, "std": std}
+
+
+def text(parts: Parts, captions: list[str]) -> Features:
+    """The last hidden state of the text encoder, all tokens of it."""
+    return {"context": parts.text("text_encoder", "tokenizer", captions)}
+
+
+def clean(features: Features, configs: Configs, normal: np.ndarray) -> np.ndarray:
+    """Latents: a draw from the posterior, scaled to about unit variance."""
+    return (features["mean"] + features["std"] * normal) * np.float32(configs["vae"].get("scaling_factor", 0.18215))
+
+
+def misfits(configs: Configs) -> list[str]:
+    """The UNet must take the autoencoder's latents and the text encoder's states, and nothing else."""
+    unet, vae, text_encoder = configs["unet"], configs["vae"], configs["text_encoder"]
+    out = []
+    if unet.get("in_channels") != vae.get("latent_channels"):
+        out.append(f"unet: in_channels is {unet.get('in_channels')}, the autoencoder's latent_channels is {vae.get('latent_channels')}; an inpainting or depth model is no plain text-to-image base")
+    widths = unet.get("cross_attention_dim")
+    if any(width != text_encoder.get("hidden_size") for width in (widths if isinstance(widths, list) else [widths])):
+        out.append(f"unet: cross_attention_dim is {widths}, the text encoder's hidden_size is {text_encoder.get('hidden_size')}; these two are not from the same model")
+    extra = [name for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds", "time_cond_proj_dim") if unet.get(name) is not None]
+    if extra:
+        out.append(f"unet: it is conditioned on more than the caption ({', '.join(extra)}); such a model is none of this family")
+    return out
+
+
+SD = Family(
+    name="sd",
+    pipeline="StableDiffusionPipeline",
+    trains="unet",
+    components={"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer", "unet": "UNet2DConditionModel", "scheduler": ""},
+    image=image,
+    text=text,
+    clean=clean,
+    latent=("mean", "std"),
+    inputs=lambda batch: {"encoder_hidden_states": batch["context"]},
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    misfits=misfits,
+)

@@ -1,0 +1,50 @@
+"""What can go wrong, one class per exit code: every fault says what was given, what was expected and what to do."""
+
+
+class Fault(Exception):
+    """Shown to the user as one message, without a traceback; ``code`` is the exit status of the process."""
+
+    code = 1
+    told = False  # true where another process of the run says it, so that this one exits in silence
+
+
+class InputFault(Fault):
+    """Something the user wrote or gave cannot be honoured: a recipe, a flag, a picture, a model folder."""
+
+    code = 2
+
+
+class Stopped(Fault):
+    """SIGTERM or Ctrl-C: the run saved a checkpoint and can be continued with the same command."""
+
+    code = 3
+
+
+class NonFinite(Fault):
+    """A loss or gradient was infinite or NaN; it has not reached the weights, the EMA or a checkpoint."""
+
+    code = 4
+
+
+class DiskFault(Fault):
+    """The disk is full, read-only or failing; whatever was whole before is whole still."""
+
+    code = 5
+
+
+class HubFault(Fault):
+    """A download from or a push to the Hub failed; what lies on the local disk is complete."""
+
+    code = 6
+
+
+class IntegrityFault(Fault):
+    """A file is not what its digest says: cut short, changed or missing."""
+
+    code = 7
+
+
+class Locked(Fault):
+    """Another process is writing to the same folder."""
+
+    code = 8

@@ -1,0 +1,103 @@
+"""Pictures from a prompt: a run's result, a model folder or a Hub repository, through the stock diffusers pipeline."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from limner import durable, engines
+from limner.faults import InputFault
+from limner.snapshot import LORA
+
+
+def run(
+    model: str, prompts: Sequence[str], *, prompt_file: Path | None = None, negative_prompt: str | None = None, seed: int = 0, count: int = 1, steps: int = 25,
+    guidance_scale: float = 7.5, scheduler: str | None = None, size: int | None = None, batch_size: int = 4, base: str | None = None, precision: str = "no",
+    device: str | None = None, output: Path = Path("pictures"), grid: Path | None = None,
+) -> list[Path]:  # fmt: skip
+    """Draw ``count`` pictures for each prompt and write them as PNG files; returns their paths, prompt by prompt.
+
+    Args:
+        model: the folder of a run (full or LoRA), a folder in the diffusers layout, or a Hub repository.
+        seed: of the first picture of each prompt; picture k has seed + k, whatever the batch size.
+        base: base model of a LoRA; by default the one that the run was trained on.
+
+    Raises:
+        InputFault: when there is no prompt, or no model at that place.
+    """
+    wanted = [*prompts, *(read_prompts(prompt_file) if prompt_file is not None else [])]
+    if not wanted:
+        raise InputFault('no prompt: give one or more, e.g. limner generate RUN "a red apple", or --prompt-file FILE')
+    if min(count, steps, batch_size) < 1:
+        raise InputFault(f"count, steps and batch size must be at least 1; they are {count}, {steps}, {batch_size}")
+    source, lora, settings = locate(model, base)
+    captions = [prompt for prompt in wanted for _ in range(count)]
+    seeds = [seed + k for _ in wanted for k in range(count)]
+    pipeline = engines.open_pipeline(source, lora=lora, scheduler=scheduler, precision=precision, device=device, **settings)
+    pictures = engines.draw(pipeline, captions, seeds, steps=steps, guidance_scale=guidance_scale, size=size, negative=negative_prompt, batch=batch_size)
+    paths = []
+    with durable.disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        for i, (caption, number, picture) in enumerate(zip(captions, seeds, pictures, strict=True)):
+            paths.append(output / f"{i:03d}-{slug(caption)}-{number}.png")
+            Image.fromarray(picture).save(paths[-1])
+        if grid is not None:
+            grid.parent.mkdir(parents=True, exist_ok=True)
+            contact_sheet([pictures[i : i + count] for i in range(0, len(pictures), count)], wanted).save(grid)
+    print("\n".join(map(str, [*paths, *([grid] if grid else [])])))
+    return paths
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt per line; empty lines do not count."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFault(f"{path}: cannot be read as a text file with one prompt per line: {error}") from error
+
+
+def locate(model: str, base: str | None) -> tuple[str, Path | None, dict[str, str | None]]:
+    """The pipeline to load, the LoRA to put on it, and which variant and revision, for what the user named."""
+    folder = Path(model)
+    if not folder.is_dir() or (folder / "model_index.json").exists():
+        return model, None, {}
+    if not (folder / LORA).exists():
+        raise InputFault(f"{folder}: neither a diffusers folder (model_index.json) nor a LoRA ({LORA}); a run has its result here when it has finished")
+    trained: dict[str, str | None] = {}
+    if (folder / "config.json").exists():
+        trained = json.loads((folder / "config.json").read_text()).get("model", {})
+    source = base or trained.get("base")
+    if not source:
+        raise InputFault(f"{folder}: the base model of this LoRA is not known; give it with --base")
+    return source, folder, {} if base else {"variant": trained.get("variant"), "revision": trained.get("revision")}
+
+
+def slug(text: str) -> str:
+    """A file name's part made of a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "picture"
+
+
+def contact_sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str], *, heads: Sequence[str] = (), tile: int | None = None) -> Image.Image:
+    """One row per caption, one column per picture, with captions at the left and column heads above; pictures uint8 [h, w, 3]."""
+    side = tile or max(128, max(p.shape[0] for row in rows for p in row))
+    font, margin, left, top = ImageFont.load_default(13), 6, 200, 28 if heads else 6
+    sheet = Image.new("RGB", (left + (side + margin) * max(map(len, rows)) + margin, top + (side + margin) * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for x, head in enumerate(heads):
+        pen.text((left + margin + x * (side + margin), 8), head, fill="black", font=font)
+    for y, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+        pen.multiline_text((margin, top + y * (side + margin) + 8), wrap(caption, 26), fill="black", font=font)
+        for x, picture in enumerate(row):
+            scaled = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST if picture.shape[0] < side else Image.Resampling.LANCZOS)
+            sheet.paste(scaled, (left + margin + x * (side + margin), top + y * (side + margin)))
+    return sheet
+
+
+def wrap(text: str, width: int) -> str:
+    """Lines of at most ``width`` characters where words allow."""
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width)[:6])

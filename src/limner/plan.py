@@ -1,0 +1,116 @@
+"""What a run comes to, before any weight is loaded: batch arithmetic, steps, and whether it may go on from a checkpoint."""
+
+import math
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from limner import config, durable, rng
+from limner.faults import InputFault
+
+# Settings that may differ from the checkpoint's: they move no example, or are compared in another way (by content, by what they come to).
+FREE = ("run", "log.", "preview.", "checkpoint.", "export.", "watch.every", "watch.timesteps", "train.", "data.threads", "data.cache", "data.cache_dir", "data.folder")
+FREE += ("data.hub", "data.hub_config", "data.hub_revision", "data.hub_files", "data.split", "data.image", "data.caption", "data.bad", "data.max_pixels")
+FREE += ("model.base", "model.revision", "model.trained_revision", "model.variant", "model.cache_dir", "engine.device", "engine.gradient_checkpointing", "engine.attention")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run: global batch, micro-batch per device, micro-batches per step, processes, optimizer steps, seed."""
+
+    batch: int
+    micro: int
+    accumulate: int
+    world: int
+    steps: int
+    seed: int
+    records: int
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps in which every record is seen once; a batch may span two epochs."""
+        return self.records / self.batch
+
+    def every(self, steps: int | None, epochs: float | None) -> int | None:
+        """An interval in optimizer steps, given in steps or in epochs."""
+        return steps if epochs is None else max(1, math.ceil(epochs * self.steps_per_epoch))
+
+
+def make(cfg: config.Config, world: int, records: int, saved: dict[str, Any] | None, seed: int) -> Plan:
+    """Divide the global batch among processes and micro-batches; on resume the checkpoint's global batch and seed hold.
+
+    Raises:
+        InputFault: when it does not divide, or when the recipe asks for another batch or seed than the checkpoint's.
+    """
+    t = cfg.train
+    batch = t.batch if t.batch is not None else (t.micro or 1) * (t.accumulate or 1) * world
+    if saved is not None:
+        before = saved["config"]["train"]
+        as_before = (t.batch, t.micro, t.accumulate or 1) == (None, before["micro"], before["accumulate"] or 1) and before["batch"] is None
+        if batch != saved["batch"] and not as_before:  # asked for as before, it is another only because the number of processes is
+            raise InputFault(f"train.batch: this run was begun with a global batch of {saved['batch']}, {batch} is asked for. Keep {saved['batch']}, or begin a new run in another folder.")
+        batch = saved["batch"]
+        if t.seed is not None and t.seed != saved["seed"]:
+            raise InputFault(f"train.seed: this run was begun with seed {saved['seed']}, {t.seed} is asked for. Keep {saved['seed']} or leave it out, or begin a new run in another folder.")
+    if batch % world:
+        raise InputFault(f"a global batch of {batch} cannot be divided among {world} processes; use a number of processes that divides it")
+    share = batch // world
+    micro = min(t.micro or share, share)
+    if share % micro:
+        raise InputFault(f"train.micro: each of {world} processes has {share} of the {batch} examples of a step, which micro-batches of {micro} do not divide; use a divisor of {share}")
+    steps = t.steps if t.steps is not None else math.ceil((t.epochs or 0) * records / batch)
+    return Plan(batch, micro, share // micro, world, max(1, steps), seed, records)
+
+
+def drawn_seed() -> int:
+    """A seed for a run that was given none."""
+    return secrets.randbelow(2**31)
+
+
+def identity(cfg: config.Config, plan: Plan, data: str, base: str) -> dict[str, Any]:
+    """What a checkpoint remembers of its run, besides arrays: all that its future depends on."""
+    return {
+        "config": config.plain(cfg), "seed": plan.seed, "batch": plan.batch, "world": plan.world, "records": plan.records,
+        "data": data, "base": base, "draws": draws(plan.seed), "numpy": np.__version__,
+    }  # fmt: skip
+
+
+def draws(seed: int) -> str:
+    """A digest of some draws: another numpy might make other normal numbers from the same bits, and a resumed run would notice."""
+    numbers = np.concatenate([rng.at(seed, "noise", p).standard_normal(64, np.float32) for p in range(4)])
+    return durable.digest_json([numbers.tobytes().hex(), rng.at(seed, "order", 0).permutation(32).tolist()])
+
+
+def must_match(saved: dict[str, Any], now: dict[str, Any], step: int) -> None:
+    """Refuse to go on from a checkpoint when what the weights depend on has changed.
+
+    Raises:
+        InputFault: naming each setting, its value in the checkpoint and its value now.
+    """
+    before, after = config.flat(saved["config"]), config.flat(now["config"])
+    allowed = tuple(now["config"]["checkpoint"]["allow"])
+    problems = []
+    for name in sorted(before.keys() | after.keys()):
+        free = any(name == f or (f.endswith(".") and name.startswith(f)) for f in FREE)
+        if not free and name not in allowed and before.get(name) != after.get(name):
+            problems.append(f"{name}: was {before.get(name)!r}, now {after.get(name)!r}")
+    if saved["data"] != now["data"]:
+        had, has = (f"{run['records']} records of {source_of(run['config']['data'])}" for run in (saved, now))
+        problems.append(f"the data set: was {had}, now {has}, and the pictures or captions are not the same")
+    if saved["base"] != now["base"]:
+        bases = [run["config"]["model"]["base"] for run in (saved, now)]
+        problems.append(f"the base model: was {bases[0]}, now {bases[1]}, and the weights or configuration are not the same")
+    if saved["draws"] != now["draws"]:
+        problems.append(f"random numbers: numpy {saved['numpy']} drew others than numpy {now['numpy']} does; install numpy {saved['numpy']}")
+    if problems:
+        raise InputFault(
+            f"checkpoint-{step} cannot be gone on from, since this has changed:\n  " + "\n  ".join(problems)
+            + "\nPut it back, begin a new run in another folder, or name the settings that may change in checkpoint.allow."
+        )  # fmt: skip
+
+
+def source_of(data: dict[str, Any]) -> str:
+    """What a data section of a config names."""
+    return data["folder"] or data["hub"] or "the caller's own"

@@ -1,0 +1,52 @@
+"""What a recipe comes to, in words: every setting, the batch arithmetic and the steps; no weight and no picture is read."""
+
+import json
+import math
+import os
+from typing import Any
+
+from limner import config, plan
+from limner.data import records
+from limner.families import FAMILIES
+from limner.faults import InputFault
+
+
+def text(cfg: config.Config) -> str:
+    """The resolved settings as TOML, then batch arithmetic for the number of processes that this command was launched with."""
+    cfg.check()
+    if cfg.model.family not in FAMILIES:
+        raise InputFault(f"model.family: {cfg.model.family!r} is not one of {', '.join(FAMILIES)}")
+    raw = config.plain(cfg)
+    lines = [f"run = {json.dumps(raw.pop('run'))}"]
+    for section, values in raw.items():
+        lines += ["", f"[{section}]", *(f"{name} = {toml(value)}" for name, value in values.items() if value is not None)]
+        lines += [f"# {name} is not set" for name, value in values.items() if value is None]
+    return "\n".join([*lines, "", *arithmetic(cfg)])
+
+
+def toml(value: Any) -> str:
+    """A plain value as TOML writes it."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {toml(v)}" for k, v in value.items()) + " }"
+    return json.dumps(value)
+
+
+def arithmetic(cfg: config.Config) -> list[str]:
+    """How the global batch is divided, and what an epoch comes to."""
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    count = len(records.open_source(cfg.data, lambda line: None)) if cfg.data.folder is not None else None
+    learned = None if count is None else min(count, cfg.data.limit or count) - cfg.watch.hold_out
+    numbers = plan.make(cfg, world, learned or 1, None, cfg.train.seed or 0)
+    lines = [
+        f"# one optimizer step: {numbers.batch} examples = {world} processes x {numbers.accumulate} micro-batches x {numbers.micro}",
+        f"# seed: {'one is drawn when the run begins' if cfg.train.seed is None else cfg.train.seed}",
+    ]
+    if learned is None:
+        return [*lines, f"# the data set {cfg.data.hub} is on the Hub: its size is known when the run begins"]
+    warm = f", the first {cfg.optim.warmup} of them warming up" if cfg.optim.warmup and cfg.optim.schedule != "constant" else ""
+    return [
+        *lines,
+        f"# records: {count} listed, {cfg.watch.hold_out} held out, {learned} to train on",
+        f"# one epoch: {numbers.steps_per_epoch:g} steps; the run: {numbers.steps} steps{warm}, each record about {numbers.steps * numbers.batch / max(1, learned):.1f} times",
+        f"# checkpoints: {math.ceil(numbers.steps / cfg.checkpoint.every)}, of which {'all' if cfg.checkpoint.keep is None else cfg.checkpoint.keep} are kept",
+    ]

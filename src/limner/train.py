@@ -1,0 +1,337 @@
+"""Training, whole: what is checked, what is encoded, and the loop. Run it again to continue."""
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from limner import base, checkpoint, config, durable, engines, export, log, plan, rng, schedule, snapshot
+from limner.cache import Store
+from limner.data import index, records
+from limner.data.prefetch import prefetch
+from limner.data.stream import Stream
+from limner.engine import Engine, FirstFault, State, World
+from limner.families import FAMILIES
+from limner.family import Family
+from limner.faults import InputFault, NonFinite, Stopped
+from limner.features import Encoded
+from limner.objective import Objective
+
+Tell = Callable[[str], None]
+
+
+def say(text: str) -> None:
+    """Tell the user one thing, beside the progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+@dataclass
+class Run:
+    """Everything that training needs, checked and ready; see ``prepare``."""
+
+    cfg: config.Config
+    plan: plan.Plan
+    family: Family
+    base: base.Base
+    process: World
+    engine: Engine
+    stream: Stream
+    held_out: tuple[index.Entry, ...]
+    found: checkpoint.Checkpoint | None
+    identity: dict[str, Any]
+    tell: Tell
+    stop: "Stop"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.run)
+
+
+def run(cfg: config.Config, source: records.Source | None = None, tell: Tell = say) -> Path:
+    """Train as the config says, going on from the newest good checkpoint; returns the folder that holds the result.
+
+    Args:
+        source: pictures and captions of one's own, any object with ``len`` and ``[i] -> Record``; else ``data.folder`` or ``data.hub``.
+        tell: receives what is worth saying, a line at a time.
+
+    Raises:
+        Fault: of the kind that fits, with a message for the user; nothing that was whole is lost.
+    """
+    cfg.check(own_records=source is not None)
+    with Stop() as stop, contextlib.closing(engines.join(cfg.engine)) as process:
+        if process.rank:
+            tell = lambda text: None  # noqa: E731 - the first process speaks for all
+        with contextlib.ExitStack() as held:
+            process.first(lambda: held.enter_context(durable.lock(Path(cfg.run))) or durable.sweep(Path(cfg.run)))
+            job = prepare(cfg, source, process, tell, stop)
+            if is_finished(job):
+                tell(f"{job.folder}: finished at step {job.plan.steps}; nothing to do. Ask for more with train.steps.")
+                return job.folder
+            settings = {**config.plain(cfg), "train": {**config.plain(cfg.train), "seed": job.plan.seed}}
+            process.first(lambda: durable.write_text(job.folder / "config.json", json.dumps(settings, indent=1)))
+            if job.found is None or job.found.step < job.plan.steps:
+                encode(job)
+                train(job)
+            process.first(lambda: finish(job))
+    return Path(cfg.run)
+
+
+def prepare(cfg: config.Config, source: records.Source | None, process: World, tell: Tell, stop: "Stop") -> Run:
+    """Look at everything that can be wrong, before any weight is loaded."""
+    folder = Path(cfg.run)
+    family = FAMILIES.get(cfg.model.family)
+    if family is None:
+        raise InputFault(f"model.family: {cfg.model.family!r} is not one of {', '.join(FAMILIES)}")
+    where = process.first(lambda: found_at(folder, cfg.checkpoint.resume, tell))
+    found = None if where is None else checkpoint.trusted(Path(where))
+    seed = found.state["seed"] if found else process.first(lambda: plan.drawn_seed() if cfg.train.seed is None else cfg.train.seed)
+    process.first(lambda: base.open_base(cfg.model, family) and None)  # downloads once
+    opened = base.open_base(cfg.model, family)
+    print_of_base = process.first(lambda: opened.fingerprint(*family.components))
+    objective = Objective.of(opened.configs["scheduler"], cfg.objective)
+    source = records.open_source(cfg.data, tell) if source is None else source
+    looked = index.Index.of_plain(process.first(lambda: look(source, cfg, tell)))
+    used = looked if cfg.data.limit is None else looked.limited(cfg.data.limit, seed)
+    if cfg.watch.hold_out >= len(used.entries):
+        raise InputFault(f"watch.hold_out: {cfg.watch.hold_out} records are held out of {len(used.entries)}, so that none is left to train on")
+    order = rng.at(seed, "hold out", 0).permutation(len(used.entries))
+    held = {int(i) for i in order[: cfg.watch.hold_out]}
+    learned = tuple(e for i, e in enumerate(used.entries) if i not in held)
+    numbers = plan.make(cfg, process.world, len(learned), found.state if found else None, seed)
+    identity = plan.identity(cfg, numbers, used.digest, print_of_base)
+    if found is not None:
+        plan.must_match(found.state, identity, found.step)
+        if numbers.steps < found.step:
+            tell(f"checkpoint-{found.step} is past the {numbers.steps} steps that are asked for")
+    engine = engines.open_engine(cfg, opened, family, process, numbers.micro, tell)
+    encoded = Encoded(family, engine.parts, *stores(cfg, opened, process, tell), cfg.engine.encode_batch)
+    stream = Stream(learned, source, cfg.data, cfg.objective, objective, family, opened.configs, encoded, numbers.seed, numbers.batch)
+    held_out = tuple(used.entries[i] for i in sorted(held))
+    return Run(cfg, numbers, family, opened, process, engine, stream, held_out, found, identity, tell, stop)
+
+
+def found_at(folder: Path, resume: str, tell: Tell) -> str | None:
+    """The folder of the checkpoint to go on from, verified; None to begin afresh."""
+    there = checkpoint.listed(folder)
+    if resume == "never":
+        if there:
+            raise InputFault(f"{folder} holds {there[0].name}. To go on from it pass --resume_from_checkpoint latest (or checkpoint.resume=auto); to begin afresh choose another folder.")
+        return None
+    found = checkpoint.find(folder, "latest" if resume == "auto" else resume, tell)
+    if found is None and (there or resume == "latest"):
+        tell(f"{folder}: there is no checkpoint that can be used; beginning afresh")
+    return None if found is None else str(found.folder)
+
+
+def look(source: records.Source, cfg: config.Config, tell: Tell) -> dict[str, Any]:
+    """Read every record once; what is bad is refused, or written to ``skipped.jsonl``."""
+    known = None if cfg.data.cache == "off" else cache_folder(cfg) / "known-pictures.jsonl"
+    looked = index.look(source, cfg.data, known=known, tell=tell)
+    if looked.skipped:
+        index.write_skipped(Path(cfg.run), looked.skipped)
+        tell(f"{len(looked.skipped)} of {len(source)} records are skipped; {Path(cfg.run) / 'skipped.jsonl'} says which and why")
+    return looked.to_plain()
+
+
+def cache_folder(cfg: config.Config) -> Path:
+    """Where encoded pictures and captions are kept."""
+    return durable.user_cache() if cfg.data.cache == "auto" else Path(cfg.data.cache)
+
+
+def stores(cfg: config.Config, opened: base.Base, process: World, tell: Tell) -> tuple[Store | None, Store | None]:
+    """The caches of picture and caption features, each named by what its numbers depend on."""
+    if cfg.data.cache == "off":
+        return None, None
+    root, how = cache_folder(cfg), [1, cfg.engine.kind, cfg.engine.encode_batch, engines.device_kind(process)]
+    names = [f"{kind}-{durable.digest_json([how, process.first(partial(opened.fingerprint, *parts))])}" for kind, parts in (("picture", ("vae",)), ("caption", ("text_encoder", "tokenizer")))]
+    return Store(root / names[0], tell), Store(root / names[1], tell)
+
+
+def is_finished(job: Run) -> bool:
+    """Whether the last step's checkpoint and the result are both there and whole."""
+    done = job.found is not None and job.found.step >= job.plan.steps
+    return done and job.process.first(lambda: export.result_is_whole(job.folder, job.found.step if job.found else 0))
+
+
+def encode(job: Run) -> None:
+    """Fill the caches, each process its share, and let go of the encoders when training will not need them."""
+    entries = (*job.stream.entries, *job.held_out)
+    captions = list(dict.fromkeys(c for e in entries for c in e.captions)) + ([""] if job.cfg.data.drop_caption else [])
+    requests = [job.stream.picture(e, g) for e in entries for g in job.stream.variants(e) or ()]
+    parts, limit = job.engine.parts(), 0
+    for tokenizer in job.family.tokenizers:
+        limit = parts.limit(tokenizer)  # type: ignore[attr-defined]
+        pairs = [(e.key, c) for e in entries for c in e.captions]
+        if long := index.caption_report(pairs, partial(parts.lengths, tokenizer), limit):  # type: ignore[attr-defined]
+            job.tell(f"{len(long)} captions have more than the {limit} tokens that the text encoder sees and are cut: {', '.join(f'{o.key} ({o.tokens})' for o in long[:10])}")
+    mine = slice(job.process.rank, None, job.process.world)
+    job.stream.encoded.fill_texts(captions[mine], job.stop.check)
+    job.stream.encoded.fill_images(requests[mine], job.stop.check)
+    job.process.barrier()
+    job.stream.encoded.refresh()
+    if job.stream.encoded.complete and all(job.stream.variants(e) is not None for e in entries):
+        job.engine.release()
+
+
+def train(job: Run) -> State:
+    """The loop. Learning rate, decay and seeds are functions of the step; nothing else has a clock."""
+    cfg, engine, stream, total = job.cfg, job.engine, job.stream, job.plan.steps
+    state, step = engine.init(job.plan.seed), 0
+    if job.found is not None:
+        state, step = engine.restore(state, snapshot.reader(job.found, cfg.adapt, job.family)), job.found.step
+        job.tell(f"going on from {job.found.folder.name}")
+    watch = Watcher(job, step)
+    load = partial(stream.batch, rank=job.process.rank, world=job.process.world)
+    preview_every = job.plan.every(cfg.preview.every, cfg.preview.every_epochs)
+    with contextlib.closing(prefetch(load, step, total, threads=cfg.data.threads)) as batches, watch:
+        if job.held_out and step == 0:
+            watch.held_out(state, step)
+        for batch in batches:
+            rate = schedule.learning_rate(step, peak=cfg.optim.learning_rate, schedule=cfg.optim.schedule, warmup=cfg.optim.warmup, total=total, cycles=cfg.optim.cycles)
+            decay = None if cfg.optim.ema is None else schedule.ema_decay(step, cfg.optim.ema)
+            state, metrics = engine.step(state, batch, step=step, learning_rate=rate, ema=decay, seed=job.plan.seed)
+            step += 1
+            watch.add(metrics, rate)
+            stopping = job.process.any(job.stop.asked) and step < total
+            last = step == total or stopping
+            if due(step, cfg.log.every, last):
+                watch.metrics(state, step)
+            if job.held_out and due(step, cfg.watch.every, step == total):
+                watch.held_out(state, step)
+            if cfg.preview.prompts and preview_every and due(step, preview_every, step == total):
+                watch.preview(state, step)
+            if due(step, cfg.checkpoint.every, last):
+                save(job, state, step)
+            if stopping:
+                raise Stopped(f"stopped at step {step} of {total}; {job.folder / f'checkpoint-{step}'} is saved. Run the same command again to go on.")
+    return state
+
+
+def due(step: int, every: int, last: bool) -> bool:
+    return last or step % every == 0
+
+
+def save(job: Run, state: State, step: int) -> None:
+    """A checkpoint, written by the first process while the others wait; never of a state with a fault."""
+    not_finite_check(job, state, [])
+    groups = job.engine.snapshot(state)
+    trained = job.base.configs[job.family.trains]
+    job.process.first(lambda: str(snapshot.save(job.folder, step, groups, job.identity, job.cfg, job.family, trained)))
+
+
+def not_finite_check(job: Run, state: State, metrics: list[Any]) -> list[dict[str, float]]:
+    """Fetch metrics; a fault is raised as ``NonFinite`` with its step and its examples."""
+    try:
+        return job.engine.fetch(state, metrics)
+    except FirstFault as fault:
+        names = job.stream.names(fault.step)
+        there = checkpoint.listed(job.folder)
+        raise NonFinite(
+            f"step {fault.step + 1}: the loss or the gradient is not a finite number; the weights were not touched by it. Examples of this step: {', '.join(names)}. "
+            f"Last checkpoint: {there[0].name if there else 'none'}. Look at these pictures, lower optim.learning_rate, or train in bf16 or float32."
+        ) from None
+
+
+def finish(job: Run) -> None:
+    """The result, from the last checkpoint on disk; then, where it is wished for, the push."""
+    last = checkpoint.read(job.folder / f"checkpoint-{max(job.plan.steps, job.found.step if job.found else 0)}")
+    export.write(last, job.cfg, job.base, job.family, job.stream.objective.predict)
+    job.tell(f"{job.folder}: the result of step {last.step} is here")
+    if job.cfg.export.hub is not None:
+        export.push(job.folder, job.cfg.export.hub, job.cfg.export.private, job.tell)
+
+
+@dataclass
+class Watcher:
+    """What is seen of a run: the progress bar, metrics.jsonl and other sinks, held-out loss, previews. It changes no number."""
+
+    job: Run
+    begun: int
+    pending: list[Any] = field(default_factory=list)
+    rate: float = 0.0
+
+    def __enter__(self) -> "Watcher":
+        job, cfg = self.job, self.job.cfg
+        self.sink = log.open_sinks(cfg, job.folder, self.begun) if job.process.rank == 0 else None
+        self.bar = tqdm(total=job.plan.steps, initial=self.begun, desc="training", unit="step", disable=True if job.process.rank else None, dynamic_ncols=True)
+        self.clock, self.at = time.monotonic(), self.begun
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.sink is not None:
+            self.sink.close()
+
+    def add(self, metrics: Any, rate: float) -> None:
+        self.pending.append(metrics)
+        self.rate = rate
+        self.bar.update()
+
+    def metrics(self, state: State, step: int) -> None:
+        """Mean loss since the last time, gradient norm and learning rate of the last step, and images per second."""
+        rows, self.pending = not_finite_check(self.job, state, self.pending), []
+        speed = (step - self.at) * self.job.plan.batch / max(1e-9, time.monotonic() - self.clock)
+        self.clock, self.at = time.monotonic(), step
+        loss = math.fsum(r["loss"] for r in rows) / max(1, len(rows))
+        self.write(step, {"loss": loss, "learning_rate": self.rate, "grad_norm": rows[-1]["grad_norm"] if rows else math.nan, "images_per_second": speed})
+        self.bar.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{speed:.1f}"})
+
+    def held_out(self, state: State, step: int) -> None:
+        """Mean loss over the held-out records, with the weights that will be the result."""
+        job, sums = self.job, [0.0, 0.0]
+        for count, batch in job.stream.held_out(job.held_out, job.cfg.watch.timesteps, job.process.rank, job.process.world):
+            losses = job.engine.losses(state, batch, average=True)[:count]
+            sums = [sums[0] + math.fsum(losses.tolist()), sums[1] + count]
+        sums = job.process.total(sums)
+        self.write(step, {"held_out_loss": sums[0] / sums[1]})
+
+    def preview(self, state: State, step: int) -> None:
+        """Pictures for the prompts of the recipe, with fixed seeds."""
+        p, job = self.job.cfg.preview, self.job
+        prompts = [prompt for prompt in p.prompts for _ in range(p.count)]
+        seeds = [job.plan.seed + k for _ in p.prompts for k in range(p.count)]
+        if job.process.rank == 0 and self.sink is not None:
+            made = job.engine.pictures(state, prompts, seeds, steps=p.steps, guidance_scale=p.guidance_scale, size=job.cfg.data.size)
+            self.sink.images(step, "validation", list(zip(prompts, made, strict=True)))
+        job.process.barrier()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if self.sink is not None:
+            self.sink.write(step, values)
+
+
+class Stop:
+    """Turns the first SIGTERM or Ctrl-C into a request that the loops look at; a second one ends the process as usual."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        signal.signal(number, self.before[number])
+
+    def check(self) -> None:
+        """Raise ``Stopped`` when a stop was asked for while nothing has been trained."""
+        if self.asked:
+            raise Stopped("stopped before training began; what was encoded is kept. Run the same command again to go on.")
+

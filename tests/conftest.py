@@ -1,0 +1,70 @@
+"""What every test stands on: one thread, no network, a cache and an environment of its own, and two small folders that are built once."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+
+LAUNCHERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
+PREFIXES = ("ACCELERATE_", "FSDP_", "DEEPSPEED_", "TORCHELASTIC_", "OMPI_", "PMI_", "MV2_", "WANDB_", "COMET_", "LIMNER_")
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT")
+
+
+def stranger(name: str) -> bool:
+    """Whether a variable of the shell would change what the tests see."""
+    return name in LAUNCHERS + TOKENS or name.startswith(PREFIXES)
+
+
+for name in filter(stranger, list(os.environ)):
+    del os.environ[name]
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # read when torch and tokenizers are imported
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """For fixtures that outlive a test."""
+    os.environ["LIMNER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("huggingface"))
+
+
+@pytest.fixture(autouse=True)
+def environment(shared_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of its own; whatever a test or a library sets is taken back."""
+    before = dict(os.environ)
+    os.environ["LIMNER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion; only read it."""
+    return tiny.stable_diffusion(tmp_path_factory.mktemp("base") / "sd")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve captioned pictures; only read them."""
+    return tiny.pictures(tmp_path_factory.mktemp("pictures") / "discs", 12)
+
+
+@pytest.fixture(scope="session")
+def sd(base: Path) -> Path:
+    """The tiny Stable Diffusion again; copy it before changing anything in it."""
+    return base
+
+
+@pytest.fixture(scope="session")
+def sd_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in half precision, only as variant fp16, its UNet in several files."""
+    import torch
+
+    return tiny.stable_diffusion(tmp_path_factory.mktemp("sd16") / "model", dtype=torch.float16, variant="fp16", shard="700KB")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=10, help="how many times the resume tests kill a run (10)")

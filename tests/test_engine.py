@@ -1,0 +1,290 @@
+"""The torch engine against independent computations with diffusers' own classes, and its own promises: nothing non-finite, nothing moved by looking."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel, compute_dream_and_update_latents, compute_snr
+
+from limner import config
+from limner.base import open_base
+from limner.engine import Batch, FirstFault
+from limner.engines.torch.engine import TorchEngine, TorchState
+from limner.engines.torch.world import World
+from limner.families.sd import SD
+from limner.faults import InputFault, IntegrityFault
+from limner.objective import Objective
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(base: Path, micro: int = 4, precision: str = "no", **sections) -> TorchEngine:
+    cfg = config.build(config.Config, {"model": {"base": str(base)}, "train": {"steps": 10, "batch": 4}, **sections})
+    said: list[str] = []
+    engine = TorchEngine(cfg, open_base(cfg.model, SD), SD, World("cpu", precision), micro, said.append)
+    engine.said = said
+    return engine
+
+
+def batch(engine: TorchEngine, seed: int = 0, rows: int = 4) -> Batch:
+    g = np.random.default_rng(seed)
+    objective = Objective.of(engine.base.configs["scheduler"], engine.cfg.objective)
+    numbers = vars(objective.at(g.random(rows)))
+    normal = lambda *shape: g.standard_normal((rows, *shape)).astype(np.float32)  # noqa: E731
+    return {"x0": normal(4, 16, 16), "noise": normal(4, 16, 16), "context": normal(77, 32), **numbers}
+
+
+def steps(engine: TorchEngine, state: TorchState, count: int, first: int = 0, **options) -> list[dict[str, float]]:
+    out = []
+    for step in range(first, first + count):
+        state, metrics = engine.step(state, batch(engine, step), step=step, **{"learning_rate": 1e-3, "ema": None, "seed": 0, **options})
+        out.append(metrics)
+    return engine.fetch(state, out)
+
+
+def weights(engine: TorchEngine, state: TorchState) -> dict[str, np.ndarray]:
+    return {f"{group}/{name}": array.copy() for group, arrays in engine.snapshot(state) for name, array in arrays.items()}
+
+
+def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return one.keys() == other.keys() and all(one[k].dtype == other[k].dtype and np.array_equal(one[k], other[k]) for k in one)
+
+
+def reference(base: Path, b: Batch, prediction: str, gamma: float | None) -> tuple[UNet2DConditionModel, torch.Tensor]:
+    """The network after one backward pass, and the loss, as diffusers' scheduler and training utilities make them."""
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet").train()
+    scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+    x0, noise, t, context = (torch.from_numpy(b[k]) for k in ("x0", "noise", "t", "context"))
+    target = noise if prediction == "epsilon" else scheduler.get_velocity(x0, noise, t)
+    each = (unet(scheduler.add_noise(x0, noise, t), t, context).sample - target).square().mean((1, 2, 3))
+    if gamma is not None:
+        snr = compute_snr(scheduler, t)
+        each = each * snr.clamp(max=gamma) / (snr + (prediction == "v_prediction"))
+    loss = each.mean()
+    loss.backward()
+    return unet, loss.detach()
+
+
+@pytest.mark.parametrize(("prediction", "gamma"), [("epsilon", None), ("epsilon", 5.0), ("v_prediction", 5.0)])
+def test_a_step_is_diffusers_objective_then_clipped_adamw(sd, prediction, gamma):
+    engine = make(sd, micro=2, objective={"predict": prediction, "min_snr": gamma}, optim={"max_grad_norm": 0.5, "eps": 1e-3})
+    state, b = engine.init(0), batch(engine)
+    unet, loss = reference(sd, b, prediction, gamma)
+    norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 0.5)
+    torch.optim.AdamW(unet.parameters(), lr=1e-3, eps=1e-3).step()
+    state, metrics = engine.step(state, b, step=0, learning_rate=1e-3, ema=None, seed=0)
+    [values] = engine.fetch(state, [metrics])
+    assert values["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert values["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    ours = dict(engine.snapshot(state))["model"]
+    for name, p in unet.named_parameters():
+        np.testing.assert_allclose(ours[name], p.detach().numpy(), rtol=0, atol=1e-6, err_msg=name)  # with this eps Adam is smooth where a gradient is tiny
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_update_after_clipping_has_the_norm_that_was_asked_for(sd, kind):
+    engine = make(sd, adapt={"kind": kind}, optim={"max_grad_norm": 1e-3, "betas": [0.0, 0.0], "eps": 1e3, "weight_decay": 0.0})
+    state = engine.init(0)
+    before = state.arena.flat.detach().clone()
+    [values] = steps(engine, state, 1, learning_rate=1e6)  # with such an epsilon Adam's update is the clipped gradient itself, times lr / eps
+    assert values["grad_norm"] > 0.01
+    update = (before - state.arena.flat.detach()) / 1e3
+    assert update.norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_micro_batches_change_rounding_only(sd, kind):
+    norms = []
+    for micro in (4, 2, 1):
+        engine = make(sd, micro=micro, adapt={"kind": kind})
+        norms.append([v for m in steps(engine, engine.init(3), 3) for v in m.values()])
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-5)
+    np.testing.assert_allclose(norms[2], norms[0], rtol=1e-5)
+
+
+def test_gradient_checkpointing_gives_equal_gradients(sd):
+    gradients = []
+    for on in (False, True):
+        engine = make(sd, engine={"gradient_checkpointing": on})
+        state = engine.init(0)
+        assert state.net.is_gradient_checkpointing is on
+        steps(engine, state, 1, learning_rate=0.0)
+        gradients.append(state.arena.flat.grad.clone())
+    assert gradients[0].norm() > 0
+    np.testing.assert_allclose(gradients[1].numpy(), gradients[0].numpy(), rtol=1e-6, atol=1e-6 * gradients[0].abs().max().item())
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_average_is_diffusers_emamodel(sd, offload):
+    from limner.schedule import ema_decay
+
+    engine = make(sd, optim={"ema": 0.5, "ema_offload": offload})
+    state = engine.init(0)
+    average = EMAModel([torch.nn.Parameter(state.arena.flat.detach().clone())], decay=0.5)
+    for step in range(4):
+        steps(engine, state, 1, first=step, ema=ema_decay(step, 0.5))
+        average.step([torch.nn.Parameter(state.arena.flat.detach().clone())])
+    assert not torch.equal(state.ema, state.arena.flat)
+    np.testing.assert_allclose(state.ema.numpy(), average.shadow_params[0].detach().numpy(), rtol=1e-6, atol=1e-7)
+
+
+def test_dream_is_diffusers_dream(sd):
+    engine = make(sd, objective={"dream": 2.0})
+    state, b = engine.init(0), batch(engine)
+    scheduler = DDPMScheduler.from_pretrained(sd, subfolder="scheduler")
+    x0, noise, t, context = (torch.from_numpy(b[k]) for k in ("x0", "noise", "t", "context"))
+    unet = UNet2DConditionModel.from_pretrained(sd, subfolder="unet").train()
+    noisy, target = compute_dream_and_update_latents(unet, scheduler, t, noise, scheduler.add_noise(x0, noise, t), noise, context, 2.0)
+    want = (unet(noisy, t, context).sample - target).square().mean((1, 2, 3))
+    np.testing.assert_allclose(engine.losses(state, b, average=False), want.detach().numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("where", ["x0", "context", "w"])
+def test_what_is_not_finite_never_reaches_weights_or_average(sd, kind, where):
+    engine = make(sd, adapt={"kind": kind}, optim={"ema": 0.9})
+    state = engine.init(0)
+    steps(engine, state, 1, ema=0.0)
+    before = weights(engine, state)
+    bad = batch(engine, 1)
+    bad[where].reshape(-1)[0] = np.nan if where != "w" else np.inf
+    engine.step(state, bad, step=1, learning_rate=1e-3, ema=0.5, seed=0)
+    assert same(before, weights(engine, state))
+    with pytest.raises(FirstFault) as caught:
+        steps(engine, state, 1, first=2, ema=0.5)
+    assert caught.value.step == 1
+    assert all(np.isfinite(a).all() for a in weights(engine, state).values())
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_keeps_float32_masters_and_learns(sd, kind, precision):
+    engine = make(sd, precision=precision, adapt={"kind": kind}, optim={"ema": 0.9})
+    state = engine.init(0)
+    exact = make(sd, adapt={"kind": kind})
+    reference_state = exact.init(0)
+    ours, theirs = steps(engine, state, 4, ema=0.5), steps(exact, reference_state, 4)
+    np.testing.assert_allclose([m["loss"] for m in ours], [m["loss"] for m in theirs], rtol=3e-2)
+    np.testing.assert_allclose([m["grad_norm"] for m in ours], [m["grad_norm"] for m in theirs], rtol=0.1)
+    assert state.arena.flat.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in state.net.parameters() if p.requires_grad)
+    assert ours[0]["loss"] != theirs[0]["loss"]  # it really was computed in another precision
+
+
+def test_a_scaler_overflow_is_no_fault_and_its_state_is_saved(sd):
+    engine = make(sd, precision="fp16", optim={"ema": 0.9})
+    state = engine.init(0)
+    state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 2.0**40})
+    before = weights(engine, state)
+    steps(engine, state, 1, ema=0.5)
+    after = weights(engine, state)
+    assert same({k: v for k, v in before.items() if not k.startswith(("scaler", "optimizer"))}, {k: v for k, v in after.items() if not k.startswith(("scaler", "optimizer"))})
+    assert after["scaler/scale"] == 2.0**39
+    for step in range(1, 40):
+        steps(engine, state, 1, first=step, ema=0.5)
+    assert not same({k: v for k, v in before.items() if k.startswith("model")}, {k: v for k, v in weights(engine, state).items() if k.startswith("model")})
+    twin = engine.init(1)
+    groups = dict(engine.snapshot(state))
+    engine.restore(twin, groups.__getitem__)
+    assert same(weights(engine, state), weights(engine, twin))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_restore_is_the_inverse_of_snapshot_and_refuses_strangers(sd, kind):
+    engine = make(sd, adapt={"kind": kind, "dropout": 0.1 if kind == "lora" else 0.0}, optim={"ema": 0.9})
+    state = engine.init(0)
+    steps(engine, state, 3, ema=0.5)
+    groups = copy.deepcopy(dict(engine.snapshot(state)))
+    twin = engine.restore(engine.init(5), groups.__getitem__)
+    assert same(weights(engine, state), weights(engine, twin))
+    steps(engine, state, 2, first=3, ema=0.5), steps(engine, twin, 2, first=3, ema=0.5)
+    assert same(weights(engine, state), weights(engine, twin))
+    name = next(iter(groups["model"]))
+    for change in ({name: groups["model"][name][..., :1]}, {name: groups["model"][name].astype(np.float64)}, {"stranger": np.zeros(1, np.float32)}):
+        with pytest.raises(IntegrityFault):
+            engine.restore(engine.init(5), lambda g, c=change: {**groups[g], **c} if g == "model" else groups[g])
+
+
+def test_looking_moves_nothing(sd):
+    engine = make(sd, optim={"ema": 0.9}, adapt={"kind": "lora", "dropout": 0.2})
+    quiet, watched = engine.init(0), engine.init(0)
+    for step in range(3):
+        steps(engine, quiet, 1, first=step, ema=0.5)
+        steps(engine, watched, 1, first=step, ema=0.5)
+        engine.losses(watched, batch(engine, 99), average=True)
+        engine.losses(watched, batch(engine, 99), average=False)
+        [picture] = engine.pictures(watched, ["red circle"], [step], steps=2, guidance_scale=3.0, size=32)
+        assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
+        dict(engine.snapshot(watched))
+    assert same(weights(engine, quiet), weights(engine, watched))
+
+
+def test_losses_with_the_average_use_the_average(sd):
+    engine = make(sd, optim={"ema": 0.9})
+    state = engine.init(0)
+    b = batch(engine, 7)
+    first = engine.losses(state, b, average=False)
+    steps(engine, state, 3, ema=0.999)
+    assert np.abs(engine.losses(state, b, average=True) - first).max() < 0.1 * np.abs(engine.losses(state, b, average=False) - first).max()
+
+
+def test_lora_starts_from_the_base_and_from_the_same_values_everywhere(sd):
+    full, lora = make(sd), make(sd, adapt={"kind": "lora", "rank": 2, "alpha": 6.0})
+    b = batch(full)
+    state = lora.init(11)
+    np.testing.assert_array_equal(full.losses(full.init(0), b, average=False), lora.losses(state, b, average=False))
+    assert same(weights(lora, state), weights(lora, lora.init(11)))
+    assert not same(weights(lora, state), weights(lora, lora.init(12)))
+    names = list(dict(lora.snapshot(state))["model"])
+    assert all(n.endswith((".lora_A.weight", ".lora_B.weight")) for n in names)
+    assert {n.rsplit(".lora_", 1)[0].split(".")[-1] for n in names} == {"to_q", "to_k", "to_v", "0"}
+    module = next(m for m in state.net.modules() if hasattr(m, "scaling"))
+    assert module.scaling["default"] == 3.0
+    with pytest.raises(InputFault, match="no module named to_x"):
+        make(sd, adapt={"kind": "lora", "targets": ["to_x"]}).init(0)
+
+
+def test_what_cannot_run_is_refused_or_said(sd):
+    with pytest.raises(InputFault, match="adamw8bit"):
+        make(sd, optim={"kind": "adamw8bit"}).init(0)
+    engine = make(sd, engine={"attention": "xformers"})
+    state = engine.init(0)
+    assert len(engine.said) == 1 and "xFormers cannot run here" in engine.said[0]
+    plain = make(sd)
+    np.testing.assert_array_equal(engine.losses(state, batch(engine), average=False), plain.losses(plain.init(0), batch(plain), average=False))
+
+
+def test_dropout_is_addressed_by_the_step(sd):
+    engine = make(sd, adapt={"kind": "lora", "dropout": 0.5})
+    one, other = engine.init(0), engine.init(0)
+    torch.manual_seed(1)
+    first = steps(engine, one, 3)
+    torch.manual_seed(2)
+    assert steps(engine, other, 3) == first
+    plain = make(sd, adapt={"kind": "lora"})
+    assert steps(plain, plain.init(0), 3) != first
+
+
+def test_an_input_noise_of_its_own_is_what_the_network_sees(sd):
+    engine = make(sd)
+    state, b = engine.init(0), batch(engine)
+    same_noise = engine.losses(state, {**b, "input_noise": b["noise"]}, average=False)
+    np.testing.assert_array_equal(same_noise, engine.losses(state, b, average=False))
+    assert not np.allclose(same_noise, engine.losses(state, {**b, "input_noise": b["noise"] * 2}, average=False))
+
+
+def test_the_batch_weights_multiply_the_loss(sd):
+    engine = make(sd)
+    state, b = engine.init(0), batch(engine)
+    half = {**b, "w": replace(Objective.of(engine.base.configs["scheduler"], engine.cfg.objective)).at(np.zeros(4)).w * 0.5}
+    np.testing.assert_allclose(engine.losses(state, half, average=False), 0.5 * engine.losses(state, b, average=False), rtol=1e-6)

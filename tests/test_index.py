@@ -1,0 +1,246 @@
+"""The look at the data: what is good, what is not and why, and what it is called by content."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from limner import config
+from limner.data import image
+from limner.data.index import Entry, Index, caption_report, look, write_skipped
+from limner.data.records import BadRecord, Record
+from limner.faults import InputFault
+
+
+class Mine:
+    """A user's own source."""
+
+    def __init__(self, *records: Any):
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> Record:
+        if isinstance(self.records[i], Exception):
+            raise self.records[i]
+        return self.records[i]
+
+
+def seen(source: Any, *, known: Path | None = None, **settings: Any) -> Index:
+    told: list[str] = []
+    index = look(source, config.Data(size=4, **settings), known=known, tell=told.append)
+    assert len(told) == bool(index.skipped)
+    return index
+
+
+def picture(path: Path, seed: int = 0, size: tuple[int, int] = (9, 5), **options: Any) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def mixed(folder: Path) -> Mine:
+    """Six records: good, cut short, without a file, a bomb, a bad row, good."""
+    good = picture(folder / "good.png")
+    (folder / "cut.jpg").write_bytes(picture(folder / "whole.jpg", size=(64, 64)).read_bytes()[:-300])
+    big = picture(folder / "big.png", size=(200, 200))
+    others = [Record("cut.jpg", folder / "cut.jpg", ("b",)), Record("gone.png", folder / "gone.png", ("c",)), Record("big.png", big, ("d",))]
+    return Mine(
+        Record("good.png", good, ("a", "aa")),
+        *others,
+        BadRecord("row.png", "metadata.jsonl line 5: null"),
+        Record("more.png", picture(folder / "more.png", 1), ("e",)),
+    )
+
+
+def test_good_records_keep_their_order_rows_and_upright_sizes(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = picture(tmp_path / "turned.jpg", size=(30, 20), exif=exif)
+    array = np.zeros((7, 8, 4), np.uint8)
+    source = Mine(
+        Record("t", turned, ("x",)),
+        Record("b", (tmp_path / "turned.jpg").read_bytes(), ("y",)),
+        Record("n", array, ("z",)),
+        Record("p", Image.new("L", (5, 6)), ("",)),
+    )
+    index = seen(source, threads=3)
+    assert [(e.row, e.key, e.captions, e.height, e.width) for e in index.entries] == [
+        (0, "t", ("x",), 30, 20),
+        (1, "b", ("y",), 30, 20),
+        (2, "n", ("z",), 7, 8),
+        (3, "p", ("",), 6, 5),
+    ]
+    assert index.entries[0].digest == index.entries[1].digest and len({e.digest for e in index.entries}) == 3
+    assert [e.key for e in index.repeated] == ["b"] and [e.key for e in index.without_caption] == ["p"]
+    assert list(index.captions()) == [("t", "x"), ("b", "y"), ("n", "z"), ("p", "")]
+
+
+def test_refuse_names_each_bad_record_in_one_message(tmp_path: Path) -> None:
+    with pytest.raises(InputFault) as caught:
+        seen(mixed(tmp_path), max_pixels=10_000)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "4 of 6 records cannot be used:" and lines[-1] == 'Mend or remove them, or set data.bad="skip" to go on without them.'
+    assert lines[1].startswith("  cut.jpg: cannot be read: image file is truncated")
+    assert lines[2:5] == [
+        "  gone.png: no such file",
+        "  big.png: 200x200 pixels are more than data.max_pixels = 10000: a decompression bomb?",
+        "  row.png: metadata.jsonl line 5: null",
+    ]
+
+
+def test_skip_goes_on_without_them_and_writes_them_down(tmp_path: Path) -> None:
+    before = None
+    for threads in (1, 4):
+        index = seen(mixed(tmp_path), max_pixels=10_000, bad="skip", threads=threads)
+        assert [(e.row, e.key) for e in index.entries] == [(0, "good.png"), (5, "more.png")]
+        assert [key for key, _ in index.skipped] == ["cut.jpg", "gone.png", "big.png", "row.png"]
+        assert before in (None, index)
+        before = index
+    run = tmp_path / "run"
+    write_skipped(run, index.skipped)
+    rows = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    assert rows == [{"path": key, "reason": reason} for key, reason in index.skipped] and list(run.iterdir()) == [run / "skipped.jsonl"]
+    write_skipped(run, ())
+    assert list(run.iterdir()) == []
+
+
+def test_a_long_list_is_cut_after_ten() -> None:
+    source = Mine(*(BadRecord(f"{i}.png", "why") for i in range(14)), Record("g", np.zeros((4, 4), np.uint8), ("x",)))
+    with pytest.raises(InputFault) as caught:
+        seen(source)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "14 of 15 records cannot be used:" and lines[10] == "  9.png: why" and lines[11] == "  and 4 more" and len(lines) == 13
+
+
+def test_nothing_left_is_refused_even_when_skipping(tmp_path: Path) -> None:
+    with pytest.raises(InputFault, match=r"None is left to train on\."):
+        seen(Mine(BadRecord("a", "b")), bad="skip")
+    with pytest.raises(InputFault, match="no records"):
+        seen(Mine())
+
+
+def test_a_thread_of_a_picture_is_refused() -> None:
+    with pytest.raises(InputFault, match=r"2000x1 pixels are too long and thin: 8000x4 once the shorter side is data\.size = 4"):
+        seen(Mine(Record("thin", np.zeros((1, 2000), np.uint8), ("x",))), max_pixels=10_000)
+
+
+def test_a_stranger_in_the_source_is_named() -> None:
+    with pytest.raises(InputFault, match=r"record 0 of the source is dict; limner\.Record"):
+        seen(Mine({"image": 1}))
+
+
+def test_an_unknown_background_is_refused_before_any_picture_is_read() -> None:
+    with pytest.raises(InputFault, match=r"data\.background"):
+        seen(Mine(ValueError("was read")), background="whit")
+
+
+def test_the_digest_is_of_content_not_of_names(tmp_path: Path) -> None:
+    def digest(*parts: tuple[str, int, tuple[str, ...]]) -> str:
+        return seen(Mine(*(Record(name, picture(tmp_path / name, seed), captions) for name, seed, captions in parts))).digest
+
+    first = digest(("a.png", 0, ("x",)), ("b.png", 1, ("y", "z")))
+    assert first == digest(("c.png", 0, ("x",)), ("d.png", 1, ("y", "z")))
+    others = [
+        digest(("b.png", 1, ("y", "z")), ("a.png", 0, ("x",))),
+        digest(("a.png", 2, ("x",)), ("b.png", 1, ("y", "z"))),
+        digest(("a.png", 0, ("x",)), ("b.png", 1, ("z", "y"))),
+        digest(("a.png", 0, ("x",)), ("b.png", 1, ("y",))),
+        digest(("a.png", 0, ("x", "y")), ("b.png", 1, ("z",))),
+        digest(("a.png", 0, ("x",))),
+    ]
+    assert len({first, *others}) == 7
+
+
+def test_an_edited_picture_of_the_same_size_and_time_has_another_digest(tmp_path: Path) -> None:
+    import os
+
+    path, known = picture(tmp_path / "a.bmp", 0), tmp_path / "known.json"
+    before, times = seen(Mine(Record("a", path, ("x",))), known=known), path.stat()
+    picture(path, 1)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size
+    assert seen(Mine(Record("a", path, ("x",))), known=known).digest != before.digest
+
+
+def test_a_second_look_only_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = tmp_path / "deep" / "known.json"
+    source = mixed(tmp_path)
+    first = seen(source, known=known, bad="skip", max_pixels=10_000)
+    calls: list[Any] = []
+    real = image.decode
+    monkeypatch.setattr(image, "decode", lambda picture, **options: calls.append(picture) or real(picture, **options))
+    assert seen(source, known=known, bad="skip", max_pixels=10_000) == first
+    assert sorted(path.name for path in calls) == ["big.png", "cut.jpg"]  # bad ones are looked at again
+    calls.clear()
+    with pytest.raises(InputFault, match=r"data\.max_pixels = 10"):
+        seen(source, known=known, max_pixels=10)
+    assert "good.png" in {path.name for path in calls}
+    (tmp_path / "more.png").write_bytes((tmp_path / "more.png").read_bytes()[:-40])
+    assert "more.png" in dict(seen(source, known=known, bad="skip", max_pixels=10_000).skipped)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"pictures": []}', b'{"digest": "0", "pictures": {}}', b"\xff", b"null"])
+def test_a_damaged_memory_is_as_good_as_none(tmp_path: Path, damage: bytes) -> None:
+    known = tmp_path / "known.json"
+    source = Mine(Record("a", picture(tmp_path / "a.png"), ("x",)))
+    first = seen(source)
+    known.write_bytes(damage)
+    assert seen(source, known=known) == first
+    assert json.loads(known.read_text())["pictures"] == {first.entries[0].digest: [5, 9]}
+    known.write_text(known.read_text().replace("[5, 9]", "[5, 8]"))
+    assert seen(source, known=known) == first
+
+
+def test_the_memory_of_another_decoder_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, source = tmp_path / "known.json", Mine(Record("a", picture(tmp_path / "a.png"), ("x",)))
+    seen(source, known=known)
+    calls: list[Any] = []
+    real = image.decode
+    monkeypatch.setattr(image, "decode", lambda picture, **options: calls.append(picture) or real(picture, **options))
+    seen(source, known=known)
+    assert calls == []
+    monkeypatch.setattr("limner.data.index._DECODER", "1, Pillow 0.0")
+    seen(source, known=known)
+    assert calls == [tmp_path / "a.png"]
+
+
+def test_a_memory_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    told: list[str] = []
+    index = look(Mine(Record("a", picture(tmp_path / "a.png"), ("x",))), config.Data(size=4), known=tmp_path / "file" / "known.json", tell=told.append)
+    assert len(index.entries) == 1 and len(told) == 1 and "cannot be written" in told[0]
+
+
+def test_limited_is_a_fixed_choice_in_order() -> None:
+    index = Index(tuple(Entry(i, str(i), ("x",), str(i), 4, 4) for i in range(50)), (("bad", "why"),))
+    chosen = [entry.row for entry in index.limited(12, 5).entries]
+    assert len(set(chosen)) == 12 and chosen == sorted(chosen) and index.limited(12, 5).skipped == index.skipped
+    assert [entry.row for entry in index.limited(12, 5).entries] == chosen != [entry.row for entry in index.limited(12, 6).entries]
+    assert index.limited(50, 5) is index and index.limited(99, 5) is index
+    counts = np.bincount([entry.row for seed in range(400) for entry in index.limited(5, seed).entries], minlength=50)
+    assert counts.min() >= 15 and counts.max() <= 75
+
+
+def test_an_index_survives_json(tmp_path: Path) -> None:
+    index = seen(mixed(tmp_path), bad="skip", max_pixels=10_000)
+    copy = Index.of_plain(json.loads(json.dumps(index.to_plain())))
+    assert copy == index and copy.digest == index.digest
+
+
+def test_captions_that_are_too_long_are_counted_and_named() -> None:
+    asked: list[str] = []
+
+    def lengths(texts: list[str]) -> list[int]:
+        asked.extend(texts)
+        return [len(text.split()) + 2 for text in texts]
+
+    pairs = [("a", "one two"), ("b", "one two three"), ("c", "one"), ("d", "one two three"), *((f"e{i}", f"w{i}") for i in range(2500))]
+    found = caption_report(iter(pairs), lengths, 4)
+    assert [(o.key, o.caption, o.tokens) for o in found] == [("b", "one two three", 5), ("d", "one two three", 5)]
+    assert len(asked) == len(set(asked)) == 2503
+    assert caption_report([], lengths, 4) == []

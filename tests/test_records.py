@@ -1,0 +1,454 @@
+"""Folders and Hub data sets give the records that were meant, and name what was not."""
+
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from limner import config
+from limner.data.image import decode
+from limner.data.records import BadRecord, Folder, Hub, Record, open_source
+from limner.faults import DiskFault, HubFault, InputFault
+
+
+def paint(path: Path, colour: tuple[int, int, int] = (200, 10, 10)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4), colour).save(path, "PNG")
+    return path
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
+    import csv
+
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
+
+
+def folder(path: Path, **settings: Any) -> tuple[Folder, list[str]]:
+    told: list[str] = []
+    source = open_source(config.Data(folder=str(path), **settings), told.append)
+    assert isinstance(source, Folder)
+    return source, told
+
+
+def refused(path: Path, **settings: Any) -> str:
+    with pytest.raises(InputFault) as caught:
+        folder(path, **settings)
+    return str(caught.value)
+
+
+def bad(source: Any, i: int) -> tuple[str, str]:
+    with pytest.raises(BadRecord) as caught:
+        source[i]
+    assert str(caught.value) == f"{caught.value.key}: {caught.value.reason}"
+    return caught.value.key, caught.value.reason
+
+
+WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {"metadata.jsonl": write_jsonl, "metadata.csv": write_csv, "metadata.parquet": write_parquet}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("place", ["", "train"])
+def test_metadata_of_each_kind_in_each_place(tmp_path: Path, name: str, place: str) -> None:
+    base = tmp_path / place
+    paint(base / "b.png"), paint(base / "deep" / "er" / "a.png")
+    WRITERS[name](base / name, [{"file_name": "deep/er/a.png", "words": "ein Apfel, grün"}, {"file_name": "./b.png", "words": ""}])
+    source, told = folder(tmp_path, caption="words")
+    prefix = f"{place}/" if place else ""
+    assert [(r.key, r.image, r.captions) for r in (source[i] for i in range(len(source)))] == [
+        (f"{prefix}deep/er/a.png", base / "deep/er/a.png", ("ein Apfel, grün",)),
+        (f"{prefix}b.png", base / "b.png", ("",)),
+    ]
+    assert told == []
+
+
+def test_metadata_in_the_folder_names_files_in_a_subfolder(tmp_path: Path) -> None:
+    paint(tmp_path / "train" / "a.png")
+    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "train/a.png", "text": "x"}])
+    assert folder(tmp_path)[0][0] == Record("train/a.png", tmp_path / "train/a.png", ("x",))
+
+
+def test_a_split_is_a_subfolder(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        paint(tmp_path / split / "a.png")
+        write_jsonl(tmp_path / split / "metadata.jsonl", [{"file_name": "a.png", "text": split}])
+    assert folder(tmp_path)[0][0].captions == ("train",)
+    assert folder(tmp_path, split="test")[0][0].captions == ("test",)
+    assert "no folder 'validation'" in refused(tmp_path, split="validation")
+
+
+def test_several_captions(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png")
+    row = {"file_name": "a.png", "text": ["one", "two"]}
+    write_jsonl(tmp_path / "metadata.jsonl", [row])
+    assert folder(tmp_path)[0][0].captions == ("one", "two")
+    (tmp_path / "metadata.jsonl").unlink()
+    write_parquet(tmp_path / "metadata.parquet", [row])
+    assert folder(tmp_path)[0][0].captions == ("one", "two")
+
+
+def test_a_text_beside_each_picture(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "sub/c.webp", "alone.png"):
+        paint(tmp_path / name)
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\n  two  \n")
+    (tmp_path / "a.txt").write_text("", encoding="utf-8")
+    (tmp_path / "sub/c.txt").write_text("drei Äpfel", encoding="utf-8")
+    (tmp_path / "README.txt").write_text("not a caption", encoding="utf-8")
+    source, told = folder(tmp_path)
+    assert [(source[i].key, source[i].captions) for i in range(len(source))] == [("a.JPG", ("",)), ("b.png", ("one", "two")), ("sub/c.webp", ("drei Äpfel",))]
+    assert len(told) == 1 and "1 of 4 pictures are left out" in told[0] and "alone.png" in told[0]
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    assert bad(source, 1) == ("b.png", "b.txt cannot be read: it is not UTF-8 text")
+
+
+def test_what_systems_leave_behind_is_no_picture(tmp_path: Path) -> None:
+    for name in ("a.png", ".hidden.png", "._a.png", ".thumbnails/a.png", "__MACOSX/a.png", "sub/Thumbs.db", "notes.pdf"):
+        paint(tmp_path / name)
+    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "x"}])
+    source, told = folder(tmp_path)
+    assert (len(source), told) == (1, [])
+
+
+def test_pictures_without_a_row_are_told_in_one_line(tmp_path: Path) -> None:
+    for i in range(9):
+        paint(tmp_path / f"{i}.png")
+    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "4.png", "text": "x"}])
+    source, told = folder(tmp_path)
+    assert told == [f"{tmp_path}: 8 of 9 pictures are left out, for want of a row in metadata.jsonl: 0.png, 1.png, 2.png, 3.png, 5.png, ..."]
+    assert len(source) == 1
+
+
+def test_a_row_without_a_file_is_named(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png")
+    (tmp_path / "dir.png").mkdir()
+    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "x"}, {"file_name": "b.png", "text": "y"}, {"file_name": "dir.png", "text": "z"}])
+    source, _ = folder(tmp_path)
+    assert source[0].captions == ("x",)
+    assert bad(source, 1) == ("b.png", f"metadata.jsonl line 2: there is no such file in {tmp_path}")
+    assert bad(source, 2)[0] == "dir.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("../out.png", "'..'"),
+        ("sub/../../out.png", "'..'"),
+        ("..\\out.png", "'..'"),
+        ("/etc/hostname", "absolute"),
+        ("C:\\out.png", "absolute"),
+        ("c:/out.png", "absolute"),
+        ("\\\\server\\out.png", "absolute"),
+        ("a\0.png", "NUL"),
+        ("", "missing"),
+        ("x" * 5000, "no such file"),
+        ("\ud800.png", "no such file"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_names_that_lead_out_of_the_folder(tmp_path: Path, name: str, words: str, kind: str) -> None:
+    if kind != "metadata.jsonl" and ("\0" in name or "\ud800" in name):
+        pytest.skip("this kind of file cannot hold such a name")
+    inner = tmp_path / "data"
+    paint(inner / "a.png"), paint(tmp_path / "out.png"), paint(inner / "sub" / "b.png")
+    WRITERS[kind](inner / kind, [{"file_name": "a.png", "text": "x"}, {"file_name": name, "text": "y"}])
+    source, _ = folder(inner)
+    assert source[0].key == "a.png"
+    key, reason = bad(source, 1)
+    assert words in reason and reason.startswith(kind) and "\0" not in key
+
+
+def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png")
+    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": name, "text": "x"} for name in ("a.png", None, 5, ["a.png"])] + [{"text": "x"}])
+    source, _ = folder(tmp_path)
+    assert [bad(source, i)[1] for i in (1, 2, 3, 4)] == [f"metadata.jsonl line {i}: file_name is missing or not a text" for i in (2, 3, 4, 5)]
+
+
+def test_links_may_lead_about_the_folder_but_not_out_of_it(tmp_path: Path) -> None:
+    inner, secret = tmp_path / "data", tmp_path / "secret"
+    paint(inner / "a.png"), paint(secret / "s.png")
+    (secret / "s.txt").write_text("a secret", encoding="utf-8")
+    (inner / "out.png").symlink_to(secret / "s.png")
+    (inner / "outer").symlink_to(secret)
+    (inner / "in.png").symlink_to(inner / "a.png")
+    (inner / "loop.png").symlink_to(inner / "loop.png")
+    rows = [{"file_name": name, "text": "x"} for name in ("in.png", "out.png", "outer/s.png", "loop.png")]
+    write_jsonl(inner / "metadata.jsonl", rows)
+    source, _ = folder(inner)
+    assert decode(source[0].image, background="white", max_pixels=100).size == (4, 4)
+    assert bad(source, 1) == ("out.png", f"metadata.jsonl line 2: out.png is a link to a place outside {inner}")
+    assert "outside" in bad(source, 2)[1] and "no such file" in bad(source, 3)[1]
+    (inner / "metadata.jsonl").unlink()
+    (inner / "a.txt").symlink_to(secret / "s.txt")
+    texts, _ = folder(inner)
+    assert bad(texts, 0) == ("a.png", f"a.txt: a.txt is a link to a place outside {inner}")
+    (tmp_path / "alias").symlink_to(inner)
+    write_jsonl(inner / "metadata.jsonl", rows)
+    assert folder(tmp_path / "alias")[0][0].key == "in.png"
+
+
+@pytest.mark.parametrize(("disk", "row"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC"), ("NFD", "NFD")])
+def test_accents_match_however_they_are_spelled(tmp_path: Path, disk: str, row: str) -> None:
+    name = "Äpfel/übergrößen é.png"
+    on_disk, in_row = unicodedata.normalize(disk, name), unicodedata.normalize(row, name)  # type: ignore[arg-type]
+    paint(tmp_path / on_disk)
+    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": in_row, "text": "x"}])
+    source, told = folder(tmp_path)
+    assert isinstance(source[0].image, Path) and source[0].image.is_file() and told == []
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / in_row).with_suffix(".txt").parent.mkdir(exist_ok=True)
+    (tmp_path / in_row).with_suffix(".txt").write_text("y", encoding="utf-8")
+    assert folder(tmp_path)[0][0].captions == ("y",)
+
+
+def test_two_spellings_on_one_disk_are_two_files(tmp_path: Path) -> None:
+    names = [unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD")]  # type: ignore[arg-type]
+    for name in names:
+        paint(tmp_path / name)
+    if len(os.listdir(tmp_path)) == 1:
+        pytest.skip("this disk knows one spelling")
+    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": name, "text": "x"} for name in names])
+    source, _ = folder(tmp_path)
+    assert [source[i].image for i in range(2)] == [tmp_path / name for name in names]
+
+
+def test_backslashes_of_another_system(tmp_path: Path) -> None:
+    paint(tmp_path / "sub" / "a.png")
+    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "sub\\a.png", "text": "x"}])
+    source, told = folder(tmp_path)
+    assert (source[0].key, told) == ("sub/a.png", [])
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "the caption is missing (null)"),
+        (5, "the caption is 5 (int); a text or a list of texts is expected"),
+        ({"en": "x"}, "(dict)"),
+        ([], "the list of captions is empty"),
+        (["x", None], "the caption is missing (null)"),
+        (["x", 1.5], "1.5 (float)"),
+        ("\ud83d", "not valid Unicode"),
+    ],
+)
+def test_captions_that_are_none(tmp_path: Path, value: Any, words: str) -> None:
+    paint(tmp_path / "a.png")
+    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "x"}, {"file_name": "a.png", "text": value}, {"file_name": "a.png"}])
+    source, _ = folder(tmp_path)
+    key, reason = bad(source, 1)
+    assert key == "a.png" and reason.startswith("metadata.jsonl line 2: ") and words in reason
+    assert bad(source, 2)[1] == "metadata.jsonl line 3: the caption is missing (null)"
+
+
+def test_a_short_csv_line_has_no_caption(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"two\nlines"\na.png\na.png,\n', encoding="utf-8")
+    source, _ = folder(tmp_path)
+    assert source[0].captions == ("two\nlines",) and source[2].captions == ("",)
+    assert bad(source, 1)[1] == "metadata.csv line 4: the caption is missing (null)"
+
+
+def test_structural_faults_say_what_to_do(tmp_path: Path) -> None:
+    assert "is not there" in refused(tmp_path / "none")
+    assert "is not a folder" in refused(paint(tmp_path / "file.png"))
+    (tmp_path / "empty").mkdir()
+    assert "no pictures here" in refused(tmp_path / "empty")
+    paint(tmp_path / "bare" / "a.png")
+    assert "1 pictures, but no captions" in refused(tmp_path / "bare") and '{"file_name": "a.png", "text": "what it shows"}' in refused(tmp_path / "bare")
+    write_jsonl(tmp_path / "bare" / "metadata.jsonl", [])
+    assert "no rows" in refused(tmp_path / "bare")
+    write_csv(tmp_path / "bare" / "metadata.csv", [{"file_name": "a.png", "text": "x"}])
+    assert "2 metadata files (metadata.jsonl, metadata.csv)" in refused(tmp_path / "bare")
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_wrong_column_is_named_with_those_there_are(tmp_path: Path, kind: str) -> None:
+    paint(tmp_path / "a.png")
+    WRITERS[kind](tmp_path / kind, [{"file_name": "a.png", "caption": "x", "id": "7"}])
+    text = refused(tmp_path, caption="captoin")
+    assert text == f"{tmp_path / kind}: no column 'captoin' (data.caption); its columns are file_name, caption, id. Did you mean data.caption=caption?"
+    assert "Did you mean" not in refused(tmp_path, caption="zzz")
+    (tmp_path / kind).unlink()
+    WRITERS[kind](tmp_path / kind, [{"image": "a.png", "text": "x"}])
+    assert "no column 'file_name'; its columns are image, text." in refused(tmp_path)
+
+
+@pytest.mark.parametrize(("line", "words"), [("{oops}", "not JSON"), ("[1]", "is not a row"), ('{"a": "\udcff"}', "not JSON")])
+def test_a_bad_json_line_is_named_by_file_and_line(tmp_path: Path, line: str, words: str) -> None:
+    paint(tmp_path / "a.png")
+    good = b'{"file_name": "a.png", "text": "x"}\n'
+    (tmp_path / "metadata.jsonl").write_bytes(good + b"\n" + line.encode("utf-8", "surrogateescape") + b"\n" + good)
+    text = refused(tmp_path)
+    assert text.startswith(f"{tmp_path / 'metadata.jsonl'}:3: ") and words in text
+
+
+@pytest.mark.parametrize("text", ['{"file_name": "a.png", "text": "x"}\r\n', "file_name,text\r\na.png,x\r\n"])
+def test_metadata_written_by_windows_editors(tmp_path: Path, text: str) -> None:
+    paint(tmp_path / "a.png")
+    (tmp_path / ("metadata.jsonl" if text[0] == "{" else "metadata.csv")).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    source, _ = folder(tmp_path)
+    assert (len(source), source[0].captions) == (1, ("x",))
+
+
+def test_damaged_csv_and_parquet(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,red, round\n", encoding="utf-8")
+    assert "metadata.csv line 2" in refused(tmp_path) and "more fields than the 2 columns" in refused(tmp_path)
+    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\na.png,\xff\n")
+    assert "not a CSV file in UTF-8" in refused(tmp_path)
+    (tmp_path / "metadata.csv").rename(tmp_path / "metadata.parquet")
+    pytest.importorskip("pyarrow")
+    assert "not a parquet file" in refused(tmp_path)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paint(tmp_path / "a.png")
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install pyarrow" in refused(tmp_path)
+
+
+def test_hub_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputFault, match="install"):
+        open_source(config.Data(hub="someone/pictures"), print)
+
+
+def test_records_take_what_users_have(tmp_path: Path) -> None:
+    assert Record("a", tmp_path / "a.png", "one caption").captions == ("one caption",)  # type: ignore[arg-type]
+    assert Record("a", str(tmp_path / "a.png"), ["x", "y"]) == Record("a", tmp_path / "a.png", ("x", "y"))  # type: ignore[arg-type]
+    assert Record("a", b"", np.array(["x", "y"])).captions == ("x", "y")  # type: ignore[arg-type]
+    for wrong in (None, 3, [], [None], ()):
+        with pytest.raises(BadRecord, match=r"^k: the"):
+            Record("k", b"", wrong)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return datasets
+
+
+def hub(tmp_path: Path, name: str, **settings: Any) -> Hub:
+    source = open_source(config.Data(hub=name, cache_dir=str(tmp_path / "cache"), **settings), print)
+    assert isinstance(source, Hub)
+    return source
+
+
+def test_hub_reads_a_local_folder_with_the_files_own_bytes(tmp_path: Path, offline: Any) -> None:
+    data = tmp_path / "set" / "train"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data.mkdir(parents=True)
+    Image.new("RGBA", (6, 4), (1, 2, 3, 0)).save(data / "a.png", exif=exif)
+    paint(data / "b.png")
+    write_jsonl(data / "metadata.jsonl", [{"file_name": "a.png", "words": "x"}, {"file_name": "b.png", "words": "y"}])
+    source = hub(tmp_path, str(tmp_path / "set"), caption="words")
+    first = source[0]
+    assert (len(source), first.captions, first.key) == (2, ("x",), "row 0 (a.png)")
+    upright = decode(first.image, background="#0a0b0c", max_pixels=100)
+    assert upright.size == (4, 6) and upright.getpixel((0, 0)) == (10, 11, 12)  # neither turned nor flattened by datasets
+    assert source[1].image == data / "b.png"
+
+
+def test_hub_reads_parquet_with_embedded_pictures_and_several_captions(tmp_path: Path, offline: Any) -> None:
+    paint(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    rows = {"pic": [{"bytes": data, "path": "a.png"}, {"bytes": data, "path": None}, None], "text": [["one", "two"], [], ["three"]], "n": [1, 2, 3]}
+    features = offline.Features({"pic": offline.Image(), "text": offline.List(offline.Value("string")), "n": offline.Value("int64")})
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    offline.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    source = hub(tmp_path, str(tmp_path / "set"), image="pic")
+    assert (source[0].image, source[0].captions) == (data, ("one", "two"))
+    assert bad(source, 1) == ("row 1", "the list of captions is empty")
+    assert bad(source, 2) == ("row 2", "the picture is missing (pic is null)")
+    with pytest.raises(InputFault, match=r"no column 'image' \(data\.image\); its columns are pic, text, n\."):
+        hub(tmp_path, str(tmp_path / "set"))
+    with pytest.raises(InputFault, match=r"Did you mean data\.caption=text\?"):
+        hub(tmp_path, str(tmp_path / "set"), image="pic", caption="txt")
+    with pytest.raises(InputFault, match=r"data\.split=test"):
+        hub(tmp_path, str(tmp_path / "set"), image="pic", split="test")
+
+
+@pytest.mark.parametrize(("form", "kind"), [("path", "string"), ("bytes", "binary"), ("struct", "struct"), ("pixels", "pixels"), ("address", "string")])
+def test_hub_columns_of_other_forms(tmp_path: Path, offline: Any, form: str, kind: str) -> None:
+    data = paint(tmp_path / "a.png").read_bytes()
+    pixels = np.asarray(Image.open(tmp_path / "a.png"))
+    value = {
+        "path": str(tmp_path / "a.png"),
+        "bytes": data,
+        "struct": {"bytes": data, "path": "a.png"},
+        "pixels": pixels,
+        "address": "https://example.com/a.png",
+    }[form]
+    features = {
+        "string": offline.Value("string"),
+        "binary": offline.Value("binary"),
+        "struct": {"bytes": offline.Value("binary"), "path": offline.Value("string")},
+        "pixels": offline.Array3D((4, 4, 3), "uint8"),
+    }[kind]
+    table = offline.Dataset.from_dict({"image": [value], "text": ["x"]}, features=offline.Features({"image": features, "text": offline.Value("string")}))
+    offline.load_dataset, before = lambda *_, **__: table, offline.load_dataset
+    try:
+        source = hub(tmp_path, "someone/pictures")
+    finally:
+        offline.load_dataset = before
+    if form == "address":
+        assert "is an address, not a picture" in bad(source, 0)[1]
+    else:
+        assert np.array_equal(np.asarray(decode(source[0].image, background="white", max_pixels=100)), pixels)
+
+
+def test_hub_offline_and_missing(tmp_path: Path, offline: Any) -> None:
+    with pytest.raises(HubFault, match=r"data\.hub: someone/pictures: cannot be downloaded: .*HF_HUB_OFFLINE"):
+        hub(tmp_path, "someone/pictures")
+    with pytest.raises(InputFault, match=r"data\.hub: .*nothing"):
+        hub(tmp_path, str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("error", "fault", "words"),
+    [
+        ("Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated to access it.", HubFault, "hf auth login"),
+        ("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed.", InputFault, "Check the name"),
+        (ConnectionError("Couldn't reach 'a/b' on the Hub (ConnectError)"), HubFault, "Check the connection"),
+        (ValueError("BuilderConfig 'x' not found. Available: ['en']"), InputFault, "data.hub_config=x"),
+        (ValueError("Config name is missing. Please pick one among ['en']"), InputFault, "data.hub_config=x"),
+        (RuntimeError("Dataset scripts are no longer supported, but found b.py"), InputFault, "scripts are no longer supported"),
+        (OSError(28, "No space left on device"), DiskFault, "No space left"),
+        (InterruptedError(), InputFault, "InterruptedError"),
+    ],
+)
+def test_what_keeps_a_data_set_from_loading(tmp_path: Path, offline: Any, monkeypatch: pytest.MonkeyPatch, error: Any, fault: type, words: str) -> None:
+    cause = offline.exceptions.DatasetNotFoundError(error) if isinstance(error, str) else error
+
+    def fail(*given: Any, **named: Any) -> None:
+        assert given == ("a/b", "x") and named == {"split": "train", "revision": "r", "data_dir": "d", "cache_dir": str(tmp_path / "cache")}
+        raise cause
+
+    monkeypatch.setattr(offline, "load_dataset", fail)
+    with pytest.raises(fault) as caught:
+        hub(tmp_path, "a/b", hub_config="x", hub_revision="r", hub_files="d")
+    assert str(caught.value).startswith("data.hub: a/b: ") and words in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,147 @@
+"""Tiny random models and picture folders for tests: the real classes and file layout, a few hundred kilobytes, made in a second."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SIZE = 32  # pixels that the tiny model works at: latents of 16 x 16
+COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (240, 220, 50), "grey": (128, 128, 128), "pink": (250, 150, 190)}
+START, END = "<|startoftext|>", "<|endoftext|>"
+MERGES = ["r e", "re d</w>", "b l", "u e</w>", "bl ue</w>", "o f</w>", "a n</w>", "p h", "t o</w>", "ph o", "c i", "r c", "l e</w>", "ci rc", "circ le</w>"]
+
+
+def stable_diffusion(
+    folder: Path,
+    *,
+    prediction_type: str = "epsilon",
+    cross_attention_dim: int = 32,
+    seed: int = 0,
+    dtype: Any = None,
+    variant: str | None = None,
+    scheduler: dict[str, Any] | None = None,
+    dropout: float = 0.0,
+    shard: str | None = None,
+) -> Path:
+    """Write a Stable Diffusion folder in the diffusers layout, all parameters random, and return it.
+
+    Args:
+        dtype: torch type of the weights; None: float32.
+        variant: infix of the weight files, e.g. ``fp16``.
+        scheduler: replaces single entries of the scheduler's config, e.g. ``{"rescale_betas_zero_snr": True}``.
+        shard: largest size of a UNet weight file, e.g. ``100KB``; None: one file.
+    """
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+        unet = UNet2DConditionModel(
+            sample_size=SIZE // 2,
+            block_out_channels=(32, 64),
+            norm_num_groups=8,
+            layers_per_block=1,
+            attention_head_dim=4,
+            cross_attention_dim=cross_attention_dim,
+            dropout=dropout,
+            **blocks,
+        )
+        coder = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+        vae = AutoencoderKL(block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1, latent_channels=4, sample_size=SIZE, **coder)
+        words = write_tokenizer(folder / "tokenizer")
+        special = {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1}
+        shape = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 77,
+            "projection_dim": 32,
+        }
+        text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=words, hidden_act="quick_gelu", **shape, **special))
+        for name, model in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.data += 0.1 * torch.randn_like(parameter)
+            sharding = {"max_shard_size": shard} if shard and name == "unet" else {}
+            model.to(dtype or torch.float32).save_pretrained(folder / name, variant=variant, **sharding)
+    write_scheduler(folder / "scheduler", prediction_type, scheduler or {})
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.42.1",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+def write_scheduler(folder: Path, prediction_type: str, changes: dict[str, Any]) -> None:
+    """The scheduler config of Stable Diffusion 1.x."""
+    config = {
+        "_class_name": "PNDMScheduler",
+        "_diffusers_version": "0.42.1",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "num_train_timesteps": 1000,
+        "prediction_type": prediction_type,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "trained_betas": None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scheduler_config.json").write_text(json.dumps(config | changes, indent=2))
+
+
+def write_tokenizer(folder: Path, merges: Sequence[str] = MERGES) -> int:
+    """A CLIP tokenizer of all bytes and a few merges, in the old files and the new; returns the size of its vocabulary."""
+    from transformers import CLIPTokenizer
+
+    alphabet = byte_alphabet()
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *(pair.replace(" ", "") for pair in merges), START, END]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    CLIPTokenizer(vocab=vocabulary, merges=[tuple(pair.split()) for pair in merges], model_max_length=77).save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    return len(vocabulary)
+
+
+def byte_alphabet() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def pictures(folder: Path, count: int, *, size: tuple[int, int] = (40, 36), seed: int = 0, captions: Sequence[Any] | None = None, column: str = "text") -> Path:
+    """Write ``count`` captioned pictures, (height, width) ``size``, each with a coloured disc of its own, and their ``metadata.jsonl``."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    draws = np.random.default_rng(seed)
+    y, x = np.mgrid[: size[0], : size[1]]
+    rows = []
+    for i in range(count):
+        name, colour = list(COLOURS.items())[i % len(COLOURS)]
+        centre, radius = draws.uniform(0.3, 0.7, 2) * size, draws.uniform(0.15, 0.4) * min(size)
+        pixels = np.full((*size, 3), 255, np.float64) - draws.uniform(0, 30, (*size, 3))
+        pixels[(y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2] = colour
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03}.png")
+        rows.append({"file_name": f"{i:03}.png", column: captions[i] if captions else f"a {name} circle, number {i}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
