@@ -309,7 +309,7 @@ def test_flags_that_change_nothing_are_named():
 def trained(monkeypatch):
     """Stands for training: the configs it was called with."""
     seen = []
-    monkeypatch.setattr(importlib.import_module("limner.train"), "run", lambda cfg, tell: seen.append(cfg))
+    monkeypatch.setattr(importlib.import_module("limner.training"), "run", lambda cfg, tell: seen.append(cfg))
     return seen
 
 
@@ -332,7 +332,7 @@ def test_only_the_first_process_speaks(trained, capsys, monkeypatch):
 
 
 def test_a_folder_with_checkpoints_is_refused_unless_resume_is_asked_for(tmp_path, capsys, monkeypatch):
-    train = importlib.import_module("limner.train")
+    train = importlib.import_module("limner.training")
     (tmp_path / "checkpoint-4").mkdir()
     with pytest.raises(InputFault, match="--resume_from_checkpoint latest"):
         train.found_at(tmp_path, config(FULL).checkpoint.resume, print)
@@ -343,7 +343,7 @@ def test_what_training_says_names_the_flags(monkeypatch, capsys):
         tell("finished; ask for more with train.steps.")
         raise InputFault("data.size: 100 is not a multiple of 8; see data.sizes, /tmp/data.size and data.size=64")
 
-    monkeypatch.setattr(importlib.import_module("limner.train"), "run", refuse)
+    monkeypatch.setattr(importlib.import_module("limner.training"), "run", refuse)
     assert diffusers.main(FULL, BASE) == 2
     said = "".join(capsys.readouterr())
     assert "ask for more with train.steps (--max_train_steps).\n" in said

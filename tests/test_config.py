@@ -85,6 +85,12 @@ def test_overrides() -> None:
     assert cfg.objective.timestep_bias == config.TimestepBias(multiplier=2.0)
 
 
+def test_overrides_of_a_table_that_is_not_set() -> None:
+    """``plain`` says null for it."""
+    again = build(Config, override(plain(Config()), ["objective.timestep_bias.portion=0.5"]))
+    assert again.objective.timestep_bias == config.TimestepBias(portion=0.5)
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [

@@ -1,3 +1,32 @@
 """Limner fine-tunes text-to-image diffusion models."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from limner.config import Config
+    from limner.data.records import Source
+
 __version__ = "0.1.0"
+
+
+def train(recipe: "str | Path | Config", overrides: Sequence[str] = (), *, records: "Source | None" = None) -> Path:
+    """Train as a recipe says, or go on with a run that was begun; returns the run's folder, which holds the result.
+
+    Args:
+        recipe: path of a TOML file, or a ``limner.config.Config``.
+        overrides: ``section.key=value`` settings that replace the recipe's.
+        records: pictures and captions of one's own, instead of ``data.folder`` and ``data.hub``: any object with ``len(records)`` and
+            ``records[i] -> limner.data.records.Record``; the same ``i`` must always give the same record.
+
+    Raises:
+        limner.faults.Fault: of the kind that fits, with a message for the user.
+    """
+    from limner import config, training
+
+    if isinstance(recipe, config.Config):
+        cfg = config.build(config.Config, config.override(config.plain(recipe), overrides))
+    else:
+        cfg = config.load(Path(recipe), overrides)
+    return training.run(cfg, records)

@@ -19,7 +19,6 @@ from limner import checkpoint, durable
 from limner.faults import IntegrityFault
 from limner.family import Features
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
 DAY = 86_400
 
 
@@ -27,13 +26,13 @@ DAY = 86_400
 class Array:
     """Where in a shard an array lies."""
 
-    dtype: type
+    dtype: np.dtype
     shape: tuple[int, ...]  # first axis: rows
     begin: int
 
     @property
     def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def row(self, file: int, i: int) -> np.ndarray:
         """Row ``i`` from an open file."""
@@ -66,7 +65,9 @@ class Store:
 
     def refresh(self) -> None:
         """Look at the shards that have appeared since the last time, other processes' included."""
-        for path in sorted(set(self.folder.glob("*.safetensors")) - self.seen):
+        with durable.disk_errors(self.folder):
+            new = sorted(set(self.folder.glob("*.safetensors")) - self.seen)
+        for path in new:
             self.seen.add(path)
             try:
                 keys, arrays = read_shard(path)
@@ -138,7 +139,7 @@ def read_shard(path: Path) -> tuple[list[str], dict[str, Array]]:
         header: dict[str, Any] = json.loads(file.read(length))
         metadata = header.pop("__metadata__")
         keys = json.loads(metadata["keys"])
-        arrays = {name: Array(DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]) for name, entry in header.items()}
+        arrays = {name: Array(checkpoint.DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]) for name, entry in header.items()}
         if shard_name(keys) != path.name or any(array.shape[0] != len(keys) for array in arrays.values()):
             raise ValueError("its keys are not those that were written")
         whole = {}

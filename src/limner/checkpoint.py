@@ -53,9 +53,9 @@ def save(root: Path, step: int, files: Iterable[tuple[str, Arrays, dict[str, str
         if finish is not None:
             finish(path)
         (path / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
-    if keep is not None and (old := [path for path in listed(root) if step_of(path) <= step][keep:]):
-        durable.verify(final)
-        with durable.disk_errors(root):
+    with durable.disk_errors(root):
+        if keep is not None and (old := [path for path in listed(root) if step_of(path) <= step][keep:]):
+            durable.verify(final)
             for path in old:
                 durable.remove(path)
     return final

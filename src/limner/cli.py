@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from limner.faults import Fault
+from limner.faults import Fault, told_once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def add_generate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--count", type=int, default=1, help="pictures per prompt (default: %(default)s)")
     verb.add_argument("--steps", type=int, default=25, help="of the sampler (default: %(default)s)")
     verb.add_argument("--guidance-scale", type=float, default=7.5)
-    verb.add_argument("--scheduler", default=None, help="ddim, ddpm, dpm++, euler, euler-a, heun, lms, pndm or unipc (default: the model's own)")
+    verb.add_argument("--scheduler", default=None, help="ddim, ddpm, dpm++, euler, euler-a, heun, pndm or unipc (default: the model's own)")
     verb.add_argument("--size", type=int, default=None, help="pixels a side (default: the model's own)")
     verb.add_argument("--batch-size", type=int, default=4)
     verb.add_argument("--base", default=None, help="base model of a LoRA, where the run does not say")
@@ -58,9 +58,11 @@ def add_generate(verb: argparse.ArgumentParser) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> None:
-    from limner import config, train
+    from limner import config, training
 
-    train.run(config.load(arguments.recipe, arguments.overrides))
+    with told_once():
+        cfg = config.load(arguments.recipe, arguments.overrides)
+    training.run(cfg)
 
 
 def run_show(arguments: argparse.Namespace) -> None:

@@ -309,7 +309,8 @@ def override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         *sections, key = name.split(".")
         node = raw
         for section in sections:
-            node = node.setdefault(section, {})
+            node[section] = {} if node.get(section) is None else node[section]
+            node = node[section]
             if not isinstance(node, dict):
                 raise InputFault(f"{name}: {section} is a value, it has no settings below it")
         try:

@@ -4,7 +4,7 @@ import json
 from importlib import resources
 from pathlib import Path
 
-from limner import config, durable, engines, generate, train
+from limner import config, durable, engines, generate, training
 from limner.snapshot import LORA
 
 PROMPTS = ("a blueprint drawing of a house", "a blueprint drawing of a red apple", "a blueprint drawing of a fish", "a blueprint drawing of a clock", "a blueprint drawing of a tree", "a blueprint drawing of a cup")
@@ -15,8 +15,9 @@ def run(folder: Path, output: Path) -> Path:
     """Train as ``demo.toml`` says into ``folder`` (going on, if it was begun before), then draw the same prompts before and after into ``output``."""
     with resources.as_file(resources.files("limner.bundled")) as bundled:
         model = str(bundled / "model")
-        cfg = config.load(bundled / "demo.toml", [f"run={json.dumps(str(folder))}", f"model.base={json.dumps(model)}", f"data.folder={json.dumps(str(bundled / 'pictures'))}"])
-        train.run(cfg)
+        places = {"run": folder, "model.base": model, "data.folder": bundled / "pictures", "data.cache": folder / "cache"}
+        cfg = config.load(bundled / "demo.toml", [f"{name}={json.dumps(str(path))}" for name, path in places.items()])
+        training.run(cfg)
         seeds = [SEED + i for i in range(len(PROMPTS))]
         sheets = []
         for source, lora in ((model, None), (model, folder) if (folder / LORA).exists() else (str(folder), None)):

@@ -1,5 +1,9 @@
 """What can go wrong, one class per exit code: every fault says what was given, what was expected and what to do."""
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 
 class Fault(Exception):
     """Shown to the user as one message, without a traceback; ``code`` is the exit status of the process."""
@@ -48,3 +52,13 @@ class Locked(Fault):
     """Another process is writing to the same folder."""
 
     code = 8
+
+
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """For what is wrong before training begins, and so for all processes alike: the first one of each host says it."""
+    try:
+        yield
+    except Fault as fault:
+        fault.told = fault.told or os.environ.get("LOCAL_RANK", "0") != "0"
+        raise

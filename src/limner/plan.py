@@ -11,7 +11,7 @@ from limner import config, durable, rng
 from limner.faults import InputFault
 
 # Settings that may differ from the checkpoint's: they move no example, or are compared in another way (by content, by what they come to).
-FREE = ("run", "log.", "preview.", "checkpoint.", "export.", "watch.every", "watch.timesteps", "train.", "data.threads", "data.cache", "data.cache_dir", "data.folder")
+FREE: tuple[str, ...] = ("run", "log.", "preview.", "checkpoint.", "export.", "watch.every", "watch.timesteps", "train.", "data.threads", "data.cache", "data.cache_dir", "data.folder")
 FREE += ("data.hub", "data.hub_config", "data.hub_revision", "data.hub_files", "data.split", "data.image", "data.caption", "data.bad", "data.max_pixels")
 FREE += ("model.base", "model.revision", "model.trained_revision", "model.variant", "model.cache_dir", "engine.device", "engine.gradient_checkpointing", "engine.attention")
 
@@ -83,19 +83,20 @@ def draws(seed: int) -> str:
     return durable.digest_json([numbers.tobytes().hex(), rng.at(seed, "order", 0).permutation(32).tolist()])
 
 
-def must_match(saved: dict[str, Any], now: dict[str, Any], step: int) -> None:
-    """Refuse to go on from a checkpoint when what the weights depend on has changed.
+def must_match(saved: dict[str, Any], now: dict[str, Any], step: int) -> list[str]:
+    """Refuse to go on from a checkpoint when what the weights depend on has changed; returns a line for each change that is allowed.
 
     Raises:
         InputFault: naming each setting, its value in the checkpoint and its value now.
     """
     before, after = config.flat(saved["config"]), config.flat(now["config"])
     allowed = tuple(now["config"]["checkpoint"]["allow"])
-    problems = []
+    problems: list[str] = []
+    changes: list[str] = []
     for name in sorted(before.keys() | after.keys()):
         free = any(name == f or (f.endswith(".") and name.startswith(f)) for f in FREE)
-        if not free and name not in allowed and before.get(name) != after.get(name):
-            problems.append(f"{name}: was {before.get(name)!r}, now {after.get(name)!r}")
+        if not free and before.get(name) != after.get(name):
+            (changes if name in allowed else problems).append(f"{name}: was {before.get(name)!r}, now {after.get(name)!r}")
     if saved["data"] != now["data"]:
         had, has = (f"{run['records']} records of {source_of(run['config']['data'])}" for run in (saved, now))
         problems.append(f"the data set: was {had}, now {has}, and the pictures or captions are not the same")
@@ -109,6 +110,7 @@ def must_match(saved: dict[str, Any], now: dict[str, Any], step: int) -> None:
             f"checkpoint-{step} cannot be gone on from, since this has changed:\n  " + "\n  ".join(problems)
             + "\nPut it back, begin a new run in another folder, or name the settings that may change in checkpoint.allow."
         )  # fmt: skip
+    return [f"from step {step} on, {line}" for line in changes]
 
 
 def source_of(data: dict[str, Any]) -> str:

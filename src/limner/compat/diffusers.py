@@ -11,7 +11,7 @@ from typing import Any
 
 from limner.compat.flags import SCRIPTS, TRACKERS, Flag, trackers
 from limner.config import Config, build
-from limner.faults import InputFault
+from limner.faults import InputFault, told_once
 
 
 def parser(script: str) -> argparse.ArgumentParser:
@@ -118,8 +118,9 @@ def start(script: str, a: Namespace) -> None:
     Raises:
         Fault: what training raises; settings that it names come with their flags.
     """
-    cfg = to_config(script, a)
-    from limner.train import run, say
+    with told_once():
+        cfg = to_config(script, a)
+    from limner.training import run, say
 
     if os.environ.get("RANK", "0") == "0":
         for line in remarks(script, a):
@@ -129,7 +130,8 @@ def start(script: str, a: Namespace) -> None:
     try:
         run(cfg, tell=lambda line: say(with_flags(script, line)))
     except InputFault as fault:
-        raise InputFault(with_flags(script, str(fault))) from fault
+        fault.args = (with_flags(script, str(fault)),)
+        raise
 
 
 def main(script: str, argv: Sequence[str] | None = None) -> int:

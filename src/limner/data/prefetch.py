@@ -1,14 +1,14 @@
 """Loads ahead: a pure loader needs no state, so any thread may load any step, and results come out in order."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def prefetch(load: Callable[[int], T], first: int, last: int, *, threads: int = 4) -> Iterator[T]:
+def prefetch(load: Callable[[int], T], first: int, last: int, *, threads: int = 4) -> Generator[T, None, None]:
     """``load(first)`` to ``load(last - 1)`` in order, up to ``threads + 1`` of them loaded ahead; an error is raised where its turn comes."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="limner-load")
     try:

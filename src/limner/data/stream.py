@@ -9,9 +9,10 @@ import numpy as np
 from limner import config, rng
 from limner.data import image
 from limner.data.index import Entry
-from limner.data.records import Source
+from limner.data.records import BadRecord, Source
 from limner.engine import Batch
 from limner.family import Configs, Family
+from limner.faults import InputFault
 from limner.features import Encoded, Picture
 from limner.objective import Objective
 
@@ -90,7 +91,10 @@ class Stream:
         """The request for one cut picture: a key that says all it depends on, and what loads it."""
 
         def load() -> np.ndarray:
-            decoded = image.decode(self.source[entry.row].image, background=self.data.background, max_pixels=self.data.max_pixels)
+            try:
+                decoded = image.decode(self.source[entry.row].image, background=self.data.background, max_pixels=self.data.max_pixels)
+            except (image.Undecodable, BadRecord, OSError) as error:
+                raise InputFault(f"{entry.key}: {getattr(error, 'reason', error)}. It could be read when the run began; put it back and run the same command again.") from error
             return image.cut(decoded, geometry, self.data.resample)
 
         return (f"{entry.digest} {geometry} {self.data.resample} {self.data.background}" if cached else None), load

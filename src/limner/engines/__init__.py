@@ -1,6 +1,7 @@
 """The engines, by name; each framework is imported only when its engine is asked for."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,3 +43,17 @@ def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **settings
     from limner.engines.torch import pipeline as stock
 
     return stock.draw(pipeline, prompts, seeds, **settings)
+
+
+def open_gauge(engine: Engine) -> Any:
+    """What measures an engine from outside; see ``engines.torch.gauge.Gauge``."""
+    from limner.engines.torch import gauge
+
+    return gauge.Gauge(engine)  # type: ignore[arg-type]
+
+
+def write_random(folder: Path, known: dict[str, Any]) -> None:
+    """Random weights of the network that a config describes; see ``engines.torch.gauge.write_random``."""
+    from limner.engines.torch import gauge
+
+    gauge.write_random(folder, known)

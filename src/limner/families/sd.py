@@ -25,13 +25,15 @@ def misfits(configs: Configs) -> list[str]:
     """The UNet must take the autoencoder's latents and the text encoder's states, and nothing else."""
     unet, vae, text_encoder = configs["unet"], configs["vae"], configs["text_encoder"]
     out = []
-    if unet.get("in_channels") != vae.get("latent_channels"):
-        out.append(f"unet: in_channels is {unet.get('in_channels')}, the autoencoder's latent_channels is {vae.get('latent_channels')}; an inpainting or depth model is no plain text-to-image base")
-    widths = unet.get("cross_attention_dim")
-    if any(width != text_encoder.get("hidden_size") for width in (widths if isinstance(widths, list) else [widths])):
-        out.append(f"unet: cross_attention_dim is {widths}, the text encoder's hidden_size is {text_encoder.get('hidden_size')}; these two are not from the same model")
-    extra = [name for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds", "time_cond_proj_dim") if unet.get(name) is not None]
-    if extra:
+    into, latent = unet.get("in_channels"), vae.get("latent_channels")
+    if into != latent:
+        kind = "an inpainting or depth model is no plain text-to-image base"
+        out.append(f"unet: in_channels is {into}, the autoencoder's latent_channels is {latent}; {kind}")
+    width, hidden = unet.get("cross_attention_dim"), text_encoder.get("hidden_size")
+    if any(w != hidden for w in (width if isinstance(width, list) else [width])):
+        out.append(f"unet: cross_attention_dim is {width}, the text encoder's hidden_size is {hidden}; these two are not from the same model")
+    conditions = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds", "time_cond_proj_dim")
+    if extra := [name for name in conditions if unet.get(name) is not None]:
         out.append(f"unet: it is conditioned on more than the caption ({', '.join(extra)}); such a model is none of this family")
     return out
 

@@ -28,11 +28,11 @@ class Arena:
         self.count = sum(p.numel() for p in named.values())
         self.flat = torch.nn.Parameter(torch.zeros(total, device=device))
         self.flat.grad = torch.zeros(total, device=device)
+        weights, gradients = self.views(self.flat.data), self.views(self.flat.grad)
         for name, parameter in named.items():
-            view = self.views(self.flat.data)[name]
-            view.copy_(parameter.data)
-            parameter.data = view
-            parameter.grad = self.views(self.flat.grad)[name]
+            weights[name].copy_(parameter.data)
+            parameter.data = weights[name]  # what it had is free now, or was never read into memory: both at once would be the run's peak
+            parameter.grad = gradients[name]
 
     def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """A flat tensor laid out like the parameters, by name."""

@@ -19,6 +19,7 @@ from limner.faults import InputFault, IntegrityFault
 from limner.objective import Objective
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+PIECE = 1 << 24  # numbers that are held twice while weights and average change places
 
 
 @dataclass
@@ -231,21 +232,23 @@ class TorchEngine:
 
 
 class Swapped:
-    """Exchanges the contents of two flat buffers inside, and back after: copies only, so that not a bit is lost."""
+    """Exchanges the contents of two flat buffers inside, and back after: copies only, so that not a bit is lost, and a piece at a time."""
 
     def __init__(self, flat: torch.Tensor, other: torch.Tensor | None):
         self.flat, self.other = flat, other
 
     def __enter__(self) -> None:
-        if self.other is not None:
-            kept = self.flat.clone()
-            self.flat.copy_(self.other)
-            self.kept = kept
+        self.exchange()
 
     def __exit__(self, *_: object) -> None:
+        self.exchange()
+
+    def exchange(self) -> None:
         if self.other is not None:
-            self.flat.copy_(self.kept)
-            del self.kept
+            for one, other in zip(self.flat.split(PIECE), self.other.split(PIECE), strict=True):
+                kept = one.clone()
+                one.copy_(other)
+                other.copy_(kept)
 
 
 def split(rows: dict[str, torch.Tensor], micro: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -26,7 +26,8 @@ def add(net: torch.nn.Module, adapt: config.Adapt, family: Family, seed: int) ->
         raise InputFault(f"adapt.targets: the {family.trains} has no module named {missing[0]}; this family's own are {', '.join(family.lora_targets)}")
     net.requires_grad_(False)
     alpha = adapt.rank if adapt.alpha is None else adapt.alpha
-    net.add_adapter(LoraConfig(r=adapt.rank, lora_alpha=alpha, lora_dropout=adapt.dropout, init_lora_weights="gaussian", target_modules=list(targets)))  # type: ignore[operator]
+    settings = LoraConfig(r=adapt.rank, lora_alpha=alpha, lora_dropout=adapt.dropout, init_lora_weights="gaussian", target_modules=list(targets))  # type: ignore[arg-type]
+    net.add_adapter(settings)  # type: ignore[operator]
     named = {name.replace(".default", ""): p for name, p in net.named_parameters() if p.requires_grad}
     for name, p in named.items():
         if ".lora_A." in name:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from limner import base, checkpoint, config, durable, engines, export, log, plan, rng, schedule, snapshot
+from limner import base, checkpoint, config, durable, engines, export, generate, log, plan, rng, schedule, snapshot
 from limner.cache import Store
 from limner.data import index, records
 from limner.data.prefetch import prefetch
@@ -23,7 +23,7 @@ from limner.data.stream import Stream
 from limner.engine import Engine, FirstFault, State, World
 from limner.families import FAMILIES
 from limner.family import Family
-from limner.faults import InputFault, NonFinite, Stopped
+from limner.faults import InputFault, NonFinite, Stopped, told_once
 from limner.features import Encoded
 from limner.objective import Objective
 
@@ -67,18 +67,21 @@ def run(cfg: config.Config, source: records.Source | None = None, tell: Tell = s
     Raises:
         Fault: of the kind that fits, with a message for the user; nothing that was whole is lost.
     """
-    cfg.check(own_records=source is not None)
+    with told_once():
+        cfg.check(own_records=source is not None)
     with Stop() as stop, contextlib.closing(engines.join(cfg.engine)) as process:
         if process.rank:
             tell = lambda text: None  # noqa: E731 - the first process speaks for all
         with contextlib.ExitStack() as held:
-            process.first(lambda: held.enter_context(durable.lock(Path(cfg.run))) or durable.sweep(Path(cfg.run)))
-            job = prepare(cfg, source, process, tell, stop)
+            process.first(lambda: held.enter_context(durable.lock(Path(cfg.run))))
+            process.first(lambda: durable.sweep(Path(cfg.run)))
+            with told_once():
+                job = prepare(cfg, source, process, tell, stop)
             if is_finished(job):
                 tell(f"{job.folder}: finished at step {job.plan.steps}; nothing to do. Ask for more with train.steps.")
                 return job.folder
             settings = {**config.plain(cfg), "train": {**config.plain(cfg.train), "seed": job.plan.seed}}
-            process.first(lambda: durable.write_text(job.folder / "config.json", json.dumps(settings, indent=1)))
+            process.first(lambda: durable.write_text(job.folder / "config.json", json.dumps(log.redact(settings), indent=1)))
             if job.found is None or job.found.step < job.plan.steps:
                 encode(job)
                 train(job)
@@ -100,6 +103,9 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
     print_of_base = process.first(lambda: opened.fingerprint(*family.components))
     objective = Objective.of(opened.configs["scheduler"], cfg.objective)
     source = records.open_source(cfg.data, tell) if source is None else source
+    log.require(cfg.log.to)
+    if cfg.export.hub is not None:
+        process.first(lambda: export.check_push(cfg.export.hub or "", cfg.export.private))
     looked = index.Index.of_plain(process.first(lambda: look(source, cfg, tell)))
     used = looked if cfg.data.limit is None else looked.limited(cfg.data.limit, seed)
     if cfg.watch.hold_out >= len(used.entries):
@@ -110,7 +116,8 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
     numbers = plan.make(cfg, process.world, len(learned), found.state if found else None, seed)
     identity = plan.identity(cfg, numbers, used.digest, print_of_base)
     if found is not None:
-        plan.must_match(found.state, identity, found.step)
+        for line in plan.must_match(found.state, identity, found.step):
+            tell(line)
         if numbers.steps < found.step:
             tell(f"checkpoint-{found.step} is past the {numbers.steps} steps that are asked for")
     engine = engines.open_engine(cfg, opened, family, process, numbers.micro, tell)
@@ -175,9 +182,11 @@ def encode(job: Run) -> None:
         if long := index.caption_report(pairs, partial(parts.lengths, tokenizer), limit):  # type: ignore[attr-defined]
             job.tell(f"{len(long)} captions have more than the {limit} tokens that the text encoder sees and are cut: {', '.join(f'{o.key} ({o.tokens})' for o in long[:10])}")
     mine = slice(job.process.rank, None, job.process.world)
-    job.stream.encoded.fill_texts(captions[mine], job.stop.check)
-    job.stream.encoded.fill_images(requests[mine], job.stop.check)
-    job.process.barrier()
+    with contextlib.suppress(Stopped):  # until all have heard of it
+        job.stream.encoded.fill_texts(captions[mine], job.stop.check)
+        job.stream.encoded.fill_images(requests[mine], job.stop.check)
+    job.stop.asked = job.process.any(job.stop.asked)
+    job.stop.check()
     job.stream.encoded.refresh()
     if job.stream.encoded.complete and all(job.stream.variants(e) is not None for e in entries):
         job.engine.release()
@@ -262,7 +271,7 @@ class Watcher:
 
     def __enter__(self) -> "Watcher":
         job, cfg = self.job, self.job.cfg
-        self.sink = log.open_sinks(cfg, job.folder, self.begun) if job.process.rank == 0 else None
+        self.sink = log.open_sinks(cfg, job.folder, self.begun, job.tell) if job.process.rank == 0 else None
         self.bar = tqdm(total=job.plan.steps, initial=self.begun, desc="training", unit="step", disable=True if job.process.rank else None, dynamic_ncols=True)
         self.clock, self.at = time.monotonic(), self.begun
         return self
@@ -303,6 +312,7 @@ class Watcher:
         if job.process.rank == 0 and self.sink is not None:
             made = job.engine.pictures(state, prompts, seeds, steps=p.steps, guidance_scale=p.guidance_scale, size=job.cfg.data.size)
             self.sink.images(step, "validation", list(zip(prompts, made, strict=True)))
+            generate.contact_sheet([made[i : i + p.count] for i in range(0, len(made), p.count)], p.prompts).save(job.folder / export.GRID)
         job.process.barrier()
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -311,10 +321,13 @@ class Watcher:
 
 
 class Stop:
-    """Turns the first SIGTERM or Ctrl-C into a request that the loops look at; a second one ends the process as usual."""
+    """Turns the first SIGTERM or Ctrl-C into a request that the loops look at; one that comes seconds later ends the process as usual.
+
+    A terminal's Ctrl-C reaches a launcher too, which passes it on: what comes twice at once is one request.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self.since = False, 0.0
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -327,8 +340,11 @@ class Stop:
             signal.signal(number, handler)
 
     def ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        signal.signal(number, self.before[number])
+        if self.asked and time.monotonic() - self.since > 3:
+            signal.signal(number, self.before[number])
+            signal.raise_signal(number)
+        elif not self.asked:
+            self.asked, self.since = True, time.monotonic()
 
     def check(self) -> None:
         """Raise ``Stopped`` when a stop was asked for while nothing has been trained."""

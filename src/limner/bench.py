@@ -1,0 +1,196 @@
+"""What a step of a recipe costs: time, memory and useful arithmetic, measured on stand-in features so that only the trained network is loaded."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from limner import base, config, durable, engines, plan, rng, schedule
+from limner.base import INDEX, Base
+from limner.engine import Batch, Engine, FirstFault, World
+from limner.families import FAMILIES
+from limner.family import Configs, Family
+from limner.faults import Fault, InputFault, NonFinite
+from limner.objective import Objective
+
+WARM_UP = 2  # steps before the first that counts
+BLOCKS = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
+STAND_INS: dict[str, Configs] = {  # published configs, cut to what shapes depend on; the UNet of sd has 859,520,964 parameters
+    "sd": {
+        "model_index": {"_class_name": "StableDiffusionPipeline", "_name": "Stable Diffusion 1.5", "unet": ["diffusers", "UNet2DConditionModel"]},
+        "unet": {
+            "_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
+            "down_block_types": BLOCKS, "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3], "layers_per_block": 2, "attention_head_dim": 8,
+            "cross_attention_dim": 768, "norm_num_groups": 32, "norm_eps": 1e-5, "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0,
+        },
+        "vae": {"latent_channels": 4, "block_out_channels": [128, 256, 512, 512], "scaling_factor": 0.18215},
+        "text_encoder": {"hidden_size": 768, "max_position_embeddings": 77},
+        "tokenizer": {"model_max_length": 77},
+        "scheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon"},
+    }
+}  # fmt: skip
+
+
+def run(cfg: config.Config, *, steps: int = 10, json_file: Path | None = None, tell: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure ``steps`` steps of a recipe after the warm-up; prints a table, and returns the figures that the JSON file has.
+
+    Raises:
+        InputFault: for a recipe that ``train`` would refuse too, or fewer than one step.
+    """
+    if steps < 1:
+        raise InputFault(f"--steps: {steps} is not above 0")
+    cfg.check(own_records=True)
+    family = FAMILIES.get(cfg.model.family)
+    if family is None:
+        raise InputFault(f"model.family: {cfg.model.family!r} is not one of {', '.join(FAMILIES)}")
+    with contextlib.closing(engines.join(cfg.engine)) as process, open_weights(cfg.model, family, process) as (opened, weights):
+        figures = measure(cfg, opened, family, process, steps, tell) | {"weights": weights, "base": opened.name}
+        if process.rank == 0:
+            tell(table(figures))
+            if json_file is not None:
+                durable.write_text(json_file, json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def measure(cfg: config.Config, opened: Base, family: Family, process: World, steps: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The figures of one process; every process sees its share of the global batch."""
+    numbers = plan.make(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=WARM_UP + steps, epochs=None)), process.world, 1, None, cfg.train.seed or 0)
+    engine = engines.open_engine(cfg, opened, family, process, numbers.micro, tell)
+    gauge = engines.open_gauge(engine)
+    batch = stand_in(cfg, opened.configs, family, numbers.batch // process.world)
+    useful = gauge.flops(batch, numbers.micro)
+    state = engine.init(numbers.seed)
+    stamps, metrics = [], []
+    for step in range(WARM_UP + steps):
+        if step == WARM_UP:
+            fetch(engine, state, metrics)
+            process.barrier()
+            stamps.append(gauge.stamp())
+        decay = None if cfg.optim.ema is None else schedule.ema_decay(step, cfg.optim.ema)
+        state, seen = engine.step(state, batch, step=step, learning_rate=cfg.optim.learning_rate, ema=decay, seed=numbers.seed)
+        metrics.append(seen)
+        if step >= WARM_UP:
+            stamps.append(gauge.stamp())
+    fetch(engine, state, metrics)
+    seconds = gauge.seconds(stamps)
+    memory = gauge.memory()
+    del state
+    reached, peak, published = useful / float(np.median(seconds)), gauge.matmul(), gauge.published()
+    return {
+        **gauge.machine(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "processes": process.world,
+        "batch": numbers.batch, "micro": numbers.micro, "accumulate": numbers.accumulate, "size": cfg.data.size, "kind": cfg.adapt.kind, "ema": cfg.optim.ema is not None,
+        "gradient_checkpointing": cfg.engine.gradient_checkpointing, "attention": cfg.engine.attention, "measured_steps": steps, "warm_up_steps": WARM_UP,
+        "step_seconds": {"median": float(np.median(seconds)), "p10": float(np.percentile(seconds, 10)), "p90": float(np.percentile(seconds, 90))},
+        "images_per_second": numbers.batch / float(np.median(seconds)), "peak_memory": memory, "tflop_per_step": useful * process.world / 1e12,
+        "tflops_per_device": reached / 1e12, "matmul_tflops": peak / 1e12, "mfu_of_matmul": reached / peak,
+        "published_tflops": published and published / 1e12, "mfu_of_published": published and reached / published,
+    }  # fmt: skip
+
+
+def fetch(engine: Engine, state: Any, metrics: list[Any]) -> None:
+    """Wait for the steps so far; their losses must be numbers, for arithmetic on infinities is not what training costs."""
+    try:
+        engine.fetch(state, metrics)
+    except FirstFault as fault:
+        raise NonFinite(f"step {fault.step + 1} of the measurement has no finite loss, with random latents. Measure in engine.precision=bf16 or no.") from None
+
+
+class Shapes:
+    """The frozen encoders' place, taken by random numbers of the shapes that their configs promise."""
+
+    def __init__(self, configs: Configs):
+        self.configs, self.draws = configs, rng.at(0, "bench", 0)
+
+    def vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See ``family.Parts``."""
+        known = self.configs[name]
+        sides = (side >> (len(known["block_out_channels"]) - 1) for side in pixels.shape[2:])
+        mean = self.draws.standard_normal((len(pixels), known["latent_channels"], *sides), np.float32) / np.float32(known.get("scaling_factor", 0.18215))
+        return mean, np.zeros_like(mean)
+
+    def text(self, name: str, tokenizer: str, captions: list[str]) -> np.ndarray:
+        """See ``family.Parts``."""
+        known = self.configs[name]
+        tokens = min(self.configs[tokenizer].get("model_max_length") or 77, known.get("max_position_embeddings", 77))
+        return self.draws.standard_normal((len(captions), tokens, known["hidden_size"]), np.float32)
+
+
+def stand_in(cfg: config.Config, configs: Configs, family: Family, rows: int) -> Batch:
+    """A batch of random features, of the shapes that the recipe's pictures and captions would have."""
+    parts, draws = Shapes(configs), rng.at(0, "bench", 1)
+    features = family.image(parts, np.zeros((rows, 3, cfg.data.size, cfg.data.size), np.float32))
+    x0 = family.clean(features, configs, np.zeros_like(features[family.latent[0]]))
+    noising = vars(Objective.of(configs["scheduler"], cfg.objective).at(draws.random(rows)))
+    kept = {name: array for name, array in features.items() if name not in family.latent}
+    return {"x0": x0, "noise": draws.standard_normal(x0.shape, np.float32), **noising, **kept, **family.text(parts, [""] * rows)}
+
+
+@contextlib.contextmanager
+def open_weights(model: config.Model, family: Family, process: World) -> Iterator[tuple[Base, str]]:
+    """The recipe's base where it is a folder or in the Hub's cache; else random weights of full size, on disk while the block lasts. And what to call it."""
+    if (folder := process.first(lambda: at_hand(model, family))) is not None:
+        yield base.open_base(config.Model(base=folder, family=model.family, variant=model.variant), family), "the base's own"
+        return
+    if family.name not in STAND_INS:
+        raise InputFault(f"model.base: {model.base} is not at hand, and bench knows no published config of family {family.name!r}. Give a folder in the diffusers layout.")
+    configs = STAND_INS[family.name]
+    path = Path(process.first(lambda: tempfile.mkdtemp(prefix="limner-bench-")))
+    try:
+        process.first(lambda: write_random(path, configs, family))
+        yield Base(path, path / family.trains, family.trains, configs["model_index"]["_name"], None, None, configs), "random"
+    finally:
+        if process.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def at_hand(model: config.Model, family: Family) -> str | None:
+    """The base's folder: the one that is named, or a whole one in the Hub's cache; None where neither is there."""
+    if Path(model.base).expanduser().exists():
+        return model.base
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.try_to_load_from_cache(model.base, INDEX, cache_dir=model.cache_dir, revision=model.revision)
+        if not isinstance(found, str) or model.trained_revision is not None:
+            return None
+        folder = str(Path(found).parent)
+        base.open_base(config.Model(base=folder, family=model.family, variant=model.variant), family)
+    except (Fault, ValueError):  # a part of it, or no name of the Hub's
+        return None
+    return folder
+
+
+def write_random(path: Path, configs: Configs, family: Family) -> None:
+    """The trained component of ``configs`` as a folder, its weights drawn as PyTorch draws them for new layers."""
+    part = path / family.trains
+    with durable.disk_errors(part):
+        part.mkdir()
+        (part / "config.json").write_text(json.dumps(configs[family.trains]))
+        engines.write_random(part, configs[family.trains])
+
+
+def table(f: dict[str, Any]) -> str:
+    """The figures for a reader."""
+    where = f"{f['device']}, {f['processes']} process{'es' * (f['processes'] > 1)}, {f['precision']}, {f['versions']}, {f['date']}"
+    on = [name for name, there in (("EMA", f["ema"]), ("gradient checkpointing", f["gradient_checkpointing"]), (f"{f['attention']} attention", True)) if there]
+    t = f["step_seconds"]
+    rows = [
+        ("recipe", f"{f['kind']}, {f['size']} pixels, batch {f['batch']} = {f['processes']} x {f['accumulate']} x {f['micro']}, {', '.join(on)}"),
+        ("weights", f["base"] if f["weights"] != "random" else f"random, made for this measurement: {f['base']} at full size (the recipe's base is not at hand)"),
+        ("where", where),
+        ("step time", f"median {t['median']:.4g} s, p10 {t['p10']:.4g} s, p90 {t['p90']:.4g} s ({f['measured_steps']} steps after {f['warm_up_steps']})"),
+        ("images/s", f"{f['images_per_second']:.4g}"),
+        ("peak memory", ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in f["peak_memory"].items())),
+        ("arithmetic", f"{f['tflop_per_step']:.4g} TFLOP a step, {f['tflops_per_device']:.4g} TFLOP/s a device (nothing recomputed is counted)"),
+        ("MFU", f"{f['mfu_of_matmul']:.1%} of {f['matmul_tflops']:.4g} TFLOP/s, a large matrix product measured in this run"),
+    ]
+    if f["published_tflops"]:
+        rows.append(("", f"{f['mfu_of_published']:.1%} of {f['published_tflops']:.4g} TFLOP/s, the published dense peak"))
+    return "\n".join(f"{name:<12}{text}" for name, text in rows)

@@ -1,0 +1,140 @@
+"""The bench verb: its figures against counts made by hand, the recipe's settings in them, and no trace of it left on the disk."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from limner import bench, config
+from limner.base import open_base
+from limner.checkpoint import read_arrays
+from limner.engines.torch import gauge
+from limner.engines.torch.engine import TorchEngine
+from limner.engines.torch.world import World
+from limner.families.sd import SD
+from limner.faults import InputFault
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def recipe(model: str, **sections) -> config.Config:
+    return config.build(config.Config, {"model": {"base": model}, "data": {"size": 32}, "engine": {"device": "cpu", "precision": "no"}, "train": {"steps": 9, "batch": 4}, **sections})
+
+
+def measured(cfg: config.Config, **options) -> tuple[dict, str]:
+    said: list[str] = []
+    return bench.run(cfg, tell=said.append, **options), "\n".join(said)
+
+
+def count(base: Path, rows: int, *, size: int = 16, train: str = "all") -> float:
+    """Operations of one real step with plain attention, whose products the counter knows on every device."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
+
+    net = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    net.set_attn_processor(AttnProcessor())
+    net.requires_grad_(train == "all")
+    with FlopCounterMode(display=False) as counter:
+        out = net(torch.randn(rows, 4, size, size), torch.arange(rows), torch.randn(rows, 77, 32)).sample
+        if train == "all":
+            out.sum().backward()
+    return counter.get_total_flops()
+
+
+def test_the_figures_of_a_recipe(sd, tmp_path):
+    cfg = recipe(str(sd), train={"steps": 9, "micro": 2, "accumulate": 2}, optim={"ema": 0.99}, engine={"device": "cpu", "precision": "no", "gradient_checkpointing": True})
+    figures, text = measured(cfg, steps=3, json_file=tmp_path / "figures.json")
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    assert (figures["batch"], figures["micro"], figures["accumulate"], figures["processes"]) == (4, 2, 2, 1)
+    assert figures["tflop_per_step"] * 1e12 == pytest.approx(count(sd, 4), rel=1e-12)  # checkpointing recomputes; none of that is useful
+    times = figures["step_seconds"]
+    assert 0 < times["p10"] <= times["median"] <= times["p90"]
+    assert figures["images_per_second"] == pytest.approx(4 / times["median"])
+    assert figures["mfu_of_matmul"] == pytest.approx(figures["tflop_per_step"] / times["median"] / figures["matmul_tflops"])
+    assert figures["peak_memory"]["process"] > 50e6 and figures["published_tflops"] is None
+    for words in ("batch 4 = 1 x 2 x 2, EMA, gradient checkpointing, sdpa attention", "(3 steps after 2)", str(sd), f"torch {torch.__version__}", "float32"):
+        assert words in text
+
+
+def test_frozen_weights_need_no_gradient_and_are_counted_so(sd):
+    full, _ = measured(recipe(str(sd)), steps=1)
+    lora, _ = measured(recipe(str(sd), adapt={"kind": "lora", "rank": 2}), steps=1)
+    forward = count(sd, 4, train="none") / 1e12
+    assert forward < lora["tflop_per_step"] < full["tflop_per_step"] < 3.01 * forward
+    assert lora["kind"] == "lora"
+
+
+def test_arithmetic_grows_with_the_batch_and_not_with_the_micro_batch(sd):
+    engine = TorchEngine(recipe(str(sd)), open_base(config.Model(base=str(sd)), SD), SD, World("cpu", "no"), 2)
+    four, eight = (bench.stand_in(engine.cfg, engine.base.configs, SD, rows) for rows in (4, 8))
+    measure = gauge.Gauge(engine).flops
+    assert measure(four, 2) == measure(four, 4) == measure(eight, 2) / 2
+
+
+def test_features_have_the_shapes_that_the_configs_promise(sd):
+    configs = open_base(config.Model(base=str(sd)), SD).configs
+    batch = bench.stand_in(recipe(str(sd)), configs, SD, 3)
+    assert {name: batch[name].shape for name in ("x0", "noise", "context", "t")} == {"x0": (3, 4, 16, 16), "noise": (3, 4, 16, 16), "context": (3, 77, 32), "t": (3,)}
+    assert abs(batch["x0"].std() - 1) < 0.1  # noise in the place of latents, not zeros: arithmetic on zeros is faster on some devices
+    at_512 = bench.stand_in(config.Config(), bench.STAND_INS["sd"], SD, 1)
+    assert at_512["x0"].shape == (1, 4, 64, 64) and at_512["context"].shape == (1, 77, 768)
+
+
+def test_the_stand_in_is_stable_diffusion_1_5():
+    net = gauge.of_config(bench.STAND_INS["sd"]["unet"])
+    assert sum(p.numel() for p in net.parameters()) == 859_520_964
+    assert all(p.is_meta for p in net.parameters())
+
+
+def test_random_weights_where_the_base_is_not_at_hand(sd, tmp_path, monkeypatch):
+    small = {**bench.STAND_INS["sd"], "unet": open_base(config.Model(base=str(sd)), SD).configs["unet"], "text_encoder": {"hidden_size": 32}, "vae": {"latent_channels": 4, "block_out_channels": [1, 1]}}
+    monkeypatch.setitem(bench.STAND_INS, "sd", small)
+    figures, text = measured(recipe("nobody/has-this"), steps=1)
+    assert figures["weights"] == "random" and figures["base"] == "Stable Diffusion 1.5"
+    assert "random, made for this measurement" in text
+    assert list(tmp_path.glob("limner-bench-*")) == []
+
+
+def test_random_weights_are_drawn_as_layers_start(sd, tmp_path):
+    gauge.write_random(tmp_path, open_base(config.Model(base=str(sd)), SD).configs["unet"])
+    arrays, _ = read_arrays(tmp_path / "diffusion_pytorch_model.safetensors")
+    whole = arrays["mid_block.resnets.0.conv1.weight"]
+    assert abs(whole).max() <= 1 / np.sqrt(64 * 9) and whole.std() == pytest.approx(1 / np.sqrt(3 * 64 * 9), rel=0.02)
+    assert (arrays["conv_norm_out.weight"] == 1).all() and (arrays["conv_norm_out.bias"] == 0).all()
+
+
+def test_a_damaged_base_is_refused_not_replaced(sd, tmp_path):
+    (tmp_path / "broken").mkdir()
+    with pytest.raises(InputFault, match="model_index.json"):
+        measured(recipe(str(tmp_path / "broken")), steps=1)
+
+
+def test_fewer_than_one_step_is_refused(sd):
+    with pytest.raises(InputFault, match="--steps: 0 is not above 0"):
+        measured(recipe(str(sd)), steps=0)
+
+
+def test_published_peaks_by_device_and_precision(sd, monkeypatch):
+    engine = TorchEngine(recipe(str(sd)), open_base(config.Model(base=str(sd)), SD), SD, World("cpu", "no"), 4)
+    measure = gauge.Gauge(engine)
+    assert measure.published() is None
+    measure.cuda = True
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert measure.published() == 66.9e12
+    engine.half = torch.bfloat16
+    assert measure.published() == 989.4e12

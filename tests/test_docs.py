@@ -1,0 +1,25 @@
+"""The Python in the documentation runs, on a tiny model in place of the big one."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from limner import checkpoint, log
+
+DOCS = Path(__file__).parent.parent / "docs"
+BLOCKS = [(path.name, block) for path in sorted(DOCS.glob("*.md")) for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)]
+
+
+@pytest.mark.parametrize(("name", "block"), BLOCKS, ids=[name for name, _ in BLOCKS])
+def test_the_block_runs(base, tmp_path, monkeypatch, name, block):
+    recipes = DOCS.parent / "recipes"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(recipes)
+    smaller = '"train.steps=3", "data.size=32", "train.batch=4", "train.micro=4", "engine.precision=no", "log.every=1", "log.to=[]", "preview.prompts=[]", "optim.warmup=0"'
+    block = block.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(base)).replace('"train.steps=100"', smaller)
+    exec(compile(block, name, "exec"), {"__name__": name})
+    [run] = (tmp_path / "runs").iterdir()
+    assert checkpoint.latest(run).step == 3
+    assert len([row for row in log.read(run / "metrics.jsonl") if "loss" in row]) == 3
+    assert (run / "pytorch_lora_weights.safetensors").exists()

@@ -1,0 +1,265 @@
+"""Files and folders are whole or absent, whatever fails at whatever moment; damage is found and named; one writer at a time."""
+
+import contextlib
+import errno
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import moments
+import pytest
+
+from limner import durable
+from limner.faults import DiskFault, IntegrityFault, Locked
+
+
+def fill(path: Path, text: str = "new") -> None:
+    (path / "inner").mkdir()
+    (path / "a.txt").write_text(text)
+    (path / "inner" / "b.bin").write_bytes(os.urandom(100))
+
+
+def made(final: Path, text: str = "new") -> Path:
+    with durable.folder(final) as path:
+        fill(path, text)
+    return final
+
+
+def names(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir())
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "final"
+    with durable.folder(final) as path:
+        fill(path)
+        assert not final.exists() and path.parent == final.parent
+    durable.verify(final)
+    assert names(final.parent) == ["final"] and names(final) == ["MANIFEST.json", "a.txt", "inner"]
+
+
+def test_an_exception_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="midway"), durable.folder(tmp_path / "final") as path:
+        fill(path)
+        raise ValueError("midway")
+    assert names(tmp_path) == []
+
+
+def test_an_exception_in_the_middle_leaves_the_previous(tmp_path: Path) -> None:
+    final = made(tmp_path / "final", "old")
+    with pytest.raises(KeyboardInterrupt), durable.folder(final) as path:
+        fill(path)
+        raise KeyboardInterrupt
+    durable.verify(final)
+    assert (final / "a.txt").read_text() == "old" and names(tmp_path) == ["final"]
+    made(final, "newer")
+    assert (final / "a.txt").read_text() == "newer" and names(tmp_path) == ["final"]
+
+
+def test_without_manifest(tmp_path: Path) -> None:
+    with durable.folder(tmp_path / "final", manifest=False) as path:
+        fill(path)
+    assert names(tmp_path / "final") == ["a.txt", "inner"]
+    with pytest.raises(IntegrityFault, match=r"MANIFEST\.json: missing or unreadable"):
+        durable.verify(tmp_path / "final")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_every_call_can_fail(tmp_path: Path, number: int) -> None:
+    """For n = 1, 2, ... until none fails: each time a whole folder is there, and the message names the path and the reason."""
+    final = made(tmp_path / "final", "old")
+    faults = 0
+    for n in itertools.count(1):
+        with moments.failing(n, number) as count:
+            try:
+                made(final, "new")
+            except DiskFault as fault:
+                faults += 1
+                assert str(final) in str(fault) and os.strerror(number) in str(fault)
+        durable.verify(final)
+        durable.sweep(tmp_path)
+        assert names(tmp_path) == ["final"]
+        if count[0] < n:
+            break
+    assert faults > 8 and (final / "a.txt").read_text() == "new"
+
+
+def test_death_at_every_call_loses_nothing(tmp_path: Path) -> None:
+    """What was whole before is whole after the sweep, even when the death falls between the two renames of a replacement."""
+    final, n, seen = tmp_path / "final", 0, set()
+    while True:
+        n += 1
+        made(final, "old")
+        died = moments.dies_at(n, lambda: made(final, "new"))
+        durable.sweep(tmp_path)
+        assert names(tmp_path) == ["final"]
+        durable.verify(final)
+        seen.add((final / "a.txt").read_text())
+        if not died:
+            break
+    assert n > 15 and seen == {"old", "new"}
+
+
+def test_what_was_set_aside_is_put_back(tmp_path: Path) -> None:
+    """The state between the two renames of ``replace``, made by hand."""
+    made(tmp_path / "checkpoint-1.5 x", "old").rename(tmp_path / ".checkpoint-1.5 x.77.old")
+    (tmp_path / ".checkpoint-1.5 x.77.tmp").mkdir()
+    durable.sweep(tmp_path)
+    durable.verify(tmp_path / "checkpoint-1.5 x")
+    assert names(tmp_path) == ["checkpoint-1.5 x"]
+
+
+def test_sweep_takes_leavings_only(tmp_path: Path) -> None:
+    made(tmp_path / "final")
+    for name in (".final.1.tmp", ".final.2.del", ".final.3.old"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    (tmp_path / ".metrics.jsonl.4.tmp").write_text("half")
+    (tmp_path / "mine.tmp").write_text("keep")
+    (tmp_path / ".git").mkdir()
+    durable.sweep(tmp_path)
+    assert names(tmp_path) == [".git", "final", "mine.tmp"]
+
+
+def test_write_text_is_whole_or_the_old(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "config.json"
+    durable.write_text(file, "old ä")
+    for n in itertools.count(1):
+        with moments.failing(n, errno.ENOSPC) as count, contextlib.suppress(DiskFault):
+            durable.write_text(file, "new ä" * 1000)
+        assert file.read_text(encoding="utf-8") in ("old ä", "new ä" * 1000) and names(file.parent) == ["config.json"]
+        if count[0] < n:
+            break
+    for n in itertools.count(1):
+        file.write_text("old")
+        if not moments.dies_at(n, lambda: durable.write_text(file, "new")):
+            break
+        assert file.read_text() in ("old", "new")
+    durable.sweep(file.parent)
+    assert names(file.parent) == ["config.json"] and file.read_text() == "new"
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    """Two or three bits of every byte of the manifest, and one of every byte of every file."""
+    final = made(tmp_path / "final")
+    for file in (final / "a.txt", final / "inner" / "b.bin", final / "MANIFEST.json"):
+        whole = file.read_bytes()
+        bits = range(0, len(whole) * 8, 3) if file.name == "MANIFEST.json" else [i * 8 + i % 8 for i in range(len(whole))]
+        for bit in bits:
+            damaged = bytearray(whole)
+            damaged[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(damaged)
+            with pytest.raises(IntegrityFault, match=file.name if file.name != "MANIFEST.json" else "final"):
+                durable.verify(final)
+        file.write_bytes(whole)
+    durable.verify(final)
+
+
+@pytest.mark.parametrize("file", ["a.txt", "inner/b.bin", "MANIFEST.json"])
+def test_truncated_longer_missing_and_unreadable_files_are_named(tmp_path: Path, file: str) -> None:
+    final = made(tmp_path / "final")
+    path = final / file
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-1], whole + b"x", whole[1:], None):
+        path.unlink()
+        if damaged is not None:
+            path.write_bytes(damaged)
+        with pytest.raises(IntegrityFault, match=str(path)):
+            durable.verify(final)
+    path.mkdir()
+    with pytest.raises(IntegrityFault, match=str(path)):
+        durable.verify(final)
+
+
+def test_a_disk_that_cannot_read_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = made(tmp_path / "final")
+
+    def fail(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(durable, "digest", fail)
+    with pytest.raises(IntegrityFault, match="Input/output error"):
+        durable.verify(final)
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", '{"files": 5, "digest": "x"}', '{"files": {"a.txt": 5}, "digest": "x"}', "null", "\xff"])
+def test_a_manifest_of_another_kind(tmp_path: Path, manifest: str) -> None:
+    final = made(tmp_path / "final")
+    (final / "MANIFEST.json").write_bytes(manifest.encode("latin-1"))
+    with pytest.raises(IntegrityFault, match=r"MANIFEST\.json"):
+        durable.verify(final)
+
+
+@pytest.mark.parametrize("place", ["file/run", "file"])
+def test_a_place_that_is_no_folder(tmp_path: Path, place: str) -> None:
+    """An output below, or in place of, a file is the user's mistake: said in words."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskFault, match=f"{tmp_path / place}"), durable.lock(tmp_path / place):
+        pass
+    with pytest.raises(DiskFault, match="file"):
+        durable.write_text(tmp_path / "file" / "x.json", "")
+
+
+def test_space_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DiskFault, match=r"No space left on device; 3 MiB are needed, \d+ MiB are free\. What was whole before is whole still"):
+        with durable.disk_errors(tmp_path / "x", 3 << 20):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_other_errors_are_not_the_disk_s(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), durable.disk_errors(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "a defect of the program")
+
+
+HOLDER = "import sys, time; from pathlib import Path; from limner import durable\nwith durable.lock(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+
+
+@contextlib.contextmanager
+def holder(root: Path) -> Iterator[subprocess.Popen]:
+    """Another process that holds the lock until its input ends."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    """The second is refused at once, naming the first; a SIGKILL of the first frees the lock."""
+    root = tmp_path / "run"
+    with holder(root) as process:
+        with pytest.raises(Locked, match=f"{root}: another run is writing here \\(process {process.pid} on "), durable.lock(root):
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with durable.lock(root), pytest.raises(Locked, match=f"process {os.getpid()} on "), durable.lock(root):
+            pass
+    with durable.lock(root):
+        pass
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "write", "open"])
+def test_a_full_disk_at_the_lock_is_said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(DiskFault, match="No space left"), durable.lock(tmp_path):
+        pass
+    monkeypatch.undo()
+    with durable.lock(tmp_path):
+        pass
+
+
+def test_digest_json_looks_at_values_not_at_order() -> None:
+    assert durable.digest_json({"a": 1, "b": [1, 2]}) == durable.digest_json({"b": (1, 2), "a": 1}) != durable.digest_json({"a": 1, "b": [2, 1]})
+
+
+def test_user_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "x"))
+    assert durable.user_cache() == tmp_path / "x"
+    monkeypatch.delenv("LIMNER_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert durable.user_cache() == tmp_path / "limner"

@@ -1,0 +1,181 @@
+"""A cache may save time; it may never change a number: cached equals uncached to the bit, although encoders feel the shape of a batch."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import moments
+import numpy as np
+import pytest
+
+from limner import features
+from limner.cache import Store
+from limner.families import FAMILIES
+from limner.features import Encoded, Picture
+
+SD = FAMILIES["sd"]
+
+
+class Sensitive:
+    """Encoders whose last bits depend on how many examples they see, like those of every framework."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[str, int]] = []
+        self.seen: list[str] = []
+
+    def vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.shapes.append((name, len(pixels)))
+        mean = pixels[:, :, ::4, ::4] * np.float32(1 + len(pixels) * 1e-6)
+        return mean, np.abs(mean) + 1
+
+    def text(self, name: str, tokenizer: str, captions: list[str]) -> np.ndarray:
+        self.shapes.append((name, len(captions)))
+        self.seen += captions
+        return np.stack([np.full((3, 2), sum(map(ord, c)) * (1 + len(captions) * 1e-6), np.float32) for c in captions])
+
+
+def square(i: int) -> np.ndarray:
+    return np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
+
+
+def requests(numbers: Sequence[int], cached: Callable[[int], bool] = lambda i: True) -> list[Picture]:
+    return [(f"key {i}" if cached(i) else None, lambda i=i: square(i)) for i in numbers]
+
+
+def encoded(folder: Path | None, parts: Sensitive, batch: int = 4) -> Encoded:
+    stores = (None, None) if folder is None else (Store(folder / "picture-x", lambda text: None), Store(folder / "caption-x", lambda text: None))
+    return Encoded(SD, lambda: parts, *stores, batch)
+
+
+def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype == np.float32 and a[name].shape == b[name].shape and a[name].tobytes() == b[name].tobytes()
+
+
+CAPTIONS = ["a red circle", "", "ein grüner Kreis", "x"]
+
+
+@pytest.mark.parametrize("numbers", [[0], [0, 1, 2, 3], [5, 3, 1, 5, 6, 0], list(range(9))])
+def test_cached_equals_uncached_to_the_bit(tmp_path: Path, numbers: list[int]) -> None:
+    """However the cache was filled, and however the batch is put together."""
+    plain = encoded(None, Sensitive())
+    images, texts = plain.images(requests(numbers)), plain.texts([CAPTIONS[i % 4] for i in numbers])
+    cached = encoded(tmp_path, Sensitive())
+    cached.fill_images(requests([6, 0, 8]), lambda: None)
+    cached.fill_images(requests(range(9)), lambda: None)
+    cached.fill_texts(CAPTIONS, lambda: None)
+    used = Sensitive()
+    again = encoded(tmp_path, used)
+    equal(again.images(requests(numbers)), images)
+    equal(again.texts([CAPTIONS[i % 4] for i in numbers]), texts)
+    assert used.shapes == [] and again.complete and not plain.complete
+
+
+def test_encoders_see_one_batch_shape_only(tmp_path: Path) -> None:
+    parts = Sensitive()
+    made = encoded(tmp_path, parts, batch=5)
+    made.fill_images(requests(range(13)), lambda: None)
+    made.fill_texts([f"caption {i}" for i in range(7)], lambda: None)
+    for count in (1, 4, 5, 6, 11):
+        made.images(requests(range(20, 20 + count)))
+        made.texts([f"new {i}" for i in range(count)])
+    assert {size for _, size in parts.shapes} == {5} and {name for name, _ in parts.shapes} == {"vae", "text_encoder"}
+
+
+def test_a_batch_with_rows_that_are_not_cached(tmp_path: Path) -> None:
+    """Some keys None, some never stored: the batch is right, and in its order."""
+    expected = encoded(None, Sensitive()).images(requests([4, 1, 7, 2]))
+    made = encoded(tmp_path, Sensitive())
+    made.fill_images(requests([1, 2, 4, 7], cached=lambda i: i != 7), lambda: None)
+    assert "key 1" in made.image_store and len(made.image_store.rows) == 3  # type: ignore[operator, union-attr]
+    equal(made.images(requests([4, 1, 7, 2], cached=lambda i: i != 7)), expected)
+    equal(made.images(requests([4, 1, 7, 2])), expected)
+    equal(made.images(requests([7], cached=lambda i: False)), encoded(None, Sensitive()).images(requests([7])))
+
+
+def test_each_is_encoded_once(tmp_path: Path) -> None:
+    parts = Sensitive()
+    made = encoded(tmp_path, parts, batch=1)
+    made.fill_texts(["a", "b", "a", "b", "a"], lambda: None)
+    made.fill_texts(["b", "c"], lambda: None)
+    assert parts.seen == ["a", "b", "c"]
+
+
+def test_a_damaged_shard_is_named_and_encoded_again(tmp_path: Path) -> None:
+    encoded(tmp_path, Sensitive()).fill_images(requests(range(6)), lambda: None)
+    (shard,) = (tmp_path / "picture-x").iterdir()
+    shard.write_bytes(shard.read_bytes()[:-7] + b"changed")
+    told: list[str] = []
+    parts = Sensitive()
+    made = Encoded(SD, lambda: parts, Store(tmp_path / "picture-x", told.append), None, 4)
+    made.fill_images(requests(range(6)), lambda: None)
+    assert len(told) == 1 and str(shard) in told[0] and len(parts.shapes) == 2
+    equal(made.images(requests([5, 0])), encoded(None, Sensitive()).images(requests([5, 0])))
+
+
+def test_filling_goes_on_after_death_between_and_inside_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "SHARD", 3)
+    expected = encoded(None, Sensitive()).images(requests(range(10)))
+    for n in range(1, 100):
+        folder = tmp_path / str(n)
+        encoded(folder, Sensitive())
+        died = moments.dies_at(n, lambda folder=folder: encoded(folder, Sensitive()).fill_images(requests(range(10)), lambda: None))
+        parts = Sensitive()
+        made = encoded(folder, parts)
+        before = len(made.image_store.rows)  # type: ignore[union-attr]
+        assert before % 3 == 0 or before == 10
+        made.fill_images(requests(range(10)), lambda: None)
+        assert len(parts.shapes) == -(-(10 - before) // 3) and len(made.image_store.rows) == 10  # type: ignore[union-attr]
+        equal(made.images(requests(range(10))), expected)
+        if not died:
+            break
+    assert n > 10
+
+
+def test_a_stop_is_looked_at_between_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "SHARD", 3)
+    asked: list[int] = []
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise InterruptedError
+
+    made = encoded(tmp_path, Sensitive())
+    with pytest.raises(InterruptedError):
+        made.fill_images(requests(range(10)), check)
+    assert len(made.image_store.rows) == 6  # type: ignore[union-attr]
+
+
+def test_other_processes_rows_are_seen_after_a_refresh(tmp_path: Path) -> None:
+    mine, other = Sensitive(), encoded(tmp_path, Sensitive())
+    made = encoded(tmp_path, mine)
+    other.fill_texts(["theirs"], lambda: None)
+    made.refresh()
+    made.texts(["theirs"])
+    assert mine.shapes == []
+
+
+def test_real_encoders_do_not_feel_place_or_neighbours(base: Path) -> None:
+    """What the fixed shape rests on: a row's bits are the same wherever in the batch it stands, whatever stands beside it."""
+    from limner.base import open_base
+    from limner.config import Model
+    from limner.engines.torch.parts import TorchParts
+
+    parts = TorchParts(open_base(Model(base=str(base)), SD), _cpu())
+    made = Encoded(SD, lambda: parts, None, None, 3)
+    alone = [made.encode_images([("", lambda i=i: np.kron(square(i), np.ones((4, 4, 1), np.uint8)))]) for i in range(3)]
+    together = made.encode_images([("", lambda i=i: np.kron(square(i), np.ones((4, 4, 1), np.uint8))) for i in (2, 0, 1)])
+    for place, i in enumerate((2, 0, 1)):
+        equal({name: array[place : place + 1] for name, array in together.items()}, alone[i])
+    words = ["a red circle", "", "a blue circle of a photo"]
+    texts = made.encode_texts([words[2], words[0], words[1]])["context"]
+    for place, i in enumerate((2, 0, 1)):
+        assert texts[place].tobytes() == made.encode_texts([words[i]])["context"][0].tobytes()
+
+
+def _cpu() -> Any:
+    import torch
+
+    return torch.device("cpu")

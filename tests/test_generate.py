@@ -1,0 +1,135 @@
+"""Pictures from a run: what training previews, what ``limner generate`` draws and what stock diffusers draws are the same."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from limner import cli, config, generate, training
+from limner.faults import InputFault
+
+
+@pytest.fixture(scope="module")
+def runs(base, pictures, tmp_path_factory) -> dict[str, Path]:
+    """A finished run of each kind, with a preview of its last step."""
+    made = {}
+    for kind in ("full", "lora"):
+        run = tmp_path_factory.mktemp(kind) / "run"
+        raw = {
+            "run": str(run),
+            "model": {"base": str(base)},
+            "data": {"folder": str(pictures), "size": 32},
+            "adapt": {"kind": kind, "rank": 2, "alpha": 6.0} if kind == "lora" else {},
+            "objective": {"predict": "v_prediction"} if kind == "full" else {},
+            "optim": {"learning_rate": 3e-3, "ema": 0.5},
+            "train": {"steps": 4, "batch": 4, "seed": 5},
+            "preview": {"prompts": ["a red circle", "a blue square"], "count": 2, "every": 4, "steps": 4, "guidance_scale": 3.0},
+        }
+        made[kind] = training.run(config.build(config.Config, raw), tell=lambda text: None)
+    return made
+
+
+def drawn(run: str, prompts: list[str], folder: Path, **settings) -> list[np.ndarray]:
+    paths = generate.run(run, prompts, output=folder, **{"steps": 4, "guidance_scale": 3.0, "seed": 5, "device": "cpu", **settings})
+    return [np.asarray(Image.open(path)) for path in paths]
+
+
+def previews(run: Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path)) for path in sorted((run / "previews" / "step-000004").glob("*.png"))]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_previews_generate_and_stock_diffusers_draw_the_same(runs, base, tmp_path, kind):
+    from diffusers import StableDiffusionPipeline
+
+    run = runs[kind]
+    ours = drawn(str(run), ["a red circle", "a blue square"], tmp_path, count=2)
+    assert len(ours) == 4 and ours[0].shape == (32, 32, 3)
+    assert np.abs(ours[0].astype(int) - ours[1]).max() > 10  # another seed, another picture
+    stock = StableDiffusionPipeline.from_pretrained(run if kind == "full" else base, use_safetensors=True)
+    if kind == "lora":
+        stock.load_lora_weights(run)
+    stock.set_progress_bar_config(disable=True)
+    for i, (prompt, seed) in enumerate([("a red circle", 5), ("a red circle", 6), ("a blue square", 5), ("a blue square", 6)]):
+        picture = stock(prompt, generator=torch.Generator().manual_seed(seed), num_inference_steps=4, guidance_scale=3.0, output_type="np").images[0]
+        assert np.abs((picture * 255).round() - ours[i]).max() <= 1, i
+        assert np.abs(previews(run)[i].astype(int) - ours[i]).max() <= 1, i
+
+
+def test_a_tuned_model_draws_another_picture_than_its_base(runs, base, tmp_path):
+    before = drawn(str(base), ["a red circle"], tmp_path / "base")
+    for kind, run in runs.items():
+        assert np.abs(drawn(str(run), ["a red circle"], tmp_path / kind)[0].astype(int) - before[0]).mean() > 1, kind
+
+
+def test_a_picture_depends_on_its_seed_alone_not_on_the_batch(runs, tmp_path):
+    one = drawn(str(runs["full"]), ["a red circle", "a blue square", "red"], tmp_path / "one", batch_size=1)
+    many = drawn(str(runs["full"]), ["a red circle", "a blue square", "red"], tmp_path / "many", batch_size=3)
+    for a, b in zip(one, many, strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm++", "euler", "euler-a", "heun", "pndm", "unipc"])
+def test_schedulers_by_name(runs, name):
+    from limner.engines.torch import pipeline
+
+    made = pipeline.open_pipeline(str(runs["full"]), lora=None, scheduler=name, precision="no", device="cpu")
+    assert type(made.scheduler).__name__ == pipeline.SCHEDULERS[name][0]
+    assert made.scheduler.config.prediction_type == "v_prediction"  # the recipe's, not the base's
+    [picture] = pipeline.draw(made, ["red"], [0], steps=4, guidance_scale=2.0, size=None)
+    assert picture.std() > 0
+
+
+def test_the_command_reads_prompts_and_writes_a_grid(runs, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\na blue square\n")
+    arguments = ["generate", str(runs["lora"]), "red", "--prompt-file", str(prompts), "--steps", "2", "--count", "2", "--device", "cpu"]
+    assert cli.main([*arguments, "--output", str(tmp_path / "out"), "--grid", str(tmp_path / "grid.png"), "--negative-prompt", "blue", "--size", "32"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [Path(line).name for line in said] == [
+        *(f"{i:03d}-{name}-{i % 2}.png" for i, name in enumerate(["red", "red", "a-red-circle", "a-red-circle", "a-blue-square", "a-blue-square"])),
+        "grid.png",
+    ]
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (200 + 2 * 134 + 6, 6 + 3 * 134)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "{run}"], "no prompt"),
+        (["generate", "{run}", "red", "--scheduler", "dimm"], "'dimm' is not one of ddim"),
+        (["generate", "{run}", "red", "--count", "0"], "at least 1"),
+        (["generate", "{empty}", "red"], "neither a diffusers folder"),
+        (["generate", "{run}", "--prompt-file", "{empty}/none.txt"], "cannot be read"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_in_one_message(runs, tmp_path, capsys, arguments, message):
+    assert cli.main([a.format(run=runs["full"], empty=tmp_path) for a in arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+
+
+def test_a_lora_without_its_base_asks_for_it(runs, tmp_path):
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes((runs["lora"] / "pytorch_lora_weights.safetensors").read_bytes())
+    with pytest.raises(InputFault, match="--base"):
+        generate.run(str(tmp_path), ["red"])
+
+
+def test_show_prints_settings_and_arithmetic(pictures, tmp_path, capsys, monkeypatch):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[model]\nbase = "x"\n[data]\nfolder = "{pictures}"\n[train]\nepochs = 3\nbatch = 8\nmicro = 2\n[watch]\nhold_out = 2\n')
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["show", str(recipe), "optim.learning_rate=2e-5"]) == 0
+    said = capsys.readouterr().out
+    assert "learning_rate = 2e-05" in said
+    assert "8 examples = 2 processes x 2 micro-batches x 2" in said
+    assert "records: 12 listed, 2 held out, 10 to train on" in said
+    assert "one epoch: 1.25 steps; the run: 4 steps" in said  # ceil(3 * 10 / 8)
+    import tomllib
+
+    assert config.build(config.Config, tomllib.loads(said)) == config.load(recipe, ["optim.learning_rate=2e-5"])
+    assert json.loads(json.dumps(tomllib.loads(said)))["train"]["batch"] == 8

@@ -1,0 +1,168 @@
+"""Killed at any moment and started again with the same command, a run ends with the same bits, after exactly as many steps."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import worker
+
+from limner import checkpoint, durable, log, rng
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def processes():
+    return worker.context()
+
+
+def settings(base: Path, pictures: Path, folder: Path, kind: str, **train: Any) -> dict[str, Any]:
+    return {
+        "run": str(folder / "run"),
+        "model": {"base": str(base)},
+        "data": {"folder": str(pictures), "size": 32, "flip": True, "drop_caption": 0.2, "cache": str(folder / "cache"), "threads": 2},
+        "adapt": {"kind": kind, "dropout": 0.1 if kind == "lora" else 0.0},
+        "optim": {"learning_rate": 1e-3, "ema": 0.9, "schedule": "cosine", "warmup": 2},
+        "train": {"steps": STEPS, "batch": 4, "micro": 2, "seed": 3, **train},
+        "checkpoint": {"every": 1, "keep": 2},
+        "watch": {"hold_out": 2, "every": 3, "timesteps": 1},
+        "preview": {"prompts": ["a red circle"], "every": 3, "steps": 2},
+        "log": {"every": 1},
+    }
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Everything that must not depend on kills: the last checkpoint, the result, and the losses."""
+    last = run / f"checkpoint-{STEPS}"
+    durable.verify(last)
+    result = json.loads((run / "result.json").read_text())
+    files = {p.name if p.parent == last else f"{p.parent.name}/{p.name}": durable.digest(p) for p in sorted(last.rglob("*.safetensors"))}
+    losses = [{k: v for k, v in row.items() if k != "images_per_second"} for row in log.read(run / "metrics.jsonl")]
+    left = sorted(p.name for p in run.iterdir() if p.name.endswith((".tmp", ".del")))
+    return {"step": result["step"], "files": files, "result": result["files"], "losses": losses, "left": left, "there": [p.name for p in checkpoint.listed(run)]}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_killed_runs_end_with_the_same_bits(processes, base, pictures, tmp_path, kind, pytestconfig):
+    whole = settings(base, pictures, tmp_path / "whole", kind)
+    began = time.monotonic()
+    process = worker.start(processes, whole)
+    process.join()
+    span = time.monotonic() - began
+    assert process.exitcode == 0
+    want = outcome(Path(whole["run"]))
+    assert want["step"] == STEPS and [row["step"] for row in want["losses"] if "loss" in row] == list(range(1, STEPS + 1))
+    assert want["there"] == [f"checkpoint-{STEPS}", f"checkpoint-{STEPS - 1}"] and not want["left"]
+    kills, trial, odds = 0, 0, rng.at(0, f"kills {kind}", 0)
+    while kills < max(1, pytestconfig.getoption("--kills") // 2):
+        cfg = settings(base, pictures, tmp_path / f"trial-{trial}", kind)
+        trial += 1
+        for _ in range(50):
+            aimed = odds.random() < 0.5  # half in the middle of a write, half at any moment
+            process = worker.start(processes, cfg, int(odds.integers(0, 40)) if aimed else None)
+            process.join(None if aimed else float(odds.random()) * span)
+            if process.exitcode is None:
+                os.kill(process.pid, signal.SIGKILL)
+                process.join()
+            if process.exitcode == 0:
+                break
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+        assert outcome(Path(cfg["run"])) == want
+
+
+def test_a_stop_saves_and_the_run_goes_on_to_the_same_bits(processes, base, pictures, tmp_path):
+    whole, stopped = (settings(base, pictures, tmp_path / name, "full") for name in ("whole", "stopped"))
+    for cfg in (whole, stopped):
+        cfg["checkpoint"] = {"every": 100}
+    process = worker.start(processes, whole)
+    process.join()
+    assert process.exitcode == 0
+    process = worker.start(processes, stopped)
+    metrics = Path(stopped["run"]) / "metrics.jsonl"
+    while process.is_alive() and not any("loss" in row for row in log.read(metrics)):
+        process.join(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 3
+    [saved] = checkpoint.listed(Path(stopped["run"]))
+    assert checkpoint.read(saved).step < STEPS
+    process = worker.start(processes, stopped)
+    process.join()
+    assert process.exitcode == 0
+    one, other = outcome(Path(whole["run"])), outcome(Path(stopped["run"]))
+    assert {**one, "there": 0} == {**other, "there": 0}
+
+
+def test_finished_is_finished_and_more_steps_go_on(processes, base, pictures, tmp_path):
+    cfg = settings(base, pictures, tmp_path, "lora", steps=3)
+    run = Path(cfg["run"])
+    seen = []
+    for steps in (3, 3, STEPS):
+        cfg["train"]["steps"] = steps
+        process = worker.start(processes, cfg)
+        process.join()
+        assert process.exitcode == 0
+        seen.append({p.relative_to(run).as_posix(): (durable.digest(p), p.stat().st_mtime_ns) for p in run.rglob("*") if p.is_file() and p.name not in (".lock", "config.json")})
+    assert seen[0] == seen[1]
+    assert outcome(run)["step"] == STEPS
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(processes, base, pictures, tmp_path, capfd):
+    whole = settings(base, pictures, tmp_path / "whole", "full")
+    process = worker.start(processes, whole)
+    process.join()
+    want = outcome(Path(whole["run"]))
+    newest = Path(whole["run"]) / f"checkpoint-{STEPS}"
+    weights = newest / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    said: list[str] = []
+    found = checkpoint.latest(newest.parent, said.append)
+    assert found is not None and found.step == STEPS - 1
+    assert len(said) == 1 and str(weights) in said[0]
+    process = worker.start(processes, whole)
+    process.join()
+    assert process.exitcode == 0
+    assert outcome(Path(whole["run"])) == want
+
+
+@pytest.fixture(scope="module")
+def plain(processes, base, pictures, tmp_path_factory) -> dict[str, str]:
+    """The files of a run that nobody disturbed."""
+    cfg = settings(base, pictures, tmp_path_factory.mktemp("plain"), "full")
+    process = worker.start(processes, cfg)
+    process.join()
+    return outcome(Path(cfg["run"]))["files"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"checkpoint": {"every": 3}}, {"preview": {}}, {"log": {"every": 4, "to": ["tensorboard"]}}, {"watch": {"hold_out": 2, "every": 100, "timesteps": 3}}, {"data": {"threads": 1}}, {"data": {"cache": "off"}}],
+)
+def test_looking_saving_and_caching_move_no_bit(processes, base, pictures, tmp_path, change, plain):
+    cfg = settings(base, pictures, tmp_path / "changed", "full")
+    cfg = {**cfg, **{k: {**cfg[k], **v} if v else v for k, v in change.items()}}
+    process = worker.start(processes, cfg)
+    process.join()
+    assert process.exitcode == 0
+    assert outcome(Path(cfg["run"]))["files"] == plain
+
+
+def test_an_average_moves_no_trained_weight(processes, base, pictures, tmp_path):
+    files = []
+    for name, average in (("with", 0.9), ("without", None)):
+        cfg = settings(base, pictures, tmp_path / name, "full")
+        cfg["optim"]["ema"] = average
+        process = worker.start(processes, cfg)
+        process.join()
+        assert process.exitcode == 0
+        files.append(outcome(Path(cfg["run"]))["files"])
+    assert "unet_ema/diffusion_pytorch_model.safetensors" in files[0].keys() - files[1].keys()
+    for name in ("unet/diffusion_pytorch_model.safetensors", "optimizer.safetensors"):
+        assert files[0][name] == files[1][name]

@@ -1,0 +1,234 @@
+"""One curve on any number of processes: the same losses, the same records, going on with more or fewer of them, and one stop for all."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from limner import checkpoint, config, training
+from limner.engines.torch import world
+from limner.faults import InputFault
+
+STEPS = 24
+STOPPED_AT_LEAST = 3
+LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+# One process of a pair: trains what it is told to, one run after the other in one world, and writes down how each ended.
+WORKER = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from limner import config, training
+from limner.engines.torch.world import World
+from limner.faults import Fault
+
+jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+joined = World("cpu")
+leave, joined.close = joined.close, lambda: None  # a pair that has parted does not meet again
+training.engines.join = lambda settings: joined
+ends = []
+for raw in jobs:
+    lines = []
+    try:
+        training.run(config.build(config.Config, raw), tell=lines.append)
+        ends.append(["done", "", False, 0, lines])
+    except Fault as fault:
+        ends.append([type(fault).__name__, str(fault), fault.told, fault.code, lines])
+(out / f"ends-{joined.rank}.json").write_text(json.dumps(ends))
+leave()
+sys.exit(ends[-1][3])
+"""
+
+
+def settings(base: Path, pictures: Path, run: Path, *overrides: str) -> dict[str, Any]:
+    given = [
+        "train.seed=3",
+        "train.batch=4",
+        "train.micro=1",
+        f"train.steps={STEPS}",
+        "log.every=1",
+        "checkpoint.every=100",
+        "optim.learning_rate=1e-3",
+        "data.size=32",
+    ]
+    given += [
+        "data.flip=true",
+        "data.crop=random",
+        "data.crops=2",
+        "data.threads=1",
+        "engine.device=cpu",
+        "watch.hold_out=2",
+        "watch.every=12",
+        "watch.timesteps=2",
+    ]
+    return config.override({"run": str(run), "model": {"base": str(base)}, "data": {"folder": str(pictures)}}, [*given, *overrides])
+
+
+def alone(raw: dict[str, Any]) -> Path:
+    return training.run(config.build(config.Config, raw), tell=lambda line: None)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(world.__file__).parents[3])}
+
+
+def begin_pair(folder: Path, jobs: list[dict[str, Any]]) -> subprocess.Popen[str]:
+    """Start two processes that do all the jobs; what they say at the end lies in ``folder``."""
+    folder.mkdir()
+    (folder / "worker.py").write_text(WORKER)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    log = open(folder / "log.txt", "w")  # noqa: SIM115
+    command = [*LAUNCH, str(folder / "worker.py"), str(folder / "jobs.json"), str(folder)]
+    with log:
+        return subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT, text=True)
+
+
+def ends(folder: Path) -> list[list[Any]]:
+    """How each job ended: class of the fault or "done", message, whether another process says it, exit code, lines told; for both processes."""
+    return [json.loads((folder / f"ends-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def curve(run: Path, name: str = "loss") -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[name] for row in rows if name in row}
+
+
+def arrays(run: Path, step: int) -> dict[str, np.ndarray]:
+    found = checkpoint.read(run / f"checkpoint-{step}")
+    files = sorted(p.relative_to(found.folder) for p in found.folder.rglob("*.safetensors"))
+    return {f"{file}:{name}": array for file in files for name, array in found.arrays(str(file)).items()}
+
+
+@dataclass
+class Seen:
+    """What was run: folders by name, the step at which the stopped run stopped, how all ended."""
+
+    runs: Path
+    stopped: int
+    ends_of_stop: list[list[Any]]
+    ends: list[list[Any]]
+
+
+def wait_for_line(path: Path, line: int, process: subprocess.Popen[str], log: Path) -> None:
+    """Until a file has so many lines."""
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_text().count("\n") < line:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def seen(base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """All the runs; two launches of two processes, the rest in this one."""
+    runs = tmp_path_factory.mktemp("runs")
+    lora, ema = ("adapt.kind=lora", "adapt.rank=2"), ("optim.ema=0.9", "checkpoint.every=100")
+
+    def job(name: str, *overrides: str) -> dict[str, Any]:
+        return settings(base, pictures, runs / name, *overrides)
+
+    first = begin_pair(runs / "first", [job("stopped", *ema, "train.steps=5000")])
+    alone(job("changing", "train.steps=8"))
+    wait_for_line(runs / "stopped" / "metrics.jsonl", STOPPED_AT_LEAST + 1, first, runs / "first" / "log.txt")  # the first line is the held-out loss
+    first.send_signal(signal.SIGTERM)  # torchrun passes it on
+    assert first.wait(60) != 0
+    [newest] = checkpoint.listed(runs / "stopped")
+    stopped = checkpoint.step_of(newest)
+    again, total = runs / "again", f"train.steps={stopped + 3}"
+    shutil.copytree(runs / "stopped", again)
+    alone(job("full-1"))
+    jobs = [job("full-2"), job("lora-2", *lora), job("changing", "train.steps=16"), job("again", *ema, total), job("uninterrupted", *ema, total)]
+    jobs += [job("full-1", "train.steps=30", "train.batch=3"), job("odd", "train.batch=3"), job("busy", "data.caption=txet")]
+    second = begin_pair(runs / "second", jobs)
+    alone(job("lora-1", *lora))
+    second.wait(120)
+    assert (runs / "second" / "ends-0.json").exists(), (runs / "second" / "log.txt").read_text()
+    alone(job("changing"))
+    return Seen(runs, stopped, ends(runs / "first"), ends(runs / "second"))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_losses_agree(kind: str, seen: Seen) -> None:
+    one, two = curve(seen.runs / f"{kind}-1"), curve(seen.runs / f"{kind}-2")
+    assert list(one) == list(two) == list(range(1, STEPS + 1))
+    assert len(set(one.values())) == STEPS
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-6, abs=0)
+    held = curve(seen.runs / f"{kind}-1", "held_out_loss"), curve(seen.runs / f"{kind}-2", "held_out_loss")
+    assert list(held[0]) == [0, 12, 24]
+    assert list(held[1].values()) == pytest.approx(list(held[0].values()), rel=1e-6, abs=0)
+    states = [json.loads((seen.runs / f"{kind}-{n}" / f"checkpoint-{STEPS}" / "state.json").read_text()) for n in (1, 2)]
+    assert [s["world"] for s in states] == [1, 2] and [s["batch"] for s in states] == [4, 4]
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_back(seen: Seen) -> None:
+    whole, changing = curve(seen.runs / "full-1"), curve(seen.runs / "changing")
+    assert list(changing) == list(whole)
+    assert list(changing.values()) == pytest.approx(list(whole.values()), rel=1e-6, abs=0)
+    states = [json.loads((seen.runs / "changing" / f"checkpoint-{step}" / "state.json").read_text()) for step in (8, 16, 24)]
+    assert [s["world"] for s in states] == [1, 2, 1]
+    ours, theirs = arrays(seen.runs / "changing", STEPS), arrays(seen.runs / "full-1", STEPS)
+    assert ours.keys() == theirs.keys()
+    assert max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours if name.startswith("unet/")) < 1e-5
+
+
+def test_a_stop_saves_and_ends_all_processes_with_its_code(seen: Seen) -> None:
+    [[kind, text, told, code, _]], [[other_kind, other_text, _, other_code, _]] = seen.ends_of_stop
+    assert (kind, other_kind, code, other_code) == ("Stopped", "Stopped", 3, 3)
+    assert text == other_text and f"stopped at step {seen.stopped} of 5000" in text and not told
+    assert seen.stopped >= STOPPED_AT_LEAST
+    assert list(curve(seen.runs / "stopped")) == list(range(1, seen.stopped + 1))
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(seen: Seen) -> None:
+    assert [end[0] for end in seen.ends[0][3:5]] == ["done", "done"]
+    assert f"going on from checkpoint-{seen.stopped}" in seen.ends[0][3][4]
+    ours, theirs = (arrays(seen.runs / name, seen.stopped + 3) for name in ("again", "uninterrupted"))
+    assert ours.keys() == theirs.keys() and any(name.startswith("unet_ema/") for name in ours) and any(name.startswith("optimizer") for name in ours)
+    for name, array in ours.items():
+        assert array.dtype == theirs[name].dtype and array.tobytes() == theirs[name].tobytes(), name
+    assert curve(seen.runs / "again") == curve(seen.runs / "uninterrupted")
+
+
+def test_a_batch_that_does_not_divide_is_refused_and_nothing_is_lost(seen: Seen, base: Path, pictures: Path) -> None:
+    for rank in (0, 1):
+        kind, text, _, code, _ = seen.ends[rank][6]
+        assert (kind, code) == ("InputFault", 2) and "a global batch of 3 cannot be divided among 2 processes" in text
+        kind, text, _, code, _ = seen.ends[rank][5]
+        assert (kind, code) == ("InputFault", 2) and "begun with a global batch of 4, 3 is asked for" in text
+    assert checkpoint.listed(seen.runs / "odd") == []
+    assert [p.name for p in checkpoint.listed(seen.runs / "full-1")] == [f"checkpoint-{STEPS}"]
+    odd = seen.runs / "odd-alone"
+    alone(settings(base, pictures, odd, "train.batch=3", "train.steps=1"))
+    state = checkpoint.read(odd / "checkpoint-1").state
+    with pytest.raises(InputFault, match="a global batch of 3 cannot be divided among 2 processes"):
+        training.plan.make(config.build(config.Config, settings(base, pictures, odd, "train.batch=3")), 2, 10, state, 3)
+
+
+def test_one_process_speaks_for_all(seen: Seen) -> None:
+    assert [[end[4] for end in ends if end[0] == "done"] for ends in seen.ends][1] == [[]] * 5
+    for mine, others in zip(*seen.ends, strict=True):
+        if mine[0] != "done":
+            assert (mine[2], others[2]) == (False, True), f"told twice: {mine[1]}"
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    with training.Stop() as stop:
+        assert not stop.asked
+        for now[0] in (100.0, 100.0, 101.0):  # a terminal's Ctrl-C reaches the launcher too, which passes it on
+            signal.raise_signal(signal.SIGINT)
+        assert stop.asked
+        now[0] = 110.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,0 +1,43 @@
+"""A training run in a process of its own, which can be told to die in the middle of the n-th write to the disk."""
+
+import os
+import signal
+import sys
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any
+
+PRELOAD = ["torch", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft", "limner.training", "limner.engines.torch.engine"]
+
+
+def context() -> ForkServerContext:
+    """Processes that begin with everything imported, so that each attempt costs a moment, not a start of Python."""
+    made = get_context("forkserver")
+    made.set_forkserver_preload(PRELOAD)
+    return made
+
+
+def start(ctx: ForkServerContext, raw: dict[str, Any], die_at_write: int | None = None) -> ForkServerProcess:
+    process = ctx.Process(target=run, args=(raw, die_at_write))
+    process.start()
+    return process
+
+
+def run(raw: dict[str, Any], die_at_write: int | None) -> None:
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    import torch
+
+    from limner import config, durable, training
+    from limner.cli import guard
+
+    torch.set_num_threads(1)
+    if die_at_write is not None:
+        writes, sync = iter(range(die_at_write)), durable.sync
+
+        def counted(path: Any) -> None:
+            if next(writes, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            sync(path)
+
+        durable.sync = counted
+    os._exit(guard(lambda: training.run(config.build(config.Config, raw), tell=lambda text: None)))
