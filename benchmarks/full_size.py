@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,13 +22,17 @@ from PIL import Image
 from limner import bench, engines
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import tiny  # noqa: E402
+import tiny
 
 VAE = {
-    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "norm_num_groups": 32, "sample_size": 512, "scaling_factor": 0.18215,
+    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2, "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "norm_num_groups": 32,
+    "sample_size": 512, "scaling_factor": 0.18215,
 }  # fmt: skip
-TEXT = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu"}
+TEXT = {
+    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+}  # fmt: skip
 SIZE = ("VmHWM", "RssAnon", "RssFile")
 
 
@@ -43,7 +48,8 @@ def make_base(folder: Path) -> None:
     CLIPTextModel(CLIPTextConfig(**TEXT, bos_token_id=words - 2, eos_token_id=words - 1)).save_pretrained(folder / "text_encoder")
     tiny.write_scheduler(folder / "scheduler", "epsilon", {})
     index = {"vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
-    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "PNDMScheduler"], "safety_checker": [None, None], "feature_extractor": [None, None]}
+    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "PNDMScheduler"]}
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **index}))
 
 
@@ -69,7 +75,7 @@ def available() -> float:
     return int(found[1]) / 2**20 if found else 0.0
 
 
-def watch(command: list[str], run: Path) -> dict:
+def watch(command: list[str], run: Path) -> dict[str, Any]:
     """Run a command; what it said and when, and the highest memory between those moments."""
     began = time.monotonic()
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -85,7 +91,8 @@ def watch(command: list[str], run: Path) -> dict:
         now, phase = time.monotonic() - began, phase_of(run)
         seen = resident(child.pid)
         known = phases.setdefault(phase, {"begun": now, "own": 0.0, "files": 0.0})
-        known |= {"ended": now, "own": max(known["own"], seen.get("RssAnon", 0)), "files": max(known["files"], seen.get("RssFile", 0)), "peak_so_far": seen.get("VmHWM", 0)}
+        own, files = max(known["own"], seen.get("RssAnon", 0)), max(known["files"], seen.get("RssFile", 0))
+        known |= {"ended": now, "own": own, "files": files, "peak_so_far": seen.get("VmHWM", known.get("peak_so_far", 0))}
         if available() < 1:
             child.kill()
             raise SystemExit(f"stopped: less than 1 GiB of memory is left. So far: {json.dumps(phases, indent=1)}")
@@ -119,9 +126,9 @@ def main() -> None:
     run = a.work / "run"
     recipe = Path(__file__).parents[1] / "recipes" / "sd15-full.toml"
     values = {
-        "run": run, "model.base": a.work / "base", "data.folder": a.work / "pictures", "data.flip": "false", "data.drop_caption": 0.0, "data.cache": a.work / "cache",
-        "train.batch": 1, "train.micro": 1, "engine.precision": "no", "engine.device": "cpu", "engine.tf32": "false", "engine.encode_batch": 1,
-        "watch.hold_out": 0, "preview.prompts": "[]", "checkpoint.keep": 1, "log.every": 1,
+        "run": run, "model.base": a.work / "base", "data.folder": a.work / "pictures", "data.flip": "false", "data.drop_caption": 0.0,
+        "data.cache": a.work / "cache", "train.batch": 1, "train.micro": 1, "engine.precision": "no", "engine.device": "cpu", "engine.tf32": "false",
+        "engine.encode_batch": 1, "watch.hold_out": 0, "preview.prompts": "[]", "checkpoint.keep": 1, "log.every": 1,
     }  # fmt: skip
     command = [sys.executable, "-m", "limner", "train", str(recipe), *(f"{k}={v}" for k, v in values.items()), *a.overrides]
     report = {"begun": watch([*command, f"train.steps={a.steps}"], run), "gone on": watch([*command, f"train.steps={a.steps + 1}"], run)}

@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import sides
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 TIMESTEPS = 10  # per held-out record
+MEASURED = ("first", "last", "fall", "held_out", "step_seconds", "wall_seconds")
 
 
 @torch.no_grad()
@@ -56,6 +58,7 @@ def main() -> None:
     a = parser.parse_args()
     s = sides.settings(a, a.steps)
     torch.set_num_threads(a.threads)
+    transformers.utils.logging.disable_progress_bar()
     rows = sides.read_rows(a.pictures)
     random.Random(0).shuffle(rows)
     rows = rows[: a.limit]
@@ -72,7 +75,8 @@ def main() -> None:
                 trace = sides.run_limner(a.base, learned, out, s, seed, cache=str(a.work / f"cache-{seed}"))
             results.append(figures(side, seed, trace, held_out_loss(out / "unet", a.base, held, a.size), a.steps))
             print(line(results[-1]), flush=True)
-    report = summary(results, before) | {"settings": asdict(s), "held_out_records": a.hold_out, "timesteps": TIMESTEPS, "records": len(rows) - a.hold_out, "runs": results}
+    asked = {"settings": asdict(s), "held_out_records": a.hold_out, "timesteps": TIMESTEPS, "records": len(rows) - a.hold_out}
+    report = summary(results, before) | asked | {"runs": results}
     print(table(report))
     if a.json:
         a.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -91,7 +95,7 @@ def figures(side: str, seed: int, trace: sides.Trace, held_out: float, steps: in
 def summary(results: list[dict], before: float) -> dict:
     """Means over the seeds, and how far apart the two sides end."""
     means = {
-        side: {key: statistics.fmean(r[key] for r in results if r["side"] == side) for key in ("first", "last", "fall", "held_out", "step_seconds", "wall_seconds")}
+        side: {key: statistics.fmean(r[key] for r in results if r["side"] == side) for key in MEASURED}
         for side in ("diffusers", "limner")
     }
     return {"held_out_before": before, "means": means, "held_out_difference": means["limner"]["held_out"] / means["diffusers"]["held_out"] - 1}

@@ -94,13 +94,14 @@ def run_diffusers(script: Path, base: Path, pictures: Path, out: Path, s: Settin
     return Trace([row["loss"] for row in rows], median_gap([row["time"] for row in rows]), wall)
 
 
-def run_limner(base: Path, pictures: Path, out: Path, s: Settings, seed: int, *, cache: str, log_every: int = 1) -> Trace:
+def run_limner(base: Path, pictures: Path, out: Path, s: Settings, seed: int, *, cache: str) -> Trace:
     """The same with ``limner train``; ``cache=off`` runs the frozen encoders in every step, as the script does."""
     recipe = out.with_suffix(".toml")
     recipe.write_text("")
     values = {
         "run": out, "model.base": base, "data.folder": pictures, "data.size": s.size, "data.cache": cache, "train.batch": s.batch, "train.steps": s.steps,
-        "optim.learning_rate": s.learning_rate, "train.seed": seed, "engine.precision": "no", "engine.device": "cpu", "checkpoint.every": 10**9, "log.every": log_every,
+        "optim.learning_rate": s.learning_rate, "train.seed": seed, "engine.precision": "no", "engine.device": "cpu", "checkpoint.every": 10**9,
+        "log.every": 1,
     }  # fmt: skip
     wall = execute([sys.executable, "-m", "limner", "train", str(recipe), *(f"{name}={value}" for name, value in values.items())], out, s, {})
     rows = [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in row]

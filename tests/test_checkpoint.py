@@ -20,7 +20,12 @@ def arrays(step: int) -> dict[str, np.ndarray]:
     """One of each dtype and kind of shape that a state has."""
     draws = np.random.default_rng(step)
     made = {"weight": draws.standard_normal((40, 30), np.float32), "half": draws.standard_normal(7).astype(np.float16), "count": np.array(step, np.int64)}
-    made |= {"turned": draws.standard_normal((5, 3), np.float32).T, "none": np.zeros((0, 4), np.float32), "flags": np.array([True, False, True]), "exact": np.array(0.1)}
+    made |= {
+        "turned": draws.standard_normal((5, 3), np.float32).T,
+        "none": np.zeros((0, 4), np.float32),
+        "flags": np.array([True, False, True]),
+        "exact": np.array(0.1),
+    }
     return made | {"bytes": np.arange(5, dtype=np.uint8), "few": np.array([step], np.int32)}
 
 
@@ -176,7 +181,12 @@ def test_find_takes_what_a_user_writes(tmp_path: Path) -> None:
     save(root, 5)
     save(root, 50)
     save(other, 7)
-    assert [getattr(checkpoint.find(root, which), "step", None) for which in ("latest", "checkpoint-5", "checkpoint-5/", str(other / "checkpoint-7"))] == [50, 5, 5, 7]
+    assert [getattr(checkpoint.find(root, which), "step", None) for which in ("latest", "checkpoint-5", "checkpoint-5/", str(other / "checkpoint-7"))] == [
+        50,
+        5,
+        5,
+        7,
+    ]
     for which in ("checkpoint-6", str(other / "checkpoint-8"), "lastest"):
         with pytest.raises(InputFault, match=f"{which}: no such checkpoint. In {root} there are: checkpoint-50, checkpoint-5. Pass one of these"):
             checkpoint.find(root, which)

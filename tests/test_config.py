@@ -69,15 +69,31 @@ def test_types(raw: dict, message: str) -> None:
 
 
 def test_values_take_their_declared_type() -> None:
-    cfg = build(Config, {"optim": {"learning_rate": 1, "betas": [0, 0.5]}, "preview": {"prompts": ["a", "b"]}, "objective": {"timestep_bias": {"strategy": "range"}}})
+    cfg = build(
+        Config, {"optim": {"learning_rate": 1, "betas": [0, 0.5]}, "preview": {"prompts": ["a", "b"]}, "objective": {"timestep_bias": {"strategy": "range"}}}
+    )
     assert type(cfg.optim.learning_rate) is float and cfg.optim.betas == (0.0, 0.5) and cfg.preview.prompts == ("a", "b")
     assert cfg.objective.timestep_bias == config.TimestepBias(strategy="range")
     assert cfg["objective.timestep_bias.end"] == 1000 and cfg["train.steps"] is None
 
 
 def test_overrides() -> None:
-    wanted = ["train.steps=7", "optim.learning_rate=3e-5", "data.flip=true", "train.seed=none", 'preview.prompts=["a, b", "c=d"]', "log.to=[]", "data.folder=my/pictures"]
-    wanted += ["model.base=stable-diffusion-v1-5/stable-diffusion-v1-5", "run=2024-01-01", "objective.timestep_bias.multiplier=2", 'data.caption="true"', "data.background=#ffffff"]
+    wanted = [
+        "train.steps=7",
+        "optim.learning_rate=3e-5",
+        "data.flip=true",
+        "train.seed=none",
+        'preview.prompts=["a, b", "c=d"]',
+        "log.to=[]",
+        "data.folder=my/pictures",
+    ]
+    wanted += [
+        "model.base=stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "run=2024-01-01",
+        "objective.timestep_bias.multiplier=2",
+        'data.caption="true"',
+        "data.background=#ffffff",
+    ]
     cfg = build(Config, override({"train": {"steps": 1, "seed": 3}, "data": {"flip": False}}, wanted))
     assert (cfg.train.steps, cfg.train.seed, cfg.optim.learning_rate, cfg.data.flip) == (7, None, 3e-5, True)
     assert (cfg.preview.prompts, cfg.log.to, cfg.data.folder, cfg.run) == (("a, b", "c=d"), (), "my/pictures", "2024-01-01")

@@ -204,9 +204,9 @@ def test_a_place_that_is_no_folder(tmp_path: Path, place: str) -> None:
 
 
 def test_space_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DiskFault, match=r"No space left on device; 3 MiB are needed, \d+ MiB are free\. What was whole before is whole still"):
-        with durable.disk_errors(tmp_path / "x", 3 << 20):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    words = r"No space left on device; 3 MiB are needed, \d+ MiB are free\. What was whole before is whole still"
+    with pytest.raises(DiskFault, match=words), durable.disk_errors(tmp_path / "x", 3 << 20):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_other_errors_are_not_the_disk_s(tmp_path: Path) -> None:
@@ -214,7 +214,11 @@ def test_other_errors_are_not_the_disk_s(tmp_path: Path) -> None:
         raise FileNotFoundError(errno.ENOENT, "a defect of the program")
 
 
-HOLDER = "import sys, time; from pathlib import Path; from limner import durable\nwith durable.lock(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+HOLDER = """
+import sys; from pathlib import Path; from limner import durable
+with durable.lock(Path(sys.argv[1])):
+    print("held", flush=True); sys.stdin.read()
+"""
 
 
 @contextlib.contextmanager

@@ -18,7 +18,22 @@ FLOORS = [  # a name stands for a file or a folder; within a floor a file may im
     {"training", "generate", "export", "bench", "show", "demo"},
     {"cli", "__main__", "compat"},
 ]
-FRAMEWORKS = ("torch", "torchvision", "transformers", "diffusers", "accelerate", "peft", "datasets", "jax", "flax", "tensorboard", "wandb", "pandas", "pyarrow", "bitsandbytes")
+FRAMEWORKS = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "diffusers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "jax",
+    "flax",
+    "tensorboard",
+    "wandb",
+    "pandas",
+    "pyarrow",
+    "bitsandbytes",
+)
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -45,7 +60,10 @@ def imported(path: Path) -> set[str]:
             assert not node.level, f"{path}: relative imports hide what a file depends on"
             if (node.module or "").split(".")[0] == "limner":
                 modules = [f"{node.module}.{alias.name}" for alias in node.names]
-                out |= {m if (ROOT.parent / m.replace(".", "/")).with_suffix(".py").exists() or (ROOT.parent / m.replace(".", "/")).is_dir() else str(node.module) for m in modules}
+                out |= {
+                    m if (ROOT.parent / m.replace(".", "/")).with_suffix(".py").exists() or (ROOT.parent / m.replace(".", "/")).is_dir() else str(node.module)
+                    for m in modules
+                }
     return {module.removeprefix("limner").lstrip(".") for module in out}
 
 
@@ -67,7 +85,9 @@ def test_frameworks_are_imported_at_the_edge_only(path: Path) -> None:
     found = {(name, n in tree.body) for n, name in names if name.split(".")[0] in FRAMEWORKS}
     assert not [name for name, at_the_top in found if at_the_top]
     lower = floor(name_of(path)) < 3 and name_of(path).split(".")[0] != "engines"
-    assert not lower or {name.split(".")[0] for name, _ in found} <= {"datasets", "pyarrow", "torch", "tensorboard", "wandb"} - ({"torch"} if name_of(path) != "log" else set())
+    assert not lower or {name.split(".")[0] for name, _ in found} <= {"datasets", "pyarrow", "torch", "tensorboard", "wandb"} - (
+        {"torch"} if name_of(path) != "log" else set()
+    )
 
 
 def test_imports_have_no_cycle() -> None:
@@ -97,5 +117,7 @@ def test_imports_have_no_cycle() -> None:
 def test_importing_loads_no_framework(module: str) -> None:
     """In a process of its own, and within a second or so: what is loaded is looked at, not timed."""
     code = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}} & {set(FRAMEWORKS)!r}))"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT.parent)}, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT.parent)}, check=False
+    )
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr

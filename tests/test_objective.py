@@ -211,7 +211,9 @@ def test_dream_equals_diffusers(preservation: float) -> None:
     expected = (toy(noisy, t, context).sample - target).square().flatten(1).mean(1)
 
     settings = SimpleNamespace(objective=config.Objective(dream=preservation))
-    engine = SimpleNamespace(cfg=settings, half=None, device=torch.device("cpu"), family=SimpleNamespace(inputs=lambda b: {"encoder_hidden_states": b["context"]}))
+    engine = SimpleNamespace(
+        cfg=settings, half=None, device=torch.device("cpu"), family=SimpleNamespace(inputs=lambda b: {"encoder_hidden_states": b["context"]})
+    )
     batch = {"x0": x0, "noise": noise, "context": context} | {name: torch.from_numpy(x) for name, x in vars(n).items()}
     losses = TorchEngine.example_losses(engine, toy, batch)  # type: ignore[arg-type]
     np.testing.assert_allclose(toy.seen, noisy, atol=1e-5)  # diffusers' float32 alpha_bar, see test_stock_scheduler_agrees_in_float32

@@ -42,7 +42,11 @@ def test_arithmetic(train: dict, world: int, expected: tuple[int, int, int]) -> 
     [
         ({"batch": 10}, 4, "a global batch of 10 cannot be divided among 4 processes"),
         ({"batch": 2}, 4, "a global batch of 2 cannot be divided among 4 processes"),
-        ({"batch": 16, "micro": 3}, 2, "train.micro: each of 2 processes has 8 of the 16 examples of a step, which micro-batches of 3 do not divide; use a divisor of 8"),
+        (
+            {"batch": 16, "micro": 3},
+            2,
+            "train.micro: each of 2 processes has 8 of the 16 examples of a step, which micro-batches of 3 do not divide; use a divisor of 8",
+        ),
     ],
 )
 def test_what_does_not_divide_is_refused(train: dict, world: int, message: str) -> None:
@@ -124,7 +128,7 @@ def test_a_run_without_seed_keeps_the_one_it_drew() -> None:
     assert len(seeds) == 20 and all(0 <= seed < 2**31 for seed in seeds)
 
 
-def matched(changes: dict[str, Any], data: str = "d", base: str = "m", allow: tuple[str, ...] = ()) -> None:
+def matched(changes: dict[str, Any], data: str = "d", base: str = "m", allow: tuple[str, ...] = ()) -> list[str]:
     """Go on from a run of a plain recipe with some settings changed."""
     raw = config.plain(recipe(batch=4, seed=1))
     saved = saved_of(config.build(config.Config, raw), plan.make(recipe(batch=4), 1, 50, None, 1))
@@ -133,17 +137,30 @@ def matched(changes: dict[str, Any], data: str = "d", base: str = "m", allow: tu
         raw[section][key] = value
     raw["checkpoint"]["allow"] = list(allow)
     now = config.build(config.Config, raw)
-    plan.must_match(saved, plan.identity(now, plan.make(recipe(batch=4), 1, 40 if data != "d" else 50, None, 1), data, base), 30)
+    return plan.must_match(saved, plan.identity(now, plan.make(recipe(batch=4), 1, 40 if data != "d" else 50, None, 1), data, base), 30)
 
 
 def test_the_same_run_goes_on() -> None:
-    matched({})
+    assert matched({}) == []
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("train.steps", 900), ("train.micro", 2), ("log.every", 3), ("preview.prompts", ["x"]), ("checkpoint.every", 5), ("checkpoint.keep", 1), ("data.threads", 9)]
-    + [("data.cache", "off"), ("data.folder", "moved"), ("engine.gradient_checkpointing", True), ("watch.every", 9), ("export.hub", "me/model"), ("model.base", "moved")],
+    [
+        ("train.steps", 900),
+        ("train.micro", 2),
+        ("log.every", 3),
+        ("preview.prompts", ["x"]),
+        ("checkpoint.every", 5),
+        ("checkpoint.keep", 1),
+        ("data.threads", 9),
+        ("data.cache", "off"),
+        ("data.folder", "moved"),
+        ("engine.gradient_checkpointing", True),
+        ("watch.every", 9),
+        ("export.hub", "me/model"),
+        ("model.base", "moved"),
+    ],
 )
 def test_what_moves_no_example_may_change(name: str, value: Any) -> None:
     matched({name: value})
@@ -170,7 +187,7 @@ def test_another_setting_is_refused_unless_allowed(name: str, value: Any, words:
     message = str(caught.value)
     assert message.startswith("checkpoint-30 cannot be gone on from") and words in message and "checkpoint.allow" in message
     if not isinstance(value, dict):
-        matched({name: value}, allow=(name,))
+        assert matched({name: value}, allow=(name,)) == [f"from step 30 on, {words}"]
         with pytest.raises(InputFault):
             matched({name: value}, allow=("optim.warmup",))
 

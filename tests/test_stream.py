@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limner import config, rng
+from limner import config, durable, rng
 from limner.cache import Store
 from limner.data import stream as module
 from limner.data.index import Entry
@@ -17,6 +17,7 @@ from limner.data.prefetch import prefetch
 from limner.data.records import Record
 from limner.data.stream import Stream
 from limner.families import FAMILIES
+from limner.faults import InputFault
 from limner.features import Encoded
 from limner.objective import Objective
 
@@ -86,7 +87,9 @@ def test_the_cache_moves_no_number(tmp_path: Path) -> None:
     cached = stream(folder=tmp_path, **settings)
     cached.encoded.fill_images([cached.picture(e, g) for e in cached.entries for g in cached.variants(e) or ()], lambda: None)
     cached.encoded.fill_texts([c for e in cached.entries for c in e.captions] + [""], lambda: None)
-    cached = dataclasses.replace(cached, encoded=Encoded(SD, lambda: pytest.fail("an encoder was asked for"), cached.encoded.image_store, cached.encoded.text_store, 3))
+    cached = dataclasses.replace(
+        cached, encoded=Encoded(SD, lambda: pytest.fail("an encoder was asked for"), cached.encoded.image_store, cached.encoded.text_store, 3)
+    )
     for step in range(8):
         equal(cached.batch(step), stream(**settings).batch(step))
 
@@ -117,7 +120,13 @@ ASPECTS = {
 
 @pytest.mark.parametrize(
     ("changed", "moves"),
-    [({"flip": True}, {"flip"}), ({"crop": "random"}, {"place"}), ({"drop_caption": 0.5}, {"caption"}), ({"noise": {"noise_offset": 0.1}}, set()), ({"resample": "box"}, set())],
+    [
+        ({"flip": True}, {"flip"}),
+        ({"crop": "random"}, {"place"}),
+        ({"drop_caption": 0.5}, {"caption"}),
+        ({"noise": {"noise_offset": 0.1}}, set()),
+        ({"resample": "box"}, set()),
+    ],
 )
 def test_one_setting_moves_no_other_draw(changed: dict, moves: set[str]) -> None:
     plain, other = draws(), draws(**changed)
@@ -160,6 +169,25 @@ def test_pixels_are_those_of_the_geometry() -> None:
         assert (batch["context"][row] == sum(map(ord, d.caption))).all()
 
 
+def test_a_picture_that_changes_or_goes_during_the_run_is_named(tmp_path: Path) -> None:
+    """Its features would else be cached under the old content's name, and serve other runs."""
+    made = stream(folder=tmp_path / "cache")
+    entry, path = made.entries[0], tmp_path / "0.png"
+    Image.fromarray(made.source[0].image).save(path)  # type: ignore[arg-type]
+    good = dataclasses.replace(made, source=[Record("0.png", path, ("a",))])  # type: ignore[arg-type]
+    entry = dataclasses.replace(entry, digest=durable.digest(path))
+    (geometry,) = made.variants(entry) or ()
+    good.encoded.fill_images([good.picture(entry, geometry)], lambda: None)
+    key, load = good.picture(entry, dataclasses.replace(geometry, flip=True))
+    Image.new("RGB", (16, 24)).save(path)
+    with pytest.raises(InputFault, match="the picture is another than when the run began"):
+        good.encoded.fill_images([(key, load)], lambda: None)
+    path.unlink()
+    with pytest.raises(InputFault, match=r"picture 0: .*No such file"):
+        load()
+    assert key not in good.encoded.image_store  # type: ignore[operator]
+
+
 def test_noise_offset_and_input_perturbation() -> None:
     """noise += offset * randn(B, C, 1, 1), part of the target; the input alone sees noise + gamma * randn."""
     plain, offset, perturbed = (stream(noise=n).batch(1) for n in ({}, {"noise_offset": 0.1}, {"noise_offset": 0.1, "input_perturbation": 0.2}))
@@ -185,7 +213,13 @@ def test_noise_is_standard_normal_and_no_two_rows_share_it() -> None:
 
 def test_variants_are_all_there_is() -> None:
     """What is encoded beforehand is exactly what the draws can ask for."""
-    for settings in ({}, {"flip": True}, {"crop": "random", "crops": 3}, {"crop": "random", "crops": 3, "flip": True}, {"crop": "random", "flip": True, "shape": (16, 16)}):
+    for settings in (
+        {},
+        {"flip": True},
+        {"crop": "random", "crops": 3},
+        {"crop": "random", "crops": 3, "flip": True},
+        {"crop": "random", "flip": True, "shape": (16, 16)},
+    ):
         made = stream(**settings)
         asked: dict[int, set] = {}
         for p in range(1500):
@@ -233,6 +267,18 @@ def test_held_out_covers_all_and_is_constant(world: int) -> None:
     again = [batch for _, batch in stream(**RICH).held_out(held, 5)]
     for batch, (_, first) in zip(again, made.held_out(held, 5), strict=True):
         equal(batch, first)
+
+
+def test_held_out_pictures_can_be_encoded_beforehand(tmp_path: Path) -> None:
+    """Even where training crops anew each time: then no encoder is needed at the first validation, nor at any other."""
+    made = stream(folder=tmp_path, **RICH)
+    held = made.entries[:3]
+    made.encoded.fill_images([made.picture(e, made.watched(e)) for e in held], lambda: None)
+    made.encoded.fill_texts([e.captions[0] for e in held], lambda: None)
+    stores = made.encoded.image_store, made.encoded.text_store
+    blind = dataclasses.replace(made, encoded=Encoded(SD, lambda: pytest.fail("an encoder was asked for"), *stores, 3))
+    for (_, batch), (_, expected) in zip(blind.held_out(held, 4), stream(**RICH).held_out(held, 4), strict=True):
+        equal(batch, expected)
 
 
 def test_held_out_noise_is_not_training_s() -> None:

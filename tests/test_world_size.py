@@ -54,7 +54,7 @@ def settings(base: Path, pictures: Path, run: Path, *overrides: str) -> dict[str
     given = [
         "train.seed=3",
         "train.batch=4",
-        "train.micro=1",
+        "train.micro=2",
         f"train.steps={STEPS}",
         "log.every=1",
         "checkpoint.every=100",
@@ -181,9 +181,10 @@ def test_a_run_goes_on_with_another_number_of_processes_and_back(seen: Seen) -> 
 
 
 def test_a_stop_saves_and_ends_all_processes_with_its_code(seen: Seen) -> None:
-    [[kind, text, told, code, _]], [[other_kind, other_text, _, other_code, _]] = seen.ends_of_stop
+    [[kind, text, told, code, _]], [[other_kind, other_text, other_told, other_code, _]] = seen.ends_of_stop
     assert (kind, other_kind, code, other_code) == ("Stopped", "Stopped", 3, 3)
-    assert text == other_text and f"stopped at step {seen.stopped} of 5000" in text and not told
+    assert text == other_text and f"stopped at step {seen.stopped} of 5000" in text
+    assert (told, other_told) == (False, True)
     assert seen.stopped >= STOPPED_AT_LEAST
     assert list(curve(seen.runs / "stopped")) == list(range(1, seen.stopped + 1))
 
@@ -207,10 +208,11 @@ def test_a_batch_that_does_not_divide_is_refused_and_nothing_is_lost(seen: Seen,
     assert checkpoint.listed(seen.runs / "odd") == []
     assert [p.name for p in checkpoint.listed(seen.runs / "full-1")] == [f"checkpoint-{STEPS}"]
     odd = seen.runs / "odd-alone"
-    alone(settings(base, pictures, odd, "train.batch=3", "train.steps=1"))
+    three = settings(base, pictures, odd, "train.batch=3", "train.micro=1", "train.steps=1")
+    alone(three)
     state = checkpoint.read(odd / "checkpoint-1").state
     with pytest.raises(InputFault, match="a global batch of 3 cannot be divided among 2 processes"):
-        training.plan.make(config.build(config.Config, settings(base, pictures, odd, "train.batch=3")), 2, 10, state, 3)
+        training.plan.make(config.build(config.Config, three), 2, 10, state, 3)
 
 
 def test_one_process_speaks_for_all(seen: Seen) -> None:

@@ -1,7 +1,6 @@
 """What a step of a recipe costs: time, memory and useful arithmetic, measured on stand-in features so that only the trained network is loaded."""
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import shutil
@@ -61,13 +60,14 @@ def run(cfg: config.Config, *, steps: int = 10, json_file: Path | None = None, t
 
 def measure(cfg: config.Config, opened: Base, family: Family, process: World, steps: int, tell: Callable[[str], None]) -> dict[str, Any]:
     """The figures of one process; every process sees its share of the global batch."""
-    numbers = plan.make(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=WARM_UP + steps, epochs=None)), process.world, 1, None, cfg.train.seed or 0)
+    numbers = plan.make(cfg, process.world, 1, None, cfg.train.seed or 0)
     engine = engines.open_engine(cfg, opened, family, process, numbers.micro, tell)
     gauge = engines.open_gauge(engine)
     batch = stand_in(cfg, opened.configs, family, numbers.batch // process.world)
     useful = gauge.flops(batch, numbers.micro)
     state = engine.init(numbers.seed)
-    stamps, metrics = [], []
+    stamps: list[Any] = []
+    metrics: list[Any] = []
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
             fetch(engine, state, metrics)
@@ -85,7 +85,8 @@ def measure(cfg: config.Config, opened: Base, family: Family, process: World, st
     reached, peak, published = useful / float(np.median(seconds)), gauge.matmul(), gauge.published()
     return {
         **gauge.machine(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "processes": process.world,
-        "batch": numbers.batch, "micro": numbers.micro, "accumulate": numbers.accumulate, "size": cfg.data.size, "kind": cfg.adapt.kind, "ema": cfg.optim.ema is not None,
+        "batch": numbers.batch, "micro": numbers.micro, "accumulate": numbers.accumulate, "size": cfg.data.size, "kind": cfg.adapt.kind,
+        "ema": cfg.optim.ema is not None,
         "gradient_checkpointing": cfg.engine.gradient_checkpointing, "attention": cfg.engine.attention, "measured_steps": steps, "warm_up_steps": WARM_UP,
         "step_seconds": {"median": float(np.median(seconds)), "p10": float(np.percentile(seconds, 10)), "p90": float(np.percentile(seconds, 90))},
         "images_per_second": numbers.batch / float(np.median(seconds)), "peak_memory": memory, "tflop_per_step": useful * process.world / 1e12,
@@ -139,7 +140,8 @@ def open_weights(model: config.Model, family: Family, process: World) -> Iterato
         yield base.open_base(config.Model(base=folder, family=model.family, variant=model.variant), family), "the base's own"
         return
     if family.name not in STAND_INS:
-        raise InputFault(f"model.base: {model.base} is not at hand, and bench knows no published config of family {family.name!r}. Give a folder in the diffusers layout.")
+        unknown = f"and bench knows no published config of family {family.name!r}"
+        raise InputFault(f"model.base: {model.base} is not at hand, {unknown}. Give a folder in the diffusers layout.")
     configs = STAND_INS[family.name]
     path = Path(process.first(lambda: tempfile.mkdtemp(prefix="limner-bench-")))
     try:
@@ -183,7 +185,7 @@ def table(f: dict[str, Any]) -> str:
     t = f["step_seconds"]
     rows = [
         ("recipe", f"{f['kind']}, {f['size']} pixels, batch {f['batch']} = {f['processes']} x {f['accumulate']} x {f['micro']}, {', '.join(on)}"),
-        ("weights", f["base"] if f["weights"] != "random" else f"random, made for this measurement: {f['base']} at full size (the recipe's base is not at hand)"),
+        ("weights", f"random, made for this measurement: {f['base']} (the recipe's base is not at hand)" if f["weights"] == "random" else f["base"]),
         ("where", where),
         ("step time", f"median {t['median']:.4g} s, p10 {t['p10']:.4g} s, p90 {t['p90']:.4g} s ({f['measured_steps']} steps after {f['warm_up_steps']})"),
         ("images/s", f"{f['images_per_second']:.4g}"),

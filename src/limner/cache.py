@@ -16,8 +16,8 @@ import numpy as np
 import xxhash
 
 from limner import checkpoint, durable
-from limner.faults import IntegrityFault
 from limner.family import Features
+from limner.faults import IntegrityFault
 
 DAY = 86_400
 
@@ -72,7 +72,8 @@ class Store:
             try:
                 keys, arrays = read_shard(path)
             except Exception as error:  # a damaged header can break its reader in any way
-                self.tell(f"{path}: this part of the cache is damaged ({error or type(error).__name__}); its {self.folder.name.split('-')[0]}s are encoded again")
+                reason, rows = str(error) or type(error).__name__, f"{self.folder.name.split('-')[0]}s"
+                self.tell(f"{path}: this part of the cache is damaged ({reason}); its {rows} are encoded again")
                 if not isinstance(error, OSError):
                     with contextlib.suppress(OSError):
                         path.unlink()
@@ -100,7 +101,8 @@ class Store:
             finally:
                 os.close(file)
         except (OSError, ValueError) as error:
-            raise IntegrityFault(f"{path}: this part of the cache has been removed or changed during the run ({error}). Run the same command again: it is encoded anew.") from error
+            what = f"this part of the cache has been removed or changed during the run ({error})"
+            raise IntegrityFault(f"{path}: {what}. Run the same command again: it is encoded anew.") from error
 
     def put(self, keys: Sequence[str], features: Features) -> None:
         """Add rows, in one shard, on disk before this returns."""
@@ -126,7 +128,7 @@ def arrays_digest(features: Features) -> str:
     state = xxhash.xxh3_128()
     for name in sorted(features):
         state.update(name.encode())
-        state.update(np.ascontiguousarray(features[name]).view(np.uint8).reshape(-1))
+        state.update(np.ascontiguousarray(features[name]).view(np.uint8).reshape(-1).data)
     return state.hexdigest()
 
 
@@ -139,7 +141,8 @@ def read_shard(path: Path) -> tuple[list[str], dict[str, Array]]:
         header: dict[str, Any] = json.loads(file.read(length))
         metadata = header.pop("__metadata__")
         keys = json.loads(metadata["keys"])
-        arrays = {name: Array(checkpoint.DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]) for name, entry in header.items()}
+        dtypes, start = checkpoint.DTYPES, 8 + length
+        arrays = {name: Array(dtypes[e["dtype"]], tuple(e["shape"]), start + e["data_offsets"][0]) for name, e in header.items()}
         if shard_name(keys) != path.name or any(array.shape[0] != len(keys) for array in arrays.values()):
             raise ValueError("its keys are not those that were written")
         whole = {}

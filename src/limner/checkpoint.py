@@ -33,7 +33,15 @@ class Checkpoint:
         return read_arrays(self.folder / name)[0]
 
 
-def save(root: Path, step: int, files: Iterable[tuple[str, Arrays, dict[str, str]]], state: Mapping[str, Any], *, keep: int | None = None, finish: Callable[[Path], None] | None = None) -> Path:
+def save(
+    root: Path,
+    step: int,
+    files: Iterable[tuple[str, Arrays, dict[str, str]]],
+    state: Mapping[str, Any],
+    *,
+    keep: int | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> Path:
     """Write ``root/checkpoint-<step>``; once it has been read back and verified, remove all up to this step but the newest ``keep``.
 
     Checkpoints of later steps are left: this run will write them anew, and until then they may be all that is good, or damaged and no reason

@@ -206,7 +206,7 @@ class Config:
         """
         t, d, o = self.train, self.data, self.optim
         refuse = [
-            (not self.model.base, "model.base: give a folder or a Hub repository in the diffusers layout, e.g. model.base=stable-diffusion-v1-5/stable-diffusion-v1-5"),
+            (not self.model.base, "model.base: give a folder or a Hub repository in the diffusers layout, e.g. stable-diffusion-v1-5/stable-diffusion-v1-5"),
             (not own_records and (d.folder is None) == (d.hub is None), "data: give exactly one of data.folder and data.hub"),
             ((t.steps is None) == (t.epochs is None), "train: give exactly one of train.steps and train.epochs"),
             (t.batch is not None and t.accumulate is not None, "train: give train.batch (global) or train.accumulate, not both"),
@@ -220,9 +220,10 @@ class Config:
             (not 0 <= self.adapt.dropout < 1, f"adapt.dropout: {self.adapt.dropout} is not within 0 to below 1"),
             (self.preview.every is not None and self.preview.every_epochs is not None, "preview: give preview.every (steps) or preview.every_epochs, not both"),
         ]
-        positive = ["train.steps", "train.epochs", "train.batch", "train.micro", "train.accumulate", "data.size", "data.limit", "data.crops", "data.threads", "data.max_pixels"]
-        positive += ["adapt.rank", "adapt.alpha", "optim.learning_rate", "optim.cycles", "optim.eps", "optim.max_grad_norm", "engine.encode_batch", "checkpoint.every"]
-        positive += ["checkpoint.keep", "preview.count", "preview.every", "preview.every_epochs", "preview.steps", "watch.every", "watch.timesteps", "log.every"]
+        positive = ["train.steps", "train.epochs", "train.batch", "train.micro", "train.accumulate", "data.size", "data.limit", "data.crops", "data.threads"]
+        positive += ["data.max_pixels", "adapt.rank", "adapt.alpha", "optim.learning_rate", "optim.cycles", "optim.eps", "optim.max_grad_norm"]
+        positive += ["engine.encode_batch", "checkpoint.every", "checkpoint.keep", "preview.count", "preview.every", "preview.every_epochs", "preview.steps"]
+        positive += ["watch.every", "watch.timesteps", "log.every"]
         not_negative = ["optim.warmup", "optim.weight_decay", "watch.hold_out", "objective.noise_offset", "objective.input_perturbation", "objective.dream"]
         refuse += [((v := self[k]) is not None and v <= 0, f"{k}: {self[k]} is not above 0") for k in positive]
         refuse += [((v := self[k]) is not None and v < 0, f"{k}: {self[k]} is below 0") for k in not_negative]
@@ -264,7 +265,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
             return tuple(_value(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         if option is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # neither NaN nor infinite
             return float(value)
-        if option is types.NoneType and value is None or isinstance(option, type) and option is not float and type(value) is option:
+        if (option is types.NoneType and value is None) or (isinstance(option, type) and option is not float and type(value) is option):
             return value
     raise InputFault(f"{where}: {value!r} was given, {_expected(options)} is expected")
 

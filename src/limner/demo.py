@@ -1,40 +1,43 @@
 """The main job in minutes, offline: the bundled small model learns the style of the bundled pictures, on the CPU."""
 
 import json
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 
-from limner import config, durable, engines, generate, training
+from limner import bundled, config, durable, engines, generate, log, training
 from limner.snapshot import LORA
 
-PROMPTS = ("a blueprint drawing of a house", "a blueprint drawing of a red apple", "a blueprint drawing of a fish", "a blueprint drawing of a clock", "a blueprint drawing of a tree", "a blueprint drawing of a cup")
+BUNDLED = Path(bundled.__file__).parent
+PROMPTS = tuple(f"a blueprint drawing of a {thing}" for thing in ("house", "fish", "clock", "tree", "star", "cup"))
 SEED, STEPS, GUIDANCE = 7, 25, 3.0
 
 
-def run(folder: Path, output: Path) -> Path:
-    """Train as ``demo.toml`` says into ``folder`` (going on, if it was begun before), then draw the same prompts before and after into ``output``."""
-    with resources.as_file(resources.files("limner.bundled")) as bundled:
-        model = str(bundled / "model")
-        places = {"run": folder, "model.base": model, "data.folder": bundled / "pictures", "data.cache": folder / "cache"}
-        cfg = config.load(bundled / "demo.toml", [f"{name}={json.dumps(str(path))}" for name, path in places.items()])
-        training.run(cfg)
-        seeds = [SEED + i for i in range(len(PROMPTS))]
-        sheets = []
-        for source, lora in ((model, None), (model, folder) if (folder / LORA).exists() else (str(folder), None)):
-            pipeline = engines.open_pipeline(source, lora=lora, scheduler="ddim", precision="no", device="cpu")
-            sheets.append(engines.draw(pipeline, PROMPTS, seeds, steps=STEPS, guidance_scale=GUIDANCE, size=None, batch=len(PROMPTS)))
-    sheet = generate.contact_sheet(list(zip(*sheets, strict=True)), PROMPTS, heads=("base", "fine-tuned"), tile=128)
+def run(folder: Path, output: Path, overrides: Sequence[str] = ()) -> Path:
+    """Train as ``demo.toml`` says into ``folder`` (or go on there), then draw the same prompts before and after into ``output``."""
+    places = {"run": folder, "model.base": BUNDLED / "model", "data.folder": BUNDLED / "pictures", "data.cache": folder / "cache"}
+    training.run(config.load(BUNDLED / "demo.toml", [*(f"{name}={json.dumps(str(path))}" for name, path in places.items()), *overrides]))
+    before, after = held_out(folder)
+    sheet = generate.contact_sheet(before_and_after(folder), PROMPTS, heads=("base", "fine-tuned"), tile=128)
     with durable.disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(output)
-    before, after = held_out(folder)
     print(f"held-out loss: {before:.4f} before, {after:.4f} after ({after / before - 1:+.0%}). Pictures: {output}")
     print("Your own: limner train recipes/sd15-lora.toml data.folder=my/pictures model.base=stable-diffusion-v1-5/stable-diffusion-v1-5")
     return output
 
 
+def before_and_after(folder: Path) -> list[tuple]:
+    """For each prompt, the picture of the base and that of the run, from the same seed."""
+    base, lora = str(BUNDLED / "model"), folder if (folder / LORA).exists() else None
+    columns = []
+    for model, adapter in ((base, None), (base if lora else str(folder), lora)):
+        pipeline = engines.open_pipeline(model, lora=adapter, scheduler="ddim", precision="no", device="cpu")
+        seeds = [SEED + i for i in range(len(PROMPTS))]
+        columns.append(engines.draw(pipeline, PROMPTS, seeds, steps=STEPS, guidance_scale=GUIDANCE, size=None, batch=len(PROMPTS)))
+    return list(zip(*columns, strict=True))
+
+
 def held_out(folder: Path) -> tuple[float, float]:
     """The first and the last held-out loss of a run."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    losses = [row["held_out_loss"] for row in log.read(folder / "metrics.jsonl") if "held_out_loss" in row]
     return losses[0], losses[-1]

@@ -16,8 +16,8 @@ import xxhash
 from limner.faults import DiskFault, IntegrityFault, Locked
 
 MANIFEST = "MANIFEST.json"
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
-REFUSALS += (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOLCK, errno.EOPNOTSUPP)
+REFUSALS: tuple[int, ...] = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+REFUSALS += (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def digest(path: Path) -> str:

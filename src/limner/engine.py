@@ -19,6 +19,7 @@ class World(Protocol):
 
     rank: int
     world: int
+    precision: str  # no, fp16 or bf16: the recipe's, or the launcher's
 
     def first(self, action: Callable[[], T]) -> T:
         """Run ``action`` in the first process; every process gets its (JSON) result, or its fault."""

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,16 @@ SHOWN += tuple(f"data.{name}" for name in ("size", "crop", "crops", "flip", "res
 
 
 def write(found: checkpoint.Checkpoint, cfg: config.Config, base: Base, family: Family, predict: str) -> None:
-    """The result of a run from its last checkpoint: the moving average where one was kept; and its model card."""
-    arrays = snapshot.reader(found, cfg.adapt, family)(snapshot.result_group(found, cfg.adapt, family))
+    """The result of a run from its last checkpoint, the moving average where one was kept, unless it is there already; and its model card."""
     run = Path(cfg.run)
-    if cfg.adapt.kind == "lora":
-        write_lora(base, family, run, arrays, cfg.adapt, found.step)
-    else:
-        write_full(base, family, run, arrays, predict, found.step)
-    durable.write_text(run / CARD, model_card(config.plain(cfg), base, family, found.step, prompts=cfg.preview.prompts, repo=cfg.export.hub, grid=(run / GRID).is_file()))
+    if not result_is_whole(run, found.step):
+        arrays = snapshot.reader(found, cfg.adapt, family)(snapshot.result_group(found, cfg.adapt, family))
+        if cfg.adapt.kind == "lora":
+            write_lora(base, family, run, arrays, cfg.adapt, found.step)
+        else:
+            write_full(base, family, run, arrays, predict, found.step)
+    card = model_card(config.plain(cfg), base, family, found.step, prompts=cfg.preview.prompts, repo=cfg.export.hub, grid=(run / GRID).is_file())
+    durable.write_text(run / CARD, card)
 
 
 def again(run: Path, *, push_to: str | None, private: bool, tell: Callable[[str], None] = print) -> None:
@@ -47,15 +50,18 @@ def again(run: Path, *, push_to: str | None, private: bool, tell: Callable[[str]
     Raises:
         InputFault: when the folder holds no checkpoint.
     """
+    if not checkpoint.listed(run):
+        raise InputFault(f"{run}: there is no checkpoint here, so there is nothing to export. Give the folder of a run.")
     with durable.lock(run):
+        durable.sweep(run)
         found = checkpoint.latest(run, tell)
         if found is None:
-            raise InputFault(f"{run}: there is no checkpoint here, so there is nothing to export. Give the folder of a run.")
-        if not result_is_whole(run, found.step):
-            cfg = config.build(config.Config, {**found.state["config"], "run": str(run)})
-            family = FAMILIES[cfg.model.family]
-            base = open_base(cfg.model, family)
-            write(found, cfg, base, family, Objective.of(base.configs["scheduler"], cfg.objective).predict)
+            raise IntegrityFault(f"{run}: no checkpoint is whole, so there is nothing to export.")
+        cfg = config.build(config.Config, {**found.state["config"], "run": str(run)})
+        cfg = replace(cfg, export=replace(cfg.export, hub=push_to or cfg.export.hub))
+        family = FAMILIES[cfg.model.family]
+        base = open_base(cfg.model, family)
+        write(found, cfg, base, family, Objective.of(base.configs["scheduler"], cfg.objective).predict)
         tell(f"{run}: the result of step {found.step} is here")
         if push_to is not None:
             tell(push(run, push_to, private, tell))

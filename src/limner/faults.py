@@ -55,10 +55,11 @@ class Locked(Fault):
 
 
 @contextlib.contextmanager
-def told_once() -> Iterator[None]:
-    """For what is wrong before training begins, and so for all processes alike: the first one of each host says it."""
+def told_once(*kinds: type[Fault]) -> Iterator[None]:
+    """For faults (of these kinds; none given: of all) that come to all processes alike: the first one of each host says it."""
     try:
         yield
     except Fault as fault:
-        fault.told = fault.told or os.environ.get("LOCAL_RANK", "0") != "0"
+        if not kinds or isinstance(fault, kinds):
+            fault.told = fault.told or os.environ.get("LOCAL_RANK", "0") != "0"
         raise

@@ -8,6 +8,7 @@ so that schedule, prediction type and weighting are all decided here, and an eng
 and to Min-SNR, timestep bias and DREAM of its training scripts, by test.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,7 +101,7 @@ def betas(scheduler: dict[str, Any]) -> np.ndarray:
         out = np.linspace(first**0.5, last**0.5, count) ** 2
     elif name == "squaredcos_cap_v2":  # equation 17 of arXiv:2102.09672
         bar = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
-        out = np.array([min(1 - after / before, 0.999) for before, after in zip(bar, bar[1:], strict=False)])
+        out = np.array([min(1 - after / before, 0.999) for before, after in itertools.pairwise(bar)])
     elif name == "sigmoid":
         out = 1 / (1 + np.exp(-np.linspace(-6, 6, count))) * (last - first) + first
     else:

@@ -11,9 +11,11 @@ from limner import config, durable, rng
 from limner.faults import InputFault
 
 # Settings that may differ from the checkpoint's: they move no example, or are compared in another way (by content, by what they come to).
-FREE: tuple[str, ...] = ("run", "log.", "preview.", "checkpoint.", "export.", "watch.every", "watch.timesteps", "train.", "data.threads", "data.cache", "data.cache_dir", "data.folder")
+FREE: tuple[str, ...] = ("run", "log.", "preview.", "checkpoint.", "export.", "watch.every", "watch.timesteps", "train.")
+FREE += ("data.threads", "data.cache", "data.cache_dir", "data.folder")
 FREE += ("data.hub", "data.hub_config", "data.hub_revision", "data.hub_files", "data.split", "data.image", "data.caption", "data.bad", "data.max_pixels")
-FREE += ("model.base", "model.revision", "model.trained_revision", "model.variant", "model.cache_dir", "engine.device", "engine.gradient_checkpointing", "engine.attention")
+FREE += ("model.base", "model.revision", "model.trained_revision", "model.variant", "model.cache_dir")
+FREE += ("engine.device", "engine.gradient_checkpointing", "engine.attention")
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,19 @@ def make(cfg: config.Config, world: int, records: int, saved: dict[str, Any] | N
         before = saved["config"]["train"]
         as_before = (t.batch, t.micro, t.accumulate or 1) == (None, before["micro"], before["accumulate"] or 1) and before["batch"] is None
         if batch != saved["batch"] and not as_before:  # asked for as before, it is another only because the number of processes is
-            raise InputFault(f"train.batch: this run was begun with a global batch of {saved['batch']}, {batch} is asked for. Keep {saved['batch']}, or begin a new run in another folder.")
+            begun = f"this run was begun with a global batch of {saved['batch']}, {batch} is asked for"
+            raise InputFault(f"train.batch: {begun}. Keep {saved['batch']}, or begin a new run in another folder.")
         batch = saved["batch"]
         if t.seed is not None and t.seed != saved["seed"]:
-            raise InputFault(f"train.seed: this run was begun with seed {saved['seed']}, {t.seed} is asked for. Keep {saved['seed']} or leave it out, or begin a new run in another folder.")
+            begun = f"this run was begun with seed {saved['seed']}, {t.seed} is asked for"
+            raise InputFault(f"train.seed: {begun}. Keep {saved['seed']} or leave it out, or begin a new run in another folder.")
     if batch % world:
         raise InputFault(f"a global batch of {batch} cannot be divided among {world} processes; use a number of processes that divides it")
     share = batch // world
     micro = min(t.micro or share, share)
     if share % micro:
-        raise InputFault(f"train.micro: each of {world} processes has {share} of the {batch} examples of a step, which micro-batches of {micro} do not divide; use a divisor of {share}")
+        each = f"each of {world} processes has {share} of the {batch} examples of a step"
+        raise InputFault(f"train.micro: {each}, which micro-batches of {micro} do not divide; use a divisor of {share}")
     steps = t.steps if t.steps is not None else math.ceil((t.epochs or 0) * records / batch)
     return Plan(batch, micro, share // micro, world, max(1, steps), seed, records)
 

@@ -28,7 +28,9 @@ def lora_metadata(adapt: config.Adapt, family: Family) -> dict[str, str]:
     return {"lora_adapter_metadata": json.dumps({f"{family.trains}.{key}": value for key, value in settings.items()}, sort_keys=True)}
 
 
-def save(root: Path, step: int, groups: Iterable[tuple[str, Group]], state: dict[str, Any], cfg: config.Config, family: Family, trained: dict[str, Any]) -> Path:
+def save(
+    root: Path, step: int, groups: Iterable[tuple[str, Group]], state: dict[str, Any], cfg: config.Config, family: Family, trained: dict[str, Any]
+) -> Path:
     """Write the checkpoint of ``step``; ``trained`` is the config.json of the trained component."""
 
     def files() -> Iterator[tuple[str, Group, dict[str, str]]]:

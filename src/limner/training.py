@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,16 +69,17 @@ def run(cfg: config.Config, source: records.Source | None = None, tell: Tell = s
     """
     with told_once():
         cfg.check(own_records=source is not None)
-    with Stop() as stop, contextlib.closing(engines.join(cfg.engine)) as process:
+    with Stop() as stop, contextlib.closing(engines.join(cfg.engine)) as process, told_once(Stopped, NonFinite):
         if process.rank:
             tell = lambda text: None  # noqa: E731 - the first process speaks for all
         with contextlib.ExitStack() as held:
             process.first(lambda: held.enter_context(durable.lock(Path(cfg.run))))
             process.first(lambda: durable.sweep(Path(cfg.run)))
+            cfg = replace(cfg, engine=replace(cfg.engine, precision=process.precision))  # type: ignore[arg-type]
             with told_once():
                 job = prepare(cfg, source, process, tell, stop)
-            if is_finished(job):
-                tell(f"{job.folder}: finished at step {job.plan.steps}; nothing to do. Ask for more with train.steps.")
+            if job.found is not None and is_finished(job):
+                tell(f"{job.folder}: finished at step {job.found.step}; nothing to do. Ask for more with train.steps.")
                 return job.folder
             settings = {**config.plain(cfg), "train": {**config.plain(cfg.train), "seed": job.plan.seed}}
             process.first(lambda: durable.write_text(job.folder / "config.json", json.dumps(log.redact(settings), indent=1)))
@@ -98,11 +99,11 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
     where = process.first(lambda: found_at(folder, cfg.checkpoint.resume, tell))
     found = None if where is None else checkpoint.trusted(Path(where))
     seed = found.state["seed"] if found else process.first(lambda: plan.drawn_seed() if cfg.train.seed is None else cfg.train.seed)
+    source = records.open_source(cfg.data, tell) if source is None else source
     process.first(lambda: base.open_base(cfg.model, family) and None)  # downloads once
     opened = base.open_base(cfg.model, family)
     print_of_base = process.first(lambda: opened.fingerprint(*family.components))
     objective = Objective.of(opened.configs["scheduler"], cfg.objective)
-    source = records.open_source(cfg.data, tell) if source is None else source
     log.require(cfg.log.to)
     if cfg.export.hub is not None:
         process.first(lambda: export.check_push(cfg.export.hub or "", cfg.export.private))
@@ -174,7 +175,8 @@ def encode(job: Run) -> None:
     """Fill the caches, each process its share, and let go of the encoders when training will not need them."""
     entries = (*job.stream.entries, *job.held_out)
     captions = list(dict.fromkeys(c for e in entries for c in e.captions)) + ([""] if job.cfg.data.drop_caption else [])
-    requests = [job.stream.picture(e, g) for e in entries for g in job.stream.variants(e) or ()]
+    requests = [job.stream.picture(e, g) for e in job.stream.entries for g in job.stream.variants(e) or ()]
+    requests += [job.stream.picture(e, job.stream.watched(e)) for e in job.held_out]
     parts, limit = job.engine.parts(), 0
     for tokenizer in job.family.tokenizers:
         limit = parts.limit(tokenizer)  # type: ignore[attr-defined]
@@ -188,7 +190,7 @@ def encode(job: Run) -> None:
     job.stop.asked = job.process.any(job.stop.asked)
     job.stop.check()
     job.stream.encoded.refresh()
-    if job.stream.encoded.complete and all(job.stream.variants(e) is not None for e in entries):
+    if job.stream.encoded.complete and all(job.stream.variants(e) is not None for e in job.stream.entries):
         job.engine.release()
 
 

@@ -65,7 +65,7 @@ def with_flags(script: str, message: str) -> str:
         for place in flag.places.split():
             behind.setdefault(place, []).append(f"--{name}")
     named = "|".join(re.escape(place) for place in behind if "." in place)
-    return re.sub(rf"(?<![\w./-])({named})(?![\w=/-]|\.\w)", lambda m: f"{m[1]} ({', '.join(behind[m[1]])})", message)
+    return re.sub(rf"(?<![\w./-])({named})(?![\w=/-]|\.\w| \(--)", lambda m: f"{m[1]} ({', '.join(behind[m[1]])})", message)
 
 
 def refusals(a: Namespace) -> list[str]:

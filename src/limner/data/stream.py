@@ -3,8 +3,10 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from limner import config, rng
 from limner.data import image
@@ -87,21 +89,30 @@ class Stream:
             return None
         return list(dict.fromkeys(replace(g, flip=flip) for g in crops for flip in ((False, True) if self.data.flip else (False,))))
 
+    def watched(self, entry: Entry) -> image.Geometry:
+        """Where a held-out picture is cut: the same centre, however the run crops and flips what it learns."""
+        return image.geometry((entry.height, entry.width), self.data.size)
+
     def picture(self, entry: Entry, geometry: image.Geometry, cached: bool = True) -> Picture:
         """The request for one cut picture: a key that says all it depends on, and what loads it."""
 
         def load() -> np.ndarray:
             try:
-                decoded = image.decode(self.source[entry.row].image, background=self.data.background, max_pixels=self.data.max_pixels)
+                found = self.source[entry.row].image
+                found = found.read_bytes() if isinstance(found, Path) else found
+                if isinstance(found, bytes) and xxhash.xxh3_128(found).hexdigest() != entry.digest:
+                    raise BadRecord(entry.key, "the picture is another than when the run began")  # its features would be cached as the old one's
+                decoded = image.decode(found, background=self.data.background, max_pixels=self.data.max_pixels)
             except (image.Undecodable, BadRecord, OSError) as error:
-                raise InputFault(f"{entry.key}: {getattr(error, 'reason', error)}. It could be read when the run began; put it back and run the same command again.") from error
+                reason = getattr(error, "reason", error)
+                raise InputFault(f"{entry.key}: {reason}. It was good when the run began; put it back and run the same command again.") from error
             return image.cut(decoded, geometry, self.data.resample)
 
         return (f"{entry.digest} {geometry} {self.data.resample} {self.data.background}" if cached else None), load
 
     def assemble(self, draws: list[Draw], kind: str) -> Batch:
         """Features, clean latents, noise and the objective's numbers for some draws; ``kind`` sets its noise apart from training's."""
-        pictures = self.encoded.images([self.picture(d.entry, d.geometry, self.variants(d.entry) is not None) for d in draws])
+        pictures = self.encoded.images([self.picture(d.entry, d.geometry, bool(kind) or self.variants(d.entry) is not None) for d in draws])
         shape = pictures[self.family.latent[0]].shape[1:]
 
         def normal(purpose: str, shape: tuple[int, ...] = shape) -> np.ndarray:
@@ -125,8 +136,7 @@ class Stream:
         draws = []
         for i, entry in enumerate(entries):
             for k in range(timesteps):
-                geometry = image.geometry((entry.height, entry.width), self.data.size, 0.5, 0.5, False, "center")
-                draws.append(Draw(i * timesteps + k, entry, geometry, entry.captions[0], (k + 0.5) / timesteps))
+                draws.append(Draw(i * timesteps + k, entry, self.watched(entry), entry.captions[0], (k + 0.5) / timesteps))
         share = self.batch_size // world
         for start in range(0, len(draws), self.batch_size):
             mine = draws[start + rank * share : start + (rank + 1) * share]

@@ -146,7 +146,7 @@ class TorchEngine:
         target = column("p") * b["x0"] + column("q") * b["noise"]
         inputs = self.family.inputs(b)
         with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
-            if self.cfg.objective.dream is not None:  # algorithm 1 of arXiv:2312.00210
+            if self.cfg.objective.dream is not None and net.training:  # algorithm 1 of arXiv:2312.00210
                 with torch.no_grad():
                     delta = (target - net(x, b["t"], **inputs)[0].float()) * column("d")
                 x, target = x + column("s") * delta, target + delta
@@ -220,7 +220,7 @@ class TorchEngine:
                 memory[key] = whole if key == "step" and self.cfg.optim.kind == "adamw" or whole.dim() else whole.item()
                 continue
             like = {name.partition("/")[2]: array for name, array in saved.items() if name.startswith(key + "/")}
-            memory[key] = torch.zeros(arena.flat.shape, dtype=torch.tensor(next(iter(like.values()))).dtype)
+            memory[key] = torch.zeros(arena.flat.shape, dtype=torch.from_numpy(np.empty(0, next(iter(like.values())).dtype)).dtype, device=self.device)
             arena.write(memory[key], like, "the checkpoint's optimizer")
         on_device = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in memory.items()}
         if not on_device:

@@ -1,6 +1,7 @@
 """What a machine does in a second and holds at once: clocks, memory, and arithmetic counted on the meta device, where nothing is computed."""
 
 import copy
+import itertools
 import math
 import platform
 import statistics
@@ -20,7 +21,7 @@ from limner.engines.torch import lora
 from limner.engines.torch.engine import TorchEngine
 from limner.snapshot import WEIGHTS
 
-# Dense peaks in TFLOP/s: 16 bits, TF32, float32. NVIDIA's data sheets of the H100 (SXM and PCIe), the H200 (SXM) and the A100; their figures with sparsity, halved.
+# Dense peaks in TFLOP/s: 16 bits, TF32, float32; from NVIDIA's data sheets of the H100, H200 and A100, where figures with sparsity are twice as high.
 PUBLISHED = {
     "NVIDIA H100 80GB HBM3": (989.4, 494.7, 66.9), "NVIDIA H100 PCIe": (756.0, 378.0, 51.0), "NVIDIA H200": (989.4, 494.7, 66.9),
     "NVIDIA A100-SXM4-40GB": (312.0, 156.0, 19.5), "NVIDIA A100-SXM4-80GB": (312.0, 156.0, 19.5), "NVIDIA A100 80GB PCIe": (312.0, 156.0, 19.5),
@@ -47,9 +48,9 @@ class Gauge:
     def seconds(self, stamps: list[Any]) -> list[float]:
         """The time between neighbouring stamps."""
         if not self.cuda:
-            return [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
+            return [after - before for before, after in itertools.pairwise(stamps)]
         torch.cuda.synchronize(self.device)
-        return [before.elapsed_time(after) / 1000 for before, after in zip(stamps, stamps[1:], strict=False)]
+        return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(stamps)]
 
     def memory(self) -> dict[str, int]:
         """Highest use so far, in bytes: of the GPU as torch counts it, or of the whole process."""

@@ -1,0 +1,44 @@
+"""What the package brings along is complete and small, and the demo's path runs on it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from limner import demo
+
+
+def test_the_pictures_are_few_small_and_captioned():
+    folder = demo.BUNDLED / "pictures"
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert 40 <= len(rows) <= 80
+    assert {row["file_name"] for row in rows} == {p.name for p in folder.glob("*.png")}
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 300_000
+    assert all(row["text"].startswith("a blueprint drawing of") for row in rows)
+
+
+def test_the_model_is_small_complete_and_loads_in_stock_diffusers():
+    from diffusers import StableDiffusionPipeline
+
+    folder = demo.BUNDLED / "model"
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 20 * 2**20
+    assert re.search(r"Noto Emoji.*Apache|Apache.*Noto Emoji", (folder / "README.md").read_text(), re.DOTALL)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = np.asarray(pipeline("an emoji of a red apple", num_inference_steps=4).images[0])
+    assert picture.shape == (64, 64, 3)
+
+
+def test_the_demo_trains_and_ends_with_a_picture(tmp_path, capsys):
+    output = tmp_path / "before-after.png"
+    small = ["train.steps=2", "train.batch=4", "watch.every=2", "watch.timesteps=1", "optim.warmup=0"]
+    assert demo.run(tmp_path / "run", output, small) == output
+    with Image.open(output) as sheet:
+        assert sheet.size == (200 + 2 * 134 + 6, 28 + len(demo.PROMPTS) * 134)
+    said = capsys.readouterr().out
+    before, after = demo.held_out(tmp_path / "run")
+    assert f"held-out loss: {before:.4f} before, {after:.4f} after" in said and before != after
+    assert "limner train recipes/sd15-lora.toml data.folder=my/pictures" in said
+    assert demo.held_out(tmp_path / "run")[0] == pytest.approx(before)

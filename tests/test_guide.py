@@ -1,0 +1,182 @@
+"""What diffusers' guides tell people to type works word for word: only steps, resolution, precision, device and the tracker are others here."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hub_server import Hub
+
+import limner
+from limner.compat import diffusers as scripts
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+MODEL, DATA = "stable-diffusion-v1-5/stable-diffusion-v1-5", "lambdalabs/naruto-blip-captions"
+TOKEN = "hf_thisIsASecret"
+HERE = {"512": "32", "15000": "2", '"/sddata/finetune/lora/naruto"': '"lora/naruto"', "wandb": "tensorboard"}
+
+FULL = r"""
+export MODEL_NAME="stable-diffusion-v1-5/stable-diffusion-v1-5"
+export dataset_name="lambdalabs/naruto-blip-captions"
+
+accelerate launch --mixed_precision="fp16"  train_text_to_image.py \
+  --pretrained_model_name_or_path=$MODEL_NAME \
+  --dataset_name=$dataset_name \
+  --use_ema \
+  --resolution=512 --center_crop --random_flip \
+  --train_batch_size=1 \
+  --gradient_accumulation_steps=4 \
+  --gradient_checkpointing \
+  --max_train_steps=15000 \
+  --learning_rate=1e-05 \
+  --max_grad_norm=1 \
+  --enable_xformers_memory_efficient_attention \
+  --lr_scheduler="constant" --lr_warmup_steps=0 \
+  --output_dir="sd-naruto-model" \
+  --push_to_hub
+"""
+
+LORA = r"""
+export MODEL_NAME="stable-diffusion-v1-5/stable-diffusion-v1-5"
+export OUTPUT_DIR="/sddata/finetune/lora/naruto"
+export HUB_MODEL_ID="naruto-lora"
+export DATASET_NAME="lambdalabs/naruto-blip-captions"
+
+accelerate launch --mixed_precision="fp16"  train_text_to_image_lora.py \
+  --pretrained_model_name_or_path=$MODEL_NAME \
+  --dataset_name=$DATASET_NAME \
+  --dataloader_num_workers=8 \
+  --resolution=512 \
+  --center_crop \
+  --random_flip \
+  --train_batch_size=1 \
+  --gradient_accumulation_steps=4 \
+  --max_train_steps=15000 \
+  --learning_rate=1e-04 \
+  --max_grad_norm=1 \
+  --lr_scheduler="cosine" \
+  --lr_warmup_steps=0 \
+  --output_dir=${OUTPUT_DIR} \
+  --push_to_hub \
+  --hub_model_id=${HUB_MODEL_ID} \
+  --report_to=wandb \
+  --checkpointing_steps=500 \
+  --validation_prompt="A naruto with blue eyes." \
+  --seed=1337
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(base: Path, pictures: Path) -> Iterator[Hub]:
+    """A Hub that has the guides' model and data set."""
+    with Hub(token=TOKEN) as served:
+        served.add(MODEL, base)
+        served.add(DATA, pictures, kind="dataset")
+        yield served
+
+
+@pytest.fixture(scope="module")
+def place(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the commands are typed: it holds the scripts."""
+    folder = tmp_path_factory.mktemp("place")
+    for script in SCRIPTS.glob("*.py"):
+        shutil.copy(script, folder)
+    return folder
+
+
+def type_in(command: str, hub: Hub, place: Path) -> str:
+    """Run a guide's command in a shell; returns what it said."""
+    for theirs, ours in HERE.items():
+        command = command.replace(theirs, ours)
+    environment = hub.environment(place / "home", token=TOKEN)
+    environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}", "PYTHONPATH": str(Path(limner.__file__).parent.parent)}
+    done = subprocess.run(["bash", "-ec", command], env=environment, cwd=place, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and TOKEN not in done.stdout + done.stderr
+    return done.stderr
+
+
+def told_nowhere(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), f"{path} holds the token"
+
+
+def loss(run: Path) -> float:
+    """The mean over the run."""
+    [row] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return float(row["loss"])
+
+
+def test_the_guide_s_command_and_its_snippet(hub: Hub, place: Path) -> None:
+    said = type_in(FULL, hub, place)
+    run = place / "sd-naruto-model"
+    assert "xFormers cannot run here" in said and "PyTorch's own" in said
+    settings = json.loads((run / "config.json").read_text())
+    assert (settings["engine"]["precision"], settings["train"]["accumulate"], settings["model"]["base"]) == ("fp16", 4, MODEL)
+    assert (run / "checkpoint-2" / "scaler.safetensors").is_file(), "fp16 scales its loss, on a CPU too"
+    state = json.loads((run / "checkpoint-2" / "state.json").read_text())
+    assert (state["batch"], state["world"], state["records"]) == (4, 1, 12)
+    received = hub.received("tester/sd-naruto-model")
+    result = json.loads((run / "result.json").read_text())["files"]
+    assert set(received) == {*result, "README.md"} and len(hub.pushed["tester/sd-naruto-model"]) == 1
+    assert all(received[name] == (run / name).read_bytes() for name in received)
+    assert f"base_model: {MODEL}" in received["README.md"].decode() and f"- {DATA}" in received["README.md"].decode()
+    told_nowhere(run)
+
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(str(run), dtype=torch.float32, use_safetensors=True).to("cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline(prompt="yoda", num_inference_steps=2).images[0]
+    image.save(place / "yoda-naruto.png")
+    assert image.size == (32, 32) and np.asarray(image).std() > 0
+
+
+def test_the_lora_guide_s_command_and_its_snippet(hub: Hub, place: Path, base: Path) -> None:
+    type_in(LORA.replace('"fp16"', '"bf16"'), hub, place)
+    run = place / "lora" / "naruto"
+    assert not (run / "checkpoint-2" / "scaler.safetensors").exists()
+    assert len(list((run / "previews").rglob("*.png"))) == 4
+    assert list((run / "logs").rglob("events.out.tfevents.*"))
+    received = hub.received("tester/naruto-lora")
+    assert set(received) == {"pytorch_lora_weights.safetensors", "README.md", "preview.png"}
+    assert received["pytorch_lora_weights.safetensors"] == (run / "pytorch_lora_weights.safetensors").read_bytes()
+    told_nowhere(run)
+
+    from diffusers import AutoPipelineForText2Image
+
+    pipeline = AutoPipelineForText2Image.from_pretrained(base, dtype=torch.float32).to("cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = []
+    for adapted in (False, True):
+        if adapted:
+            pipeline.load_lora_weights(str(run), weight_name="pytorch_lora_weights.safetensors")
+        drawn.append(pipeline("A naruto with blue eyes", num_inference_steps=1, output_type="np", generator=torch.Generator().manual_seed(0)).images[0])
+    assert drawn[0].shape == (32, 32, 3) and not np.array_equal(*drawn)
+
+
+def test_the_other_commands(base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """One's own pictures, Min-SNR, checkpoints and going on from one, in this process."""
+    monkeypatch.chdir(tmp_path)
+    common = f"""--pretrained_model_name_or_path={base} --train_data_dir={pictures} --use_ema --resolution=32 --center_crop --random_flip --train_batch_size=1
+      --gradient_accumulation_steps=4 --gradient_checkpointing --learning_rate=1e-05 --max_grad_norm=1 --lr_scheduler=constant --lr_warmup_steps=0
+      --output_dir=sd-naruto-model --seed=1""".split()
+    assert scripts.main("train_text_to_image", [*common, "--max_train_steps=4", "--snr_gamma=5.0", "--checkpointing_steps=2"]) == 0
+    run = tmp_path / "sd-naruto-model"
+    weighed = loss(run)
+    whole = (run / "checkpoint-4" / "unet_ema" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert json.loads((run / "config.json").read_text())["objective"]["min_snr"] == 5.0
+    shutil.rmtree(run / "checkpoint-4")
+    again = [*common, "--max_train_steps=4", "--snr_gamma=5.0", "--checkpointing_steps=2", "--resume_from_checkpoint=checkpoint-2"]
+    assert scripts.main("train_text_to_image", again) == 0
+    assert "going on from checkpoint-2" in capsys.readouterr().err
+    assert (run / "checkpoint-4" / "unet_ema" / "diffusion_pytorch_model.safetensors").read_bytes() == whole
+    assert scripts.main("train_text_to_image", [*common, "--max_train_steps=4", "--output_dir=plain"]) == 0
+    assert weighed < loss(tmp_path / "plain") * 0.99, "Min-SNR lowers the weight of what is easy"
