@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     a = parser.parse_args()
     s = sides.settings(a, a.steps)
-    pictures = sides.copy_pictures(a.pictures, a.work / "pictures", sides.read_rows(a.pictures))
+    pictures = sides.copy_pictures(a.pictures, a.work / "pictures", sides.read_rows(a.pictures)[: a.limit])
     ways = {
         "diffusers' script": lambda out: sides.run_diffusers(a.script, a.base, pictures, out, s, 0),
         "Limner, equal work": lambda out: sides.run_limner(a.base, pictures, out, s, 0, cache="off"),

@@ -54,7 +54,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--hold-out", type=int, default=64, help="records that neither side sees (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="use no more than this many pictures")
     a = parser.parse_args()
     s = sides.settings(a, a.steps)
     torch.set_num_threads(a.threads)

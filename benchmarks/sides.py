@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch, on both sides (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="use no more than this many pictures")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
 
 

@@ -29,7 +29,9 @@ EMA = 0.999
 
 def load(folder: Path) -> np.ndarray:
     """All pictures as premultiplied RGBA, uint8, [pictures, 96, 96, 4]."""
-    return np.stack([np.asarray(Image.open(p).convert("RGBA").convert("RGBa").resize((96, 96), Image.Resampling.LANCZOS)) for p in sorted(folder.glob("*.png"))])
+    return np.stack(
+        [np.asarray(Image.open(p).convert("RGBA").convert("RGBa").resize((96, 96), Image.Resampling.LANCZOS)) for p in sorted(folder.glob("*.png"))]
+    )
 
 
 def example(pictures: np.ndarray, seed: int, position: int) -> np.ndarray:
@@ -94,11 +96,18 @@ def main() -> None:
         optimizer.zero_grad()
         torch._foreach_lerp_(average, [p.detach() for p in params], 1 - min(EMA, (1 + step) / (10 + step)))
         if (step + 1) % 50 == 0:
-            print(f"step {step + 1}: loss {loss.item():.4f} L1 {l1.item():.4f} ({(step + 1 - first) * a.batch / (time.monotonic() - began):.1f} pictures/s)", flush=True)
+            print(
+                f"step {step + 1}: loss {loss.item():.4f} L1 {l1.item():.4f} ({(step + 1 - first) * a.batch / (time.monotonic() - began):.1f} pictures/s)",
+                flush=True,
+            )
         if (step + 1) % 500 == 0 or step + 1 == a.steps:
             state = {n: m.numpy() for n, m in zip(names, average, strict=True)}
             moments = {f"{k}/{n}": np.asarray(optimizer.state[p][k]) for n, p in zip(names, params, strict=True) for k in ("step", "exp_avg", "exp_avg_sq")}
-            files = [("model.safetensors", {n: p.detach().numpy() for n, p in zip(names, params, strict=True)}, {}), ("ema.safetensors", state, {}), ("optimizer.safetensors", moments, {})]
+            files = [
+                ("model.safetensors", {n: p.detach().numpy() for n, p in zip(names, params, strict=True)}, {}),
+                ("ema.safetensors", state, {}),
+                ("optimizer.safetensors", moments, {}),
+            ]
             checkpoint.save(a.work, step + 1, files, {}, keep=2)
     finish(vae, params, average, pictures, a.work)
 

@@ -1,7 +1,9 @@
 """The bench verb: its figures against counts made by hand, the recipe's settings in them, and no trace of it left on the disk."""
 
 import json
+import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +114,19 @@ def test_random_weights_where_the_base_is_not_at_hand(sd, tmp_path, monkeypatch)
     assert figures["weights"] == "random" and figures["base"] == "Stable Diffusion 1.5"
     assert "random, made for this measurement" in text
     assert list(tmp_path.glob("limner-bench-*")) == []
+
+
+def test_a_base_in_the_hubs_cache_is_at_hand_when_it_is_whole(sd, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--somebody--small"
+    shutil.copytree(sd, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    known = config.Model(base="somebody/small", cache_dir=str(tmp_path))
+    assert bench.at_hand(known, SD) == str(repository / "snapshots" / commit)
+    assert bench.at_hand(replace(known, base="somebody/else"), SD) is None
+    next((repository / "snapshots" / commit / "unet").glob("*.safetensors")).unlink()
+    assert bench.at_hand(known, SD) is None
 
 
 def test_random_weights_are_drawn_as_layers_start(sd, tmp_path):

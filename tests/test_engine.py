@@ -192,7 +192,10 @@ def test_a_scaler_overflow_is_no_fault_and_its_state_is_saved(sd):
     before = weights(engine, state)
     steps(engine, state, 1, ema=0.5)
     after = weights(engine, state)
-    assert same({k: v for k, v in before.items() if not k.startswith(("scaler", "optimizer"))}, {k: v for k, v in after.items() if not k.startswith(("scaler", "optimizer"))})
+    assert same(
+        {k: v for k, v in before.items() if not k.startswith(("scaler", "optimizer"))},
+        {k: v for k, v in after.items() if not k.startswith(("scaler", "optimizer"))},
+    )
     assert after["scaler/scale"] == 2.0**39
     for step in range(1, 40):
         steps(engine, state, 1, first=step, ema=0.5)

@@ -128,6 +128,7 @@ def test_the_guide_s_command_and_its_snippet(hub: Hub, place: Path) -> None:
     assert set(received) == {*result, "README.md"} and len(hub.pushed["tester/sd-naruto-model"]) == 1
     assert all(received[name] == (run / name).read_bytes() for name in received)
     assert f"base_model: {MODEL}" in received["README.md"].decode() and f"- {DATA}" in received["README.md"].decode()
+    assert 'from_pretrained("tester/sd-naruto-model")' in received["README.md"].decode(), "the card's snippet works as it stands"
     told_nowhere(run)
 
     from diffusers import StableDiffusionPipeline

@@ -43,7 +43,14 @@ def outcome(run: Path) -> dict[str, Any]:
     files = {p.name if p.parent == last else f"{p.parent.name}/{p.name}": durable.digest(p) for p in sorted(last.rglob("*.safetensors"))}
     losses = [{k: v for k, v in row.items() if k != "images_per_second"} for row in log.read(run / "metrics.jsonl")]
     left = sorted(p.name for p in run.iterdir() if p.name.endswith((".tmp", ".del")))
-    return {"step": result["step"], "files": files, "result": result["files"], "losses": losses, "left": left, "there": [p.name for p in checkpoint.listed(run)]}
+    return {
+        "step": result["step"],
+        "files": files,
+        "result": result["files"],
+        "losses": losses,
+        "left": left,
+        "there": [p.name for p in checkpoint.listed(run)],
+    }
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -107,7 +114,13 @@ def test_finished_is_finished_and_more_steps_go_on(processes, base, pictures, tm
         process = worker.start(processes, cfg)
         process.join()
         assert process.exitcode == 0
-        seen.append({p.relative_to(run).as_posix(): (durable.digest(p), p.stat().st_mtime_ns) for p in run.rglob("*") if p.is_file() and p.name not in (".lock", "config.json")})
+        seen.append(
+            {
+                p.relative_to(run).as_posix(): (durable.digest(p), p.stat().st_mtime_ns)
+                for p in run.rglob("*")
+                if p.is_file() and p.name not in (".lock", "config.json")
+            }
+        )
     assert seen[0] == seen[1]
     assert outcome(run)["step"] == STEPS
 
@@ -143,7 +156,14 @@ def plain(processes, base, pictures, tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "change",
-    [{"checkpoint": {"every": 3}}, {"preview": {}}, {"log": {"every": 4, "to": ["tensorboard"]}}, {"watch": {"hold_out": 2, "every": 100, "timesteps": 3}}, {"data": {"threads": 1}}, {"data": {"cache": "off"}}],
+    [
+        {"checkpoint": {"every": 3}},
+        {"preview": {}},
+        {"log": {"every": 4, "to": ["tensorboard"]}},
+        {"watch": {"hold_out": 2, "every": 100, "timesteps": 3}},
+        {"data": {"threads": 1}},
+        {"data": {"cache": "off"}},
+    ],
 )
 def test_looking_saving_and_caching_move_no_bit(processes, base, pictures, tmp_path, change, plain):
     cfg = settings(base, pictures, tmp_path / "changed", "full")

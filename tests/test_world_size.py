@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 
 from limner import checkpoint, config, training
 from limner.engines.torch import world
-from limner.faults import InputFault
+from limner.faults import InputFault, Stopped
 
 STEPS = 24
 STOPPED_AT_LEAST = 3
@@ -234,3 +235,27 @@ def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch: pytest.Mo
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_a_stop_while_encoding_is_heard_by_all_before_one_leaves(mine: bool) -> None:
+    """The process that was told to stop still meets the others, which would wait for it for ever; they stop with it."""
+    stop, met = training.Stop(), []
+    stop.asked = mine
+
+    def fill(requests: list[Any], check: Any) -> None:
+        check()
+
+    def any_of_all(flag: bool) -> bool:
+        met.append(flag)
+        return True
+
+    process = SimpleNamespace(rank=0, world=2, any=any_of_all)
+    stream = SimpleNamespace(entries=(), encoded=SimpleNamespace(fill_texts=fill, fill_images=fill))
+    family, data = SimpleNamespace(tokenizers=()), SimpleNamespace(drop_caption=0.0)
+    job = SimpleNamespace(
+        stream=stream, held_out=(), process=process, stop=stop, family=family, cfg=SimpleNamespace(data=data), engine=SimpleNamespace(parts=lambda: None)
+    )
+    with pytest.raises(Stopped, match="stopped before training began"):
+        training.encode(job)  # type: ignore[arg-type]
+    assert met == [mine]

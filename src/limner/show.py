@@ -44,9 +44,10 @@ def arithmetic(cfg: config.Config) -> list[str]:
     if learned is None:
         return [*lines, f"# the data set {cfg.data.hub} is on the Hub: its size is known when the run begins"]
     warm = f", the first {cfg.optim.warmup} of them warming up" if cfg.optim.warmup and cfg.optim.schedule != "constant" else ""
+    times = numbers.steps * numbers.batch / max(1, learned)
     return [
         *lines,
         f"# records: {count} listed, {cfg.watch.hold_out} held out, {learned} to train on",
-        f"# one epoch: {numbers.steps_per_epoch:g} steps; the run: {numbers.steps} steps{warm}, each record about {numbers.steps * numbers.batch / max(1, learned):.1f} times",
+        f"# one epoch: {numbers.steps_per_epoch:g} steps; the run: {numbers.steps} steps{warm}, each record about {times:.1f} times",
         f"# checkpoints: {math.ceil(numbers.steps / cfg.checkpoint.every)}, of which {'all' if cfg.checkpoint.keep is None else cfg.checkpoint.keep} are kept",
     ]

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -106,7 +106,8 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
     objective = Objective.of(opened.configs["scheduler"], cfg.objective)
     log.require(cfg.log.to)
     if cfg.export.hub is not None:
-        process.first(lambda: export.check_push(cfg.export.hub or "", cfg.export.private))
+        full_name = process.first(partial(export.check_push, cfg.export.hub, cfg.export.private))
+        cfg = replace(cfg, export=replace(cfg.export, hub=full_name))
     looked = index.Index.of_plain(process.first(lambda: look(source, cfg, tell)))
     used = looked if cfg.data.limit is None else looked.limited(cfg.data.limit, seed)
     if cfg.watch.hold_out >= len(used.entries):
@@ -133,7 +134,10 @@ def found_at(folder: Path, resume: str, tell: Tell) -> str | None:
     there = checkpoint.listed(folder)
     if resume == "never":
         if there:
-            raise InputFault(f"{folder} holds {there[0].name}. To go on from it pass --resume_from_checkpoint latest (or checkpoint.resume=auto); to begin afresh choose another folder.")
+            raise InputFault(
+                f"{folder} holds {there[0].name}. To go on from it pass --resume_from_checkpoint latest (or checkpoint.resume=auto); "
+                "to begin afresh choose another folder."
+            )
         return None
     found = checkpoint.find(folder, "latest" if resume == "auto" else resume, tell)
     if found is None and (there or resume == "latest"):
@@ -161,7 +165,10 @@ def stores(cfg: config.Config, opened: base.Base, process: World, tell: Tell) ->
     if cfg.data.cache == "off":
         return None, None
     root, how = cache_folder(cfg), [1, cfg.engine.kind, cfg.engine.encode_batch, engines.device_kind(process)]
-    names = [f"{kind}-{durable.digest_json([how, process.first(partial(opened.fingerprint, *parts))])}" for kind, parts in (("picture", ("vae",)), ("caption", ("text_encoder", "tokenizer")))]
+    names = [
+        f"{kind}-{durable.digest_json([how, process.first(partial(opened.fingerprint, *parts))])}"
+        for kind, parts in (("picture", ("vae",)), ("caption", ("text_encoder", "tokenizer")))
+    ]
     return Store(root / names[0], tell), Store(root / names[1], tell)
 
 
@@ -182,7 +189,8 @@ def encode(job: Run) -> None:
         limit = parts.limit(tokenizer)  # type: ignore[attr-defined]
         pairs = [(e.key, c) for e in entries for c in e.captions]
         if long := index.caption_report(pairs, partial(parts.lengths, tokenizer), limit):  # type: ignore[attr-defined]
-            job.tell(f"{len(long)} captions have more than the {limit} tokens that the text encoder sees and are cut: {', '.join(f'{o.key} ({o.tokens})' for o in long[:10])}")
+            named = ", ".join(f"{o.key} ({o.tokens})" for o in long[:10])
+            job.tell(f"{len(long)} captions have more than the {limit} tokens that the text encoder sees and are cut: {named}")
     mine = slice(job.process.rank, None, job.process.world)
     with contextlib.suppress(Stopped):  # until all have heard of it
         job.stream.encoded.fill_texts(captions[mine], job.stop.check)
@@ -206,9 +214,12 @@ def train(job: Run) -> State:
     preview_every = job.plan.every(cfg.preview.every, cfg.preview.every_epochs)
     with contextlib.closing(prefetch(load, step, total, threads=cfg.data.threads)) as batches, watch:
         if job.held_out and step == 0:
-            watch.held_out(state, step)
+            with watch.aside():
+                watch.held_out(state, step)
         for batch in batches:
-            rate = schedule.learning_rate(step, peak=cfg.optim.learning_rate, schedule=cfg.optim.schedule, warmup=cfg.optim.warmup, total=total, cycles=cfg.optim.cycles)
+            rate = schedule.learning_rate(
+                step, peak=cfg.optim.learning_rate, schedule=cfg.optim.schedule, warmup=cfg.optim.warmup, total=total, cycles=cfg.optim.cycles
+            )
             decay = None if cfg.optim.ema is None else schedule.ema_decay(step, cfg.optim.ema)
             state, metrics = engine.step(state, batch, step=step, learning_rate=rate, ema=decay, seed=job.plan.seed)
             step += 1
@@ -217,12 +228,13 @@ def train(job: Run) -> State:
             last = step == total or stopping
             if due(step, cfg.log.every, last):
                 watch.metrics(state, step)
-            if job.held_out and due(step, cfg.watch.every, step == total):
-                watch.held_out(state, step)
-            if cfg.preview.prompts and preview_every and due(step, preview_every, step == total):
-                watch.preview(state, step)
-            if due(step, cfg.checkpoint.every, last):
-                save(job, state, step)
+            with watch.aside():
+                if job.held_out and due(step, cfg.watch.every, step == total):
+                    watch.held_out(state, step)
+                if cfg.preview.prompts and preview_every and due(step, preview_every, step == total):
+                    watch.preview(state, step)
+                if due(step, cfg.checkpoint.every, last):
+                    save(job, state, step)
             if stopping:
                 raise Stopped(f"stopped at step {step} of {total}; {job.folder / f'checkpoint-{step}'} is saved. Run the same command again to go on.")
     return state
@@ -248,8 +260,8 @@ def not_finite_check(job: Run, state: State, metrics: list[Any]) -> list[dict[st
         names = job.stream.names(fault.step)
         there = checkpoint.listed(job.folder)
         raise NonFinite(
-            f"step {fault.step + 1}: the loss or the gradient is not a finite number; the weights were not touched by it. Examples of this step: {', '.join(names)}. "
-            f"Last checkpoint: {there[0].name if there else 'none'}. Look at these pictures, lower optim.learning_rate, or train in bf16 or float32."
+            f"step {fault.step + 1}: the loss or the gradient is not a finite number; the weights were not touched by it. "
+            f"Examples of this step: {', '.join(names)}. Last checkpoint: {there[0].name if there else 'none'}. Look at these pictures, lower optim.learning_rate, or train in bf16 or float32."
         ) from None
 
 
@@ -287,6 +299,13 @@ class Watcher:
         self.pending.append(metrics)
         self.rate = rate
         self.bar.update()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What takes time inside is not training, and does not count in images per second."""
+        began = time.monotonic()
+        yield
+        self.clock += time.monotonic() - began
 
     def metrics(self, state: State, step: int) -> None:
         """Mean loss since the last time, gradient norm and learning rate of the last step, and images per second."""
@@ -352,4 +371,3 @@ class Stop:
         """Raise ``Stopped`` when a stop was asked for while nothing has been trained."""
         if self.asked:
             raise Stopped("stopped before training began; what was encoded is kept. Run the same command again to go on.")
-

@@ -185,7 +185,12 @@ class TorchEngine:
         with self.weights(state, True), torch.autocast(self.device.type, self.half, enabled=self.half is not None):
             state.net.eval()
             made = pipeline.draw(
-                pipeline.of_parts(self.family, self.base, self.encoders, state.net, self.predict), prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size
+                pipeline.of_parts(self.family, self.base, self.encoders, state.net, self.predict),
+                prompts,
+                seeds,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                size=size,
             )
             state.net.train()
         if not keep:
@@ -217,7 +222,7 @@ class TorchEngine:
         for key in {name.split("/")[0] for name in saved}:
             if key in saved:
                 whole = torch.tensor(saved[key])
-                memory[key] = whole if key == "step" and self.cfg.optim.kind == "adamw" or whole.dim() else whole.item()
+                memory[key] = whole if (key == "step" and self.cfg.optim.kind == "adamw") or whole.dim() else whole.item()
                 continue
             like = {name.partition("/")[2]: array for name, array in saved.items() if name.startswith(key + "/")}
             memory[key] = torch.zeros(arena.flat.shape, dtype=torch.from_numpy(np.empty(0, next(iter(like.values())).dtype)).dtype, device=self.device)

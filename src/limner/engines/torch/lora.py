@@ -6,8 +6,8 @@ import zlib
 import torch
 
 from limner import config, rng
-from limner.faults import InputFault
 from limner.family import Family
+from limner.faults import InputFault
 
 
 def add(net: torch.nn.Module, adapt: config.Adapt, family: Family, seed: int) -> dict[str, torch.nn.Parameter]:

@@ -20,7 +20,9 @@ SCHEDULERS = {
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def open_pipeline(model: str, *, lora: Path | None, scheduler: str | None, precision: str, device: str | None, variant: str | None = None, revision: str | None = None) -> Any:
+def open_pipeline(
+    model: str, *, lora: Path | None, scheduler: str | None, precision: str, device: str | None, variant: str | None = None, revision: str | None = None
+) -> Any:
     """A stock pipeline ready to draw.
 
     Args:
@@ -66,7 +68,17 @@ def of_parts(family: Family, base: Base, parts: TorchParts, net: torch.nn.Module
     return cls(**components, **{family.trains: net}, scheduler=scheduler, **extra)
 
 
-def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float, size: int | None, negative: str | None = None, batch: int = 4) -> list[np.ndarray]:
+def draw(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    size: int | None,
+    negative: str | None = None,
+    batch: int = 4,
+) -> list[np.ndarray]:
     """One picture per prompt and seed, uint8 [size, size, 3]. The starting noise is drawn on the host: the same for every device and batch size."""
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[np.ndarray] = []
@@ -75,6 +87,8 @@ def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: 
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]]
         shape = {} if size is None else {"height": size, "width": size}
         against = None if negative is None else [negative] * len(part)
-        made = pipeline(part, negative_prompt=against, generator=generators, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="np", **shape)
+        made = pipeline(
+            part, negative_prompt=against, generator=generators, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="np", **shape
+        )
         pictures += [(picture * 255).round().astype(np.uint8) for picture in made.images]
     return pictures

@@ -268,5 +268,3 @@ def refuse_difference(wanted: int, world: int, device: torch.device) -> None:
         f"Start several with `accelerate launch --multi_gpu --num_processes {n} ...` or `torchrun --nproc-per-node {n} ...` (GPUs or CPU{alternative}); "
         f"start one with `accelerate launch --num_processes 1 ...` or `python ...`."
     )
-
-
