@@ -138,7 +138,8 @@ def test_skipping_goes_on_writes_down_which_and_why_and_leaves_the_files(by_limn
     assert contents(folder) == before
     state = json.loads((tmp_path / "run" / "checkpoint-2" / "state.json").read_text())
     assert state["records"] == 2
-    assert "3 of 5 records" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "3 of 5 records are left out: 000.png: not a picture" in said and "skipped.jsonl names each of them" in said
 
 
 BAD_SOURCES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
@@ -288,3 +289,10 @@ def test_a_picture_that_vanishes_while_training_is_named(by_limner: Any, tmp_pat
     monkeypatch.setattr(training, "look", look_then_lose)
     said = refused(capsys, 2, "001.png: ", "no such file", "run the same command again", given=by_limner(tmp_path / "run", folder))
     assert said.count("001.png") == 1
+
+
+def test_a_setting_that_has_its_flag_beside_it_gets_no_other() -> None:
+    assert (
+        diffusers.with_flags(SCRIPT, "leave it out of log.to (--report_to), see data.size")
+        == "leave it out of log.to (--report_to), see data.size (--resolution)"
+    )

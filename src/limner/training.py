@@ -151,7 +151,7 @@ def look(source: records.Source, cfg: config.Config, tell: Tell) -> dict[str, An
     looked = index.look(source, cfg.data, known=known, tell=tell)
     if looked.skipped:
         index.write_skipped(Path(cfg.run), looked.skipped)
-        tell(f"{len(looked.skipped)} of {len(source)} records are skipped; {Path(cfg.run) / 'skipped.jsonl'} says which and why")
+        tell(f"{Path(cfg.run) / index.SKIPPED} names each of them, with the reason")
     return looked.to_plain()
 
 
@@ -261,7 +261,8 @@ def not_finite_check(job: Run, state: State, metrics: list[Any]) -> list[dict[st
         there = checkpoint.listed(job.folder)
         raise NonFinite(
             f"step {fault.step + 1}: the loss or the gradient is not a finite number; the weights were not touched by it. "
-            f"Examples of this step: {', '.join(names)}. Last checkpoint: {there[0].name if there else 'none'}. Look at these pictures, lower optim.learning_rate, or train in bf16 or float32."
+            f"Examples of this step: {', '.join(names)}. Last checkpoint: {there[0].name if there else 'none'}."
+            " Look at these pictures, lower optim.learning_rate, or train in bf16 or float32."
         ) from None
 
 
