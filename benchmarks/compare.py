@@ -8,6 +8,7 @@ work); Limner as it is by default, every picture and caption encoded once, befor
 
 import argparse
 import json
+import os
 import statistics
 from dataclasses import asdict
 
@@ -34,10 +35,13 @@ def main() -> None:
     first = statistics.mean(rates["diffusers' script"])
     print(f"\n{'':20} images/s (both runs)   ratio   whole command, s")
     for name, both in rates.items():
-        walls = [trace.wall_seconds for trace in traces[name]]
-        print(f"{name:20} {both[0]:8.3g} {both[1]:8.3g}     {statistics.mean(both) / first:7.2f}   {walls[0]:.1f} {walls[1]:.1f}")
+        seconds = " ".join(f"{trace.wall_seconds:.1f}" for trace in traces[name])
+        print(f"{name:20} {both[0]:8.3g} {both[1]:8.3g}     {statistics.mean(both) / first:7.2f}   {seconds}")
+    load = os.getloadavg()[0]
+    print(f"load of the machine at the end: {load:.1f} on {os.cpu_count()} cores, of which this comparison is up to {a.threads}")
     if a.json:
-        report = {"settings": asdict(s), "images_per_second": rates, "wall_seconds": {name: [t.wall_seconds for t in both] for name, both in traces.items()}}
+        walls = {name: [trace.wall_seconds for trace in both] for name, both in traces.items()}
+        report = {"settings": asdict(s), "load": load, "images_per_second": rates, "wall_seconds": walls}
         a.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -112,7 +112,8 @@ def run_limner(base: Path, pictures: Path, out: Path, s: Settings, seed: int, *,
 def execute(command: list[str], out: Path, s: Settings, more: dict[str, str]) -> float:
     """Run a side to its end, its words in a file; returns the seconds it took."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(s.threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+    waiting = {"OMP_WAIT_POLICY": "passive"}  # threads that spin while another program has their core make any side many times slower; see README.md
+    environment = {**waiting, **os.environ, "OMP_NUM_THREADS": str(s.threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **more}
     began = time.monotonic()
     with open(out.with_suffix(".log"), "w") as log:
         done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)

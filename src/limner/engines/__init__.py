@@ -1,5 +1,6 @@
 """The engines, by name; each framework is imported only when its engine is asked for."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from limner.family import Family
 
 def join(settings: config.Engine) -> World:
     """Join the processes of this run; nothing is loaded yet."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on busy cores, threads that spin while they wait cost more than they save; read when torch loads
     from limner.engines.torch.world import World as TorchWorld
 
     return TorchWorld(settings.device, settings.precision)
