@@ -93,10 +93,7 @@ def figures(side: str, seed: int, trace: sides.Trace, held_out: float, steps: in
 
 def summary(results: list[dict], before: float) -> dict:
     """Means over the seeds, and how far apart the two sides end."""
-    means = {
-        side: {key: statistics.fmean(r[key] for r in results if r["side"] == side) for key in MEASURED}
-        for side in ("diffusers", "limner")
-    }
+    means = {side: {key: statistics.fmean(r[key] for r in results if r["side"] == side) for key in MEASURED} for side in ("diffusers", "limner")}
     return {"held_out_before": before, "means": means, "held_out_difference": means["limner"]["held_out"] / means["diffusers"]["held_out"] - 1}
 
 

@@ -188,7 +188,7 @@ def test_half_precision_keeps_float32_masters_and_learns(sd, kind, precision):
 def test_a_scaler_overflow_is_no_fault_and_its_state_is_saved(sd):
     engine = make(sd, precision="fp16", optim={"ema": 0.9})
     state = engine.init(0)
-    state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 2.0**40})
+    state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 2.0**26})
     before = weights(engine, state)
     steps(engine, state, 1, ema=0.5)
     after = weights(engine, state)
@@ -196,8 +196,8 @@ def test_a_scaler_overflow_is_no_fault_and_its_state_is_saved(sd):
         {k: v for k, v in before.items() if not k.startswith(("scaler", "optimizer"))},
         {k: v for k, v in after.items() if not k.startswith(("scaler", "optimizer"))},
     )
-    assert after["scaler/scale"] == 2.0**39
-    for step in range(1, 40):
+    assert after["scaler/scale"] == 2.0**25
+    for step in range(1, 16):
         steps(engine, state, 1, first=step, ema=0.5)
     assert not same({k: v for k, v in before.items() if k.startswith("model")}, {k: v for k, v in weights(engine, state).items() if k.startswith("model")})
     twin = engine.init(1)

@@ -17,7 +17,7 @@ LAUNCHED = ("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "PMI_", "OMPI_", "MV2_", 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 
-CHILD = '''
+CHILD = """
 import json, sys
 from pathlib import Path
 import torch
@@ -51,7 +51,7 @@ out = {
 world.barrier()
 world.close()
 Path(sys.argv[1], f"rank-{rank}.json").write_text(json.dumps(out))
-'''
+"""
 
 
 def clean_environment(**more: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from limner import checkpoint, config, training
+from limner import checkpoint, config, signals, training
 from limner.engines.torch import world
 from limner.faults import InputFault, Stopped
 
@@ -225,8 +225,9 @@ def test_one_process_speaks_for_all(seen: Seen) -> None:
 
 def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
-    with training.Stop() as stop:
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    with signals.Stop() as stop:
+        stop.gently = True
         assert not stop.asked
         for now[0] in (100.0, 100.0, 101.0):  # a terminal's Ctrl-C reaches the launcher too, which passes it on
             signal.raise_signal(signal.SIGINT)
@@ -240,7 +241,7 @@ def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("mine", [True, False])
 def test_a_stop_while_encoding_is_heard_by_all_before_one_leaves(mine: bool) -> None:
     """The process that was told to stop still meets the others, which would wait for it for ever; they stop with it."""
-    stop, met = training.Stop(), []
+    stop, met = signals.Stop(), []
     stop.asked = mine
 
     def fill(requests: list[Any], check: Any) -> None:

@@ -15,6 +15,10 @@ from typing import Any, Literal
 
 from limner.faults import InputFault
 
+Allowable = Literal[
+    "optim.learning_rate", "optim.schedule", "optim.warmup", "optim.cycles", "optim.betas", "optim.weight_decay", "optim.eps", "optim.max_grad_norm"
+]  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Model:
@@ -138,7 +142,7 @@ class Checkpoint:
     every: int = 500
     keep: int | None = None  # the newest so many; None: all
     resume: str = "auto"  # auto and latest: the newest good one; never: refuse a folder that has some; or checkpoint-N, or a path
-    allow: tuple[str, ...] = ()  # settings that may differ from the checkpoint's, e.g. optim.learning_rate
+    allow: tuple[Allowable, ...] = ()  # settings that may differ from the checkpoint's
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from limner.objective import Objective
 from limner.snapshot import LORA, WEIGHTS
 
 RESULT = "result.json"
+PUSHED = "pushed.json"  # where, and which result
 CARD = "README.md"
 GRID = "preview.png"  # at the run's root: pictures for the model card
 PREDICTS_SAMPLE = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
@@ -289,7 +290,16 @@ def push(run: Path, repo_id: str, private: bool = False, tell: Callable[[str], N
         tell(f"pushing {len(names)} files to {name}: {', '.join(names)}")
         operations = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=run / n) for n in names]
         api.create_commit(name, operations, commit_message=f"Result of step {found['step']}", token=token)
+    durable.write_text(run / PUSHED, json.dumps({"repository": name, "digest": found["digest"]}))
     return f"{endpoint() or 'https://huggingface.co'}/{name}"
+
+
+def is_pushed(run: Path, repo_id: str) -> bool:
+    """Whether this result has been pushed to this repository."""
+    try:
+        return json.loads((run / PUSHED).read_text()) == {"repository": repo_id, "digest": read_result(run)["digest"]}
+    except (OSError, ValueError, IntegrityFault):
+        return False
 
 
 def connect(repo_id: str) -> tuple[Any, str]:

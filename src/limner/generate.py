@@ -1,6 +1,7 @@
 """Pictures from a prompt: a run's result, a model folder or a Hub repository, through the stock diffusers pipeline."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,6 +95,24 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str],
             scaled = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST if picture.shape[0] < side else Image.Resampling.LANCZOS)
             sheet.paste(scaled, (left + margin + x * (side + margin), top + y * (side + margin)))
     return sheet
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """A PNG file as uint8 [height, width, 3]."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def sheet_of_files(paths: Sequence[Path], captions: Sequence[str], target: Path) -> None:
+    """A contact sheet of pictures on disk, as many for each caption; whole or absent."""
+    pictures = [read_picture(path) for path in paths]
+    count = len(pictures) // len(captions)
+    if not count:
+        return
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with durable.disk_errors(target):
+        contact_sheet([pictures[i * count : (i + 1) * count] for i in range(len(captions))], captions).save(temporary, format="PNG")
+        os.replace(temporary, target)
 
 
 def wrap(text: str, width: int) -> str:

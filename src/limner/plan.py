@@ -1,9 +1,10 @@
 """What a run comes to, before any weight is loaded: batch arithmetic, steps, and whether it may go on from a checkpoint."""
 
+import json
 import math
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from limner.faults import InputFault
 FREE: tuple[str, ...] = ("run", "log.", "preview.", "checkpoint.", "export.", "watch.every", "watch.timesteps", "train.")
 FREE += ("data.threads", "data.cache", "data.cache_dir", "data.folder")
 FREE += ("data.hub", "data.hub_config", "data.hub_revision", "data.hub_files", "data.split", "data.image", "data.caption", "data.bad", "data.max_pixels")
-FREE += ("model.base", "model.revision", "model.trained_revision", "model.variant", "model.cache_dir")
+FREE += ("optim.ema_offload", "model.base", "model.revision", "model.trained_revision", "model.variant", "model.cache_dir")
 FREE += ("engine.device", "engine.gradient_checkpointing", "engine.attention")
 
 
@@ -111,9 +112,11 @@ def must_match(saved: dict[str, Any], now: dict[str, Any], step: int) -> list[st
     if saved["draws"] != now["draws"]:
         problems.append(f"random numbers: numpy {saved['numpy']} drew others than numpy {now['numpy']} does; install numpy {saved['numpy']}")
     if problems:
+        may = [p.partition(":")[0] for p in problems if p.partition(":")[0] in get_args(config.Allowable)]
+        hint = f" To change it all the same: checkpoint.allow={json.dumps(may)}." if may else ""
         raise InputFault(
             f"checkpoint-{step} cannot be gone on from, since this has changed:\n  " + "\n  ".join(problems)
-            + "\nPut it back, begin a new run in another folder, or name the settings that may change in checkpoint.allow."
+            + "\nPut it back, or begin a new run in another folder." + hint
         )  # fmt: skip
     return [f"from step {step} on, {line}" for line in changes]
 

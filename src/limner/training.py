@@ -2,13 +2,9 @@
 
 import contextlib
 import json
-import math
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +16,14 @@ from limner.cache import Store
 from limner.data import index, records
 from limner.data.prefetch import prefetch
 from limner.data.stream import Stream
-from limner.engine import Engine, FirstFault, State, World
+from limner.engine import Engine, State, World
 from limner.families import FAMILIES
 from limner.family import Family
 from limner.faults import InputFault, NonFinite, Stopped, told_once
 from limner.features import Encoded
 from limner.objective import Objective
+from limner.signals import Stop
+from limner.watcher import Watcher, fetch
 
 Tell = Callable[[str], None]
 
@@ -50,7 +48,7 @@ class Run:
     found: checkpoint.Checkpoint | None
     identity: dict[str, Any]
     tell: Tell
-    stop: "Stop"
+    stop: Stop
 
     @property
     def folder(self) -> Path:
@@ -81,6 +79,7 @@ def run(cfg: config.Config, source: records.Source | None = None, tell: Tell = s
             if job.found is not None and is_finished(job):
                 tell(f"{job.folder}: finished at step {job.found.step}; nothing to do. Ask for more with train.steps.")
                 return job.folder
+            stop.gently = True
             settings = {**config.plain(cfg), "train": {**config.plain(cfg.train), "seed": job.plan.seed}}
             process.first(lambda: durable.write_text(job.folder / "config.json", json.dumps(log.redact(settings), indent=1)))
             if job.found is None or job.found.step < job.plan.steps:
@@ -90,7 +89,7 @@ def run(cfg: config.Config, source: records.Source | None = None, tell: Tell = s
     return Path(cfg.run)
 
 
-def prepare(cfg: config.Config, source: records.Source | None, process: World, tell: Tell, stop: "Stop") -> Run:
+def prepare(cfg: config.Config, source: records.Source | None, process: World, tell: Tell, stop: Stop) -> Run:
     """Look at everything that can be wrong, before any weight is loaded."""
     folder = Path(cfg.run)
     family = FAMILIES.get(cfg.model.family)
@@ -100,9 +99,8 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
     found = None if where is None else checkpoint.trusted(Path(where))
     seed = found.state["seed"] if found else process.first(lambda: plan.drawn_seed() if cfg.train.seed is None else cfg.train.seed)
     source = records.open_source(cfg.data, tell) if source is None else source
-    process.first(lambda: base.open_base(cfg.model, family) and None)  # downloads once
-    opened = base.open_base(cfg.model, family)
-    print_of_base = process.first(lambda: opened.fingerprint(*family.components))
+    opened = open_everywhere(cfg, family, process)
+    base_digest = process.first(lambda: opened.fingerprint(*family.components))
     objective = Objective.of(opened.configs["scheduler"], cfg.objective)
     log.require(cfg.log.to)
     if cfg.export.hub is not None:
@@ -110,13 +108,9 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
         cfg = replace(cfg, export=replace(cfg.export, hub=full_name))
     looked = index.Index.of_plain(process.first(lambda: look(source, cfg, tell)))
     used = looked if cfg.data.limit is None else looked.limited(cfg.data.limit, seed)
-    if cfg.watch.hold_out >= len(used.entries):
-        raise InputFault(f"watch.hold_out: {cfg.watch.hold_out} records are held out of {len(used.entries)}, so that none is left to train on")
-    order = rng.at(seed, "hold out", 0).permutation(len(used.entries))
-    held = {int(i) for i in order[: cfg.watch.hold_out]}
-    learned = tuple(e for i, e in enumerate(used.entries) if i not in held)
+    learned, held_out = split_held_out(used.entries, cfg.watch.hold_out, seed)
     numbers = plan.make(cfg, process.world, len(learned), found.state if found else None, seed)
-    identity = plan.identity(cfg, numbers, used.digest, print_of_base)
+    identity = plan.identity(cfg, numbers, used.digest, base_digest)
     if found is not None:
         for line in plan.must_match(found.state, identity, found.step):
             tell(line)
@@ -124,9 +118,24 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
             tell(f"checkpoint-{found.step} is past the {numbers.steps} steps that are asked for")
     engine = engines.open_engine(cfg, opened, family, process, numbers.micro, tell)
     encoded = Encoded(family, engine.parts, *stores(cfg, opened, process, tell), cfg.engine.encode_batch)
-    stream = Stream(learned, source, cfg.data, cfg.objective, objective, family, opened.configs, encoded, numbers.seed, numbers.batch)
-    held_out = tuple(used.entries[i] for i in sorted(held))
+    stream = Stream(
+        learned, source, cfg.data, cfg.objective, objective, family, opened.configs, encoded, seed=numbers.seed, batch_size=numbers.batch
+    )  # fmt: skip
     return Run(cfg, numbers, family, opened, process, engine, stream, held_out, found, identity, tell, stop)
+
+
+def open_everywhere(cfg: config.Config, family: Family, process: World) -> base.Base:
+    """The base in every process; the first one downloads what is not there."""
+    process.first(lambda: str(base.open_base(cfg.model, family).folder))
+    return base.open_base(cfg.model, family)
+
+
+def split_held_out(entries: tuple[index.Entry, ...], count: int, seed: int) -> tuple[tuple[index.Entry, ...], tuple[index.Entry, ...]]:
+    """The records to train on, and ``count`` others that are only watched, drawn by the seed."""
+    if count >= len(entries):
+        raise InputFault(f"watch.hold_out: {count} records are held out of {len(entries)}, so that none is left to train on")
+    held = {int(i) for i in rng.at(seed, "hold out", 0).permutation(len(entries))[:count]}
+    return tuple(e for i, e in enumerate(entries) if i not in held), tuple(entries[i] for i in sorted(held))
 
 
 def found_at(folder: Path, resume: str, tell: Tell) -> str | None:
@@ -140,14 +149,18 @@ def found_at(folder: Path, resume: str, tell: Tell) -> str | None:
             )
         return None
     found = checkpoint.find(folder, "latest" if resume == "auto" else resume, tell)
-    if found is None and (there or resume == "latest"):
-        tell(f"{folder}: there is no checkpoint that can be used; beginning afresh")
+    if found is None and there:
+        raise InputFault(
+            f"{folder} holds {there[0].name}, but no checkpoint that can be gone on from. Choose another folder, or move these away to begin afresh."
+        )
+    if found is None and resume == "latest":
+        tell(f"{folder}: there is no checkpoint yet; beginning afresh")
     return None if found is None else str(found.folder)
 
 
 def look(source: records.Source, cfg: config.Config, tell: Tell) -> dict[str, Any]:
     """Read every record once; what is bad is refused, or written to ``skipped.jsonl``."""
-    known = None if cfg.data.cache == "off" else cache_folder(cfg) / "known-pictures.jsonl"
+    known = None if cfg.data.cache == "off" else cache_folder(cfg) / "known-pictures.json"
     looked = index.look(source, cfg.data, known=known, tell=tell)
     if looked.skipped:
         index.write_skipped(Path(cfg.run), looked.skipped)
@@ -164,7 +177,7 @@ def stores(cfg: config.Config, opened: base.Base, process: World, tell: Tell) ->
     """The caches of picture and caption features, each named by what its numbers depend on."""
     if cfg.data.cache == "off":
         return None, None
-    root, how = cache_folder(cfg), [1, cfg.engine.kind, cfg.engine.encode_batch, engines.device_kind(process)]
+    root, how = cache_folder(cfg), [1, cfg.engine.kind, cfg.engine.encode_batch, cfg.engine.tf32, *engines.arithmetic(process)]
     names = [
         f"{kind}-{durable.digest_json([how, process.first(partial(opened.fingerprint, *parts))])}"
         for kind, parts in (("picture", ("vae",)), ("caption", ("text_encoder", "tokenizer")))
@@ -173,9 +186,11 @@ def stores(cfg: config.Config, opened: base.Base, process: World, tell: Tell) ->
 
 
 def is_finished(job: Run) -> bool:
-    """Whether the last step's checkpoint and the result are both there and whole."""
-    done = job.found is not None and job.found.step >= job.plan.steps
-    return done and job.process.first(lambda: export.result_is_whole(job.folder, job.found.step if job.found else 0))
+    """Whether the last step's checkpoint and the result are both there and whole, and pushed where that is wished for."""
+    if job.found is None or job.found.step < job.plan.steps:
+        return False
+    step, hub = job.found.step, job.cfg.export.hub
+    return job.process.first(lambda: export.result_is_whole(job.folder, step) and (hub is None or export.is_pushed(job.folder, hub)))
 
 
 def encode(job: Run) -> None:
@@ -231,7 +246,7 @@ def train(job: Run) -> State:
             with watch.aside():
                 if job.held_out and due(step, cfg.watch.every, step == total):
                     watch.held_out(state, step)
-                if cfg.preview.prompts and preview_every and due(step, preview_every, step == total):
+                if cfg.preview.prompts and due(step, preview_every or total, step == total):
                     watch.preview(state, step)
                 if due(step, cfg.checkpoint.every, last):
                     save(job, state, step)
@@ -246,129 +261,19 @@ def due(step: int, every: int, last: bool) -> bool:
 
 def save(job: Run, state: State, step: int) -> None:
     """A checkpoint, written by the first process while the others wait; never of a state with a fault."""
-    not_finite_check(job, state, [])
+    fetch(job, state, [])
     groups = job.engine.snapshot(state)
     trained = job.base.configs[job.family.trains]
     job.process.first(lambda: str(snapshot.save(job.folder, step, groups, job.identity, job.cfg, job.family, trained)))
 
 
-def not_finite_check(job: Run, state: State, metrics: list[Any]) -> list[dict[str, float]]:
-    """Fetch metrics; a fault is raised as ``NonFinite`` with its step and its examples."""
-    try:
-        return job.engine.fetch(state, metrics)
-    except FirstFault as fault:
-        names = job.stream.names(fault.step)
-        there = checkpoint.listed(job.folder)
-        raise NonFinite(
-            f"step {fault.step + 1}: the loss or the gradient is not a finite number; the weights were not touched by it. "
-            f"Examples of this step: {', '.join(names)}. Last checkpoint: {there[0].name if there else 'none'}."
-            " Look at these pictures, lower optim.learning_rate, or train in bf16 or float32."
-        ) from None
-
-
 def finish(job: Run) -> None:
     """The result, from the last checkpoint on disk; then, where it is wished for, the push."""
-    last = checkpoint.read(job.folder / f"checkpoint-{max(job.plan.steps, job.found.step if job.found else 0)}")
+    passed = job.found is not None and job.found.step >= job.plan.steps
+    last = job.found if passed and job.found is not None else checkpoint.read(job.folder / f"checkpoint-{job.plan.steps}")
+    if (shown := sorted((job.folder / "previews").glob("step-*"))) and job.cfg.preview.prompts:
+        generate.sheet_of_files(sorted(shown[-1].glob("*.png")), job.cfg.preview.prompts, job.folder / export.GRID)
     export.write(last, job.cfg, job.base, job.family, job.stream.objective.predict)
     job.tell(f"{job.folder}: the result of step {last.step} is here")
     if job.cfg.export.hub is not None:
         export.push(job.folder, job.cfg.export.hub, job.cfg.export.private, job.tell)
-
-
-@dataclass
-class Watcher:
-    """What is seen of a run: the progress bar, metrics.jsonl and other sinks, held-out loss, previews. It changes no number."""
-
-    job: Run
-    begun: int
-    pending: list[Any] = field(default_factory=list)
-    rate: float = 0.0
-
-    def __enter__(self) -> "Watcher":
-        job, cfg = self.job, self.job.cfg
-        self.sink = log.open_sinks(cfg, job.folder, self.begun, job.tell) if job.process.rank == 0 else None
-        self.bar = tqdm(total=job.plan.steps, initial=self.begun, desc="training", unit="step", disable=True if job.process.rank else None, dynamic_ncols=True)
-        self.clock, self.at = time.monotonic(), self.begun
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        if self.sink is not None:
-            self.sink.close()
-
-    def add(self, metrics: Any, rate: float) -> None:
-        self.pending.append(metrics)
-        self.rate = rate
-        self.bar.update()
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """What takes time inside is not training, and does not count in images per second."""
-        began = time.monotonic()
-        yield
-        self.clock += time.monotonic() - began
-
-    def metrics(self, state: State, step: int) -> None:
-        """Mean loss since the last time, gradient norm and learning rate of the last step, and images per second."""
-        rows, self.pending = not_finite_check(self.job, state, self.pending), []
-        speed = (step - self.at) * self.job.plan.batch / max(1e-9, time.monotonic() - self.clock)
-        self.clock, self.at = time.monotonic(), step
-        loss = math.fsum(r["loss"] for r in rows) / max(1, len(rows))
-        self.write(step, {"loss": loss, "learning_rate": self.rate, "grad_norm": rows[-1]["grad_norm"] if rows else math.nan, "images_per_second": speed})
-        self.bar.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{speed:.1f}"})
-
-    def held_out(self, state: State, step: int) -> None:
-        """Mean loss over the held-out records, with the weights that will be the result."""
-        job, sums = self.job, [0.0, 0.0]
-        for count, batch in job.stream.held_out(job.held_out, job.cfg.watch.timesteps, job.process.rank, job.process.world):
-            losses = job.engine.losses(state, batch, average=True)[:count]
-            sums = [sums[0] + math.fsum(losses.tolist()), sums[1] + count]
-        sums = job.process.total(sums)
-        self.write(step, {"held_out_loss": sums[0] / sums[1]})
-
-    def preview(self, state: State, step: int) -> None:
-        """Pictures for the prompts of the recipe, with fixed seeds."""
-        p, job = self.job.cfg.preview, self.job
-        prompts = [prompt for prompt in p.prompts for _ in range(p.count)]
-        seeds = [job.plan.seed + k for _ in p.prompts for k in range(p.count)]
-        if job.process.rank == 0 and self.sink is not None:
-            made = job.engine.pictures(state, prompts, seeds, steps=p.steps, guidance_scale=p.guidance_scale, size=job.cfg.data.size)
-            self.sink.images(step, "validation", list(zip(prompts, made, strict=True)))
-            generate.contact_sheet([made[i : i + p.count] for i in range(0, len(made), p.count)], p.prompts).save(job.folder / export.GRID)
-        job.process.barrier()
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        if self.sink is not None:
-            self.sink.write(step, values)
-
-
-class Stop:
-    """Turns the first SIGTERM or Ctrl-C into a request that the loops look at; one that comes seconds later ends the process as usual.
-
-    A terminal's Ctrl-C reaches a launcher too, which passes it on: what comes twice at once is one request.
-    """
-
-    def __init__(self) -> None:
-        self.asked, self.since = False, 0.0
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def ask(self, number: int, frame: Any) -> None:
-        if self.asked and time.monotonic() - self.since > 3:
-            signal.signal(number, self.before[number])
-            signal.raise_signal(number)
-        elif not self.asked:
-            self.asked, self.since = True, time.monotonic()
-
-    def check(self) -> None:
-        """Raise ``Stopped`` when a stop was asked for while nothing has been trained."""
-        if self.asked:
-            raise Stopped("stopped before training began; what was encoded is kept. Run the same command again to go on.")

@@ -1,5 +1,6 @@
 """The flags of the diffusers text-to-image scripts, each with its place in the config: another script is more rows here, and nothing elsewhere."""
 
+import json
 import os
 from argparse import Namespace
 from collections.abc import Callable
@@ -33,7 +34,18 @@ class Script:
 def learning_rate(a: Namespace) -> float:
     """The peak, multiplied under ``--scale_lr`` by all that makes up the global batch."""
     peak: float = a.learning_rate
-    return peak * a.gradient_accumulation_steps * a.train_batch_size * int(os.environ.get("WORLD_SIZE", "1")) if a.scale_lr else peak
+    return peak * global_batch(a) if a.scale_lr else peak
+
+
+def global_batch(a: Namespace) -> int:
+    """What one optimizer step sees; on resume the checkpoint's holds, on however many processes."""
+    from limner import checkpoint
+
+    there = checkpoint.listed(Path(a.output_dir)) if a.resume_from_checkpoint else []
+    try:
+        return int(json.loads((there[0] / checkpoint.STATE).read_text())["batch"])
+    except (IndexError, OSError, ValueError, KeyError):
+        return int(a.gradient_accumulation_steps * a.train_batch_size * int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def trackers(a: Namespace) -> tuple[str, ...]:

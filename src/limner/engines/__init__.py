@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ def open_engine(cfg: config.Config, base: Base, family: Family, world: World, mi
     return TorchEngine(cfg, base, family, world, micro, tell)  # type: ignore[arg-type]
 
 
-def device_kind(world: World) -> str:
-    """What kind of device computes: encoders' last bits depend on it."""
-    return str(world.device.type)  # type: ignore[attr-defined]
+def arithmetic(world: World) -> list[str]:
+    """What the last bits of the encoders' output depend on, besides their weights: kind of device, and version of the framework."""
+    return [str(world.device.type), metadata.version("torch")]  # type: ignore[attr-defined]
 
 
 def open_pipeline(model: str, **settings: Any) -> Any:

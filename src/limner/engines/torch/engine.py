@@ -12,7 +12,7 @@ from limner.base import Base
 from limner.engine import Batch, FirstFault, Group, Metrics
 from limner.engines.torch import lora, pipeline
 from limner.engines.torch.arena import Arena
-from limner.engines.torch.parts import TorchParts, load
+from limner.engines.torch.parts import TorchParts, load, on_meta
 from limner.engines.torch.world import World
 from limner.family import Family
 from limner.faults import InputFault, IntegrityFault
@@ -42,6 +42,10 @@ class TorchEngine:
         self.rank, self.world, self.device = world.rank, world.world, world.device
         self.half = HALF.get(world.precision)
         self.encoders = TorchParts(base, self.device)
+        if cfg.optim.kind == "adamw8bit":
+            eight_bit()
+        if cfg.adapt.targets:
+            lora.targets(on_meta(base), cfg.adapt, family)
         self.predict = Objective.of(base.configs["scheduler"], cfg.objective).predict
         if cfg.engine.tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -60,7 +64,7 @@ class TorchEngine:
             net.enable_gradient_checkpointing()
         if self.cfg.adapt.kind == "lora":
             if self.half is not None:
-                net.to(self.half)
+                torch.nn.Module.to(net, self.half)  # diffusers' own warns of nothing
             named = lora.add(net, self.cfg.adapt, self.family, seed)
         else:
             named = dict(net.requires_grad_(True).named_parameters())
@@ -162,7 +166,7 @@ class TorchEngine:
 
     def fetch(self, state: TorchState, metrics: Sequence[Metrics]) -> list[dict[str, float]]:
         names = list(metrics[0]) if metrics else []
-        table = torch.stack([state.fault.double(), *(m[name].double() for m in metrics for name in names)]).tolist()
+        table = torch.stack([state.fault.float(), *(m[name].float() for m in metrics for name in names)]).tolist()
         if table[0] >= 0:
             raise FirstFault(int(table[0]))
         return [dict(zip(names, table[1 + i * len(names) :], strict=False)) for i in range(len(metrics))]
@@ -204,7 +208,7 @@ class TorchEngine:
             yield "ema", arena.read(state.ema)
         memory: Group = {}
         for key, value in state.optimizer.state[arena.flat].items():
-            if isinstance(value, torch.Tensor) and value.numel() == arena.flat.numel():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() == arena.flat.numel():
                 memory |= {f"{key}/{name}": array for name, array in arena.read(value).items()}
             else:
                 memory[key] = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)

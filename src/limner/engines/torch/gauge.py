@@ -15,10 +15,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from limner import checkpoint
-from limner.base import Base
 from limner.engine import Batch
 from limner.engines.torch import lora
 from limner.engines.torch.engine import TorchEngine
+from limner.engines.torch.parts import of_config, on_meta
 from limner.snapshot import WEIGHTS
 
 # Dense peaks in TFLOP/s: 16 bits, TF32, float32; from NVIDIA's data sheets of the H100, H200 and A100, where figures with sparsity are twice as high.
@@ -113,20 +113,6 @@ def processor() -> str:
     except OSError:
         return platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def on_meta(base: Base) -> torch.nn.Module:
-    """The trained network of a base without memory for its weights."""
-    return of_config(base.configs[base.trains])
-
-
-def of_config(known: dict[str, Any]) -> torch.nn.Module:
-    """A network on the meta device."""
-    import diffusers
-
-    with torch.device("meta"):
-        net: torch.nn.Module = getattr(diffusers, known["_class_name"]).from_config(known)
-    return net
 
 
 @dataclass(frozen=True)

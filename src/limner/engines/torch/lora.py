@@ -20,13 +20,9 @@ def add(net: torch.nn.Module, adapt: config.Adapt, family: Family, seed: int) ->
     """
     from peft import LoraConfig
 
-    targets = adapt.targets or family.lora_targets
-    known = {part for name, _ in net.named_modules() for part in (name, *(name[i + 1 :] for i, c in enumerate(name) if c == "."))}
-    if missing := [t for t in targets if t not in known]:
-        raise InputFault(f"adapt.targets: the {family.trains} has no module named {missing[0]}; this family's own are {', '.join(family.lora_targets)}")
     net.requires_grad_(False)
     alpha = adapt.rank if adapt.alpha is None else adapt.alpha
-    settings = LoraConfig(r=adapt.rank, lora_alpha=alpha, lora_dropout=adapt.dropout, init_lora_weights="gaussian", target_modules=list(targets))  # type: ignore[arg-type]
+    settings = LoraConfig(r=adapt.rank, lora_alpha=alpha, lora_dropout=adapt.dropout, init_lora_weights="gaussian", target_modules=targets(net, adapt, family))  # type: ignore[arg-type]
     net.add_adapter(settings)  # type: ignore[operator]
     named = {name.replace(".default", ""): p for name, p in net.named_parameters() if p.requires_grad}
     for name, p in named.items():
@@ -36,3 +32,16 @@ def add(net: torch.nn.Module, adapt: config.Adapt, family: Family, seed: int) ->
         else:
             p.data = torch.zeros_like(p.data, dtype=torch.float32)
     return named
+
+
+def targets(net: torch.nn.Module, adapt: config.Adapt, family: Family) -> list[str]:
+    """The modules that get adapters, by the last parts of their names.
+
+    Raises:
+        InputFault: when one names no module of the network.
+    """
+    wanted = adapt.targets or family.lora_targets
+    known = {part for name, _ in net.named_modules() for part in (name, *(name[i + 1 :] for i, c in enumerate(name) if c == "."))}
+    if missing := [t for t in wanted if t not in known]:
+        raise InputFault(f"adapt.targets: the {family.trains} has no module named {missing[0]}; this family's own are {', '.join(family.lora_targets)}")
+    return list(wanted)

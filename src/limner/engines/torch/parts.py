@@ -20,7 +20,7 @@ class TorchParts:
         if name not in self.loaded:
             self.loaded[name] = load(self.base, name)
             if isinstance(self.loaded[name], torch.nn.Module):
-                self.loaded[name].requires_grad_(False).eval().to(self.device, torch.float32)
+                self.loaded[name].requires_grad_(False).eval().to(self.device)
         return self.loaded[name]
 
     @torch.no_grad()
@@ -63,3 +63,17 @@ def load(base: Base, name: str) -> Any:
     if not hasattr(cls, "dtype"):
         return cls.from_pretrained(folder)
     return cls.from_pretrained(folder, use_safetensors=True, variant=base.variant, dtype=torch.float32)
+
+
+def on_meta(base: Base) -> torch.nn.Module:
+    """The trained network of a base without memory for its weights."""
+    return of_config(base.configs[base.trains])
+
+
+def of_config(known: dict[str, Any]) -> torch.nn.Module:
+    """A network on the meta device."""
+    import diffusers
+
+    with torch.device("meta"):
+        net: torch.nn.Module = getattr(diffusers, known["_class_name"]).from_config(known)
+    return net
