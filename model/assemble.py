@@ -100,14 +100,15 @@ def main() -> None:
     pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, **none)
     if not a.fresh_unet:
         pipeline.to(dtype=torch.float16)
-    with durable.folder(a.output) as path:
+    with durable.folder(a.output, manifest=False) as path:
         pipeline.save_pretrained(path, safe_serialization=True)
+        text_config = path / "text_encoder" / "config.json"  # transformers loads in the type that this names, diffusers in float32: they must agree
+        text_config.write_text(json.dumps({**json.loads(text_config.read_text()), "dtype": "float32"}, indent=2) + "\n")
         for name in TOKENIZER_FILES:
             shutil.copyfile(a.text / "tokenizer" / name, path / "tokenizer" / name)
         (path / "README.md").write_text(card(pipeline, a.title), encoding="utf-8")
         for file in path.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
-    (a.output / durable.MANIFEST).unlink()
     sizes = {part: sum(f.stat().st_size for f in (a.output / part).rglob("*") if f.is_file()) for part in (*PARTS, "tokenizer")}
     total = sum(f.stat().st_size for f in a.output.rglob("*") if f.is_file())
     print("\n".join(f"{part}: {size / 1e6:.3f} MB" for part, size in sizes.items()), f"all files: {total / 1e6:.3f} MB", sep="\n")

@@ -140,7 +140,7 @@ def test_config_is_frozen() -> None:
     ("overrides", "message"),
     [
         (["model.base="], "model.base: give a folder or a Hub repository"),
-        (["data.hub=x/y"], "give exactly one of data.folder and data.hub"),
+        (["data.hub=x/y"], "give exactly one of data.folder and data.hub; data.folder=none takes the recipe's away"),
         (["data.folder=none"], "give exactly one of data.folder and data.hub"),
         (["train.steps=none"], "give exactly one of train.steps and train.epochs"),
         (["train.epochs=2"], "give exactly one of train.steps and train.epochs"),
@@ -160,6 +160,7 @@ def test_config_is_frozen() -> None:
         (["checkpoint.keep=0"], "checkpoint.keep: 0 is not above 0"),
         (["optim.warmup=-1"], "optim.warmup: -1 is below 0"),
         (["objective.noise_offset=-0.1"], "objective.noise_offset: -0.1 is below 0"),
+        (["objective.dream=-1"], "objective.dream: -1.0 is below 0"),
     ],
 )
 def test_ranges(overrides: list[str], message: str) -> None:

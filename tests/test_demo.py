@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from limner import demo
+from limner import cli, demo
 
 
 def test_the_pictures_are_few_small_and_captioned():
@@ -42,3 +44,29 @@ def test_the_demo_trains_and_ends_with_a_picture(tmp_path, capsys):
     assert f"held-out loss: {before:.4f} before, {after:.4f} after" in said and before != after
     assert "limner train recipes/sd15-lora.toml data.folder=my/pictures" in said
     assert demo.held_out(tmp_path / "run")[0] == pytest.approx(before)
+
+
+def test_again_it_is_finished_and_draws_and_another_bundle_gets_another_folder(base, pictures, tmp_path, monkeypatch, capsys):
+    bundle, run = tmp_path / "bundle", tmp_path / "here"
+    shutil.copytree(base, bundle / "model")
+    shutil.copytree(pictures, bundle / "pictures")
+    recipe = '[data]\nsize = 32\n[train]\nsteps = {}\nbatch = 2\nseed = 0\n[engine]\ndevice = "cpu"\n[watch]\nhold_out = 2\ntimesteps = 1\n'
+    (bundle / "demo.toml").write_text(recipe.format(2))
+    run.mkdir()
+    monkeypatch.chdir(run)
+    monkeypatch.setattr(demo, "BUNDLED", bundle)
+    monkeypatch.setattr(demo, "STEPS", 1)
+    monkeypatch.setattr(demo, "PROMPTS", ("a red circle",))
+    folders = []
+    for changed in (None, None, bundle / "demo.toml", bundle / "pictures" / "metadata.jsonl", bundle / "model" / "README.md"):
+        if changed is not None:
+            changed.write_text(changed.read_text() + "\n" if changed.exists() else "another")
+            Path("before-after.png").unlink()
+        picture = Path("before-after.png").read_bytes() if folders and changed is None else None
+        assert cli.main(["demo"]) == 0
+        said = "".join(capsys.readouterr())
+        assert ("finished at step 2; nothing to do" in said) == (picture is not None)
+        assert picture in (None, Path("before-after.png").read_bytes())
+        folders.append(sorted(p.name for p in Path("runs").iterdir()))
+    assert [len(names) for names in folders] == [1, 1, 2, 3, 4]
+    assert all(re.fullmatch(r"demo-[0-9a-f]{8}", name) for name in folders[-1])

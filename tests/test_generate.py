@@ -119,6 +119,46 @@ def test_a_lora_without_its_base_asks_for_it(runs, tmp_path):
         generate.run(str(tmp_path), ["red"])
 
 
+def test_a_lora_takes_its_base_from_where_the_run_kept_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "pytorch_lora_weights.safetensors").touch()
+    model = {"base": "owner/name", "variant": "fp16", "revision": "abc", "cache_dir": "/downloads"}
+    (run / "config.json").write_text(json.dumps({"model": model}))
+    assert generate.locate("~/run", None) == ("owner/name", run, {"variant": "fp16", "revision": "abc", "cache_dir": "/downloads"})
+    assert generate.locate("~/run", "~/other") == (str(tmp_path / "other"), run, {"cache_dir": "/downloads"})
+    (run / "model_index.json").touch()
+    assert generate.locate("~/run", None) == (str(run), None, {})
+
+
+def test_the_pipeline_is_fetched_into_the_folder_that_is_given(tmp_path, monkeypatch):
+    import diffusers
+
+    from limner import engines
+
+    given = {}
+
+    def refuse(model, **settings):
+        given.update(settings, model=model)
+        raise OSError("not there")
+
+    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", refuse)
+    with pytest.raises(InputFault, match="not there"):
+        engines.open_pipeline("owner/name", lora=None, scheduler=None, precision="no", device="cpu", cache_dir="/downloads", revision="abc")
+    assert (given["model"], given["cache_dir"], given["revision"], given["variant"]) == ("owner/name", "/downloads", "abc", None)
+
+
+@pytest.mark.parametrize("text", ["\N{ARTIST PALETTE} é", 'a "b" \\ c\td\x7f', ""])
+def test_show_writes_any_text_as_toml(text):
+    import tomllib
+
+    from limner import show
+
+    assert tomllib.loads(f"x = {show.toml([text])}")["x"] == [text]
+    assert "\N{ARTIST PALETTE}" not in text or "\N{ARTIST PALETTE}" in show.toml(text)
+
+
 def test_show_prints_settings_and_arithmetic(pictures, tmp_path, capsys, monkeypatch):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f'[model]\nbase = "x"\n[data]\nfolder = "{pictures}"\n[train]\nepochs = 3\nbatch = 8\nmicro = 2\n[watch]\nhold_out = 2\n')

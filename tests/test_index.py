@@ -33,7 +33,7 @@ class Mine:
 def seen(source: Any, *, known: Path | None = None, **settings: Any) -> Index:
     told: list[str] = []
     index = look(source, config.Data(size=4, **settings), known=known, tell=told.append)
-    assert len(told) == bool(index.skipped)
+    assert len(told) == bool(index.skipped) + bool(index.without_caption) + bool(index.repeated)
     return index
 
 
@@ -78,6 +78,21 @@ def test_good_records_keep_their_order_rows_and_upright_sizes(tmp_path: Path) ->
     assert index.entries[0].digest == index.entries[1].digest and len({e.digest for e in index.entries}) == 3
     assert [e.key for e in index.repeated] == ["b"] and [e.key for e in index.without_caption] == ["p"]
     assert list(index.captions()) == [("t", "x"), ("b", "y"), ("n", "z"), ("p", "")]
+
+
+def test_empty_captions_and_repeated_pictures_are_told_in_a_line_each(tmp_path: Path) -> None:
+    told: list[str] = []
+    one = picture(tmp_path / "one.png")
+    other = Record("two", picture(tmp_path / "two.png", 1), ("b",))
+    source = Mine(Record("one", one, ("a", " ")), *(Record(f"again-{i}", one, ("a", "")) for i in range(4)), other)
+    look(source, config.Data(size=4), tell=told.append)
+    assert told == [
+        "5 of 6 records have an empty caption: one; again-0; again-1; ...",
+        "4 of 6 records repeat the picture of an earlier one: again-0; again-1; again-2; ...",
+    ]
+    told.clear()
+    look(Mine(source[0], source[5]), config.Data(size=4), tell=told.append)
+    assert told == ["1 of 2 records have an empty caption: one"]
 
 
 def test_refuse_names_each_bad_record_in_one_message(tmp_path: Path) -> None:

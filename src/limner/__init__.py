@@ -2,13 +2,23 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from limner.config import Config
-    from limner.data.records import Source
+    from limner.data.records import Record, Source
 
+__all__ = ["Record", "train"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """``limner.Record``, without making every command wait for what it imports."""
+    if name == "Record":
+        from limner.data.records import Record
+
+        return Record
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def train(recipe: "str | Path | Config", overrides: Sequence[str] = (), *, records: "Source | None" = None) -> Path:
@@ -18,7 +28,7 @@ def train(recipe: "str | Path | Config", overrides: Sequence[str] = (), *, recor
         recipe: path of a TOML file, or a ``limner.config.Config``.
         overrides: ``section.key=value`` settings that replace the recipe's.
         records: pictures and captions of one's own, instead of ``data.folder`` and ``data.hub``: any object with ``len(records)`` and
-            ``records[i] -> limner.data.records.Record``; the same ``i`` must always give the same record.
+            ``records[i] -> limner.Record``; the same ``i`` must always give the same record.
 
     Raises:
         limner.faults.Fault: of the kind that fits, with a message for the user.

@@ -80,7 +80,7 @@ def open_base(model: config.Model, family: Family) -> Base:
         InputFault: for what is not a folder of this family in the diffusers layout with safetensors weights.
         HubFault: when the Hub refuses or cannot be reached.
     """
-    path = Path(model.base).expanduser()
+    path = Path(model.base)
     if path.exists():
         folder, commit = check_folder(path, model), None
         trained = folder / family.trains
@@ -259,7 +259,7 @@ def fetch(model: config.Model, revision: str | None, patterns: list[str], bar: t
     """The snapshot folder of one commit, with the files that match; its name is the commit."""
     import huggingface_hub
 
-    with hub_errors(model.base, revision), durable.disk_errors(Path(model.cache_dir or "~").expanduser()):
+    with hub_errors(model.base, revision), durable.disk_errors(Path(model.cache_dir or Path.home())):
         settings: dict[str, Any] = {"cache_dir": model.cache_dir, "endpoint": endpoint(), "tqdm_class": bar}
         return Path(huggingface_hub.snapshot_download(model.base, revision=revision, allow_patterns=patterns, **settings))
 

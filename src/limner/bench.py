@@ -154,7 +154,7 @@ def open_weights(model: config.Model, family: Family, process: World) -> Iterato
 
 def at_hand(model: config.Model, family: Family) -> str | None:
     """The base's folder: the one that is named, or a whole one in the Hub's cache; None where neither is there."""
-    if Path(model.base).expanduser().exists():
+    if Path(model.base).exists():
         return model.base
     import huggingface_hub
 

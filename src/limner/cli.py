@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from limner.faults import Fault, told_once
+from limner.faults import Fault, InputFault, told_once
+
+TORCH = ("torch", "diffusers", "transformers", "accelerate", "peft")  # what pip installs with limner[torch]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,29 +21,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = "settings as section.key=value, in TOML"
     for name, text in (("train", "train, or go on training"), ("show", "print the resolved settings and batch arithmetic, and load nothing")):
         verb = verbs.add_parser(name, help=text)
-        verb.add_argument("recipe", type=Path, help="a TOML file, such as those in recipes/")
-        verb.add_argument("overrides", nargs="*", help=recipe)
+        verb.add_argument("recipe", type=place, help="a TOML file, such as recipes/sd15-lora.toml")
+        verb.add_argument("words", metavar="overrides", nargs="*", help=recipe)
     add_generate(verbs.add_parser("generate", help="make pictures with a run, a model folder or a Hub repository"))
     verb = verbs.add_parser("export", help="write the result of a run's newest checkpoint again, or push it to the Hub")
-    verb.add_argument("run", type=Path)
+    verb.add_argument("run", type=place)
     verb.add_argument("--push", metavar="REPOSITORY", help="Hub repository to push the result to")
-    verb.add_argument("--private", action="store_true")
+    verb.add_argument("--private", action="store_true", help="where --push makes that repository")
     verb = verbs.add_parser("demo", help="fine-tune the bundled model on the bundled pictures, on the CPU, in minutes")
-    verb.add_argument("--folder", type=Path, default=Path("runs/demo"), help="receives the run (default: %(default)s)")
-    verb.add_argument("--output", type=Path, default=Path("before-after.png"), help="the picture at the end (default: %(default)s)")
+    verb.add_argument("--folder", type=place, help="receives the run (default: runs/demo-, then a digest of what is bundled)")
+    verb.add_argument("--output", type=place, default=Path("before-after.png"), help="the picture at the end (default: %(default)s)")
     verb = verbs.add_parser("bench", help="step time, images/s, peak memory and MFU of a recipe")
-    verb.add_argument("recipe", type=Path)
-    verb.add_argument("overrides", nargs="*", help=recipe)
+    verb.add_argument("recipe", type=place)
+    verb.add_argument("words", metavar="overrides", nargs="*", help=recipe)
     verb.add_argument("--steps", type=int, default=10, help="measured steps (default: %(default)s)")
-    verb.add_argument("--json", type=Path, help="write the figures to this file too")
-    arguments = parser.parse_args(argv)
+    verb.add_argument("--json", type=place, help="write the figures to this file too")
+    arguments, more = parser.parse_known_args(argv)
+    if more and ("words" not in arguments or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # words that follow an option
+        arguments.words += more
     return guard(lambda: VERBS[arguments.verb](arguments))
+
+
+def place(text: str) -> Path:
+    """A path as a user writes it."""
+    return Path(text).expanduser()
 
 
 def add_generate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", help="a run's folder, a folder in the diffusers layout, or a Hub repository")
-    verb.add_argument("prompts", nargs="*", help="what to draw")
-    verb.add_argument("--prompt-file", type=Path, help="a text file with one prompt per line")
+    verb.add_argument("words", metavar="prompts", nargs="*", help="what to draw")
+    verb.add_argument("--prompt-file", type=place, help="a text file with one prompt per line")
     verb.add_argument("--negative-prompt", default=None)
     verb.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next ones count up (default: %(default)s)")
     verb.add_argument("--count", type=int, default=1, help="pictures per prompt (default: %(default)s)")
@@ -53,34 +64,36 @@ def add_generate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--base", default=None, help="base model of a LoRA, where the run does not say")
     verb.add_argument("--precision", choices=["no", "fp16", "bf16"], default="no")
     verb.add_argument("--device", default=None)
-    verb.add_argument("--output", type=Path, default=Path("pictures"), help="folder for the PNG files (default: %(default)s)")
-    verb.add_argument("--grid", type=Path, default=None, help="also write all pictures into one PNG")
+    verb.add_argument("--output", type=place, default=Path("pictures"), help="folder for the PNG files (default: %(default)s)")
+    verb.add_argument("--grid", type=place, default=None, help="also write all pictures into one PNG")
 
 
 def run_train(arguments: argparse.Namespace) -> None:
     from limner import config, training
 
     with told_once():
-        cfg = config.load(arguments.recipe, arguments.overrides)
+        cfg = config.load(arguments.recipe, arguments.words)
     training.run(cfg)
 
 
 def run_show(arguments: argparse.Namespace) -> None:
     from limner import config, show
 
-    print(show.text(config.load(arguments.recipe, arguments.overrides)))
+    print(show.text(config.load(arguments.recipe, arguments.words)))
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
     from limner import generate
 
-    settings: dict[str, Any] = {k: v for k, v in vars(arguments).items() if k != "verb"}
-    generate.run(**settings)
+    settings: dict[str, Any] = {k: v for k, v in vars(arguments).items() if k not in ("verb", "words")}
+    generate.run(prompts=arguments.words, **settings)
 
 
 def run_export(arguments: argparse.Namespace) -> None:
     from limner import export
 
+    if arguments.private and arguments.push is None:
+        raise InputFault("--private: nothing is pushed without --push REPOSITORY; give both, or neither")
     export.again(arguments.run, push_to=arguments.push, private=arguments.private)
 
 
@@ -93,7 +106,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
 def run_bench(arguments: argparse.Namespace) -> None:
     from limner import bench, config
 
-    bench.run(config.load(arguments.recipe, arguments.overrides), steps=arguments.steps, json_file=arguments.json)
+    bench.run(config.load(arguments.recipe, arguments.words), steps=arguments.steps, json_file=arguments.json)
 
 
 VERBS = {"train": run_train, "show": run_show, "generate": run_generate, "export": run_export, "demo": run_demo, "bench": run_bench}
@@ -108,6 +121,12 @@ def guard(action: Callable[[], object]) -> int:
         if not fault.told:
             print(f"limner: {fault}", file=sys.stderr)
         return fault.code
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing not in TORCH:
+            raise
+        print(f'limner: {missing} is missing; install it with: pip install "limner[torch]"', file=sys.stderr)
+        return InputFault.code
     except KeyboardInterrupt:
         print("limner: stopped by hand", file=sys.stderr)
         return 130

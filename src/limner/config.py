@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import difflib
 import json
+import os
 import sys
 import tomllib
 import types
@@ -18,6 +19,7 @@ from limner.faults import InputFault
 Allowable = Literal[
     "optim.learning_rate", "optim.schedule", "optim.warmup", "optim.cycles", "optim.betas", "optim.weight_decay", "optim.eps", "optim.max_grad_norm"
 ]  # fmt: skip
+PATHS = ("run", "model.base", "model.cache_dir", "data.folder", "data.hub", "data.hub_files", "data.cache_dir", "data.cache", "checkpoint.resume")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Objective:
     min_snr: float | None = None  # gamma of arXiv:2303.09556; 5 is recommended there
     noise_offset: float = 0.0
     input_perturbation: float = 0.0  # arXiv:2301.11706; 0.1 is recommended there
-    dream: float | None = None  # detail preservation of arXiv:2312.00210
+    dream: float | None = None  # detail preservation of arXiv:2312.00210, 0 or more; 1 is recommended there
     timestep_bias: TimestepBias | None = None
 
 
@@ -147,11 +149,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Preview:
-    """Pictures made with the current weights (the average, where one is kept) while training goes on."""
+    """Pictures made with the current weights (the average, where one is kept): at the end, and at the interval that is given."""
 
     prompts: tuple[str, ...] = ()
     count: int = 1  # pictures per prompt
-    every: int | None = None  # optimizer steps
+    every: int | None = None  # optimizer steps; without it and every_epochs: at the end only
     every_epochs: float | None = None
     steps: int = 25  # of the sampler
     guidance_scale: float = 7.5
@@ -211,7 +213,10 @@ class Config:
         t, d, o = self.train, self.data, self.optim
         refuse = [
             (not self.model.base, "model.base: give a folder or a Hub repository in the diffusers layout, e.g. stable-diffusion-v1-5/stable-diffusion-v1-5"),
-            (not own_records and (d.folder is None) == (d.hub is None), "data: give exactly one of data.folder and data.hub"),
+            (
+                not own_records and (d.folder is None) == (d.hub is None),
+                "data: give exactly one of data.folder and data.hub; data.folder=none takes the recipe's away",
+            ),
             ((t.steps is None) == (t.epochs is None), "train: give exactly one of train.steps and train.epochs"),
             (t.batch is not None and t.accumulate is not None, "train: give train.batch (global) or train.accumulate, not both"),
             (t.batch is None and t.micro is None, "train: give train.batch (global: what one optimizer step sees), or train.micro"),
@@ -254,7 +259,11 @@ def build(cls: type, raw: dict[str, Any], where: str = "") -> Any:
             close = difflib.get_close_matches(key, hints, 1)
             known = f"did you mean {where}{close[0]}?" if close else f"known here: {', '.join(hints)}"
             raise InputFault(f"{where}{key}: no such setting; {known}")
-    return cls(**{k: _value(hints[k], v, where + k) for k, v in raw.items()})
+    return cls(**{k: _at_home(where + k, _value(hints[k], v, where + k)) for k, v in raw.items()})
+
+
+def _at_home(name: str, value: Any) -> Any:
+    return os.path.expanduser(value) if name in PATHS and isinstance(value, str) else value
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
@@ -293,16 +302,25 @@ def _expected(options: tuple[Any, ...]) -> str:
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:
     """A recipe (TOML), then ``section.key=value`` overrides whose values are TOML, or plain words.
 
+    ``recipes/<name>`` is one of Limner's own where there is no such file here.
+
     Raises:
         InputFault: when the file is missing, is not TOML, or holds what ``build`` refuses.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(find(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputFault(f"{path}: {error.strerror}. Give the path of a recipe, a TOML file such as those in recipes/.") from error
+        raise InputFault(f"{path}: {error.strerror}. Give the path of a recipe, a TOML file such as recipes/sd15-lora.toml.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputFault(f"{path}: not a TOML file: {error}") from error
     return build(Config, override(raw, overrides))
+
+
+def find(path: Path) -> Path:
+    """The recipe at a path; else Limner's own of that name, which lies in the installed package, or beside its sources."""
+    path, package = path.expanduser(), Path(__file__).parent
+    own = [folder / path for folder in (package, package.parents[1])] if path.parent == Path("recipes") else []
+    return next((file for file in (path, *own) if file.is_file()), path)
 
 
 def override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ PROMPTS = tuple(f"a blueprint drawing of a {thing}" for thing in ("house", "fish
 SEED, STEPS, GUIDANCE = 7, 25, 3.0
 
 
-def run(folder: Path, output: Path, overrides: Sequence[str] = ()) -> Path:
+def run(folder: Path | None, output: Path, overrides: Sequence[str] = ()) -> Path:
     """Train as ``demo.toml`` says into ``folder`` (or go on there), then draw the same prompts before and after into ``output``."""
+    folder = folder or default_folder()
     places = {"run": folder, "model.base": BUNDLED / "model", "data.folder": BUNDLED / "pictures", "data.cache": folder / "cache"}
-    training.run(config.load(BUNDLED / "demo.toml", [*(f"{name}={json.dumps(str(path))}" for name, path in places.items()), *overrides]))
+    training.run(config.load(BUNDLED / "demo.toml", [*(f"{name}={json.dumps(str(path), ensure_ascii=False)}" for name, path in places.items()), *overrides]))
     before, after = held_out(folder)
     sheet = generate.contact_sheet(before_and_after(folder), PROMPTS, heads=("base", "fine-tuned"), tile=128)
     with durable.disk_errors(output):
@@ -24,6 +25,13 @@ def run(folder: Path, output: Path, overrides: Sequence[str] = ()) -> Path:
     print(f"held-out loss: {before:.4f} before, {after:.4f} after ({after / before - 1:+.0%}). Pictures: {output}")
     print("Your own: limner train recipes/sd15-lora.toml data.folder=my/pictures model.base=stable-diffusion-v1-5/stable-diffusion-v1-5")
     return output
+
+
+def default_folder() -> Path:
+    """Another one for another bundle, so that a demo never meets the run of an older one."""
+    files = [BUNDLED / "demo.toml", *(p for part in ("model", "pictures") for p in sorted((BUNDLED / part).rglob("*")) if p.is_file())]
+    digest = durable.digest_json([[p.relative_to(BUNDLED).as_posix(), durable.digest(p)] for p in files])
+    return Path("runs") / f"demo-{digest[:8]}"
 
 
 def before_and_after(folder: Path) -> list[tuple]:

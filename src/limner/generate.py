@@ -61,7 +61,8 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def locate(model: str, base: str | None) -> tuple[str, Path | None, dict[str, str | None]]:
-    """The pipeline to load, the LoRA to put on it, and which variant and revision, for what the user named."""
+    """The pipeline to load, the LoRA to put on it, and which variant and revision from which cache, for what the user named."""
+    model, base = os.path.expanduser(model), base and os.path.expanduser(base)
     folder = Path(model)
     if not folder.is_dir() or (folder / "model_index.json").exists():
         return model, None, {}
@@ -73,7 +74,7 @@ def locate(model: str, base: str | None) -> tuple[str, Path | None, dict[str, st
     source = base or trained.get("base")
     if not source:
         raise InputFault(f"{folder}: the base model of this LoRA is not known; give it with --base")
-    return source, folder, {} if base else {"variant": trained.get("variant"), "revision": trained.get("revision")}
+    return source, folder, {name: trained.get(name) for name in (("cache_dir",) if base else ("cache_dir", "variant", "revision"))}
 
 
 def slug(text: str) -> str:

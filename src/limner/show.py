@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from typing import Any
 
 from limner import config, plan
@@ -17,7 +18,7 @@ def text(cfg: config.Config) -> str:
     if cfg.model.family not in FAMILIES:
         raise InputFault(f"model.family: {cfg.model.family!r} is not one of {', '.join(FAMILIES)}")
     raw = config.plain(cfg)
-    lines = [f"run = {json.dumps(raw.pop('run'))}"]
+    lines = [f"run = {toml(raw.pop('run'))}"]
     for section, values in raw.items():
         lines += ["", f"[{section}]", *(f"{name} = {toml(value)}" for name, value in values.items() if value is not None)]
         lines += [f"# {name} is not set" for name, value in values.items() if value is None]
@@ -28,7 +29,7 @@ def toml(value: Any) -> str:
     """A plain value as TOML writes it."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{k} = {toml(v)}" for k, v in value.items()) + " }"
-    return json.dumps(value)
+    return re.sub("[\x7f\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def arithmetic(cfg: config.Config) -> list[str]:

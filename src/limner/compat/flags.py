@@ -202,7 +202,7 @@ SCRIPTS = {
                 float,
                 1.0,
                 "objective.dream",
-                "DREAM's exponent, above 0",
+                "DREAM's exponent, 0 or more",
                 lambda a: a.dream_detail_preservation if a.dream_training else None,
                 needs="dream_training",
             ),

@@ -84,7 +84,7 @@ def look(source: Source, cfg: config.Data, *, known: Path | None = None, tell: T
 
     Args:
         known: a file that remembers the content of pictures that were decoded before; those are only hashed.
-        tell: receives one line when records are left out.
+        tell: receives one line each when records are left out, have an empty caption, or repeat a picture.
 
     Raises:
         InputFault: naming the records that cannot be used (``data.bad="refuse"``), or when none is left.
@@ -113,9 +113,16 @@ def look(source: Source, cfg: config.Data, *, known: Path | None = None, tell: T
     if skipped and (cfg.bad == "refuse" or not entries):
         raise InputFault(_complaint(skipped, len(results), bool(entries)))
     if skipped:
-        first = [f"{key}: {reason}" for key, reason in skipped[:3]] + ["..."] * (len(skipped) > 3)
-        tell(f"{len(skipped)} of {len(results)} records are left out: {'; '.join(first)}")
-    return Index(entries, skipped)
+        tell(f"{len(skipped)} of {len(results)} records are left out: {_some([f'{key}: {reason}' for key, reason in skipped])}")
+    index = Index(entries, skipped)
+    for what, which in (("have an empty caption", index.without_caption), ("repeat the picture of an earlier one", index.repeated)):
+        if which:
+            tell(f"{len(which)} of {len(results)} records {what}: {_some([entry.key for entry in which])}")
+    return index
+
+
+def _some(names: list[str]) -> str:
+    return "; ".join([*names[:3], *["..."] * (len(names) > 3)])
 
 
 def _complaint(bad: tuple[tuple[str, str], ...], total: int, some_left: bool) -> str:

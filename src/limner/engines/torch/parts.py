@@ -56,7 +56,7 @@ def load(base: Base, name: str) -> Any:
     import diffusers
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     library, kind = base.configs["model_index"][name][:2]
     cls = getattr(diffusers if library == "diffusers" else transformers, kind)
     folder = base.part(name)
@@ -77,3 +77,12 @@ def of_config(known: dict[str, Any]) -> torch.nn.Module:
     with torch.device("meta"):
         net: torch.nn.Module = getattr(diffusers, known["_class_name"]).from_config(known)
     return net
+
+
+def quiet() -> None:
+    """No progress bars of the libraries beside Limner's own."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()

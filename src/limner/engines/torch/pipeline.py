@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from limner.base import Base
-from limner.engines.torch.parts import TorchParts
+from limner.engines.torch.parts import TorchParts, quiet
 from limner.family import Family
 from limner.faults import InputFault
 
@@ -21,25 +21,27 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def open_pipeline(
-    model: str, *, lora: Path | None, scheduler: str | None, precision: str, device: str | None, variant: str | None = None, revision: str | None = None
-) -> Any:
+    model: str, *, lora: Path | None, scheduler: str | None, precision: str, device: str | None,
+    variant: str | None = None, revision: str | None = None, cache_dir: str | None = None,
+) -> Any:  # fmt: skip
     """A stock pipeline ready to draw.
 
     Args:
         model: a folder in the diffusers layout, or a Hub repository.
         lora: a folder that holds ``pytorch_lora_weights.safetensors``.
+        cache_dir: where downloads are kept; None: the Hub library's own place.
 
     Raises:
         InputFault: when the scheduler is unknown or the model cannot be loaded.
     """
-    import transformers
     from diffusers import AutoPipelineForText2Image
 
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise InputFault(f"scheduler: {scheduler!r} is not one of {', '.join(SCHEDULERS)}")
+    chosen = {"variant": variant, "revision": revision, "cache_dir": cache_dir}
     try:
-        pipeline = AutoPipelineForText2Image.from_pretrained(model, dtype=DTYPES[precision], use_safetensors=True, variant=variant, revision=revision)
+        pipeline = AutoPipelineForText2Image.from_pretrained(model, dtype=DTYPES[precision], use_safetensors=True, **chosen)
     except (OSError, ValueError) as error:
         raise InputFault(f"{model}: cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}") from error
     if lora is not None:
