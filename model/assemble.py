@@ -102,6 +102,9 @@ def main() -> None:
         pipeline.to(dtype=torch.float16)
     with durable.folder(a.output, manifest=False) as path:
         pipeline.save_pretrained(path, safe_serialization=True)
+        for config in (path / "vae" / "config.json", path / "unet" / "config.json"):
+            known = json.loads(config.read_text())
+            config.write_text(json.dumps({k: v for k, v in known.items() if k != "_name_or_path"}, indent=2) + "\n")
         text_config = path / "text_encoder" / "config.json"  # transformers loads in the type that this names, diffusers in float32: they must agree
         text_config.write_text(json.dumps({**json.loads(text_config.read_text()), "dtype": "float32"}, indent=2) + "\n")
         for name in TOKENIZER_FILES:
