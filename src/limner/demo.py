@@ -8,8 +8,8 @@ from limner import bundled, config, durable, engines, generate, log, training
 from limner.snapshot import LORA
 
 BUNDLED = Path(bundled.__file__).parent
-PROMPTS = tuple(f"a blueprint drawing of a {thing}" for thing in ("house", "fish", "clock", "tree", "star", "cup"))
-SEED, STEPS, GUIDANCE = 7, 25, 3.0
+PROMPTS = tuple(f"a blueprint drawing of a {thing}" for thing in ("house", "fish", "clock", "heart", "star", "cup"))
+SEED, STEPS, GUIDANCE = 0, 25, 3.0
 
 
 def run(folder: Path | None, output: Path, overrides: Sequence[str] = ()) -> Path:
