@@ -226,6 +226,7 @@ def test_one_process_speaks_for_all(seen: Seen) -> None:
 def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with Ctrl-C ignored
     with signals.Stop() as stop:
         stop.gently = True
         assert not stop.asked
@@ -236,6 +237,7 @@ def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch: pytest.Mo
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, inherited)
 
 
 @pytest.mark.parametrize("mine", [True, False])
