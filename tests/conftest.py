@@ -77,5 +77,13 @@ def sd_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.stable_diffusion(tmp_path_factory.mktemp("sd16") / "model", dtype=torch.float16, variant="fp16", shard="700KB")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Equal numbers need an equal number of threads; torch has read it if it was imported before this file."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=10, help="how many times the resume tests kill a run (10)")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import tiny
 from hub_server import Hub
 
 from limner.base import open_base
@@ -29,19 +28,6 @@ def refusal(base: Path | str, **settings: str) -> str:
     with pytest.raises(InputFault) as caught:
         open_base(Model(base=str(base), **settings), SD)
     return str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def sd(base: Path) -> Path:
-    return base
-
-
-@pytest.fixture(scope="module")
-def sd_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In half precision, only as variant fp16, the UNet in several files."""
-    import torch
-
-    return tiny.stable_diffusion(tmp_path_factory.mktemp("half") / "sd", dtype=torch.float16, variant="fp16", shard="700KB")
 
 
 @pytest.fixture

@@ -20,14 +20,6 @@ from limner.faults import InputFault, IntegrityFault
 from limner.objective import Objective
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make(base: Path, micro: int = 4, precision: str = "no", **sections) -> TorchEngine:
     cfg = config.build(config.Config, {"model": {"base": str(base)}, "train": {"steps": 10, "batch": 4}, **sections})
     said: list[str] = []

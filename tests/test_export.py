@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import yaml
 from hub_server import Hub
 from safetensors.numpy import load_file
@@ -26,19 +25,6 @@ from limner.faults import HubFault, InputFault, IntegrityFault
 SD = FAMILIES["sd"]
 CANARY = "hf_" + "canaryToken0" * 3
 UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def sd(base: Path) -> Path:
-    return base
-
-
-@pytest.fixture(scope="module")
-def sd_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In half precision, only as variant fp16, the UNet in several files."""
-    import torch
-
-    return tiny.stable_diffusion(tmp_path_factory.mktemp("half") / "sd", dtype=torch.float16, variant="fp16", shard="700KB")
 
 
 @pytest.fixture(scope="module")

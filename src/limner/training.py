@@ -199,10 +199,9 @@ def encode(job: Run) -> None:
     captions = list(dict.fromkeys(c for e in entries for c in e.captions)) + ([""] if job.cfg.data.drop_caption else [])
     requests = [job.stream.picture(e, g) for e in job.stream.entries for g in job.stream.variants(e) or ()]
     requests += [job.stream.picture(e, job.stream.watched(e)) for e in job.held_out]
-    parts, limit = job.engine.parts(), 0
+    parts, pairs = job.engine.parts(), [(e.key, c) for e in entries for c in e.captions]
     for tokenizer in job.family.tokenizers:
         limit = parts.limit(tokenizer)  # type: ignore[attr-defined]
-        pairs = [(e.key, c) for e in entries for c in e.captions]
         if long := index.caption_report(pairs, partial(parts.lengths, tokenizer), limit):  # type: ignore[attr-defined]
             named = ", ".join(f"{o.key} ({o.tokens})" for o in long[:10])
             job.tell(f"{len(long)} captions have more than the {limit} tokens that the text encoder sees and are cut: {named}")
