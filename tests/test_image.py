@@ -346,22 +346,22 @@ def test_an_unknown_background_is_refused() -> None:
     [((300, 400), (64, 85)), ((400, 300), (85, 64)), ((64, 64), (64, 64)), ((10, 37), (64, 236)), ((1000, 999), (64, 64)), ((77, 50), (98, 64))],
 )
 def test_the_shorter_side_is_resized_and_the_longer_rounded_down(original: tuple[int, int], wanted: tuple[int, int]) -> None:
-    shape = image.geometry(original, 64)
+    shape = image.geometry(original, (64, 64))
     assert (shape.height, shape.width) == wanted
     assert (shape.top, shape.left) == (round((wanted[0] - 64) / 2), round((wanted[1] - 64) / 2))
     assert image.distinct_crops(shape) == (wanted[0] - 63) * (wanted[1] - 63)
 
 
 def test_centre_crops_round_halves_to_even() -> None:
-    assert [image.geometry((64, 64 + extra), 64).left for extra in range(8)] == [0, 0, 1, 2, 2, 2, 3, 4]
+    assert [image.geometry((64, 64 + extra), (64, 64)).left for extra in range(8)] == [0, 0, 1, 2, 2, 2, 3, 4]
 
 
 def test_random_crops_reach_every_place_and_no_further() -> None:
-    lefts = [image.geometry((10, 13), 10, 0.5, u, False, "random").left for u in np.linspace(0, 1, 4001)[:-1]]
+    lefts = [image.geometry((10, 13), (10, 10), 0.5, u, False, "random").left for u in np.linspace(0, 1, 4001)[:-1]]
     assert np.bincount(lefts).tolist() == [1000] * 4
-    edge = image.geometry((13, 10), 10, np.nextafter(1, 0), 0.0, True, "random")
-    assert edge == image.Geometry(13, 10, 3, 0, 10, True) and all(type(v) is int for v in (edge.top, edge.left))
-    assert image.geometry((10, 13), 10, 0.99, 0.99, False, "center") == image.Geometry(10, 13, 0, 2, 10, False)
+    edge = image.geometry((13, 10), (10, 10), np.nextafter(1, 0), 0.0, True, "random")
+    assert edge == image.Geometry(13, 10, 3, 0, 10, 10, True) and all(type(v) is int for v in (edge.top, edge.left))
+    assert image.geometry((10, 13), (10, 10), 0.99, 0.99, False, "center") == image.Geometry(10, 13, 0, 2, 10, 10, False)
 
 
 @pytest.mark.parametrize("resample", sorted(image.RESAMPLE))
@@ -370,7 +370,7 @@ def test_cut_is_resize_then_crop_then_flip(resample: str) -> None:
     picture = Image.fromarray(rgb)
     kind = Image.Resampling["NEAREST" if resample == "nearest_exact" else resample.upper()]
     wanted = np.asarray(picture.resize((25, 16), kind).crop((5, 0, 21, 16)))
-    straight, flipped = (image.cut(picture, image.Geometry(16, 25, 0, 5, 16, flip), resample) for flip in (False, True))
+    straight, flipped = (image.cut(picture, image.Geometry(16, 25, 0, 5, 16, 16, flip), resample) for flip in (False, True))
     np.testing.assert_array_equal(straight, wanted)
     np.testing.assert_array_equal(flipped, wanted[:, ::-1])
     assert straight.flags.c_contiguous and flipped.flags.c_contiguous and straight.dtype == np.uint8
@@ -378,7 +378,7 @@ def test_cut_is_resize_then_crop_then_flip(resample: str) -> None:
 
 def test_a_picture_of_the_right_size_is_not_resampled() -> None:
     rgb = np.random.default_rng(3).integers(0, 256, (8, 8, 3), np.uint8)
-    np.testing.assert_array_equal(image.cut(Image.fromarray(rgb), image.geometry((8, 8), 8), "lanczos"), rgb)
+    np.testing.assert_array_equal(image.cut(Image.fromarray(rgb), image.geometry((8, 8), (8, 8)), "lanczos"), rgb)
 
 
 def test_pixels_are_what_to_tensor_and_normalize_give() -> None:

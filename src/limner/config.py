@@ -31,13 +31,42 @@ class Model:
     revision: str | None = None  # of the Hub repository
     trained_revision: str | None = None  # of the trained component, where it differs
     variant: str | None = None  # e.g. fp16: which weight files of the base
+    vae: str | None = None  # another autoencoder, a folder or a Hub repository; one that is safe in half precision runs in engine.precision
     cache_dir: str | None = None  # where downloads are kept; None: the Hub library's own place
+
+
+@dataclass(frozen=True)
+class Set:
+    """One data set of a mixture."""
+
+    folder: str | None = None  # exactly one of folder and hub
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_revision: str | None = None
+    hub_files: str | None = None
+    split: str = "train"
+    image: str = "image"  # column names
+    caption: str = "text"
+    repeats: int = 1  # how often an epoch sees each record
+    weight: float | None = None  # share of the examples that come from here, beside the others' weights; in all sets or in none
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Sizes of about the same area and different proportions; a picture goes to the one that fits it best, and no batch mixes them."""
+
+    step: int = 64  # sides are multiples of it, in pixels
+    smallest: int | None = None  # shortest side; None: half of the resolution
+    largest: int | None = None  # longest side; None: twice the resolution
+    upscale: bool = True  # False: a picture that is smaller than its bucket cannot be used
+    resolutions: tuple[int, ...] = ()  # several: a picture goes to the largest that it fills without being enlarged; none: data.size
 
 
 @dataclass(frozen=True)
 class Data:
     """Where pictures and captions come from, and how a picture becomes a training example."""
 
+    sets: tuple[Set, ...] = ()  # several data sets in place of folder and hub
     folder: str | None = None  # exactly one of folder and hub, unless records are passed to limner.train
     hub: str | None = None
     hub_config: str | None = None
@@ -50,14 +79,18 @@ class Data:
     limit: int | None = None  # train on a random choice of this many records
     bad: Literal["refuse", "skip"] = "refuse"  # what to do about pictures and captions that cannot be used
     max_pixels: int = 178_956_970  # a larger picture is taken for a decompression bomb
-    size: int = 512  # pixels: the shorter side is resized to it, then cropped square
+    size: int = 512  # pixels: the shorter side is resized to it, then cropped square; with buckets, the side of the square of their area
+    buckets: Buckets | None = None  # None: all pictures are cropped square
     crop: Literal["center", "random"] = "center"
     crops: int | None = None  # random crops per picture; None: a new one each time, which cannot be cached
     flip: bool = False  # left to right, half of the time
     resample: Literal["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"] = "lanczos"
     background: str = "white"  # what shows through transparent pixels: a colour name or #rrggbb
     drop_caption: float = 0.0  # probability of an empty caption, per example
-    cache: str = "auto"  # encoded pictures and captions: auto (a user-wide folder), off, or a folder
+    empty_caption: Literal["base", "zeros", "encoded"] = "base"  # what stands for a dropped caption; base: zeros where the base says so of empty prompts
+    chunks: int = 1  # captions may have so many times 75 tokens, encoded apart and joined; what is longer is cut and reported
+    cache: str = "auto"  # encoded pictures and captions: auto (a user-wide folder), memory, off, or a folder
+    cache_dtype: Literal["float32", "float16"] = "float32"  # features are rounded to it, cached or not
     threads: int = 4
 
 
@@ -93,6 +126,7 @@ class Adapt:
     alpha: float | None = None  # None: equal to rank
     dropout: float = 0.0
     targets: tuple[str, ...] = ()  # module names; empty: the family's own
+    text_encoders: bool = False  # LoRA on the text encoders too; captions are then encoded in every step, and never cached
 
 
 @dataclass(frozen=True)

@@ -194,50 +194,64 @@ def _needs_conversion(icc: bytes, mode: str) -> bool:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Resize to height x width, take the size x size square at (top, left), then mirror left and right if ``flip``."""
+    """Resize to height x width, take the crop_height x crop_width part at (top, left), then mirror left and right if ``flip``."""
 
     height: int
     width: int
     top: int
     left: int
-    size: int
+    crop_height: int
+    crop_width: int
     flip: bool
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of what is cut."""
+        return self.crop_height, self.crop_width
 
-def resized(original: tuple[int, int], size: int) -> tuple[int, int]:
-    """Height and width when the shorter side becomes ``size``; the longer one is rounded down, as torchvision's ``Resize`` does."""
-    height, width = original
-    return (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
+    @property
+    def corner(self) -> tuple[int, int]:
+        """Top and left of the crop in the resized picture as the network sees it: mirrored, where the crop is mirrored."""
+        return self.top, self.width - self.left - self.crop_width if self.flip else self.left
 
 
-def geometry(original: tuple[int, int], size: int, u_top: float = 0.0, u_left: float = 0.0, flip: bool = False, crop: str = "center") -> Geometry:
-    """How a picture of ``original`` (height, width) becomes a square.
+def resized(original: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the smallest picture of the original's proportions that covers ``shape`` (height, width).
+
+    The side that fits has exactly its length; the other is rounded down, as torchvision's ``Resize`` does for a square.
+    """
+    (height, width), (tall, wide) = original, shape
+    return (tall, tall * width // height) if tall * width >= wide * height else (wide * height // width, wide)
+
+
+def geometry(original: tuple[int, int], shape: tuple[int, int], u_top: float = 0.0, u_left: float = 0.0, flip: bool = False, crop: str = "center") -> Geometry:
+    """How a picture of ``original`` (height, width) becomes one of ``shape`` (height, width).
 
     Args:
         u_top, u_left: where a random crop lies, in [0, 1); a centre crop does not look at them.
         crop: ``"center"`` or ``"random"``.
     """
-    height, width = resized(original, size)
-    spare = (height - size, width - size)
+    height, width = resized(original, shape)
+    spare = (height - shape[0], width - shape[1])
     if crop == "random":
         top, left = (int(u * (room + 1)) for u, room in zip((u_top, u_left), spare, strict=True))
     else:
         top, left = (round(room / 2) for room in spare)
-    return Geometry(height, width, top, left, size, flip)
+    return Geometry(height, width, top, left, *shape, flip)
 
 
 def distinct_crops(shape: Geometry) -> int:
-    """How many different squares can be cut from the resized picture: 1 when it is square itself."""
-    return (shape.height - shape.size + 1) * (shape.width - shape.size + 1)
+    """How many different parts of that size can be cut from the resized picture: 1 when it has the same proportions."""
+    return (shape.height - shape.crop_height + 1) * (shape.width - shape.crop_width + 1)
 
 
 def cut(picture: Image.Image, shape: Geometry, resample: str) -> np.ndarray:
-    """The square as uint8 [size, size, 3].
+    """The part as uint8 [crop_height, crop_width, 3].
 
-    The whole picture is resized, not only what the square needs: PIL keeps boxes in single precision, so the bits could differ.
+    The whole picture is resized, not only what the part needs: PIL keeps boxes in single precision, so the bits could differ.
     """
     whole = picture.resize((shape.width, shape.height), RESAMPLE[resample])
-    array = np.asarray(whole)[shape.top : shape.top + shape.size, shape.left : shape.left + shape.size]
+    array = np.asarray(whole)[shape.top : shape.top + shape.crop_height, shape.left : shape.left + shape.crop_width]
     return np.ascontiguousarray(array[:, ::-1] if shape.flip else array)
 
 

@@ -138,7 +138,7 @@ def _examine(source: Source, row: int, cfg: config.Data, sizes: dict[str, tuple[
         raise InputFault(f"record {row} of the source is {type(record).__name__}; limner.Record(key, image, captions) is expected")
     try:
         digest, height, width = _measure(record.image, cfg, sizes)
-        tall, wide = image.resized((height, width), cfg.size)
+        tall, wide = image.resized((height, width), (cfg.size, cfg.size))
         if tall * wide > cfg.max_pixels:
             raise image.Undecodable(f"{width}x{height} pixels are too long and thin: {wide}x{tall} once the shorter side is data.size = {cfg.size}")
     except image.Undecodable as error:

@@ -76,7 +76,7 @@ class Stream:
     def geometry(self, entry: Entry, position: int, crop: int | None, flip: bool) -> image.Geometry:
         """Where the picture is cut: at the centre, at one of ``data.crops`` fixed places, or at a new one for every position."""
         top, left = rng.at(self.seed, "crop", position if crop is None else entry.row, 0 if crop is None else crop + 1).random(2)
-        return image.geometry((entry.height, entry.width), self.data.size, top, left, flip, self.data.crop)
+        return image.geometry((entry.height, entry.width), (self.data.size, self.data.size), top, left, flip, self.data.crop)
 
     def variants(self, entry: Entry) -> list[image.Geometry] | None:
         """All the ways in which a picture is cut, or None where there is no end of them."""
@@ -91,7 +91,7 @@ class Stream:
 
     def watched(self, entry: Entry) -> image.Geometry:
         """Where a held-out picture is cut: the same centre, however the run crops and flips what it learns."""
-        return image.geometry((entry.height, entry.width), self.data.size)
+        return image.geometry((entry.height, entry.width), (self.data.size, self.data.size))
 
     def picture(self, entry: Entry, geometry: image.Geometry, cached: bool = True) -> Picture:
         """The request for one cut picture: a key that says all it depends on, and what loads it."""
