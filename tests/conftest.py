@@ -70,6 +70,12 @@ def sd(base: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion XL."""
+    return tiny.stable_diffusion_xl(tmp_path_factory.mktemp("xl") / "sdxl")
+
+
+@pytest.fixture(scope="session")
 def sd_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in half precision, only as variant fp16, its UNet in several files."""
     import torch

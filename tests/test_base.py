@@ -41,7 +41,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 def test_a_local_folder_is_opened(sd: Path) -> None:
     base = open_base(Model(base=str(sd)), SD)
-    assert (base.commit, base.name, base.trained_folder) == (None, str(sd), sd / "unet")
+    assert (base.commit, base.name, base.part("unet")) == (None, str(sd), sd / "unet")
     assert base.configs["vae"]["latent_channels"] == 4
     assert base.configs["scheduler"]["prediction_type"] == "epsilon"
     assert base.configs["model_index"]["_class_name"] == "StableDiffusionPipeline"

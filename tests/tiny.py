@@ -89,6 +89,46 @@ def stable_diffusion(
     return folder
 
 
+def stable_diffusion_xl(folder: Path, *, seed: int = 0, latent_channels: int = 4, force_zeros: bool = True, prediction_type: str = "epsilon") -> Path:
+    """Write a Stable Diffusion XL folder in the diffusers layout, all parameters random, and return it; widths of the two text encoders differ."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        words = [write_tokenizer(folder / name, pad=pad) for name, pad in (("tokenizer", END), ("tokenizer_2", "!"))][0]
+        special = {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1}
+        shape = {"intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 77}
+        first = CLIPTextConfig(vocab_size=words, hidden_act="quick_gelu", hidden_size=32, projection_dim=32, **shape, **special)
+        second = CLIPTextConfig(vocab_size=words, hidden_act="gelu", hidden_size=48, projection_dim=40, **shape, **special)
+        unet = UNet2DConditionModel(
+            sample_size=SIZE // 2, in_channels=4, block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1, attention_head_dim=(4, 8),
+            cross_attention_dim=80, transformer_layers_per_block=(1, 2), use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=8, projection_class_embeddings_input_dim=40 + 6 * 8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+        coder = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+        vae = AutoencoderKL(
+            block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1, latent_channels=latent_channels, sample_size=SIZE, scaling_factor=0.13025, **coder
+        )
+        parts = {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(first), "text_encoder_2": CLIPTextModelWithProjection(second)}
+        for name, model in parts.items():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.data += 0.1 * torch.randn_like(parameter)
+            model.save_pretrained(folder / name)
+    write_scheduler(folder / "scheduler", prediction_type, {"_class_name": "EulerDiscreteScheduler"})
+    diffusers, transformers = ("unet", "vae"), ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.42.1", "force_zeros_for_empty_prompt": force_zeros}
+    index |= {"feature_extractor": [None, None], "image_encoder": [None, None], "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    index |= {name: ["diffusers", type(parts[name]).__name__] for name in diffusers}
+    index |= {name: ["transformers", type(parts[name]).__name__ if name in parts else "CLIPTokenizer"] for name in transformers}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
 def write_scheduler(folder: Path, prediction_type: str, changes: dict[str, Any]) -> None:
     """The scheduler config of Stable Diffusion 1.x."""
     config = {
@@ -109,14 +149,14 @@ def write_scheduler(folder: Path, prediction_type: str, changes: dict[str, Any])
     (folder / "scheduler_config.json").write_text(json.dumps(config | changes, indent=2))
 
 
-def write_tokenizer(folder: Path, merges: Sequence[str] = MERGES) -> int:
+def write_tokenizer(folder: Path, merges: Sequence[str] = MERGES, pad: str = END) -> int:
     """A CLIP tokenizer of all bytes and a few merges, in the old files and the new; returns the size of its vocabulary."""
     from transformers import CLIPTokenizer
 
     alphabet = byte_alphabet()
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *(pair.replace(" ", "") for pair in merges), START, END]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    CLIPTokenizer(vocab=vocabulary, merges=[tuple(pair.split()) for pair in merges], model_max_length=77).save_pretrained(folder)
+    CLIPTokenizer(vocab=vocabulary, merges=[tuple(pair.split()) for pair in merges], model_max_length=77, pad_token=pad).save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     return len(vocabulary)

@@ -4,7 +4,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ class Base:
     """A diffusers folder that was found good. Weights are read by whoever needs them, never here."""
 
     folder: Path
-    trained_folder: Path  # of the trained component
-    trains: str  # its name
+    elsewhere: dict[str, Path]  # folders of components that are not in it
+    trains: str  # the component that learns
     name: str  # what the user wrote
     commit: str | None  # of the Hub repository; None: a local folder
     variant: str | None
@@ -35,7 +35,7 @@ class Base:
 
     def part(self, component: str) -> Path:
         """The folder of a component."""
-        return self.trained_folder if component == self.trains else self.folder / component
+        return self.elsewhere.get(component, self.folder / component)
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component, of the chosen variant where it has one."""
@@ -81,9 +81,9 @@ def open_base(model: config.Model, family: Family) -> Base:
         HubFault: when the Hub refuses or cannot be reached.
     """
     path = Path(model.base)
+    elsewhere: dict[str, Path] = {}
     if path.exists():
         folder, commit = check_folder(path, model), None
-        trained = folder / family.trains
     else:
         if not HUB_NAME.fullmatch(model.base):
             raise InputFault(
@@ -92,17 +92,41 @@ def open_base(model: config.Model, family: Family) -> Base:
         folder = fetch(model, model.revision, [INDEX, "README.md"])
         commit = folder.name
         fetch(model, commit, [f"{c}/*.{end}" for c in read_index(folder, family) for end in ("json", "txt", "model")])
-        trained = folder / family.trains
         if model.trained_revision is not None:
-            trained = fetch(model, model.trained_revision, [f"{family.trains}/*.json"]) / family.trains
+            elsewhere[family.trains] = fetch(model, model.trained_revision, [f"{family.trains}/*.json"]) / family.trains
     components = read_index(folder, family)
-    base = Base(folder, trained, family.trains, model.base, commit, model.variant, read_configs(folder, trained, family))
+    if model.vae is not None:
+        elsewhere["vae"] = open_vae(replace(model, base=model.vae))
+    base = Base(folder, elsewhere, family.trains, model.base, commit, model.variant, read_configs(folder, elsewhere, family))
     if problems := family.misfits(base.configs):
         raise InputFault(f"{model.base}: " + "\n".join(problems))
     if commit is not None:
         fetch_weights(base, model, family, components)
     check_weights(base, family, components)
     return base
+
+
+def open_vae(model: config.Model) -> Path:
+    """The folder of an autoencoder by itself, or of the one in a pipeline's folder, with its weights.
+
+    Args:
+        model: where ``base`` is the autoencoder's folder or Hub repository.
+    """
+    if Path(model.base).exists():
+        folder = Path(model.base).absolute()
+        place = folder if (folder / "config.json").is_file() else folder / "vae"
+    else:
+        if not HUB_NAME.fullmatch(model.base):
+            raise InputFault(f"model.vae: {model.base}: no such folder, and not a name on the Hub (owner/name). Give a folder that holds an autoencoder.")
+        folder = fetch(model, None, ["config.json", "vae/config.json"])
+        place = folder if (folder / "config.json").is_file() else folder / "vae"
+        prefix = "" if place == folder else "vae/"
+        names = [name.removeprefix(prefix) for name in listing(model, folder) if name.startswith(prefix)]
+        fetch(model, folder.name, [f"{prefix}{name}" for name in pick("vae", [n for n in names if "/" not in n], model.variant)], tqdm)
+    given = read_json(place / "config.json").get("_class_name")
+    if given != "AutoencoderKL":
+        raise InputFault(f"model.vae: {place / 'config.json'} is of a {given}, AutoencoderKL is expected. Choose another autoencoder, or leave model.vae out.")
+    return place
 
 
 def check_folder(path: Path, model: config.Model) -> Path:
@@ -161,11 +185,11 @@ def read_index(folder: Path, family: Family) -> dict[str, tuple[str, str]]:
     return components
 
 
-def read_configs(folder: Path, trained: Path, family: Family) -> Configs:
+def read_configs(folder: Path, elsewhere: dict[str, Path], family: Family) -> Configs:
     """The config of every component of the family, and the index as ``model_index``."""
     configs: Configs = {"model_index": read_json(folder / INDEX)}
     for name, wanted in family.components.items():
-        where = trained if name == family.trains else folder / name
+        where = elsewhere.get(name, folder / name)
         file = "tokenizer_config.json" if name in family.tokenizers else "config.json" if wanted else "scheduler_config.json"
         configs[name] = read_json(where / file)
         if "auto_map" in configs[name]:
@@ -266,7 +290,7 @@ def fetch(model: config.Model, revision: str | None, patterns: list[str], bar: t
 
 def fetch_weights(base: Base, model: config.Model, family: Family, components: Iterable[str]) -> None:
     """Fetch the chosen weights of every component; what is not there is refused before the first file is fetched."""
-    for folder in dict.fromkeys((base.folder, base.trained_folder.parent)):
+    for folder in dict.fromkeys((base.folder, base.part(base.trains).parent)):
         names = listing(model, folder)
         files = []
         for component in (c for c in components if base.part(c).parent == folder):

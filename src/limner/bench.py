@@ -15,7 +15,7 @@ from limner import base, config, durable, engines, plan, rng, schedule
 from limner.base import INDEX, Base
 from limner.engine import Batch, Engine, FirstFault, World
 from limner.families import FAMILIES
-from limner.family import Configs, Family
+from limner.family import Configs, Family, told, tokenize
 from limner.faults import Fault, InputFault, NonFinite
 from limner.objective import Objective
 
@@ -116,11 +116,27 @@ class Shapes:
         mean = self.draws.standard_normal((len(pixels), known["latent_channels"], *sides), np.float32) / np.float32(known.get("scaling_factor", 0.18215))
         return mean, np.zeros_like(mean)
 
-    def text(self, name: str, tokenizer: str, captions: list[str]) -> np.ndarray:
-        """See ``family.Parts``."""
+    def text(self, name: str, ids: np.ndarray, skip: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """See ``family.Encoders``."""
         known = self.configs[name]
-        tokens = min(self.configs[tokenizer].get("model_max_length") or 77, known.get("max_position_embeddings", 77))
-        return self.draws.standard_normal((len(captions), tokens, known["hidden_size"]), np.float32)
+        width = known.get("projection_dim") or known["hidden_size"]
+        return self.draws.standard_normal((*ids.shape, known["hidden_size"]), np.float32), self.draws.standard_normal((len(ids), width), np.float32)
+
+    def beside(self, arrays: list[np.ndarray]) -> np.ndarray:
+        """See ``family.Encoders``."""
+        return np.concatenate(arrays, axis=-1)
+
+    def tokens(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
+        """See ``family.Parts``."""
+        return np.ones((len(captions), chunks, self.limit(tokenizer)), np.int64)
+
+    def lengths(self, tokenizer: str, captions: list[str]) -> list[int]:
+        """See ``family.Parts``."""
+        return [self.limit(tokenizer)] * len(captions)
+
+    def limit(self, tokenizer: str) -> int:
+        """See ``family.Parts``."""
+        return min(self.configs[tokenizer].get("model_max_length") or 77, 77)
 
 
 def stand_in(cfg: config.Config, configs: Configs, family: Family, rows: int) -> Batch:
@@ -130,7 +146,9 @@ def stand_in(cfg: config.Config, configs: Configs, family: Family, rows: int) ->
     x0 = family.clean(features, configs, np.zeros_like(features[family.latent[0]]))
     noising = vars(Objective.of(configs["scheduler"], cfg.objective).at(draws.random(rows)))
     kept = {name: array for name, array in features.items() if name not in family.latent}
-    return {"x0": x0, "noise": draws.standard_normal(x0.shape, np.float32), **noising, **kept, **family.text(parts, [""] * rows)}
+    tokens = tokenize(family, parts, [""] * rows, cfg.data.chunks)
+    texts = tokens if cfg.adapt.text_encoders else told(family, parts, tokens)
+    return {"x0": x0, "noise": draws.standard_normal(x0.shape, np.float32), **noising, "cut": np.full((rows, 6), cfg.data.size, np.float32), **kept, **texts}
 
 
 @contextlib.contextmanager
@@ -146,7 +164,7 @@ def open_weights(model: config.Model, family: Family, process: World) -> Iterato
     path = Path(process.first(lambda: tempfile.mkdtemp(prefix="limner-bench-")))
     try:
         process.first(lambda: write_random(path, configs, family))
-        yield Base(path, path / family.trains, family.trains, configs["model_index"]["_name"], None, None, configs), "random"
+        yield Base(path, {}, family.trains, configs["model_index"]["_name"], None, None, configs), "random"
     finally:
         if process.rank == 0:
             shutil.rmtree(path, ignore_errors=True)

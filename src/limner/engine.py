@@ -1,6 +1,6 @@
 """The seam: all that training needs to know of PyTorch or JAX. Numpy goes in, numpy comes out, at logging and saving only."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -49,8 +49,8 @@ class Engine(Protocol):
         """The frozen encoders, each loaded when first used."""
         ...
 
-    def release(self) -> None:
-        """Let go of the encoders' memory."""
+    def release(self, names: Iterable[str] | None = None) -> None:
+        """Let go of the memory of these encoders and tokenizers, of all where none are named."""
         ...
 
     def init(self, seed: int) -> State:

@@ -98,11 +98,11 @@ def write_full(base: Base, family: Family, run: Path, arrays: Mapping[str, np.nd
 
 
 def write_lora(base: Base, family: Family, run: Path, arrays: Mapping[str, np.ndarray], adapt: config.Adapt, step: int) -> None:
-    """Write ``pytorch_lora_weights.safetensors`` at the run's root; names as PEFT has them, e.g. ``mid_block...to_q.lora_A.weight``."""
+    """Write ``pytorch_lora_weights.safetensors`` at the run's root; names as PEFT has them, e.g. ``unet.mid_block...to_q.lora_A.weight``."""
     begin(run)
     temporary = run / f".{LORA}.{os.getpid()}.tmp"
     with durable.disk_errors(run / LORA, sum(a.nbytes for a in arrays.values())):
-        checkpoint.write_arrays(temporary, {f"{family.trains}.{name}": array for name, array in arrays.items()}, snapshot.lora_metadata(adapt, family))
+        checkpoint.write_arrays(temporary, dict(arrays), snapshot.lora_metadata(adapt, family))
         durable.sync(temporary)
         os.replace(temporary, run / LORA)
         durable.sync(run)

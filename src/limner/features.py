@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from limner.cache import Store
 from limner.data import image
-from limner.family import Family, Features, Parts
+from limner.family import Family, Features, Parts, told, tokenize
 
 SHARD = 64  # rows that are encoded before they are written
 T = TypeVar("T")
@@ -23,7 +23,8 @@ Picture = tuple[str | None, Callable[[], np.ndarray]]  # key (None: not cached),
 class Encoded:
     """Features by request: from the stores where they hold them, else from the encoders."""
 
-    def __init__(self, family: Family, parts: Callable[[], Parts], images: Store | None, texts: Store | None, batch: int):
+    def __init__(self, family: Family, parts: Callable[[], Parts], images: Store | None, texts: Store | None, batch: int, chunks: int = 1):
+        self.chunks = chunks
         self.family, self.parts, self.image_store, self.text_store, self.batch = family, parts, images, texts, batch
         self.busy = threading.Lock()
 
@@ -43,22 +44,22 @@ class Encoded:
         """Encode and store the captions that are not stored yet."""
         self._fill(self.text_store, {c: c for c in captions}, self.encode_texts, "encoding captions", check)
 
-    @property
-    def complete(self) -> bool:
-        """Whether there are stores, so that what has been filled needs no encoder."""
-        return self.image_store is not None and self.text_store is not None
-
     def refresh(self) -> None:
         """See what other processes have stored."""
         for store in (self.image_store, self.text_store):
             if store is not None:
                 store.refresh()
 
+    def tokens(self, captions: Sequence[str]) -> Features:
+        """Token ids of a batch, for text encoders that are being trained."""
+        with self.busy:
+            return tokenize(self.family, self.parts(), list(captions), self.chunks)
+
     def encode_images(self, pictures: Sequence[Picture]) -> Features:
         return self._padded([load() for _, load in pictures], lambda part: self.family.image(self.parts(), image.pixels(np.stack(part))))
 
     def encode_texts(self, captions: Sequence[str]) -> Features:
-        return self._padded(list(captions), lambda part: self.family.text(self.parts(), part))
+        return self._padded(list(captions), lambda part: told(self.family, self.parts(), tokenize(self.family, self.parts(), part, self.chunks)))
 
     def _through(self, store: Store | None, requests: Sequence[T], keys: list[str | None], encode: Callable[[Sequence[T]], Features]) -> Features:
         if store is not None and all(key in store for key in keys if key is not None) and None not in keys:

@@ -24,8 +24,12 @@ def file_of(group: str, adapt: config.Adapt, family: Family) -> str:
 def lora_metadata(adapt: config.Adapt, family: Family) -> dict[str, str]:
     """Rank, alpha and targets in the header of a LoRA file, as diffusers writes and reads them."""
     alpha = adapt.rank if adapt.alpha is None else adapt.alpha
-    settings = {"r": adapt.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "target_modules": sorted(adapt.targets or family.lora_targets)}
-    return {"lora_adapter_metadata": json.dumps({f"{family.trains}.{key}": value for key, value in settings.items()}, sort_keys=True)}
+    told: dict[str, Any] = {}
+    for component in family.learns(adapt.text_encoders):
+        modules = adapt.targets if adapt.targets and component == family.trains else family.lora[component]
+        settings = {"r": adapt.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "target_modules": sorted(modules)}
+        told |= {f"{component}.{key}": value for key, value in settings.items()}
+    return {"lora_adapter_metadata": json.dumps(told, sort_keys=True)}
 
 
 def save(
@@ -36,8 +40,7 @@ def save(
     def files() -> Iterator[tuple[str, Group, dict[str, str]]]:
         for group, arrays in groups:
             lora = cfg.adapt.kind == "lora" and group in ("model", "ema")
-            named = {f"{family.trains}.{name}": array for name, array in arrays.items()} if lora else arrays
-            yield file_of(group, cfg.adapt, family), named, lora_metadata(cfg.adapt, family) if lora else {}
+            yield file_of(group, cfg.adapt, family), arrays, lora_metadata(cfg.adapt, family) if lora else {}
 
     def finish(folder: Path) -> None:
         for component in (family.trains, f"{family.trains}_ema"):
@@ -50,12 +53,7 @@ def save(
 def reader(found: Checkpoint, adapt: config.Adapt, family: Family) -> Callable[[str], Group]:
     """The inverse of ``save``: arrays of a group by the engine's names."""
 
-    def read(group: str) -> Group:
-        arrays = found.arrays(file_of(group, adapt, family))
-        prefix = f"{family.trains}."
-        return {name.removeprefix(prefix): array for name, array in arrays.items()} if adapt.kind == "lora" and group in ("model", "ema") else arrays
-
-    return read
+    return lambda group: found.arrays(file_of(group, adapt, family))
 
 
 def result_group(found: Checkpoint, adapt: config.Adapt, family: Family) -> str:

@@ -117,9 +117,10 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
         if numbers.steps < found.step:
             tell(f"checkpoint-{found.step} is past the {numbers.steps} steps that are asked for")
     engine = engines.open_engine(cfg, opened, family, process, numbers.micro, tell)
-    encoded = Encoded(family, engine.parts, *stores(cfg, opened, process, tell), cfg.engine.encode_batch)
+    encoded = Encoded(family, engine.parts, *stores(cfg, family, opened, process, tell), cfg.engine.encode_batch, cfg.data.chunks)
     stream = Stream(
-        learned, source, cfg.data, cfg.objective, objective, family, opened.configs, encoded, seed=numbers.seed, batch_size=numbers.batch
+        learned, source, cfg.data, cfg.objective, objective, family, opened.configs, encoded, seed=numbers.seed, batch_size=numbers.batch,
+        text_encoders=cfg.adapt.text_encoders,
     )  # fmt: skip
     return Run(cfg, numbers, family, opened, process, engine, stream, held_out, found, identity, tell, stop)
 
@@ -173,16 +174,18 @@ def cache_folder(cfg: config.Config) -> Path:
     return durable.user_cache() if cfg.data.cache == "auto" else Path(cfg.data.cache)
 
 
-def stores(cfg: config.Config, opened: base.Base, process: World, tell: Tell) -> tuple[Store | None, Store | None]:
+def stores(cfg: config.Config, family: Family, opened: base.Base, process: World, tell: Tell) -> tuple[Store | None, Store | None]:
     """The caches of picture and caption features, each named by what its numbers depend on."""
     if cfg.data.cache == "off":
         return None, None
-    root, how = cache_folder(cfg), [1, cfg.engine.kind, cfg.engine.encode_batch, cfg.engine.tf32, *engines.arithmetic(process)]
-    names = [
-        f"{kind}-{durable.digest_json([how, process.first(partial(opened.fingerprint, *parts))])}"
-        for kind, parts in (("picture", ("vae",)), ("caption", ("text_encoder", "tokenizer")))
-    ]
-    return Store(root / names[0], tell), Store(root / names[1], tell)
+    root, how = cache_folder(cfg), [2, family.name, cfg.engine.kind, cfg.engine.encode_batch, cfg.engine.tf32, *engines.arithmetic(process)]
+    half = process.precision if cfg.model.vae is not None else "no"
+
+    def store(kind: str, settings: list[Any], parts: tuple[str, ...]) -> Store:
+        return Store(root / f"{kind}-{durable.digest_json([how, settings, process.first(partial(opened.fingerprint, *parts))])}", tell)
+
+    captions = None if cfg.adapt.text_encoders else store("caption", [cfg.data.chunks], (*family.captions, *family.tokenizers))
+    return store("picture", [half], family.pictures), captions
 
 
 def is_finished(job: Run) -> bool:
@@ -201,8 +204,8 @@ def encode(job: Run) -> None:
     requests += [job.stream.picture(e, job.stream.watched(e)) for e in job.held_out]
     parts, pairs = job.engine.parts(), [(e.key, c) for e in entries for c in e.captions]
     for tokenizer in job.family.tokenizers:
-        limit = parts.limit(tokenizer)  # type: ignore[attr-defined]
-        if long := index.caption_report(pairs, partial(parts.lengths, tokenizer), limit):  # type: ignore[attr-defined]
+        limit = job.cfg.data.chunks * (parts.limit(tokenizer) - 2) + 2
+        if long := index.caption_report(pairs, partial(parts.lengths, tokenizer), limit):
             named = ", ".join(f"{o.key} ({o.tokens})" for o in long[:10])
             job.tell(f"{len(long)} captions have more than the {limit} tokens that the text encoder sees and are cut: {named}")
     mine = slice(job.process.rank, None, job.process.world)
@@ -212,8 +215,9 @@ def encode(job: Run) -> None:
     job.stop.asked = job.process.any(job.stop.asked)
     job.stop.check()
     job.stream.encoded.refresh()
-    if job.stream.encoded.complete and all(job.stream.variants(e) is not None for e in job.stream.entries):
-        job.engine.release()
+    pictures = job.stream.encoded.image_store is not None and all(job.stream.variants(e) is not None for e in job.stream.entries)
+    texts = job.stream.encoded.text_store is not None
+    job.engine.release([*(job.family.pictures if pictures else ()), *((*job.family.captions, *job.family.tokenizers) if texts else ())])
 
 
 def train(job: Run) -> State:

@@ -13,7 +13,7 @@ from limner.data import image
 from limner.data.index import Entry
 from limner.data.records import BadRecord, Source
 from limner.engine import Batch
-from limner.family import Configs, Family
+from limner.family import Configs, Family, silenced
 from limner.faults import InputFault
 from limner.features import Encoded, Picture
 from limner.objective import Objective
@@ -27,6 +27,7 @@ class Draw:
     entry: Entry
     geometry: image.Geometry
     caption: str
+    dropped: bool  # its caption is left out
     u: float  # where on the noise schedule, in [0, 1)
 
 
@@ -50,6 +51,7 @@ class Stream:
     encoded: Encoded
     seed: int
     batch_size: int  # global
+    text_encoders: bool = False  # whether they learn: batches then have token ids in place of text features
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The rows of process ``rank`` in the batch of optimizer step ``step`` (from 0)."""
@@ -69,9 +71,8 @@ class Stream:
         flip = self.data.flip and number("flip", position) < 0.5
         crop = None if self.data.crops is None else int(number("crops", position) * self.data.crops)
         caption = entry.captions[int(number("caption", position) * len(entry.captions))]
-        if self.data.drop_caption and number("drop", position) < self.data.drop_caption:
-            caption = ""
-        return Draw(position, entry, self.geometry(entry, position, crop, flip), caption, number("timestep", position))
+        dropped = bool(self.data.drop_caption) and number("drop", position) < self.data.drop_caption
+        return Draw(position, entry, self.geometry(entry, position, crop, flip), "" if dropped else caption, dropped, number("timestep", position))
 
     def geometry(self, entry: Entry, position: int, crop: int | None, flip: bool) -> image.Geometry:
         """Where the picture is cut: at the centre, at one of ``data.crops`` fixed places, or at a new one for every position."""
@@ -125,8 +126,22 @@ class Stream:
         batch |= vars(self.objective.at(np.array([d.u for d in draws])))
         if self.noise.input_perturbation and not kind:
             batch["input_noise"] = noise + np.float32(self.noise.input_perturbation) * normal("perturbation")
-        kept = {name: array for name, array in pictures.items() if name not in self.family.latent}
-        return batch | kept | self.encoded.texts([d.caption for d in draws])
+        batch["cut"] = np.array([(d.entry.height, d.entry.width, *d.geometry.corner, *d.geometry.shape) for d in draws], np.float32)
+        batch |= {name: array for name, array in pictures.items() if name not in self.family.latent}
+        return batch | self.texts(draws)
+
+    def texts(self, draws: list[Draw]) -> Batch:
+        """Text features of some draws; where text encoders learn, their token ids, and ``keep``, 0 where the features are to be zeros."""
+        captions, keep = [d.caption for d in draws], np.array([not (d.dropped and self.zeros) for d in draws], np.float32)
+        if self.text_encoders:
+            return self.encoded.tokens(captions) | ({"keep": keep} if self.zeros else {})
+        features = self.encoded.texts(captions)
+        return features if keep.all() else silenced(features, keep)
+
+    @property
+    def zeros(self) -> bool:
+        """Whether a dropped caption is zeros, not an encoded empty text."""
+        return self.data.empty_caption == "zeros" or (self.data.empty_caption == "base" and self.family.empty_is_zeros(self.configs))
 
     def held_out(self, entries: tuple[Entry, ...], timesteps: int, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Batch]]:
         """Batches for validation: each record at evenly spread timesteps, always the same crop, caption and noise. Yields (rows that count, batch).
@@ -136,7 +151,7 @@ class Stream:
         draws = []
         for i, entry in enumerate(entries):
             for k in range(timesteps):
-                draws.append(Draw(i * timesteps + k, entry, self.watched(entry), entry.captions[0], (k + 0.5) / timesteps))
+                draws.append(Draw(i * timesteps + k, entry, self.watched(entry), entry.captions[0], False, (k + 0.5) / timesteps))
         share = self.batch_size // world
         for start in range(0, len(draws), self.batch_size):
             mine = draws[start + rank * share : start + (rank + 1) * share]

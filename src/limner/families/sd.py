@@ -1,8 +1,10 @@
 """Stable Diffusion 1.x and 2.x: a UNet on the latents of a KL autoencoder, told of the caption by one CLIP text encoder."""
 
+from typing import Any
+
 import numpy as np
 
-from limner.family import Configs, Family, Features, Parts
+from limner.family import Configs, Encoders, Family, Features, Parts, joined, masked
 
 
 def image(parts: Parts, pixels: np.ndarray) -> Features:
@@ -11,9 +13,9 @@ def image(parts: Parts, pixels: np.ndarray) -> Features:
     return {"mean": mean, "std": std}
 
 
-def text(parts: Parts, captions: list[str]) -> Features:
+def text(encoders: Encoders, ids: dict[str, Any]) -> dict[str, Any]:
     """The last hidden state of the text encoder, all tokens of it."""
-    return {"context": parts.text("text_encoder", "tokenizer", captions)}
+    return {"context": joined(encoders, "text_encoder", ids["tokenizer"])[0]}
 
 
 def clean(features: Features, configs: Configs, normal: np.ndarray) -> np.ndarray:
@@ -21,14 +23,17 @@ def clean(features: Features, configs: Configs, normal: np.ndarray) -> np.ndarra
     return (features["mean"] + features["std"] * normal) * np.float32(configs["vae"].get("scaling_factor", 0.18215))
 
 
+def latents(configs: Configs) -> list[str]:
+    """The UNet must take the autoencoder's latents, and nothing beside them."""
+    into, latent = configs["unet"].get("in_channels"), configs["vae"].get("latent_channels")
+    kind = "these two are not from the same model, or it is an inpainting or depth model, no plain text-to-image base"
+    return [] if into == latent else [f"unet: in_channels is {into}, the autoencoder's latent_channels is {latent}; {kind}"]
+
+
 def misfits(configs: Configs) -> list[str]:
     """The UNet must take the autoencoder's latents and the text encoder's states, and nothing else."""
-    unet, vae, text_encoder = configs["unet"], configs["vae"], configs["text_encoder"]
-    out = []
-    into, latent = unet.get("in_channels"), vae.get("latent_channels")
-    if into != latent:
-        kind = "an inpainting or depth model is no plain text-to-image base"
-        out.append(f"unet: in_channels is {into}, the autoencoder's latent_channels is {latent}; {kind}")
+    unet, text_encoder = configs["unet"], configs["text_encoder"]
+    out = latents(configs)
     width, hidden = unet.get("cross_attention_dim"), text_encoder.get("hidden_size")
     if any(w != hidden for w in (width if isinstance(width, list) else [width])):
         out.append(f"unet: cross_attention_dim is {width}, the text encoder's hidden_size is {hidden}; these two are not from the same model")
@@ -47,7 +52,7 @@ SD = Family(
     text=text,
     clean=clean,
     latent=("mean", "std"),
-    inputs=lambda batch: {"encoder_hidden_states": batch["context"]},
-    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    inputs=lambda batch: {"encoder_hidden_states": batch["context"]} | masked(batch),
+    lora={"unet": ("to_q", "to_k", "to_v", "to_out.0"), "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj")},
     misfits=misfits,
 )

@@ -1,6 +1,7 @@
 """Training in PyTorch: one pure-looking step on one flat buffer; nothing is copied to the host but at logging and saving."""
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,9 @@ from limner.base import Base
 from limner.engine import Batch, FirstFault, Group, Metrics
 from limner.engines.torch import lora, pipeline
 from limner.engines.torch.arena import Arena
-from limner.engines.torch.parts import TorchParts, load, on_meta
+from limner.engines.torch.parts import Learning, TorchParts, load, on_meta
 from limner.engines.torch.world import World
-from limner.family import Family
+from limner.family import Family, silenced, told
 from limner.faults import InputFault, IntegrityFault
 from limner.objective import Objective
 
@@ -27,6 +28,7 @@ class TorchState:
     """Everything that learns or remembers; ``fault`` is the first step that was not finite, -1 where there was none."""
 
     net: torch.nn.Module
+    texts: dict[str, torch.nn.Module]  # the text encoders that learn too, by name
     arena: Arena
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -41,7 +43,8 @@ class TorchEngine:
         self.cfg, self.base, self.family, self.process, self.micro, self.tell = cfg, base, family, world, micro, tell
         self.rank, self.world, self.device = world.rank, world.world, world.device
         self.half = HALF.get(world.precision)
-        self.encoders = TorchParts(base, self.device)
+        safe = {"vae": self.half} if cfg.model.vae is not None and self.half is not None else {}
+        self.encoders = TorchParts(base, self.device, safe)
         if cfg.optim.kind == "adamw8bit":
             eight_bit()
         if cfg.adapt.targets:
@@ -54,25 +57,30 @@ class TorchEngine:
     def parts(self) -> TorchParts:
         return self.encoders
 
-    def release(self) -> None:
-        self.encoders.release()
+    def release(self, names: Iterable[str] | None = None) -> None:
+        self.encoders.release(names)
 
     def init(self, seed: int) -> TorchState:
-        net = load(self.base, self.family.trains)
+        nets = {name: load(self.base, name) for name in self.family.learns(self.cfg.adapt.text_encoders)}
+        net = nets[self.family.trains]
         self.choose_attention(net)
         if self.cfg.engine.gradient_checkpointing:
-            net.enable_gradient_checkpointing()
+            for one in nets.values():
+                one.enable_gradient_checkpointing() if one is net else one.gradient_checkpointing_enable()
         if self.cfg.adapt.kind == "lora":
             if self.half is not None:
-                torch.nn.Module.to(net, self.half)  # diffusers' own warns of nothing
-            named = lora.add(net, self.cfg.adapt, self.family, seed)
+                for one in nets.values():
+                    torch.nn.Module.to(one, self.half)  # diffusers' own warns of nothing
+            named = lora.add(nets, self.cfg.adapt, self.family, seed)
         else:
             named = dict(net.requires_grad_(True).named_parameters())
-        net.to(self.device).train()
+        for one in nets.values():
+            one.to(self.device).train()
         arena = Arena(named)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.half is torch.float16)
         ema = arena.flat.detach().to("cpu" if self.cfg.optim.ema_offload else self.device, copy=True) if self.cfg.optim.ema is not None else None
-        return TorchState(net, arena, self.make_optimizer(arena.flat), scaler, ema, torch.full((), -1, dtype=torch.int64, device=self.device))
+        texts = {name: one for name, one in nets.items() if one is not net}
+        return TorchState(net, texts, arena, self.make_optimizer(arena.flat), scaler, ema, torch.full((), -1, dtype=torch.int64, device=self.device))
 
     def choose_attention(self, net: torch.nn.Module) -> None:
         """PyTorch's memory-efficient attention is diffusers' default; plain products or xFormers serve by wish, and where they can run."""
@@ -103,7 +111,7 @@ class TorchEngine:
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(split(rows, self.micro)):
             torch.manual_seed((seed * 1_000_003 + step * 8191 + self.rank * 131 + i) % 2**63)  # dropout, addressed by the step
-            loss = self.example_losses(state.net, part).sum() / (len(batch["t"]) * self.world)
+            loss = self.example_losses(state.net, part, state.texts).sum() / (len(batch["t"]) * self.world)
             state.scaler.scale(loss).backward()
             total += loss.detach()
         self.process.sum_(gradient)
@@ -140,16 +148,19 @@ class TorchEngine:
             scaler.update()
         return norm, good
 
-    def example_losses(self, net: torch.nn.Module, b: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The weighted loss of each example, float32, shape [rows]."""
+    def example_losses(self, net: torch.nn.Module, b: dict[str, torch.Tensor], texts: dict[str, torch.nn.Module] | None = None) -> torch.Tensor:
+        """The weighted loss of each example, float32, shape [rows]; where text encoders learn, ``b`` has token ids in place of text features."""
 
         def column(name: str) -> torch.Tensor:
             return b[name].view(-1, *[1] * (b["x0"].dim() - 1))
 
         x = column("a") * b["x0"] + column("s") * b.get("input_noise", b["noise"])
         target = column("p") * b["x0"] + column("q") * b["noise"]
-        inputs = self.family.inputs(b)
         with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
+            if texts:
+                features = told(self.family, Learning(texts), b)
+                b = b | (silenced(features, b["keep"]) if "keep" in b else features)
+            inputs = self.family.inputs(b)
             if self.cfg.objective.dream is not None and net.training:  # algorithm 1 of arXiv:2312.00210
                 with torch.no_grad():
                     delta = (target - net(x, b["t"], **inputs)[0].float()) * column("d")
@@ -173,10 +184,8 @@ class TorchEngine:
 
     @torch.no_grad()
     def losses(self, state: TorchState, batch: Batch, *, average: bool) -> np.ndarray:
-        with self.weights(state, average):
-            state.net.eval()
-            parts = [self.example_losses(state.net, part) for part in split(self.to_device(batch), self.micro)]
-            state.net.train()
+        with self.weights(state, average), evaluating(state):
+            parts = [self.example_losses(state.net, part, state.texts) for part in split(self.to_device(batch), self.micro)]
         return torch.cat(parts).cpu().numpy()
 
     def weights(self, state: TorchState, average: bool) -> "Swapped":
@@ -186,17 +195,9 @@ class TorchEngine:
     @torch.no_grad()
     def pictures(self, state: TorchState, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float, size: int) -> list[np.ndarray]:
         keep = bool(self.encoders.loaded)
-        with self.weights(state, True), torch.autocast(self.device.type, self.half, enabled=self.half is not None):
-            state.net.eval()
-            made = pipeline.draw(
-                pipeline.of_parts(self.family, self.base, self.encoders, state.net, self.predict),
-                prompts,
-                seeds,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                size=size,
-            )
-            state.net.train()
+        with self.weights(state, True), evaluating(state), torch.autocast(self.device.type, self.half, enabled=self.half is not None):
+            stock = pipeline.of_parts(self.family, self.base, self.encoders, {self.family.trains: state.net, **state.texts}, self.predict)
+            made = pipeline.draw(stock, prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size)
         if not keep:
             self.release()
         return made
@@ -238,6 +239,17 @@ class TorchEngine:
         if state.scaler.is_enabled():
             state.scaler.load_state_dict({key: array.item() for key, array in groups("scaler").items()})
         return state
+
+
+@contextlib.contextmanager
+def evaluating(state: TorchState) -> Iterator[None]:
+    """Dropout is off inside."""
+    nets = [state.net, *state.texts.values()]
+    for net in nets:
+        net.eval()
+    yield
+    for net in nets:
+        net.train()
 
 
 class Swapped:

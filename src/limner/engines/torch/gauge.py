@@ -73,7 +73,7 @@ class Gauge:
         torch.manual_seed(0)
         net = on_meta(self.engine.base)
         if self.engine.cfg.adapt.kind == "lora":
-            lora.add(net, self.engine.cfg.adapt, self.engine.family, 0)
+            lora.add({self.engine.family.trains: net}, self.engine.cfg.adapt, self.engine.family, 0)
         rows = {name: torch.empty(micro, *array.shape[1:], dtype=torch.from_numpy(array).dtype, device="meta") for name, array in batch.items()}
         counting = copy.copy(self.engine)
         counting.half = None

@@ -1,5 +1,6 @@
 """The frozen encoders in PyTorch: numpy in, numpy out, always float32, loaded when first called and let go of when told."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,14 @@ from limner.base import Base
 
 
 class TorchParts:
-    """Components of a base by name, on one device."""
+    """Components of a base by name, on one device.
 
-    def __init__(self, base: Base, device: torch.device):
-        self.base, self.device = base, device
+    Args:
+        half: the precision of components that are safe in half; all others are float32.
+    """
+
+    def __init__(self, base: Base, device: torch.device, half: dict[str, torch.dtype] | None = None):
+        self.base, self.device, self.half = base, device, half or {}
         self.loaded: dict[str, Any] = {}
 
     def component(self, name: str) -> Any:
@@ -20,21 +25,40 @@ class TorchParts:
         if name not in self.loaded:
             self.loaded[name] = load(self.base, name)
             if isinstance(self.loaded[name], torch.nn.Module):
-                self.loaded[name].requires_grad_(False).eval().to(self.device)
+                self.loaded[name].requires_grad_(False).eval().to(self.device, self.half.get(name, torch.float32))
         return self.loaded[name]
 
     @torch.no_grad()
     def vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See ``family.Parts``."""
-        posterior = self.component(name).encode(torch.tensor(pixels, device=self.device)).latent_dist
-        return posterior.mean.cpu().numpy(), posterior.std.cpu().numpy()
+        posterior = self.component(name).encode(torch.tensor(pixels, device=self.device, dtype=self.half.get(name))).latent_dist
+        return posterior.mean.float().cpu().numpy(), posterior.std.float().cpu().numpy()
 
     @torch.no_grad()
-    def text(self, name: str, tokenizer: str, captions: list[str]) -> np.ndarray:
-        """See ``family.Parts``; captions are padded, and cut at the tokenizer's length (which the index has counted and told)."""
+    def text(self, name: str, ids: np.ndarray, skip: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """See ``family.Encoders``."""
+        states, pooled = hear(self.component(name), torch.tensor(ids, device=self.device), skip)
+        return states.cpu().numpy(), pooled.cpu().numpy()
+
+    def beside(self, arrays: list[np.ndarray]) -> np.ndarray:
+        """See ``family.Encoders``."""
+        return np.concatenate(arrays, axis=-1)
+
+    def tokens(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
+        """See ``family.Parts``; what does not fit is cut (which the index has counted and told)."""
         words = self.component(tokenizer)
-        ids = words(captions, padding="max_length", max_length=words.model_max_length, truncation=True, return_tensors="pt").input_ids
-        return self.component(name)(ids.to(self.device))[0].cpu().numpy()
+        length = words.model_max_length
+        settings = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "np"}
+        if chunks == 1:
+            return words(captions, **settings).input_ids.astype(np.int64)[:, None]
+        inner = length - 2
+        out = np.repeat(words([""], **settings).input_ids.astype(np.int64)[:, None], chunks, axis=1).repeat(len(captions), axis=0)
+        start, end = (words([""], truncation=False).input_ids[0][i] for i in (0, -1))
+        for row, ids in enumerate(words(captions, truncation=False, verbose=False).input_ids):
+            for chunk in range(min(chunks, -(-(len(ids) - 2) // inner))):
+                piece = ids[1 + chunk * inner : -1][:inner]
+                out[row, chunk, : len(piece) + 2] = [start, *piece, end]
+        return out
 
     def lengths(self, tokenizer: str, captions: list[str]) -> list[int]:
         """Tokens of each caption, its start and end included, uncut."""
@@ -44,11 +68,32 @@ class TorchParts:
         """Tokens that the text encoder can take."""
         return int(self.component(tokenizer).model_max_length)
 
-    def release(self) -> None:
-        """Let go of all components."""
-        self.loaded.clear()
+    def release(self, names: Iterable[str] | None = None) -> None:
+        """Let go of these components, of all where none are named; one that is asked for again is loaded again."""
+        for name in list(self.loaded) if names is None else names:
+            self.loaded.pop(name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+class Learning:
+    """Text encoders that are being trained: token ids in, states with gradients out; see ``family.Encoders``."""
+
+    def __init__(self, nets: dict[str, torch.nn.Module]):
+        self.nets = nets
+
+    def text(self, name: str, ids: torch.Tensor, skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        return hear(self.nets[name], ids, skip)
+
+    def beside(self, arrays: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(arrays, dim=-1)
+
+
+def hear(net: Any, ids: torch.Tensor, skip: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A CLIP text encoder's states and its pooled, where it has a projection projected, embedding."""
+    heard = net(ids, output_hidden_states=skip > 0)
+    pooled = heard.text_embeds if "text_embeds" in heard else heard.pooler_output
+    return heard.hidden_states[-1 - skip] if skip else heard.last_hidden_state, pooled
 
 
 def load(base: Base, name: str) -> Any:

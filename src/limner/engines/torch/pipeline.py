@@ -1,5 +1,6 @@
 """Pictures through the stock diffusers pipelines: from a folder or the Hub, or from weights that are being trained."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,25 @@ def set_scheduler(pipeline: Any, name: str) -> None:
     pipeline.scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **settings)
 
 
-def of_parts(family: Family, base: Base, parts: TorchParts, net: torch.nn.Module, predict: str) -> Any:
-    """A stock pipeline around the network that is being trained, sharing its memory."""
+def of_parts(family: Family, base: Base, parts: TorchParts, nets: dict[str, torch.nn.Module], predict: str) -> Any:
+    """A stock pipeline around the components that are being trained, sharing their memory; the autoencoder keeps its own precision."""
     import diffusers
 
-    components = {name: parts.component(name) for name in family.components if name not in (family.trains, "scheduler")}
+    components = {name: parts.component(name) for name in family.components if name not in (*nets, "scheduler")}
+    if "vae" in components:
+        components["vae"].decode = functools.partial(decode_apart, components["vae"])
     scheduler = type(parts.component("scheduler")).from_config(parts.component("scheduler").config, prediction_type=predict)
     cls = getattr(diffusers, family.pipeline)
     extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False} if family.pipeline == "StableDiffusionPipeline" else {}
-    return cls(**components, **{family.trains: net}, scheduler=scheduler, **extra)
+    if family.pipeline == "StableDiffusionXLPipeline":
+        extra = {"force_zeros_for_empty_prompt": family.empty_is_zeros(base.configs), "add_watermarker": False}
+    return cls(**components, **nets, scheduler=scheduler, **extra)
+
+
+def decode_apart(vae: Any, latents: torch.Tensor, **settings: Any) -> Any:
+    """The autoencoder's ``decode`` without autocast, in which that of SDXL overflows."""
+    with torch.autocast(latents.device.type, enabled=False):
+        return type(vae).decode(vae, latents.to(vae.dtype), **settings)
 
 
 def draw(
