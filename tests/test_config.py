@@ -140,8 +140,8 @@ def test_config_is_frozen() -> None:
     ("overrides", "message"),
     [
         (["model.base="], "model.base: give a folder or a Hub repository"),
-        (["data.hub=x/y"], "give exactly one of data.folder and data.hub; data.folder=none takes the recipe's away"),
-        (["data.folder=none"], "give exactly one of data.folder and data.hub"),
+        (["data.hub=x/y"], "give exactly one of data.folder, data.hub and data.sets; data.folder=none takes the recipe's away"),
+        (["data.folder=none"], "give exactly one of data.folder, data.hub and data.sets"),
         (["train.steps=none"], "give exactly one of train.steps and train.epochs"),
         (["train.epochs=2"], "give exactly one of train.steps and train.epochs"),
         (["train.accumulate=2"], "give train.batch (global) or train.accumulate, not both"),

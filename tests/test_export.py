@@ -130,10 +130,10 @@ def test_lora_keeps_rank_and_alpha(sd: Path, opened: Base, tmp_path: Path, rank:
         if name.endswith(targets):
             out, into = module.weight.shape
             down, up = draws.normal(0, 0.1, (rank, into)).astype(np.float32), draws.normal(0, 0.1, (out, rank)).astype(np.float32)
-            arrays |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+            arrays |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
             wanted[name] = module.weight.detach().numpy() + alpha / rank * up @ down
     export.write_lora(opened, SD, tmp_path, arrays, config.Adapt("lora", rank, alpha, targets=targets), 3)
-    assert set(load_file(tmp_path / export.LORA)) == {f"unet.{name}" for name in arrays}
+    assert set(load_file(tmp_path / export.LORA)) == set(arrays)
     loaded.load_lora_weights(tmp_path)
     scales = {module.scaling["default_0"] for module in loaded.unet.modules() if hasattr(module, "scaling")}
     assert scales == {alpha / rank} and loaded.unet.peft_config["default_0"].r == rank

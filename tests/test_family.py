@@ -57,7 +57,7 @@ def test_every_fault_has_an_exit_code_of_its_own() -> None:
 @pytest.mark.parametrize("ema", [False, True])
 def test_a_snapshot_comes_back_and_lies_where_diffusers_looks(tmp_path: Path, kind: str, ema: bool) -> None:
     draws = np.random.default_rng(0)
-    name = "down.attn.to_q.lora_A.weight" if kind == "lora" else "conv_in.weight"
+    name = "unet.down.attn.to_q.lora_A.weight" if kind == "lora" else "conv_in.weight"
     groups = {group: {name: draws.standard_normal((3, 2), np.float32)} for group in ("model", "ema", "optimizer")}
     groups["optimizer"]["step"] = np.array(7.0, np.float32)
     if not ema:
@@ -74,7 +74,7 @@ def test_a_snapshot_comes_back_and_lies_where_diffusers_looks(tmp_path: Path, ki
     names = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
     if kind == "lora":
         expected = {"pytorch_lora_weights.safetensors"} | ({"ema/pytorch_lora_weights.safetensors"} if ema else set())
-        assert list(found.arrays("pytorch_lora_weights.safetensors")) == [f"unet.{name}"]
+        assert list(found.arrays("pytorch_lora_weights.safetensors")) == [name]
     else:
         folders = ["unet", "unet_ema"] if ema else ["unet"]
         expected = {f"{folder}/{file}" for folder in folders for file in ("config.json", "diffusion_pytorch_model.safetensors")}

@@ -14,7 +14,8 @@ from PIL import Image
 
 from limner import config
 from limner.data.image import decode
-from limner.data.records import BadRecord, Folder, Hub, Record, open_source
+from limner.data.records import BadRecord, Folder, Hub, Record
+from limner.data.sets import open_source
 from limner.faults import DiskFault, HubFault, InputFault
 
 

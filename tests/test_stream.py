@@ -11,8 +11,10 @@ from PIL import Image
 
 from limner import config, durable, rng
 from limner.cache import Store
+from limner.data import buckets
 from limner.data import stream as module
 from limner.data.index import Entry
+from limner.data.order import Order
 from limner.data.prefetch import prefetch
 from limner.data.records import Record
 from limner.data.stream import Stream
@@ -33,8 +35,11 @@ class Toy:
     def vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return pixels[:, :, ::2, ::2].copy(), np.full_like(pixels[:, :, ::2, ::2], 0.25)
 
-    def text(self, name: str, tokenizer: str, captions: list[str]) -> np.ndarray:
-        return np.stack([np.full((2, 2), sum(map(ord, c)), np.float32) for c in captions])
+    def tokens(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
+        return np.array([[[sum(map(ord, c))] * 2] * chunks for c in captions])
+
+    def text(self, name: str, ids: np.ndarray, skip: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        return np.repeat(ids[..., None], 2, axis=2).astype(np.float32), ids.astype(np.float32)
 
 
 def records(shape: tuple[int, int] = (24, 16)) -> tuple[tuple[Entry, ...], list[Record]]:
@@ -49,7 +54,8 @@ def stream(seed: int = 5, batch: int = 4, shape: tuple[int, int] = (24, 16), fol
     wanted = config.build(config.Objective, noise or {})
     stores = (None, None) if folder is None else (Store(folder / "p"), Store(folder / "c"))
     encoded = Encoded(SD, Toy, *stores, 3)
-    return Stream(entries, source, settings, wanted, Objective.of(SCHEDULER, wanted), SD, CONFIGS, encoded, seed, batch)
+    order = Order(seed, batch, [buckets.fit(e.size, settings) for e in entries], [0] * COUNT, [1], [], settings.buckets is not None)
+    return Stream(entries, order, source, settings, wanted, Objective.of(SCHEDULER, wanted), SD, CONFIGS, encoded, seed, batch)
 
 
 def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -98,7 +98,8 @@ def stable_diffusion_xl(folder: Path, *, seed: int = 0, latent_channels: int = 4
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        words = [write_tokenizer(folder / name, pad=pad) for name, pad in (("tokenizer", END), ("tokenizer_2", "!"))][0]
+        words = write_tokenizer(folder / "tokenizer")
+        write_tokenizer(folder / "tokenizer_2", pad="!")
         special = {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1}
         shape = {"intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 77}
         first = CLIPTextConfig(vocab_size=words, hidden_act="quick_gelu", hidden_size=32, projection_dim=32, **shape, **special)
@@ -111,7 +112,13 @@ def stable_diffusion_xl(folder: Path, *, seed: int = 0, latent_channels: int = 4
         )  # fmt: skip
         coder = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
         vae = AutoencoderKL(
-            block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1, latent_channels=latent_channels, sample_size=SIZE, scaling_factor=0.13025, **coder
+            block_out_channels=(16, 32),
+            norm_num_groups=8,
+            layers_per_block=1,
+            latent_channels=latent_channels,
+            sample_size=SIZE,
+            scaling_factor=0.13025,
+            **coder,
         )
         parts = {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(first), "text_encoder_2": CLIPTextModelWithProjection(second)}
         for name, model in parts.items():

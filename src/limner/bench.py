@@ -15,7 +15,7 @@ from limner import base, config, durable, engines, plan, rng, schedule
 from limner.base import INDEX, Base
 from limner.engine import Batch, Engine, FirstFault, World
 from limner.families import FAMILIES
-from limner.family import Configs, Family, told, tokenize
+from limner.family import Configs, Family, tokenize, told
 from limner.faults import Fault, InputFault, NonFinite
 from limner.objective import Objective
 

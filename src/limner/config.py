@@ -1,25 +1,20 @@
 """Everything a run depends on, as one tree of frozen dataclasses: typed, complete, saved with the run; strangers are refused with "did you mean"."""
 
-import dataclasses
-import datetime
-import difflib
-import json
-import os
-import sys
 import tomllib
-import types
-import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from limner.faults import InputFault
+from limner.tree import build as build
+from limner.tree import flat as flat
+from limner.tree import override as override
+from limner.tree import plain as plain
 
 Allowable = Literal[
     "optim.learning_rate", "optim.schedule", "optim.warmup", "optim.cycles", "optim.betas", "optim.weight_decay", "optim.eps", "optim.max_grad_norm"
 ]  # fmt: skip
-PATHS = ("run", "model.base", "model.cache_dir", "data.folder", "data.hub", "data.hub_files", "data.cache_dir", "data.cache", "checkpoint.resume")
 
 
 @dataclass(frozen=True)
@@ -248,8 +243,8 @@ class Config:
         refuse = [
             (not self.model.base, "model.base: give a folder or a Hub repository in the diffusers layout, e.g. stable-diffusion-v1-5/stable-diffusion-v1-5"),
             (
-                not own_records and (d.folder is None) == (d.hub is None),
-                "data: give exactly one of data.folder and data.hub; data.folder=none takes the recipe's away",
+                not own_records and (d.folder is not None) + (d.hub is not None) + bool(d.sets) != 1,
+                "data: give exactly one of data.folder, data.hub and data.sets; data.folder=none takes the recipe's away",
             ),
             ((t.steps is None) == (t.epochs is None), "train: give exactly one of train.steps and train.epochs"),
             (t.batch is not None and t.accumulate is not None, "train: give train.batch (global) or train.accumulate, not both"),
@@ -260,16 +255,29 @@ class Config:
             (o.ema is not None and not 0 <= o.ema < 1, f"optim.ema: {o.ema} is not a decay, 0 to below 1"),
             (not all(0 <= b < 1 for b in o.betas), f"optim.betas: {o.betas} are not both within 0 to below 1"),
             (self.objective.min_snr is not None and self.objective.min_snr <= 0, f"objective.min_snr: {self.objective.min_snr} is not above 0"),
+            (self.adapt.text_encoders and self.adapt.kind != "lora", 'adapt.text_encoders: text encoders learn by adapters only; set adapt.kind="lora"'),
             (not 0 <= self.adapt.dropout < 1, f"adapt.dropout: {self.adapt.dropout} is not within 0 to below 1"),
             (self.preview.every is not None and self.preview.every_epochs is not None, "preview: give preview.every (steps) or preview.every_epochs, not both"),
         ]
-        positive = ["train.steps", "train.epochs", "train.batch", "train.micro", "train.accumulate", "data.size", "data.limit", "data.crops", "data.threads"]
+        positive = [
+            "train.steps",
+            "train.epochs",
+            "train.batch",
+            "train.micro",
+            "train.accumulate",
+            "data.size",
+            "data.limit",
+            "data.crops",
+            "data.threads",
+            "data.chunks",
+        ]
         positive += ["data.max_pixels", "adapt.rank", "adapt.alpha", "optim.learning_rate", "optim.cycles", "optim.eps", "optim.max_grad_norm"]
         positive += ["engine.encode_batch", "checkpoint.every", "checkpoint.keep", "preview.count", "preview.every", "preview.every_epochs", "preview.steps"]
-        positive += ["watch.every", "watch.timesteps", "log.every"]
+        positive += ["data.chunks", "watch.every", "watch.timesteps", "log.every"]
         not_negative = ["optim.warmup", "optim.weight_decay", "watch.hold_out", "objective.noise_offset", "objective.input_perturbation", "objective.dream"]
         refuse += [((v := self[k]) is not None and v <= 0, f"{k}: {self[k]} is not above 0") for k in positive]
         refuse += [((v := self[k]) is not None and v < 0, f"{k}: {self[k]} is below 0") for k in not_negative]
+        refuse += mixture_rules(d.sets) + (bucket_rules(d.buckets) if d.buckets is not None else [])
         if problems := [text for wrong, text in refuse if wrong]:
             raise InputFault("\n".join(problems))
 
@@ -281,56 +289,31 @@ class Config:
         return node
 
 
-def build(cls: type, raw: dict[str, Any], where: str = "") -> Any:
-    """A dataclass from plain data; every key must exist, every value must have the declared type.
-
-    Raises:
-        InputFault: for an unknown key (with the closest known one) or a value of another type.
-    """
-    hints = typing.get_type_hints(cls)
-    for key in raw:
-        if key not in hints:
-            close = difflib.get_close_matches(key, hints, 1)
-            known = f"did you mean {where}{close[0]}?" if close else f"known here: {', '.join(hints)}"
-            raise InputFault(f"{where}{key}: no such setting; {known}")
-    return cls(**{k: _at_home(where + k, _value(hints[k], v, where + k)) for k, v in raw.items()})
-
-
-def _at_home(name: str, value: Any) -> Any:
-    return os.path.expanduser(value) if name in PATHS and isinstance(value, str) else value
+def mixture_rules(sets: tuple[Set, ...]) -> list[tuple[bool, str]]:
+    """What is wrong with several data sets: (whether it is, message)."""
+    weighted = [one.weight is not None for one in sets]
+    rules = [(any(weighted) and not all(weighted), "data.sets: give a weight to every data set, or to none")]
+    for i, one in enumerate(sets):
+        name = f"data.sets[{i}]"
+        rules += [
+            ((one.folder is None) == (one.hub is None), f"{name}: give exactly one of folder and hub"),
+            (one.repeats < 1, f"{name}.repeats: {one.repeats} is below 1; leave a data set out to have none of it"),
+            (one.weight is not None and one.weight <= 0, f"{name}.weight: {one.weight} is not above 0; leave a data set out to have none of it"),
+            (one.weight is not None and one.repeats != 1, f"{name}: a weight says already how often its records come; give weight or repeats"),
+        ]
+    return rules
 
 
-def _value(kind: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)  # Literal | None is a Union
-    for option in options:
-        origin, arguments = typing.get_origin(option) or option, typing.get_args(option)
-        if dataclasses.is_dataclass(option) and isinstance(value, dict):
-            return build(option, value, where + ".")  # type: ignore[arg-type]
-        if origin is Literal and value in arguments:
-            return value
-        if origin is tuple and isinstance(value, list | tuple) and (arguments[-1] is ... or len(value) == len(arguments)):
-            return tuple(_value(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-        if option is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # neither NaN nor infinite
-            return float(value)
-        if (option is types.NoneType and value is None) or (isinstance(option, type) and option is not float and type(value) is option):
-            return value
-    raise InputFault(f"{where}: {value!r} was given, {_expected(options)} is expected")
-
-
-def _expected(options: tuple[Any, ...]) -> str:
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: ""}
-    parts = []
-    for option in options:
-        if typing.get_origin(option) is Literal:
-            parts.append("one of " + ", ".join(map(repr, typing.get_args(option))))
-        elif typing.get_origin(option) is tuple:
-            arguments = typing.get_args(option)
-            parts.append(("a list" if arguments[-1] is ... else f"a list of {len(arguments)}") + f", each {_expected(arguments[:1])}")
-        elif dataclasses.is_dataclass(option):
-            parts.append(f"a table with {', '.join(f.name for f in dataclasses.fields(option))}")
-        else:
-            parts.append(names.get(option, str(option)))
-    return " or ".join(p for p in parts if p)
+def bucket_rules(b: Buckets) -> list[tuple[bool, str]]:
+    """What is wrong with buckets: (whether it is, message)."""
+    smallest, largest = b.smallest, b.largest
+    return [
+        (b.step <= 0 or b.step % 8 != 0, f"data.buckets.step: {b.step} is not a multiple of 8 above 0; latents have an eighth of a picture's sides"),
+        (smallest is not None and smallest <= 0, f"data.buckets.smallest: {smallest} is not above 0"),
+        (largest is not None and largest < (smallest or 1), f"data.buckets.largest: {largest} is below the smallest side, {smallest or 1}"),
+        (any(r <= 0 for r in b.resolutions), f"data.buckets.resolutions: {list(b.resolutions)} are not all above 0"),
+        (len(set(b.resolutions)) < len(b.resolutions), f"data.buckets.resolutions: {list(b.resolutions)} has one of them twice"),
+    ]
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:
@@ -355,37 +338,3 @@ def find(path: Path) -> Path:
     path, package = path.expanduser(), Path(__file__).parent
     own = [folder / path for folder in (package, package.parents[1])] if path.parent == Path("recipes") else []
     return next((file for file in (path, *own) if file.is_file()), path)
-
-
-def override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Put ``section.key=value`` pairs into plain data; ``none`` stands for no value."""
-    for item in overrides:
-        name, equals, text = item.partition("=")
-        if not equals:
-            raise InputFault(f"{item}: not a setting; write section.key=value, e.g. train.steps=500")
-        *sections, key = name.split(".")
-        node = raw
-        for section in sections:
-            node[section] = {} if node.get(section) is None else node[section]
-            node = node[section]
-            if not isinstance(node, dict):
-                raise InputFault(f"{name}: {section} is a value, it has no settings below it")
-        try:
-            value = tomllib.loads(f"x = {text}")["x"]
-        except tomllib.TOMLDecodeError:
-            value = None if text == "none" else text
-        node[key] = text if isinstance(value, datetime.date | datetime.time) else value  # no setting is a date, but a folder may be called like one
-    return raw
-
-
-def plain(value: Any) -> dict[str, Any]:
-    """A config as JSON knows it: what is saved with the run, and what ``build`` takes back."""
-    return json.loads(json.dumps(dataclasses.asdict(value)))
-
-
-def flat(raw: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """``{"train": {"steps": 5}}`` as ``{"train.steps": 5}``."""
-    out: dict[str, Any] = {}
-    for key, value in raw.items():
-        out |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
-    return out

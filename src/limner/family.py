@@ -71,7 +71,6 @@ class Family:
         return (self.trains, *(name for name in self.captions if text_encoders and name in self.lora))
 
 
-
 def tokenize(family: Family, parts: Parts, captions: list[str], chunks: int) -> Features:
     """Token ids by tokenizer, int64 [n, chunks, length]; with several chunks also ``mask``, bool [n, chunks * length].
 

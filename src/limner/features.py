@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from limner.cache import Store
 from limner.data import image
-from limner.family import Family, Features, Parts, told, tokenize
+from limner.family import Family, Features, Parts, tokenize, told
 
 SHARD = 64  # rows that are encoded before they are written
 T = TypeVar("T")

@@ -3,12 +3,14 @@
 import json
 import math
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
 
 from limner import config, durable, rng
+from limner.data.order import Order
 from limner.faults import InputFault
 
 # Settings that may differ from the checkpoint's: they move no example, or are compared in another way (by content, by what they come to).
@@ -30,19 +32,18 @@ class Plan:
     steps: int
     seed: int
     records: int
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Optimizer steps in which every record is seen once; a batch may span two epochs."""
-        return self.records / self.batch
+    steps_per_epoch: float  # optimizer steps in which every record is seen once; without buckets a batch may span two epochs
 
     def every(self, steps: int | None, epochs: float | None) -> int | None:
         """An interval in optimizer steps, given in steps or in epochs."""
         return steps if epochs is None else max(1, math.ceil(epochs * self.steps_per_epoch))
 
 
-def make(cfg: config.Config, world: int, records: int, saved: dict[str, Any] | None, seed: int) -> Plan:
+def make(cfg: config.Config, world: int, records: int, saved: dict[str, Any] | None, seed: int, order: Callable[[int], Order] | None = None) -> Plan:
     """Divide the global batch among processes and micro-batches; on resume the checkpoint's global batch and seed hold.
+
+    Args:
+        order: the order of the run for a global batch; None, where no picture has been looked at: as many batches as hold the records.
 
     Raises:
         InputFault: when it does not divide, or when the recipe asks for another batch or seed than the checkpoint's.
@@ -66,8 +67,10 @@ def make(cfg: config.Config, world: int, records: int, saved: dict[str, Any] | N
     if share % micro:
         each = f"each of {world} processes has {share} of the {batch} examples of a step"
         raise InputFault(f"train.micro: {each}, which micro-batches of {micro} do not divide; use a divisor of {share}")
-    steps = t.steps if t.steps is not None else math.ceil((t.epochs or 0) * records / batch)
-    return Plan(batch, micro, share // micro, world, max(1, steps), seed, records)
+    made = order(batch) if order is not None else None
+    per_epoch = records / batch if made is None else made.steps_per_epoch
+    asked = max(1, math.ceil((t.epochs or 0) * records / batch)) if made is None else made.steps(t.epochs or 0)
+    return Plan(batch, micro, share // micro, world, asked if t.steps is None else t.steps, seed, records, per_epoch)
 
 
 def drawn_seed() -> int:
@@ -79,7 +82,7 @@ def identity(cfg: config.Config, plan: Plan, data: str, base: str) -> dict[str, 
     """What a checkpoint remembers of its run, besides arrays: all that its future depends on."""
     return {
         "config": config.plain(cfg), "seed": plan.seed, "batch": plan.batch, "world": plan.world, "records": plan.records,
-        "data": data, "base": base, "draws": draws(plan.seed), "numpy": np.__version__,
+        "mixture": [[one.repeats, one.weight] for one in cfg.data.sets], "data": data, "base": base, "draws": draws(plan.seed), "numpy": np.__version__,
     }  # fmt: skip
 
 
@@ -103,6 +106,8 @@ def must_match(saved: dict[str, Any], now: dict[str, Any], step: int) -> list[st
         free = any(name == f or (f.endswith(".") and name.startswith(f)) for f in FREE)
         if not free and before.get(name) != after.get(name):
             (changes if name in allowed else problems).append(f"{name}: was {before.get(name)!r}, now {after.get(name)!r}")
+    if saved.get("mixture", []) != now["mixture"]:
+        problems.append(f"data.sets: repeats and weights were {saved.get('mixture', [])}, now {now['mixture']}")
     if saved["data"] != now["data"]:
         had, has = (f"{run['records']} records of {source_of(run['config']['data'])}" for run in (saved, now))
         problems.append(f"the data set: was {had}, now {has}, and the pictures or captions are not the same")
@@ -123,4 +128,4 @@ def must_match(saved: dict[str, Any], now: dict[str, Any], step: int) -> list[st
 
 def source_of(data: dict[str, Any]) -> str:
     """What a data section of a config names."""
-    return data["folder"] or data["hub"] or "the caller's own"
+    return data["folder"] or data["hub"] or ", ".join(one["folder"] or one["hub"] for one in data.get("sets") or []) or "the caller's own"

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from limner import config, plan
-from limner.data import records
+from limner.data import sets
 from limner.families import FAMILIES
 from limner.faults import InputFault
 
@@ -35,7 +35,8 @@ def toml(value: Any) -> str:
 def arithmetic(cfg: config.Config) -> list[str]:
     """How the global batch is divided, and what an epoch comes to."""
     world = int(os.environ.get("WORLD_SIZE") or 1)
-    count = len(records.open_source(cfg.data, lambda line: None)) if cfg.data.folder is not None else None
+    local = cfg.data.folder is not None or (cfg.data.sets and all(one.folder is not None for one in cfg.data.sets))
+    count = len(sets.open_source(cfg.data, lambda line: None)) if local else None
     learned = None if count is None else min(count, cfg.data.limit or count) - cfg.watch.hold_out
     numbers = plan.make(cfg, world, learned or 1, None, cfg.train.seed or 0)
     lines = [

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from limner import base, checkpoint, config, durable, engines, export, generate, log, plan, rng, schedule, snapshot
 from limner.cache import Store
-from limner.data import index, records
+from limner.data import buckets, index, records, sets
+from limner.data.order import Order
 from limner.data.prefetch import prefetch
 from limner.data.stream import Stream
 from limner.engine import Engine, State, World
@@ -98,7 +99,7 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
     where = process.first(lambda: found_at(folder, cfg.checkpoint.resume, tell))
     found = None if where is None else checkpoint.trusted(Path(where))
     seed = found.state["seed"] if found else process.first(lambda: plan.drawn_seed() if cfg.train.seed is None else cfg.train.seed)
-    source = records.open_source(cfg.data, tell) if source is None else source
+    source = sets.open_source(cfg.data, tell) if source is None else source
     opened = open_everywhere(cfg, family, process)
     base_digest = process.first(lambda: opened.fingerprint(*family.components))
     objective = Objective.of(opened.configs["scheduler"], cfg.objective)
@@ -109,7 +110,8 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
     looked = index.Index.of_plain(process.first(lambda: look(source, cfg, tell)))
     used = looked if cfg.data.limit is None else looked.limited(cfg.data.limit, seed)
     learned, held_out = split_held_out(used.entries, cfg.watch.hold_out, seed)
-    numbers = plan.make(cfg, process.world, len(learned), found.state if found else None, seed)
+    order = partial(order_of, learned, source, cfg.data, seed)
+    numbers = plan.make(cfg, process.world, len(learned), found.state if found else None, seed, order)
     identity = plan.identity(cfg, numbers, used.digest, base_digest)
     if found is not None:
         for line in plan.must_match(found.state, identity, found.step):
@@ -119,7 +121,7 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
     engine = engines.open_engine(cfg, opened, family, process, numbers.micro, tell)
     encoded = Encoded(family, engine.parts, *stores(cfg, family, opened, process, tell), cfg.engine.encode_batch, cfg.data.chunks)
     stream = Stream(
-        learned, source, cfg.data, cfg.objective, objective, family, opened.configs, encoded, seed=numbers.seed, batch_size=numbers.batch,
+        learned, order(numbers.batch), source, cfg.data, cfg.objective, objective, family, opened.configs, encoded, seed=numbers.seed, batch_size=numbers.batch,
         text_encoders=cfg.adapt.text_encoders,
     )  # fmt: skip
     return Run(cfg, numbers, family, opened, process, engine, stream, held_out, found, identity, tell, stop)
@@ -137,6 +139,13 @@ def split_held_out(entries: tuple[index.Entry, ...], count: int, seed: int) -> t
         raise InputFault(f"watch.hold_out: {count} records are held out of {len(entries)}, so that none is left to train on")
     held = {int(i) for i in rng.at(seed, "hold out", 0).permutation(len(entries))[:count]}
     return tuple(e for i, e in enumerate(entries) if i not in held), tuple(entries[i] for i in sorted(held))
+
+
+def order_of(entries: tuple[index.Entry, ...], source: records.Source, data: config.Data, seed: int, batch: int) -> Order:
+    """The order in which a run sees its records."""
+    shapes, owners = [buckets.fit(e.size, data) for e in entries], [sets.set_of(source, e.row) for e in entries]
+    repeats, weights = [one.repeats for one in data.sets] or [1], [one.weight for one in data.sets if one.weight is not None]
+    return Order(seed, batch, shapes, owners, repeats, weights, whole=data.buckets is not None)
 
 
 def found_at(folder: Path, resume: str, tell: Tell) -> str | None:

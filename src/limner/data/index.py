@@ -33,6 +33,11 @@ class Entry:
     height: int  # upright
     width: int
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
+
 
 @dataclass(frozen=True)
 class Index:

@@ -58,16 +58,6 @@ class Source(Protocol):
     def __getitem__(self, i: int, /) -> Record: ...
 
 
-def open_source(cfg: config.Data, tell: Tell) -> Source:
-    """The folder or Hub data set that the settings name.
-
-    Raises:
-        InputFault: for what is wrong with the source as a whole; single records fault when they are read.
-        HubFault: when a data set cannot be downloaded.
-    """
-    return Folder(cfg, tell) if cfg.folder is not None else Hub(cfg)
-
-
 def _captions(value: Any, key: str, where: str = "") -> tuple[str, ...]:
     values = [value] if isinstance(value, str) or not isinstance(value, list | tuple | np.ndarray) else list(value)
     prefix = f"{where}: " if where else ""

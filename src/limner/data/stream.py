@@ -9,8 +9,9 @@ import numpy as np
 import xxhash
 
 from limner import config, rng
-from limner.data import image
+from limner.data import buckets, image
 from limner.data.index import Entry
+from limner.data.order import EMPTY, Order
 from limner.data.records import BadRecord, Source
 from limner.engine import Batch
 from limner.family import Configs, Family, silenced
@@ -28,13 +29,8 @@ class Draw:
     geometry: image.Geometry
     caption: str
     dropped: bool  # its caption is left out
+    counts: bool  # False: it fills a bucket's last batch, with weight 0
     u: float  # where on the noise schedule, in [0, 1)
-
-
-@functools.lru_cache(maxsize=4)
-def permutation(seed: int, count: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: every record once."""
-    return rng.at(seed, "order", epoch).permutation(count)
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,7 @@ class Stream:
     """Batches by step number. The global batch is the unit; a process takes its contiguous share of it."""
 
     entries: tuple[Entry, ...]
+    order: Order
     source: Source
     data: config.Data
     noise: config.Objective
@@ -61,23 +58,26 @@ class Stream:
 
     def names(self, step: int) -> list[str]:
         """The records of a whole batch, by key."""
-        return [self.draw(p).entry.key for p in range(step * self.batch_size, (step + 1) * self.batch_size)]
+        draws = [self.draw(p) for p in range(step * self.batch_size, (step + 1) * self.batch_size)]
+        return [draw.entry.key for draw in draws if draw.counts]
 
     def draw(self, position: int) -> Draw:
         """The ticket at ``position``. Each decision has its own address, so that adding one never moves another."""
-        epoch, slot = divmod(position, len(self.entries))
-        entry = self.entries[permutation(self.seed, len(self.entries), epoch)[slot]]
-        number = functools.partial(rng.uniform, self.seed)
-        flip = self.data.flip and number("flip", position) < 0.5
-        crop = None if self.data.crops is None else int(number("crops", position) * self.data.crops)
-        caption = entry.captions[int(number("caption", position) * len(entry.captions))]
-        dropped = bool(self.data.drop_caption) and number("drop", position) < self.data.drop_caption
-        return Draw(position, entry, self.geometry(entry, position, crop, flip), "" if dropped else caption, dropped, number("timestep", position))
+        number = self.order.entry(position)
+        counts = number != EMPTY
+        entry = self.entries[number if counts else self.order.entry(position - position % self.batch_size)]
+        chance = functools.partial(rng.uniform, self.seed)
+        flip = self.data.flip and chance("flip", position) < 0.5
+        crop = None if self.data.crops is None else int(chance("crops", position) * self.data.crops)
+        caption = entry.captions[int(chance("caption", position) * len(entry.captions))]
+        dropped = bool(self.data.drop_caption) and chance("drop", position) < self.data.drop_caption
+        cut = self.geometry(entry, position, crop, flip)
+        return Draw(position, entry, cut, "" if dropped else caption, dropped, counts, chance("timestep", position))
 
     def geometry(self, entry: Entry, position: int, crop: int | None, flip: bool) -> image.Geometry:
         """Where the picture is cut: at the centre, at one of ``data.crops`` fixed places, or at a new one for every position."""
         top, left = rng.at(self.seed, "crop", position if crop is None else entry.row, 0 if crop is None else crop + 1).random(2)
-        return image.geometry((entry.height, entry.width), (self.data.size, self.data.size), top, left, flip, self.data.crop)
+        return image.geometry(entry.size, buckets.fit(entry.size, self.data), top, left, flip, self.data.crop)
 
     def variants(self, entry: Entry) -> list[image.Geometry] | None:
         """All the ways in which a picture is cut, or None where there is no end of them."""
@@ -92,7 +92,7 @@ class Stream:
 
     def watched(self, entry: Entry) -> image.Geometry:
         """Where a held-out picture is cut: the same centre, however the run crops and flips what it learns."""
-        return image.geometry((entry.height, entry.width), (self.data.size, self.data.size))
+        return image.geometry(entry.size, buckets.fit(entry.size, self.data))
 
     def picture(self, entry: Entry, geometry: image.Geometry, cached: bool = True) -> Picture:
         """The request for one cut picture: a key that says all it depends on, and what loads it."""
@@ -126,7 +126,8 @@ class Stream:
         batch |= vars(self.objective.at(np.array([d.u for d in draws])))
         if self.noise.input_perturbation and not kind:
             batch["input_noise"] = noise + np.float32(self.noise.input_perturbation) * normal("perturbation")
-        batch["cut"] = np.array([(d.entry.height, d.entry.width, *d.geometry.corner, *d.geometry.shape) for d in draws], np.float32)
+        batch["w"] = batch["w"] * np.array([d.counts for d in draws], np.float32)
+        batch["cut"] = np.array([(*d.entry.size, *d.geometry.corner, *d.geometry.shape) for d in draws], np.float32)
         batch |= {name: array for name, array in pictures.items() if name not in self.family.latent}
         return batch | self.texts(draws)
 
@@ -151,8 +152,10 @@ class Stream:
         draws = []
         for i, entry in enumerate(entries):
             for k in range(timesteps):
-                draws.append(Draw(i * timesteps + k, entry, self.watched(entry), entry.captions[0], False, (k + 0.5) / timesteps))
+                draws.append(Draw(i * timesteps + k, entry, self.watched(entry), entry.captions[0], False, True, (k + 0.5) / timesteps))
         share = self.batch_size // world
-        for start in range(0, len(draws), self.batch_size):
-            mine = draws[start + rank * share : start + (rank + 1) * share]
-            yield len(mine), self.assemble((mine + [draws[0]] * share)[:share], "watch ")
+        for shape in sorted({d.geometry.shape for d in draws}):
+            alike = [d for d in draws if d.geometry.shape == shape]
+            for start in range(0, len(alike), self.batch_size):
+                mine = alike[start + rank * share : start + (rank + 1) * share]
+                yield len(mine), self.assemble((mine + [alike[0]] * share)[:share], "watch ")
