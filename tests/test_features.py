@@ -1,7 +1,9 @@
 """A cache may save time; it may never change a number: cached equals uncached to the bit, although encoders feel the shape of a batch."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import moments
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 
 from limner import features
-from limner.cache import Store
+from limner.cache import Memory, Store
 from limner.families import FAMILIES
+from limner.faults import DiskFault, InputFault
 from limner.features import Encoded, Picture
 
 SD = FAMILIES["sd"]
@@ -28,10 +31,14 @@ class Sensitive:
         mean = pixels[:, :, ::4, ::4] * np.float32(1 + len(pixels) * 1e-6)
         return mean, np.abs(mean) + 1
 
-    def text(self, name: str, tokenizer: str, captions: list[str]) -> np.ndarray:
-        self.shapes.append((name, len(captions)))
+    def tokens(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
         self.seen += captions
-        return np.stack([np.full((3, 2), sum(map(ord, c)) * (1 + len(captions) * 1e-6), np.float32) for c in captions])
+        return np.array([[[sum(map(ord, c))] * 3] * chunks for c in captions])
+
+    def text(self, name: str, ids: np.ndarray, skip: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        self.shapes.append((name, len(ids)))
+        states = np.repeat(ids[:, :, None] * (1 + len(ids) * 1e-6), 2, axis=2).astype(np.float32)
+        return states, states[:, 0]
 
 
 def square(i: int) -> np.ndarray:
@@ -39,7 +46,7 @@ def square(i: int) -> np.ndarray:
 
 
 def requests(numbers: Sequence[int], cached: Callable[[int], bool] = lambda i: True) -> list[Picture]:
-    return [(f"key {i}" if cached(i) else None, lambda i=i: square(i)) for i in numbers]
+    return [Picture(f"key {i}" if cached(i) else None, (8, 8), lambda i=i: square(i)) for i in numbers]
 
 
 def encoded(folder: Path | None, parts: Sensitive, batch: int = 4) -> Encoded:
@@ -69,7 +76,7 @@ def test_cached_equals_uncached_to_the_bit(tmp_path: Path, numbers: list[int]) -
     again = encoded(tmp_path, used)
     equal(again.images(requests(numbers)), images)
     equal(again.texts([CAPTIONS[i % 4] for i in numbers]), texts)
-    assert used.shapes == [] and again.complete and not plain.complete
+    assert used.shapes == [] and not again.lacks(requests(numbers), CAPTIONS) and again.lacks(requests([77]), CAPTIONS)
 
 
 def test_encoders_see_one_batch_shape_only(tmp_path: Path) -> None:
@@ -152,9 +159,58 @@ def test_other_processes_rows_are_seen_after_a_refresh(tmp_path: Path) -> None:
     mine, other = Sensitive(), encoded(tmp_path, Sensitive())
     made = encoded(tmp_path, mine)
     other.fill_texts(["theirs"], lambda: None)
-    made.refresh()
+    assert not made.lacks([], ["theirs"]) and made.lacks([], ["nobody's"])
     made.texts(["theirs"])
     assert mine.shapes == []
+
+
+def test_rounding_is_the_same_cached_or_not(tmp_path: Path) -> None:
+    plain, parts = Encoded(SD, Sensitive, None, None, 4, dtype="float16"), Sensitive()
+    made = Encoded(SD, lambda: parts, Store(tmp_path / "p"), Memory(), 4, dtype="float16")
+    made.fill_images(requests(range(6)), lambda: None)
+    made.fill_texts(CAPTIONS, lambda: None)
+    parts.shapes.clear()
+    equal(made.images(requests([5, 1])), plain.images(requests([5, 1])))
+    equal(made.texts(CAPTIONS), plain.texts(CAPTIONS))
+    assert parts.shapes == [] and made.image_store.get(["key 1"])["mean"].dtype == np.float16  # type: ignore[union-attr]
+    exact = encoded(None, Sensitive()).images(requests([5, 1]))["mean"]
+    assert 0 < np.abs(plain.images(requests([5, 1]))["mean"] - exact).max() < 1e-3
+    with pytest.raises(InputFault, match="context has numbers beyond what float16 can hold"):
+        plain.texts(["\U0010ffff"])
+
+
+def test_shapes_are_encoded_and_kept_apart(tmp_path: Path) -> None:
+    parts = Sensitive()
+    sizes = {i: (8, 8) if i % 3 else (4, 12) for i in range(10)}
+    asked = [Picture(f"key {i}", sizes[i], lambda i=i: np.resize(square(i), (*sizes[i], 3))) for i in range(10)]
+    made = encoded(tmp_path, parts)
+    made.fill_images(asked, lambda: None)
+    assert len(list((tmp_path / "picture-x").iterdir())) == 2 and {size for _, size in parts.shapes} == {4} and len(parts.shapes) == 3
+    parts.shapes.clear()
+    for i in range(10):
+        equal(made.images([asked[i]]), encoded(None, Sensitive()).images([asked[i]]))
+    assert parts.shapes == []
+
+
+def test_too_little_room_is_known_after_the_first_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, free = encoded(tmp_path, parts := Sensitive()), SimpleNamespace(free=2 * 200 * 96 - 1)
+    monkeypatch.setattr(features, "SHARD", 3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    made.world = 2
+    with pytest.raises(DiskFault, match=f"{tmp_path}/picture-x: 0 MiB are needed for what is not encoded yet, 0 MiB are free. Make room, set data.cache"):
+        made.fill_images(requests(range(200)), lambda: None)
+    assert len(parts.shapes) == 1 and not list((tmp_path / "picture-x").iterdir())
+    free.free += 1
+    made.fill_images(requests(range(200)), lambda: None)
+    assert not made.lacks(requests(range(200)), [])
+
+
+def test_a_loader_s_fault_comes_out_as_it_is(tmp_path: Path) -> None:
+    def fail() -> np.ndarray:
+        raise InputFault("picture 7 is gone")
+
+    with pytest.raises(InputFault, match=r"^picture 7 is gone$"):
+        encoded(tmp_path, Sensitive()).fill_images([*requests(range(7)), Picture("key 7", (8, 8), fail)], lambda: None)
 
 
 def test_real_encoders_do_not_feel_place_or_neighbours(base: Path) -> None:
@@ -165,8 +221,8 @@ def test_real_encoders_do_not_feel_place_or_neighbours(base: Path) -> None:
 
     parts = TorchParts(open_base(Model(base=str(base)), SD), _cpu())
     made = Encoded(SD, lambda: parts, None, None, 3)
-    alone = [made.encode_images([("", lambda i=i: np.kron(square(i), np.ones((4, 4, 1), np.uint8)))]) for i in range(3)]
-    together = made.encode_images([("", lambda i=i: np.kron(square(i), np.ones((4, 4, 1), np.uint8))) for i in (2, 0, 1)])
+    alone = [made.encode_images([np.kron(square(i), np.ones((4, 4, 1), np.uint8))]) for i in range(3)]
+    together = made.encode_images([np.kron(square(i), np.ones((4, 4, 1), np.uint8)) for i in (2, 0, 1)])
     for place, i in enumerate((2, 0, 1)):
         equal({name: array[place : place + 1] for name, array in together.items()}, alone[i])
     words = ["a red circle", "", "a blue circle of a photo"]

@@ -35,9 +35,7 @@ def by_hand(base: Path, pictures: Path, adapt: config.Adapt, zeros: bool) -> tup
 
     pipe = StableDiffusionXLPipeline.from_pretrained(base)
     nets = {"unet": pipe.unet} | ({"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2} if adapt.text_encoders else {})
-    learned = (
-        lora.add(nets, adapt, training.FAMILIES["sdxl"], SEED) if adapt.kind == "lora" else dict(pipe.unet.requires_grad_(True).named_parameters())
-    )
+    learned = lora.add(nets, adapt, training.FAMILIES["sdxl"], SEED) if adapt.kind == "lora" else dict(pipe.unet.requires_grad_(True).named_parameters())
     if adapt.kind == "lora":  # both matrices, else the gradient of the first is zero at the start
         for name, p in learned.items():
             if ".lora_B." in name:

@@ -184,14 +184,14 @@ def test_a_picture_that_changes_or_goes_during_the_run_is_named(tmp_path: Path) 
     entry = dataclasses.replace(entry, digest=durable.digest(path))
     (geometry,) = made.variants(entry) or ()
     good.encoded.fill_images([good.picture(entry, geometry)], lambda: None)
-    key, load = good.picture(entry, dataclasses.replace(geometry, flip=True))
+    flipped = good.picture(entry, dataclasses.replace(geometry, flip=True))
     Image.new("RGB", (16, 24)).save(path)
     with pytest.raises(InputFault, match="the picture is another than when the run began"):
-        good.encoded.fill_images([(key, load)], lambda: None)
+        good.encoded.fill_images([flipped], lambda: None)
     path.unlink()
     with pytest.raises(InputFault, match=r"picture 0: .*No such file"):
-        load()
-    assert key not in good.encoded.image_store  # type: ignore[operator]
+        flipped.load()
+    assert flipped.key not in good.encoded.image_store  # type: ignore[operator]
 
 
 def test_noise_offset_and_input_perturbation() -> None:
@@ -243,19 +243,19 @@ def test_variants_are_all_there_is() -> None:
 def test_a_picture_s_key_says_all_it_depends_on() -> None:
     made = stream(flip=True)
     entry = made.entries[0]
-    keys = {made.picture(entry, g)[0] for g in made.variants(entry) or ()}
+    keys = {made.picture(entry, g).key for g in made.variants(entry) or ()}
     assert len(keys) == 2
     geometry = (made.variants(entry) or [])[0]
     others = [dict(resample="box"), dict(background="black"), dict(size=4), dict(crop="random", crops=1)]
     for changed in others:
         other = stream(**({"flip": True} | changed))
-        keys |= {other.picture(entry, g)[0] for g in (other.variants(entry) or [])[:1]}
-    keys.add(made.picture(dataclasses.replace(entry, digest="another"), geometry)[0])
-    keys.add(made.picture(entry, dataclasses.replace(geometry, height=13))[0])
+        keys |= {other.picture(entry, g).key for g in (other.variants(entry) or [])[:1]}
+    keys.add(made.picture(dataclasses.replace(entry, digest="another"), geometry).key)
+    keys.add(made.picture(entry, dataclasses.replace(geometry, height=13)).key)
     assert len(keys) == 2 + len(others) + 2 and None not in keys
-    assert made.picture(entry, geometry, cached=False)[0] is None
+    assert made.picture(entry, geometry, cached=False).key is None
     renamed = dataclasses.replace(entry, row=entry.row, key="moved.png", captions=("other",))
-    assert made.picture(renamed, geometry)[0] == made.picture(entry, geometry)[0]
+    assert made.picture(renamed, geometry).key == made.picture(entry, geometry).key
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

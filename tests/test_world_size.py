@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from limner import checkpoint, config, signals, training
+from limner import checkpoint, config, encoding, signals, training
 from limner.engines.torch import world
 from limner.faults import InputFault, Stopped
 
@@ -251,14 +251,15 @@ def test_a_stop_while_encoding_is_heard_by_all_before_one_leaves(mine: bool) -> 
 
     def any_of_all(flag: bool) -> bool:
         met.append(flag)
-        return True
+        return len(met) == 2  # first: whether one has a fault
 
     process = SimpleNamespace(rank=0, world=2, any=any_of_all)
     stream = SimpleNamespace(entries=(), encoded=SimpleNamespace(fill_texts=fill, fill_images=fill))
+    alone = {"verified": False, "held_out": ()}
     family, data = SimpleNamespace(tokenizers=()), SimpleNamespace(drop_caption=0.0)
     job = SimpleNamespace(
-        stream=stream, held_out=(), process=process, stop=stop, family=family, cfg=SimpleNamespace(data=data), engine=SimpleNamespace(parts=lambda: None)
+        stream=stream, **alone, process=process, stop=stop, family=family, cfg=SimpleNamespace(data=data), engine=SimpleNamespace(parts=lambda: None)
     )
     with pytest.raises(Stopped, match="stopped before training began"):
-        training.encode(job)  # type: ignore[arg-type]
-    assert met == [mine]
+        encoding.encode(job)  # type: ignore[arg-type]
+    assert met == [False, mine]

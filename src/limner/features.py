@@ -3,85 +3,168 @@
 Another batch shape moves the last bits of an encoder's output, so every call sees ``batch`` examples, padded; cached or not, the numbers are equal.
 """
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from limner.cache import Store
+from limner.cache import Rows
 from limner.data import image
+from limner.data.prefetch import prefetch
 from limner.family import Family, Features, Parts, tokenize, told
+from limner.faults import InputFault
 
 SHARD = 64  # rows that are encoded before they are written
 T = TypeVar("T")
-Picture = tuple[str | None, Callable[[], np.ndarray]]  # key (None: not cached), and what loads it: uint8 [H, W, 3]
+Check = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The request for one cut picture."""
+
+    key: str | None  # all that its features depend on, besides the encoder; None: not cached
+    shape: tuple[int, int]  # height and width of what is cut
+    load: Callable[[], np.ndarray]  # uint8 [height, width, 3]
 
 
 class Encoded:
-    """Features by request: from the stores where they hold them, else from the encoders."""
+    """Features by request: from where they are kept, else from the encoders; float32, whatever ``dtype`` they are rounded to.
 
-    def __init__(self, family: Family, parts: Callable[[], Parts], images: Store | None, texts: Store | None, batch: int, chunks: int = 1):
-        self.chunks = chunks
+    Args:
+        parts: gives the encoders, which load what is asked of them.
+        images, texts: where features are kept; None: they are encoded each time.
+        batch: examples that an encoder sees at once.
+        chunks: of a caption.
+        dtype: what features are rounded to, kept or not.
+        threads: that decode pictures beside the encoder while rows are filled in.
+    """
+
+    def __init__(
+        self, family: Family, parts: Callable[[], Parts], images: Rows | None, texts: Rows | None, batch: int, *, chunks: int = 1,
+        dtype: Literal["float32", "float16"] = "float32", threads: int = 4, world: int = 1,
+    ):  # fmt: skip
         self.family, self.parts, self.image_store, self.text_store, self.batch = family, parts, images, texts, batch
+        self.chunks, self.dtype, self.threads, self.world = chunks, np.dtype(dtype), threads, world
         self.busy = threading.Lock()
 
     def images(self, pictures: Sequence[Picture]) -> Features:
-        """Image features of a batch, in its order."""
-        return self._through(self.image_store, pictures, [key for key, _ in pictures], self.encode_images)
+        """Image features of a batch of one shape, in its order."""
+        keys = [picture.key for picture in pictures]
+        if (found := self.kept(self.image_store, keys)) is not None:
+            return wide(found)
+        loaded = [picture.load() for picture in pictures]
+        with self.busy:
+            return wide(self.encode_images(loaded))
 
     def texts(self, captions: Sequence[str]) -> Features:
         """Text features of a batch, in its order."""
-        return self._through(self.text_store, captions, list(captions), self.encode_texts)
-
-    def fill_images(self, pictures: Sequence[Picture], check: Callable[[], None]) -> None:
-        """Encode and store the pictures that are not stored yet; ``check`` may raise between two shards."""
-        self._fill(self.image_store, {key: (key, load) for key, load in pictures if key is not None}, self.encode_images, "encoding pictures", check)
-
-    def fill_texts(self, captions: Sequence[str], check: Callable[[], None]) -> None:
-        """Encode and store the captions that are not stored yet."""
-        self._fill(self.text_store, {c: c for c in captions}, self.encode_texts, "encoding captions", check)
-
-    def refresh(self) -> None:
-        """See what other processes have stored."""
-        for store in (self.image_store, self.text_store):
-            if store is not None:
-                store.refresh()
+        if (found := self.kept(self.text_store, captions)) is not None:
+            return wide(found)
+        with self.busy:
+            return wide(self.encode_texts(captions))
 
     def tokens(self, captions: Sequence[str]) -> Features:
         """Token ids of a batch, for text encoders that are being trained."""
         with self.busy:
             return tokenize(self.family, self.parts(), list(captions), self.chunks)
 
-    def encode_images(self, pictures: Sequence[Picture]) -> Features:
-        return self._padded([load() for _, load in pictures], lambda part: self.family.image(self.parts(), image.pixels(np.stack(part))))
+    def fill_images(self, pictures: Sequence[Picture], check: Check) -> None:
+        """Encode and keep the pictures that are not kept yet, shape by shape; ``check`` may raise between two shards."""
+        if self.image_store is None:
+            return
+        wanted = {picture.key: picture for picture in pictures if picture.key is not None}
+        missing = [wanted[key] for key in self.image_store.missing(wanted)]
+        missing.sort(key=lambda picture: picture.shape)
+        with contextlib.closing(prefetch(lambda i: missing[i].load(), 0, len(missing), threads=self.threads, ahead=2 * self.batch)) as loaded:
+            self.fill(self.image_store, [(p.shape, p.key) for p in missing], loaded, self.encode_images, "encoding pictures", check)
+
+    def fill_texts(self, captions: Sequence[str], check: Check) -> None:
+        """Encode and keep the captions that are not kept yet."""
+        if self.text_store is not None:
+            missing = self.text_store.missing(dict.fromkeys(captions))
+            self.fill(self.text_store, [((0, 0), caption) for caption in missing], iter(missing), self.encode_texts, "encoding captions", check)
+
+    def lacks(self, pictures: Sequence[Picture], captions: Sequence[str]) -> bool:
+        """Whether something is not kept that could be; looks at what other processes have stored, too."""
+        for store in (self.image_store, self.text_store):
+            if store is not None:
+                store.refresh()
+        keys = [picture.key for picture in pictures if picture.key is not None]
+        held = self.image_store is None or all(key in self.image_store for key in keys)
+        return not (held and (self.text_store is None or all(caption in self.text_store for caption in captions)))
+
+    def encode_images(self, loaded: Sequence[np.ndarray]) -> Features:
+        return self.padded(list(loaded), lambda part: self.family.image(self.parts(), image.pixels(np.stack(part))))
 
     def encode_texts(self, captions: Sequence[str]) -> Features:
-        return self._padded(list(captions), lambda part: told(self.family, self.parts(), tokenize(self.family, self.parts(), part, self.chunks)))
+        return self.padded(list(captions), lambda part: told(self.family, self.parts(), tokenize(self.family, self.parts(), part, self.chunks)))
 
-    def _through(self, store: Store | None, requests: Sequence[T], keys: list[str | None], encode: Callable[[Sequence[T]], Features]) -> Features:
-        if store is not None and all(key in store for key in keys if key is not None) and None not in keys:
-            return store.get([key for key in keys if key is not None])
-        with self.busy:
-            return encode(requests)
+    def kept(self, store: Rows | None, keys: Sequence[str | None]) -> Features | None:
+        """The rows of all keys, or None where one is not kept."""
+        known = [key for key in keys if key is not None]
+        if store is None or len(known) < len(keys) or not all(key in store for key in known):
+            return None
+        return store.get(known)
 
-    def _padded(self, items: list[T], encode: Callable[[list[T]], Features]) -> Features:
+    def padded(self, items: list[T], encode: Callable[[list[T]], Features]) -> Features:
+        """Features of any number of items, from batches of one size."""
         parts = []
         for start in range(0, len(items), self.batch):
             part = items[start : start + self.batch]
             made = encode(part + [part[-1]] * (self.batch - len(part)))
             parts.append({name: array[: len(part)] for name, array in made.items()})
-        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        return self.rounded({name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
 
-    def _fill(self, store: Store | None, requests: dict[str, T], encode: Callable[[Sequence[T]], Features], what: str, check: Callable[[], None]) -> None:
-        if store is None:
-            return
-        missing = {key: request for key, request in requests.items() if key not in store}
-        with tqdm(total=len(missing), desc=what, disable=None if missing else True) as bar:
-            items = iter(missing.items())
-            while chunk := list(islice(items, SHARD)):
+    def rounded(self, features: Features) -> Features:
+        """Features as they are kept.
+
+        Raises:
+            InputFault: when a number is too large for ``data.cache_dtype``.
+        """
+        if self.dtype == np.float32:
+            return features
+        out = {}
+        for name, array in features.items():
+            with np.errstate(over="ignore"):
+                out[name] = array.astype(self.dtype) if array.dtype == np.float32 else array
+            if not np.array_equal(np.isfinite(out[name]), np.isfinite(array)):
+                raise InputFault(f'data.cache_dtype: {name} has numbers beyond what float16 can hold; set data.cache_dtype="float32"')
+        return out
+
+    def fill(
+        self,
+        store: Rows,
+        keys: list[tuple[tuple[int, int], str | None]],
+        items: Iterator[T],
+        encode: Callable[[Sequence[T]], Features],
+        what: str,
+        check: Check,
+    ) -> None:
+        """Encode ``items``, whose shapes and keys are ``keys``, and keep them, a shard of one shape at a time."""
+        with tqdm(total=len(keys), desc=what, disable=None if keys else True) as bar:
+            done = 0
+            while done < len(keys):
                 check()
-                store.put([key for key, _ in chunk], encode([request for _, request in chunk]))
+                chunk = [str(key) for shape, key in keys[done : done + SHARD] if shape == keys[done][0]]
+                features = encode(list(islice(items, len(chunk))))
+                if done == 0:
+                    store.check_room(self.world * len(keys) * row_bytes(features))
+                store.put(chunk, features)
+                done += len(chunk)
                 bar.update(len(chunk))
+
+
+def wide(features: Features) -> Features:
+    """Float32 in place of float16."""
+    return {name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in features.items()}
+
+
+def row_bytes(features: Features) -> int:
+    """Bytes of one row."""
+    return sum(array[:1].nbytes for array in features.values())

@@ -11,8 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from limner import base, checkpoint, config, durable, engines, export, generate, log, plan, rng, schedule, snapshot
-from limner.cache import Store
+from limner import base, checkpoint, config, durable, encoding, engines, export, generate, log, plan, rng, schedule, snapshot
 from limner.data import buckets, index, records, sets
 from limner.data.order import Order
 from limner.data.prefetch import prefetch
@@ -50,16 +49,18 @@ class Run:
     identity: dict[str, Any]
     tell: Tell
     stop: Stop
+    verified: bool = False  # whether all that can be cached is, in every process
 
     @property
     def folder(self) -> Path:
         return Path(self.cfg.run)
 
 
-def run(cfg: config.Config, source: records.Source | None = None, tell: Tell = say) -> Path:
+def run(cfg: config.Config, source: records.Source | None = None, tell: Tell = say, *, only_encode: bool = False) -> Path:
     """Train as the config says, going on from the newest good checkpoint; returns the folder that holds the result.
 
     Args:
+        only_encode: fill the caches, so that training will load no encoder, and stop there.
         source: pictures and captions of one's own, any object with ``len`` and ``[i] -> Record``; else ``data.folder`` or ``data.hub``.
         tell: receives what is worth saying, a line at a time.
 
@@ -77,6 +78,8 @@ def run(cfg: config.Config, source: records.Source | None = None, tell: Tell = s
             cfg = replace(cfg, engine=replace(cfg.engine, precision=process.precision))  # type: ignore[arg-type]
             with told_once():
                 job = prepare(cfg, source, process, tell, stop)
+            if only_encode:
+                return encoding.encode_only(job)
             if job.found is not None and is_finished(job):
                 tell(f"{job.folder}: finished at step {job.found.step}; nothing to do. Ask for more with train.steps.")
                 return job.folder
@@ -84,7 +87,7 @@ def run(cfg: config.Config, source: records.Source | None = None, tell: Tell = s
             settings = {**config.plain(cfg), "train": {**config.plain(cfg.train), "seed": job.plan.seed}}
             process.first(lambda: durable.write_text(job.folder / "config.json", json.dumps(log.redact(settings), indent=1)))
             if job.found is None or job.found.step < job.plan.steps:
-                encode(job)
+                encoding.encode(job)
                 train(job)
             process.first(lambda: finish(job))
     return Path(cfg.run)
@@ -119,7 +122,8 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
         if numbers.steps < found.step:
             tell(f"checkpoint-{found.step} is past the {numbers.steps} steps that are asked for")
     engine = engines.open_engine(cfg, opened, family, process, numbers.micro, tell)
-    encoded = Encoded(family, engine.parts, *stores(cfg, family, opened, process, tell), cfg.engine.encode_batch, cfg.data.chunks)
+    kept, how = encoding.stores(cfg, family, opened, process, tell), encoding.feature_settings(cfg, process)
+    encoded = Encoded(family, engine.parts, *kept, cfg.engine.encode_batch, **how)
     stream = Stream(
         learned, order(numbers.batch), source, cfg.data, cfg.objective, objective, family, opened.configs, encoded, seed=numbers.seed, batch_size=numbers.batch,
         text_encoders=cfg.adapt.text_encoders,
@@ -170,31 +174,12 @@ def found_at(folder: Path, resume: str, tell: Tell) -> str | None:
 
 def look(source: records.Source, cfg: config.Config, tell: Tell) -> dict[str, Any]:
     """Read every record once; what is bad is refused, or written to ``skipped.jsonl``."""
-    known = None if cfg.data.cache == "off" else cache_folder(cfg) / "known-pictures.json"
+    known = None if cfg.data.cache == "off" else encoding.cache_folder(cfg) / "known-pictures.json"
     looked = index.look(source, cfg.data, known=known, tell=tell)
     if looked.skipped:
         index.write_skipped(Path(cfg.run), looked.skipped)
         tell(f"{Path(cfg.run) / index.SKIPPED} names each of them, with the reason")
     return looked.to_plain()
-
-
-def cache_folder(cfg: config.Config) -> Path:
-    """Where encoded pictures and captions are kept."""
-    return durable.user_cache() if cfg.data.cache == "auto" else Path(cfg.data.cache)
-
-
-def stores(cfg: config.Config, family: Family, opened: base.Base, process: World, tell: Tell) -> tuple[Store | None, Store | None]:
-    """The caches of picture and caption features, each named by what its numbers depend on."""
-    if cfg.data.cache == "off":
-        return None, None
-    root, how = cache_folder(cfg), [2, family.name, cfg.engine.kind, cfg.engine.encode_batch, cfg.engine.tf32, *engines.arithmetic(process)]
-    half = process.precision if cfg.model.vae is not None else "no"
-
-    def store(kind: str, settings: list[Any], parts: tuple[str, ...]) -> Store:
-        return Store(root / f"{kind}-{durable.digest_json([how, settings, process.first(partial(opened.fingerprint, *parts))])}", tell)
-
-    captions = None if cfg.adapt.text_encoders else store("caption", [cfg.data.chunks], (*family.captions, *family.tokenizers))
-    return store("picture", [half], family.pictures), captions
 
 
 def is_finished(job: Run) -> bool:
@@ -203,30 +188,6 @@ def is_finished(job: Run) -> bool:
         return False
     step, hub = job.found.step, job.cfg.export.hub
     return job.process.first(lambda: export.result_is_whole(job.folder, step) and (hub is None or export.is_pushed(job.folder, hub)))
-
-
-def encode(job: Run) -> None:
-    """Fill the caches, each process its share, and let go of the encoders when training will not need them."""
-    entries = (*job.stream.entries, *job.held_out)
-    captions = list(dict.fromkeys(c for e in entries for c in e.captions)) + ([""] if job.cfg.data.drop_caption else [])
-    requests = [job.stream.picture(e, g) for e in job.stream.entries for g in job.stream.variants(e) or ()]
-    requests += [job.stream.picture(e, job.stream.watched(e)) for e in job.held_out]
-    parts, pairs = job.engine.parts(), [(e.key, c) for e in entries for c in e.captions]
-    for tokenizer in job.family.tokenizers:
-        limit = job.cfg.data.chunks * (parts.limit(tokenizer) - 2) + 2
-        if long := index.caption_report(pairs, partial(parts.lengths, tokenizer), limit):
-            named = ", ".join(f"{o.key} ({o.tokens})" for o in long[:10])
-            job.tell(f"{len(long)} captions have more than the {limit} tokens that the text encoder sees and are cut: {named}")
-    mine = slice(job.process.rank, None, job.process.world)
-    with contextlib.suppress(Stopped):  # until all have heard of it
-        job.stream.encoded.fill_texts(captions[mine], job.stop.check)
-        job.stream.encoded.fill_images(requests[mine], job.stop.check)
-    job.stop.asked = job.process.any(job.stop.asked)
-    job.stop.check()
-    job.stream.encoded.refresh()
-    pictures = job.stream.encoded.image_store is not None and all(job.stream.variants(e) is not None for e in job.stream.entries)
-    texts = job.stream.encoded.text_store is not None
-    job.engine.release([*(job.family.pictures if pictures else ()), *((*job.family.captions, *job.family.tokenizers) if texts else ())])
 
 
 def train(job: Run) -> State:

@@ -109,7 +109,8 @@ class Stream:
                 raise InputFault(f"{entry.key}: {reason}. It was good when the run began; put it back and run the same command again.") from error
             return image.cut(decoded, geometry, self.data.resample)
 
-        return (f"{entry.digest} {geometry} {self.data.resample} {self.data.background}" if cached else None), load
+        key = f"{entry.digest} {geometry} {self.data.resample} {self.data.background}"
+        return Picture(key if cached else None, geometry.shape, load)
 
     def assemble(self, draws: list[Draw], kind: str) -> Batch:
         """Features, clean latents, noise and the objective's numbers for some draws; ``kind`` sets its noise apart from training's."""
