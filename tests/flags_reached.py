@@ -2,6 +2,9 @@
 
 from typing import Any
 
+BIAS: dict[str, Any] = {
+    f"objective.timestep_bias.{name}": value for name, value in (("strategy", "later"), ("multiplier", 1.0), ("portion", 0.25), ("begin", 0), ("end", 1000))
+}
 REACHED: dict[str, tuple[str, dict[str, Any]]] = {  # flag: a command line with it, and all settings that then differ from those without any
     "pretrained_model_name_or_path": ("--pretrained_model_name_or_path=me/base", {"model.base": "me/base"}),
     "revision": ("--revision=main", {"model.revision": "main"}),
@@ -69,4 +72,17 @@ REACHED: dict[str, tuple[str, dict[str, Any]]] = {  # flag: a command line with 
     "hub_token": ("--hub_token=hf_secret", {}),
     "local_rank": ("--local_rank=1", {}),
     "output_dir": ("--output_dir=there", {"run": "there"}),
+    "pretrained_vae_model_name_or_path": ("--pretrained_vae_model_name_or_path=me/vae", {"model.vae": "me/vae"}),
+    "enable_npu_flash_attention": ("--enable_npu_flash_attention", {}),
+    "proportion_empty_prompts": ("--proportion_empty_prompts=0.2", {"data.drop_caption": 0.2}),
+    "timestep_bias_strategy": ("--timestep_bias_strategy=later", BIAS),
+    "timestep_bias_multiplier": (
+        "--timestep_bias_strategy=later --timestep_bias_multiplier=2",
+        BIAS | {"objective.timestep_bias.multiplier": 2.0},
+    ),
+    "timestep_bias_begin": ("--timestep_bias_strategy=later --timestep_bias_begin=5", BIAS | {"objective.timestep_bias.begin": 5}),
+    "timestep_bias_end": ("--timestep_bias_strategy=later --timestep_bias_end=9", BIAS | {"objective.timestep_bias.end": 9}),
+    "timestep_bias_portion": ("--timestep_bias_strategy=later --timestep_bias_portion=0.5", BIAS | {"objective.timestep_bias.portion": 0.5}),
+    "train_text_encoder": ("--train_text_encoder", {"adapt.text_encoders": True}),
+    "debug_loss": ("--debug_loss", {}),
 }

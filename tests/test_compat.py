@@ -23,7 +23,7 @@ from limner.faults import InputFault
 HERE = Path(__file__).parent
 REFERENCE = json.loads((HERE / "data" / "diffusers_flags.json").read_text())
 BASE = ["--pretrained_model_name_or_path=base", "--train_data_dir=pictures"]
-FULL, LORA = SCRIPTS
+FULL, LORA, XL, XL_LORA = SCRIPTS
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "jax", "numpy")
 
 
@@ -67,8 +67,8 @@ def test_the_flags_are_those_of_the_namesake(script):
     assert [action.option_strings for action in diffusers.parser(script)._actions if len(action.option_strings) > 1] == [["-h", "--help"]]
 
 
-def test_the_two_reference_lists_have_the_size_that_was_read_from_diffusers():
-    assert [len(REFERENCE[f"{script}.py"]) for script in SCRIPTS] == [57, 51]
+def test_the_reference_lists_have_the_size_that_was_read_from_diffusers():
+    assert [len(REFERENCE[f"{script}.py"]) for script in SCRIPTS] == [57, 51, 59, 55]
 
 
 def test_a_flag_may_be_shortened_as_long_as_it_is_the_only_one():
@@ -85,7 +85,7 @@ SPELT = {("validation_epochs", FULL): ("--validation_prompts cat --validation_ep
 def test_every_flag_has_a_place(script, name):
     line, expected = SPELT.get((name, script), REACHED[name])
     before, after = settings(config(script)), settings(config(script, *line.split()))
-    assert {key: value for key, value in after.items() if value != before[key]} == expected
+    assert {key: value for key, value in after.items() if value != before.get(key)} == expected
     if not expected:
         says = SCRIPTS[script].flags[name].says
         assert remarks(script, *line.split()) == [f"--{name}: {says}"] and len(says.split()) > 5
@@ -115,6 +115,14 @@ PLAIN = {  # what differs from a recipe's defaults when only a model and a folde
     "log.to": ["tensorboard"],
     "log.project": "text2image-fine-tune",
 }
+PLAIN_XL = PLAIN | {
+    "run": "sdxl-model-finetuned",
+    "model.family": "sdxl",
+    "data.size": 1024,
+    "data.empty_caption": "encoded",
+    "log.project": "text2image-fine-tune-sdxl",
+}
+PLAIN_XL = {k: v for k, v in PLAIN_XL.items() if k != "preview.steps"} | {"preview.guidance_scale": 5.0}
 PLAIN_LORA = PLAIN | {"run": "sd-model-finetuned-lora", "adapt.kind": "lora", "preview.steps": 30}
 
 
@@ -126,6 +134,10 @@ def changed(cfg):
 def test_without_further_flags_the_run_is_what_diffusers_runs():
     assert changed(config(FULL)) == PLAIN
     assert changed(config(LORA)) == PLAIN_LORA
+    assert changed(config(XL)) == PLAIN_XL
+    assert changed(config(XL_LORA)) == PLAIN_XL | {
+        "run": "sd-model-finetuned-lora", "adapt.kind": "lora", "preview.steps": 50, "log.project": "text2image-fine-tune"
+    }  # fmt: skip
 
 
 def launched(guide):

@@ -101,7 +101,7 @@ def remarks(script: str, a: Namespace) -> list[str]:
     for name, flag in SCRIPTS[script].flags.items():
         if getattr(a, name) != flag.default and not flag.places:
             out.append(f"--{name}: {flag.says}")
-        elif getattr(a, name) != flag.default and flag.needs and getattr(a, flag.needs) in (None, False):
+        elif getattr(a, name) != flag.default and flag.needs and getattr(a, flag.needs) in (None, False, "none"):
             out.append(f"--{name} does nothing without --{flag.needs}")
     if a.max_train_steps is not None and a.num_train_epochs != SCRIPTS[script].flags["num_train_epochs"].default:
         out.append("--num_train_epochs gives way to --max_train_steps")

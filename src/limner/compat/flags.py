@@ -172,6 +172,7 @@ COMMON = {
 # Another value on resume is applied, and said, where the diffusers scripts take the checkpoint's and stay silent.
 ALLOWED = ["learning_rate", "schedule", "warmup", "betas", "weight_decay", "eps", "max_grad_norm"]
 SETTINGS = {"model.family": "sd", "preview.guidance_scale": 7.5, "checkpoint.allow": [f"optim.{name}" for name in ALLOWED]}
+SETTINGS_XL = SETTINGS | {"model.family": "sdxl", "preview.guidance_scale": 5.0, "data.empty_caption": "encoded"}
 PROJECT = "text2image-fine-tune"
 
 
@@ -182,6 +183,27 @@ def previews(count: int | None, epochs: int, prompt: Flag) -> dict[str, Flag]:
     pictures = Flag(int, count, "preview.count", "pictures of the prompt; 0 for none", lambda a: a.num_validation_images if prompts(a) else None, needs=name)
     return {name: prompt, "validation_epochs": every} | ({"num_validation_images": pictures} if count is not None else {})
 
+
+def timestep_bias(a: Namespace) -> dict[str, Any] | None:
+    """The table of the bias, or None where all timesteps are drawn alike."""
+    if a.timestep_bias_strategy == "none":
+        return None
+    names = ("strategy", "multiplier", "begin", "end", "portion")
+    return {"objective.timestep_bias": {name: getattr(a, f"timestep_bias_{name}") for name in names}}
+
+
+def bias(kind: type, default: Any, says: str, choices: tuple[str, ...] | None = None) -> Flag:
+    """One of the flags that make up the bias."""
+    return Flag(kind, default, "objective.timestep_bias", says, timestep_bias, choices, needs="" if choices else "timestep_bias_strategy")
+
+
+XL = {
+    "pretrained_vae_model_name_or_path": Flag(
+        str, None, "model.vae", "another autoencoder, a folder or a Hub repository, that is safe in half precision; without it the base's own runs in float32"
+    ),
+    "resolution": Flag(int, 1024, "data.size", "the shorter side is resized to this many pixels, then cropped square"),
+    "enable_npu_flash_attention": Flag(bool, False, "", "NPUs are not supported; PyTorch's own memory-efficient attention is used, which is the default"),
+}
 
 SCRIPTS = {
     "train_text_to_image": Script(
@@ -221,5 +243,35 @@ SCRIPTS = {
             "rank": Flag(int, 4, "adapt.rank", "rank of the added matrices; alpha is equal to it"),
         },
         SETTINGS | {"adapt.kind": "lora", "preview.steps": 30, "log.project": PROJECT},
+    ),
+    "train_text_to_image_sdxl": Script(
+        COMMON
+        | XL
+        | previews(4, 1, Flag(str, None, "preview.prompts", "pictures of it are made during training and at the end", prompts))
+        | {
+            "output_dir": Flag(str, "sdxl-model-finetuned", "run", "folder that receives checkpoints, metrics, previews and the result"),
+            "proportion_empty_prompts": Flag(float, 0, "data.drop_caption", "probability of an empty caption, drawn anew for each example"),
+            "use_ema": Flag(bool, False, "optim.ema", "keep a moving average of the weights, and export it", lambda a: 0.9999 if a.use_ema else None),
+            "timestep_bias_strategy": bias(str, "none", "which timesteps are drawn more often than others", ("earlier", "later", "range", "none")),
+            "timestep_bias_multiplier": bias(float, 1.0, "how many times as often"),
+            "timestep_bias_begin": bias(int, 0, "where range begins"),
+            "timestep_bias_end": bias(int, 1000, "where range ends"),
+            "timestep_bias_portion": bias(float, 0.25, "part of all timesteps, for earlier and later"),
+        },
+        SETTINGS_XL | {"adapt.kind": "full", "preview.steps": 25, "log.project": f"{PROJECT}-sdxl"},
+    ),
+    "train_text_to_image_lora_sdxl": Script(
+        COMMON
+        | XL
+        | previews(4, 1, Flag(str, None, "preview.prompts", "pictures of it are made during training and at the end", prompts))
+        | {
+            "output_dir": Flag(str, "sd-model-finetuned-lora", "run", "folder that receives checkpoints, metrics, previews and the result"),
+            "rank": Flag(int, 4, "adapt.rank", "rank of the added matrices; alpha is equal to it"),
+            "train_text_encoder": Flag(bool, False, "adapt.text_encoders", "adapters on both text encoders too"),
+            "debug_loss": Flag(
+                bool, False, "", "losses are not filed by picture; metrics.jsonl has the loss, and a loss that is not finite names its pictures"
+            ),
+        },
+        SETTINGS_XL | {"adapt.kind": "lora", "preview.steps": 50, "log.project": PROJECT},
     ),
 }
