@@ -15,7 +15,7 @@ FLOORS = [  # a name stands for a file or a folder; within a floor a file may im
     {"", "faults", "rng", "schedule", "config", "objective", "family", "engine", "durable", "tree"},
     {"families", "hub", "base", "checkpoint", "cache", "features", "data", "snapshot", "plan", "log", "bundled"},
     {"engines"},
-    {"signals", "watcher", "generate", "export", "encoding", "training", "bench", "show", "demo"},
+    {"signals", "watcher", "generate", "export", "encoding", "training", "bench", "check", "show", "demo"},
     {"cli", "__main__", "compat"},
 ]
 FRAMEWORKS = (

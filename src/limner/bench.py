@@ -21,7 +21,8 @@ from limner.objective import Objective
 
 WARM_UP = 2  # steps before the first that counts
 BLOCKS = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
-STAND_INS: dict[str, Configs] = {  # published configs, cut to what shapes depend on; the UNet of sd has 859,520,964 parameters
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon"}
+STAND_INS: dict[str, Configs] = {  # published configs, cut to what shapes depend on; the UNets have 859,520,964 and 2,567,463,684 parameters
     "sd": {
         "model_index": {"_class_name": "StableDiffusionPipeline", "_name": "Stable Diffusion 1.5", "unet": ["diffusers", "UNet2DConditionModel"]},
         "unet": {
@@ -32,8 +33,23 @@ STAND_INS: dict[str, Configs] = {  # published configs, cut to what shapes depen
         "vae": {"latent_channels": 4, "block_out_channels": [128, 256, 512, 512], "scaling_factor": 0.18215},
         "text_encoder": {"hidden_size": 768, "max_position_embeddings": 77},
         "tokenizer": {"model_max_length": 77},
-        "scheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon"},
-    }
+        "scheduler": NOISE,
+    },
+    "sdxl": {
+        "model_index": {"_class_name": "StableDiffusionXLPipeline", "_name": "Stable Diffusion XL 1.0", "unet": ["diffusers", "UNet2DConditionModel"]},
+        "unet": {
+            "_class_name": "UNet2DConditionModel", "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "layers_per_block": 2, "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048, "use_linear_projection": True, "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816, "norm_num_groups": 32, "norm_eps": 1e-5, "act_fn": "silu",
+            "flip_sin_to_cos": True, "freq_shift": 0,
+        },
+        "vae": {"latent_channels": 4, "block_out_channels": [128, 256, 512, 512], "scaling_factor": 0.13025},
+        "text_encoder": {"hidden_size": 768, "max_position_embeddings": 77}, "tokenizer": {"model_max_length": 77},
+        "text_encoder_2": {"hidden_size": 1280, "projection_dim": 1280, "max_position_embeddings": 77}, "tokenizer_2": {"model_max_length": 77},
+        "scheduler": NOISE,
+    },
 }  # fmt: skip
 
 
@@ -49,7 +65,7 @@ def run(cfg: config.Config, *, steps: int = 10, json_file: Path | None = None, t
     family = FAMILIES.get(cfg.model.family)
     if family is None:
         raise InputFault(f"model.family: {cfg.model.family!r} is not one of {', '.join(FAMILIES)}")
-    with contextlib.closing(engines.join(cfg.engine)) as process, open_weights(cfg.model, family, process) as (opened, weights):
+    with contextlib.closing(engines.join(cfg.engine)) as process, open_weights(cfg.model, family, process, cfg.adapt.text_encoders) as (opened, weights):
         figures = measure(cfg, opened, family, process, steps, tell) | {"weights": weights, "base": opened.name}
         if process.rank == 0:
             tell(table(figures))
@@ -152,7 +168,7 @@ def stand_in(cfg: config.Config, configs: Configs, family: Family, rows: int) ->
 
 
 @contextlib.contextmanager
-def open_weights(model: config.Model, family: Family, process: World) -> Iterator[tuple[Base, str]]:
+def open_weights(model: config.Model, family: Family, process: World, text_encoders: bool = False) -> Iterator[tuple[Base, str]]:
     """The recipe's base where it is a folder or in the Hub's cache; else random weights of full size, on disk while the block lasts. And what to call it."""
     if (folder := process.first(lambda: at_hand(model, family))) is not None:
         yield base.open_base(config.Model(base=folder, family=model.family, variant=model.variant), family), "the base's own"
@@ -160,6 +176,9 @@ def open_weights(model: config.Model, family: Family, process: World) -> Iterato
     if family.name not in STAND_INS:
         unknown = f"and bench knows no published config of family {family.name!r}"
         raise InputFault(f"model.base: {model.base} is not at hand, {unknown}. Give a folder in the diffusers layout.")
+    if text_encoders:
+        why = "and its text encoders, which learn, have no stand-in"
+        raise InputFault(f"model.base: {model.base} is not at hand, {why}. Give a folder in the diffusers layout.")
     configs = STAND_INS[family.name]
     path = Path(process.first(lambda: tempfile.mkdtemp(prefix="limner-bench-")))
     try:

@@ -19,8 +19,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="limner", description="Fine-tune text-to-image diffusion models.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     recipe = "settings as section.key=value, in TOML"
-    for name, text in (("train", "train, or go on training"), ("show", "print the resolved settings and batch arithmetic, and load nothing")):
+    about = {
+        "train": "train, or go on training",
+        "encode": "encode pictures and captions ahead of time; training then loads no encoder",
+        "check": "look at every picture and caption and tell what training would make of them",
+        "show": "print the resolved settings and batch arithmetic, and load nothing",
+    }
+    for name, text in about.items():
         verb = verbs.add_parser(name, help=text)
+        if name == "check":
+            verb.add_argument("--json", type=place, help="write the report to this file too")
+            verb.add_argument("--sheet", type=place, help="draw a contact sheet of each bucket's pictures, as they are cut, into this PNG")
         verb.add_argument("recipe", type=place, help="a TOML file, such as recipes/sd15-lora.toml")
         verb.add_argument("words", metavar="overrides", nargs="*", help=recipe)
     add_generate(verbs.add_parser("generate", help="make pictures with a run, a model folder or a Hub repository"))
@@ -76,6 +85,20 @@ def run_train(arguments: argparse.Namespace) -> None:
     training.run(cfg)
 
 
+def run_encode(arguments: argparse.Namespace) -> None:
+    from limner import config, training
+
+    with told_once():
+        cfg = config.load(arguments.recipe, arguments.words)
+    training.run(cfg, only_encode=True)
+
+
+def run_check(arguments: argparse.Namespace) -> None:
+    from limner import check, config
+
+    check.run(config.load(arguments.recipe, arguments.words), json_file=arguments.json, sheet=arguments.sheet)
+
+
 def run_show(arguments: argparse.Namespace) -> None:
     from limner import config, show
 
@@ -109,7 +132,10 @@ def run_bench(arguments: argparse.Namespace) -> None:
     bench.run(config.load(arguments.recipe, arguments.words), steps=arguments.steps, json_file=arguments.json)
 
 
-VERBS = {"train": run_train, "show": run_show, "generate": run_generate, "export": run_export, "demo": run_demo, "bench": run_bench}
+VERBS = {
+    "train": run_train, "encode": run_encode, "check": run_check, "show": run_show, "generate": run_generate, "export": run_export, "demo": run_demo,
+    "bench": run_bench,
+}  # fmt: skip
 
 
 def guard(action: Callable[[], object]) -> int:

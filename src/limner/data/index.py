@@ -14,12 +14,13 @@ import xxhash
 from tqdm import tqdm
 
 from limner import config, durable, rng
-from limner.data import image
+from limner.data import buckets, duplicates, image
 from limner.data.records import BadRecord, Record, Source, Tell
 from limner.faults import DiskFault, InputFault
 
 SKIPPED = "skipped.jsonl"
-_DECODER = f"1, Pillow {PIL.__version__}"  # pictures are decoded anew when either changes
+Known = dict[str, tuple[int, int, int]]  # by content: height, width, perceptual hash
+_DECODER = f"2, Pillow {PIL.__version__}"  # pictures are decoded anew when either changes
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Entry:
     digest: str  # of the picture's content
     height: int  # upright
     width: int
+    look: int = duplicates.FLAT  # perceptual hash
 
     @property
     def size(self) -> tuple[int, int]:
@@ -68,6 +70,13 @@ class Index:
         """Records whose picture has the same content as an earlier one's."""
         first: dict[str, int] = {}
         return [entry for entry in self.entries if first.setdefault(entry.digest, entry.row) != entry.row]
+
+    @cached_property
+    def alike(self) -> list[list[Entry]]:
+        """Groups of records whose pictures look alike and are not of the same content."""
+        first = {entry.digest: entry for entry in reversed(self.entries)}
+        distinct = sorted(first.values(), key=lambda entry: entry.row)
+        return [[distinct[i] for i in group] for group in duplicates.groups([entry.look for entry in distinct])]
 
     def captions(self) -> Iterator[tuple[str, str]]:
         """Every caption with the key of its record."""
@@ -120,7 +129,9 @@ def look(source: Source, cfg: config.Data, *, known: Path | None = None, tell: T
     if skipped:
         tell(f"{len(skipped)} of {len(results)} records are left out: {_some([f'{key}: {reason}' for key, reason in skipped])}")
     index = Index(entries, skipped)
-    for what, which in (("have an empty caption", index.without_caption), ("repeat the picture of an earlier one", index.repeated)):
+    twins = [entry for group in index.alike for entry in group[1:]]
+    attention = ("have an empty caption", index.without_caption), ("repeat the picture of an earlier one", index.repeated), ("look like an earlier one", twins)
+    for what, which in attention:
         if which:
             tell(f"{len(which)} of {len(results)} records {what}: {_some([entry.key for entry in which])}")
     return index
@@ -137,31 +148,34 @@ def _complaint(bad: tuple[tuple[str, str], ...], total: int, some_left: bool) ->
     return "\n".join(lines)
 
 
-def _examine(source: Source, row: int, cfg: config.Data, sizes: dict[str, tuple[int, int]]) -> Entry:
+def _examine(source: Source, row: int, cfg: config.Data, sizes: Known) -> Entry:
     record = source[row]
     if not isinstance(record, Record):
         raise InputFault(f"record {row} of the source is {type(record).__name__}; limner.Record(key, image, captions) is expected")
     try:
-        digest, height, width = _measure(record.image, cfg, sizes)
-        tall, wide = image.resized((height, width), (cfg.size, cfg.size))
+        digest, (height, width, look) = _measure(record.image, cfg, sizes)
+        shape = buckets.fit((height, width), cfg)
+        tall, wide = image.resized((height, width), shape)
         if tall * wide > cfg.max_pixels:
-            raise image.Undecodable(f"{width}x{height} pixels are too long and thin: {wide}x{tall} once the shorter side is data.size = {cfg.size}")
-    except image.Undecodable as error:
+            cover = f"data.size = {cfg.size}" if cfg.buckets is None else f"its bucket of {shape[1]}x{shape[0]} is covered"
+            raise image.Undecodable(f"{width}x{height} pixels are too long and thin: {wide}x{tall} once the shorter side is {cover}")
+    except (image.Undecodable, buckets.TooSmall) as error:
         raise BadRecord(record.key, str(error)) from error
-    return Entry(row, record.key, record.captions, digest, height, width)
+    return Entry(row, record.key, record.captions, digest, height, width, look)
 
 
-def _measure(picture: image.Picture, cfg: config.Data, sizes: dict[str, tuple[int, int]]) -> tuple[str, int, int]:
-    """Digest, height and width: of a file's bytes, which decode alike each time; of the decoded pixels, where there is no file."""
+def _measure(picture: image.Picture, cfg: config.Data, sizes: Known) -> tuple[str, tuple[int, int, int]]:
+    """Digest, and height, width and look: of a file's bytes, which decode alike each time; of the decoded pixels, where there is no file."""
     if isinstance(picture, Path | bytes):
         digest = _digest(picture)
-        height, width = sizes.get(digest, (0, 0))
-        if not 0 < height * width <= cfg.max_pixels:
-            width, height = image.decode(picture, background=cfg.background, max_pixels=cfg.max_pixels).size
-            sizes[digest] = (height, width)
-        return digest, height, width
+        known = sizes.get(digest)
+        if known is None or not 0 < known[0] * known[1] <= cfg.max_pixels:
+            decoded = image.decode(picture, background=cfg.background, max_pixels=cfg.max_pixels)
+            known = sizes[digest] = (decoded.height, decoded.width, duplicates.look(decoded))
+        return digest, known
     decoded = image.decode(picture, background=cfg.background, max_pixels=cfg.max_pixels)
-    return xxhash.xxh3_128(f"{decoded.size}".encode() + decoded.tobytes()).hexdigest(), decoded.height, decoded.width
+    digest = xxhash.xxh3_128(f"{decoded.size}".encode() + decoded.tobytes()).hexdigest()
+    return digest, (decoded.height, decoded.width, duplicates.look(decoded))
 
 
 def _digest(picture: Path | bytes) -> str:
@@ -175,18 +189,18 @@ def _digest(picture: Path | bytes) -> str:
         raise image.Undecodable(f"cannot be read: {error.strerror or error}") from error
 
 
-def _recall(known: Path | None) -> dict[str, tuple[int, int]]:
-    """Sizes by digest; a file that is missing, damaged or of another decoder is as good as empty."""
+def _recall(known: Path | None) -> Known:
+    """Sizes and looks by digest; a file that is missing, damaged or of another decoder is as good as empty."""
     try:
         raw = json.loads(known.read_text(encoding="utf-8")) if known is not None else {}
         if raw["digest"] != durable.digest_json([_DECODER, raw["pictures"]]):
             return {}
-        return {digest: (height, width) for digest, (height, width) in raw["pictures"].items()}
+        return {digest: (height, width, look) for digest, (height, width, look) in raw["pictures"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def _remember(known: Path, sizes: dict[str, tuple[int, int]], tell: Tell) -> None:
+def _remember(known: Path, sizes: Known, tell: Tell) -> None:
     pictures = _recall(known) | sizes
     try:
         durable.write_text(known, json.dumps({"digest": durable.digest_json([_DECODER, pictures]), "pictures": pictures}))
