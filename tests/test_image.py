@@ -371,8 +371,11 @@ def test_cut_is_resize_then_crop_then_flip(resample: str) -> None:
     kind = Image.Resampling["NEAREST" if resample == "nearest_exact" else resample.upper()]
     wanted = np.asarray(picture.resize((25, 16), kind).crop((5, 0, 21, 16)))
     straight, flipped = (image.cut(picture, image.Geometry(16, 25, 0, 5, 16, 16, flip), resample) for flip in (False, True))
-    np.testing.assert_array_equal(straight, wanted)
-    np.testing.assert_array_equal(flipped, wanted[:, ::-1])
+    if resample in image.KERNELS:  # of noise, the hardest that can be resized
+        assert np.abs(straight.astype(int) - wanted).max() <= 10 and np.abs(straight.astype(float) - wanted).mean() < 0.75
+    else:
+        np.testing.assert_array_equal(straight, wanted)
+    np.testing.assert_array_equal(flipped, straight[:, ::-1])
     assert straight.flags.c_contiguous and flipped.flags.c_contiguous and straight.dtype == np.uint8
 
 
@@ -397,3 +400,70 @@ def test_pixels_equal_torch_to_the_bit() -> None:
     wanted = levels.to(torch.float32).div(255).sub_(0.5).div_(0.5)
     result = image.pixels(levels.numpy().reshape(1, 16, 16, 1).repeat(3, 3))
     assert np.array_equal(result[0, 2].reshape(-1), wanted.numpy())
+
+
+def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Something like a photograph: noise of all scales, with a few hard edges."""
+    draws, whole = np.random.default_rng(seed), np.zeros((height, width, 3), np.float32)
+    for level in range(2, 9):
+        small = draws.standard_normal((2**level, 2**level, 3)).astype(np.float32)
+        whole += 0.6**level * np.stack([np.asarray(Image.fromarray(small[..., c]).resize((width, height), Image.Resampling.BICUBIC)) for c in range(3)], -1)
+    picture = Image.fromarray(((whole - whole.min()) / (whole.max() - whole.min()) * 255).astype(np.uint8))
+    for _ in range(6):
+        left, top = (int(v) for v in draws.integers(0, min(height, width) - 20, 2))
+        picture.paste(tuple(int(v) for v in draws.integers(0, 255, 3)), (left, top, left + 20, top + 9))
+    return picture
+
+
+def jpeg(picture: Image.Image, **settings: object) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", **{"quality": 90, **settings})
+    return stream.getvalue()
+
+
+OPTIONS = {"background": "white", "max_pixels": 10**8}
+
+
+@pytest.mark.parametrize("resample", sorted(image.RESAMPLE))
+@pytest.mark.parametrize("kind", ["420", "444", "progressive", "grey", "cmyk", "turned", "profile", "png"])
+def test_loading_is_cutting_what_is_decoded_whatever_the_way(resample: str, kind: str) -> None:
+    """The fast way and the other give the same bits, so that a cached picture does not depend on which was taken."""
+    picture = smooth(210, 317)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = {
+        "420": lambda: jpeg(picture, subsampling=2), "444": lambda: jpeg(picture, subsampling=0), "progressive": lambda: jpeg(picture, progressive=True),
+        "grey": lambda: jpeg(picture.convert("L")), "cmyk": lambda: jpeg(picture.convert("CMYK")), "turned": lambda: jpeg(picture, exif=exif),
+        "profile": lambda: jpeg(picture, icc_profile=linear_profile()), "png": lambda: encode(picture),
+    }[kind]()  # fmt: skip
+    whole = image.decode(content, **OPTIONS)
+    for shape, flip in (((64, 64), False), ((48, 80), True), ((200, 200), True)):
+        cut = image.geometry((whole.height, whole.width), shape, 0.3, 0.9, flip, "random")
+        np.testing.assert_array_equal(image.load(content, cut, **OPTIONS, resample=resample), image.cut(whole, cut, resample))
+
+
+@pytest.mark.parametrize(("resample", "most", "mean"), [("lanczos", 12, 0.3), ("bicubic", 12, 0.3), ("bilinear", 8, 0.3)])
+def test_the_fast_filters_are_those_of_pil(resample: str, most: int, mean: float) -> None:
+    picture = smooth(600, 800)
+    cut = image.geometry((600, 800), (256, 256))
+    wanted = np.asarray(picture.resize((cut.width, cut.height), image.RESAMPLE[resample]), int)[:, cut.left : cut.left + 256]
+    difference = np.abs(image.cut(picture, cut, resample) - wanted)
+    assert difference.max() <= most and difference.mean() < mean and np.percentile(difference, 99) <= 2
+
+
+def test_loading_is_the_same_in_many_threads() -> None:
+    contents = [jpeg(smooth(300, 400, seed)) for seed in range(6)]
+    cut = image.geometry((300, 400), (96, 128))
+    alone = [image.load(content, cut, **OPTIONS, resample="lanczos") for content in contents]
+    with ThreadPoolExecutor(4) as pool:
+        for content, found in zip(contents * 8, pool.map(lambda c: image.load(c, cut, **OPTIONS, resample="lanczos"), contents * 8), strict=True):
+            np.testing.assert_array_equal(found, alone[contents.index(content)])
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.9, 0.999])
+def test_a_damaged_jpeg_is_found_on_the_fast_way(keep: float) -> None:
+    content = jpeg(smooth(300, 400))
+    with pytest.raises(image.Undecodable):
+        image.load(content[: int(len(content) * keep)], image.geometry((300, 400), (64, 64)), **OPTIONS, resample="lanczos")
+    with pytest.raises(image.Undecodable, match=r"400x300 pixels are more than data.max_pixels = 1000"):
+        image.load(content, image.geometry((300, 400), (64, 64)), background="white", max_pixels=1000, resample="lanczos")

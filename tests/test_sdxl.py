@@ -17,7 +17,7 @@ SEED, SIZE = 3, 32
 
 def settings(base: Path, pictures: Path, run: Path, **sections: Any) -> config.Config:
     raw: dict[str, Any] = {"run": str(run), "model": {"base": str(base), "family": "sdxl"}}
-    raw |= {"data": {"folder": str(pictures), "size": SIZE, "crop": "random", "crops": 3, "flip": True, "drop_caption": 0.4}}
+    raw |= {"data": {"folder": str(pictures), "size": SIZE, "crop": "random", "crops": 3, "flip": True, "drop_caption": 0.4, "resample": "box"}}
     raw |= {"train": {"steps": 1, "batch": 4, "seed": SEED}, "log": {"every": 1}, "objective": {"min_snr": 5.0}}
     return config.build(config.Config, {**raw, **{k: {**raw.get(k, {}), **v} for k, v in sections.items()}})
 
@@ -49,7 +49,7 @@ def by_hand(base: Path, pictures: Path, adapt: config.Adapt, zeros: bool) -> tup
         crop, flip = int(rng.uniform(SEED, "crops", p) * 3), rng.uniform(SEED, "flip", p) < 0.5
         width, height = int(SIZE * picture.width / picture.height), SIZE
         left = int(rng.at(SEED, "crop", row, crop + 1).random(2)[1] * (width - SIZE + 1))
-        cut = picture.resize((width, height), Image.Resampling.LANCZOS).crop((left, 0, left + SIZE, SIZE))
+        cut = picture.resize((width, height), Image.Resampling.BOX).crop((left, 0, left + SIZE, SIZE))
         seen = left
         if flip:
             cut, seen = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT), width - left - SIZE

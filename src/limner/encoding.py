@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from limner import base, config, durable, engines
 from limner.cache import Memory, Rows, Store
-from limner.data import index
+from limner.data import image, index
 from limner.data.records import Tell
 from limner.engine import World
 from limner.family import Family
@@ -55,7 +55,7 @@ def stores(cfg: config.Config, family: Family, opened: base.Base, process: World
         return Store(root / f"{kind}-{durable.digest_json([how, settings, process.first(partial(opened.fingerprint, *parts))])}", tell)
 
     captions = None if cfg.adapt.text_encoders else store("caption", [cfg.data.chunks], (*family.captions, *family.tokenizers))
-    return store("picture", [half], family.pictures), captions
+    return store("picture", [half, image.decoder()], family.pictures), captions
 
 
 def feature_settings(cfg: config.Config, process: World) -> dict[str, Any]:

@@ -103,11 +103,10 @@ class Stream:
                 found = found.read_bytes() if isinstance(found, Path) else found
                 if isinstance(found, bytes) and xxhash.xxh3_128(found).hexdigest() != entry.digest:
                     raise BadRecord(entry.key, "the picture is another than when the run began")  # its features would be cached as the old one's
-                decoded = image.decode(found, background=self.data.background, max_pixels=self.data.max_pixels)
+                return image.load(found, geometry, background=self.data.background, max_pixels=self.data.max_pixels, resample=self.data.resample)
             except (image.Undecodable, BadRecord, OSError) as error:
                 reason = getattr(error, "reason", error)
                 raise InputFault(f"{entry.key}: {reason}. It was good when the run began; put it back and run the same command again.") from error
-            return image.cut(decoded, geometry, self.data.resample)
 
         key = f"{entry.digest} {geometry} {self.data.resample} {self.data.background}"
         return Picture(key if cached else None, geometry.shape, load)
