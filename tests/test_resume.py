@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import worker
 
 from limner import checkpoint, durable, log, rng
@@ -35,6 +36,25 @@ def settings(base: Path, pictures: Path, folder: Path, kind: str, **train: Any) 
     }
 
 
+def settings_xl(sdxl: Path, many: Path, folder: Path, kind: str) -> dict[str, Any]:
+    """Stable Diffusion XL on two data sets in buckets, with caches of both kinds, or text encoders that learn."""
+    cfg = settings(sdxl, many, folder, kind)
+    cfg["model"]["family"] = "sdxl"
+    sets = [{"folder": str(many / "tall"), "weight": 1.0}, {"folder": str(many / "wide"), "weight": 2.0}]
+    cfg["data"] |= {"folder": None, "sets": sets, "buckets": {"step": 8}, "crop": "random", "crops": 2, "chunks": 2, "cache_dtype": "float16"}
+    cfg["adapt"] |= {"text_encoders": kind == "lora"}
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """Two data sets of different shapes."""
+    folder = tmp_path_factory.mktemp("many")
+    tiny.pictures(folder / "tall", 5, size=(60, 36), captions=[[f"a {n} circle", "a disc " * 80] for n in ("red", "green", "blue", "grey", "pink")])
+    tiny.pictures(folder / "wide", 7, size=(36, 50), seed=1)
+    return folder
+
+
 def outcome(run: Path) -> dict[str, Any]:
     """Everything that must not depend on kills: the last checkpoint, the result, and the losses."""
     last = run / f"checkpoint-{STEPS}"
@@ -53,9 +73,12 @@ def outcome(run: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_killed_runs_end_with_the_same_bits(processes, base, pictures, tmp_path, kind, pytestconfig):
-    whole = settings(base, pictures, tmp_path / "whole", kind)
+@pytest.mark.parametrize("kind", ["full", "lora", "xl full", "xl lora"])
+def test_killed_runs_end_with_the_same_bits(processes, base, pictures, sdxl, many, tmp_path, kind, pytestconfig):
+    def job(folder: Path) -> dict[str, Any]:
+        return settings_xl(sdxl, many, folder, kind[3:]) if kind.startswith("xl") else settings(base, pictures, folder, kind)
+
+    whole = job(tmp_path / "whole")
     began = time.monotonic()
     process = worker.start(processes, whole)
     process.join()
@@ -66,7 +89,7 @@ def test_killed_runs_end_with_the_same_bits(processes, base, pictures, tmp_path,
     assert want["there"] == [f"checkpoint-{STEPS}", f"checkpoint-{STEPS - 1}"] and not want["left"]
     kills, trial, odds = 0, 0, rng.at(0, f"kills {kind}", 0)
     while kills < max(1, pytestconfig.getoption("--kills") // 2):
-        cfg = settings(base, pictures, tmp_path / f"trial-{trial}", kind)
+        cfg = job(tmp_path / f"trial-{trial}")
         trial += 1
         for _ in range(50):
             aimed = odds.random() < 0.5  # half in the middle of a write, half at any moment

@@ -1,6 +1,8 @@
 """Stable Diffusion XL: what a step computes is what diffusers' own classes compute, and what it makes loads in the stock pipeline."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import pytest
 import tiny
 from PIL import Image
 
-from limner import config, rng, training
-from limner.engines.torch import lora
+from limner import config, generate, rng, training
+from limner.engines.torch import engine, lora, parts
+from limner.family import tokenize as tokenize_all
+from limner.family import told
+from limner.faults import InputFault
 
 SEED, SIZE = 3, 32
 
@@ -100,3 +105,177 @@ def test_a_step_is_what_diffusers_computes(adapt, zeros, sdxl, wide, tmp_path, m
     np.testing.assert_array_equal(cut[0], ids)
     assert cut[0].dtype == np.float32
     assert row["loss"] == pytest.approx(loss, rel=1e-5) and row["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def finished(cfg: config.Config) -> tuple[list[Any], dict[str, bytes]]:
+    """The curve without clocks, and the bytes of all arrays of the last checkpoint."""
+    run = training.run(cfg, tell=lambda line: None)
+    rows = [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = training.checkpoint.read(run / f"checkpoint-{cfg.train.steps}")
+    files = sorted(p.relative_to(found.folder).as_posix() for p in found.folder.rglob("*.safetensors"))
+    return rows, {f"{file}:{name}": array.tobytes() for file in files for name, array in found.arrays(file).items()}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "full": {"data": {}},
+    "lora": {"adapt": {"kind": "lora"}, "data": {"chunks": 2}},
+    "buckets and half": {"data": {"buckets": {"step": 8}, "cache_dtype": "float16"}},
+    "text encoders": {"adapt": {"kind": "lora", "text_encoders": True}, "data": {"empty_caption": "encoded"}},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cached_equals_uncached_to_the_bit(name, sdxl, tmp_path):
+    """With flips, random crops, several captions and caption dropout."""
+    captions = [[f"a {colour} circle", f"{colour}, number {i}", "words " * 90] for i, colour in enumerate(("red", "green", "blue", "grey", "pink"))]
+    pictures = tiny.pictures(tmp_path / "pictures", 5, size=(40, 61), captions=captions)
+    common = CASES[name] | {"train": {"steps": 3, "micro": 2}, "watch": {"hold_out": 1, "every": 2, "timesteps": 2}, "optim": {"ema": 0.5}}
+    seen = {}
+    for cache in ("off", "memory", str(tmp_path / "cache"), str(tmp_path / "cache")):  # the last one finds all there is
+        run = tmp_path / f"run-{len(seen)}"
+        cfg = settings(sdxl, pictures, run, **{**common, "data": {**common["data"], "cache": cache}})
+        seen[run] = finished(cfg)
+    first, *others = seen.values()
+    assert len([row for row in first[0] if "loss" in row]) == 3 and len(first[1]) > 20
+    assert all(other == first for other in others)
+
+
+def test_encoded_ahead_of_time_training_loads_no_encoder(sdxl, wide, tmp_path, monkeypatch):
+    cfg = settings(sdxl, wide, tmp_path / "run", data={"cache": str(tmp_path / "cache"), "buckets": {"step": 8}})
+    said: list[str] = []
+    assert training.run(cfg, tell=said.append, only_encode=True) == tmp_path / "cache"
+    assert said[-1] == f"{tmp_path / 'cache'}: 24 pictures and 6 captions are encoded"  # 5 pictures, 3 crops of which some coincide, flipped or not
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    loaded: list[str] = []
+    monkeypatch.setattr(parts, "load", lambda base, name, load=parts.load: [loaded.append(name), load(base, name)][1])
+    monkeypatch.setattr(engine, "load", lambda base, name, load=parts.load: [loaded.append(name), load(base, name)][1])
+    training.run(cfg, tell=said.append)
+    assert set(loaded) == {"tokenizer", "tokenizer_2", "unet"}
+
+
+def test_the_cache_knows_content_and_encoders_not_names_or_settings(sdxl, tmp_path, monkeypatch):
+    """What is encoded again after: nothing; other settings; a renamed picture; an edited caption; other weights at the same place."""
+    pictures, base, encoded = tiny.pictures(tmp_path / "pictures", 4, size=(40, 61)), tmp_path / "base", {"vae": 0, "text": 0}
+    shutil.copytree(sdxl, base)
+    for name in encoded:
+        whole = getattr(parts.TorchParts, name)
+        monkeypatch.setattr(parts.TorchParts, name, lambda *a, name=name, whole=whole, **k: [encoded.update({name: encoded[name] + 1}), whole(*a, **k)][1])
+
+    def calls(run: str, **sections: Any) -> tuple[bool, bool]:
+        encoded.update(vae=0, text=0)
+        data = {"cache": str(tmp_path / "cache"), "crop": "center", "crops": None, "flip": False, **sections.pop("data", {})}
+        training.run(settings(base, pictures, tmp_path / run, data=data, **sections), tell=lambda line: None)
+        return encoded["vae"] > 0, encoded["text"] > 0
+
+    assert calls("1") == (True, True)
+    assert calls("2", optim={"learning_rate": 1e-3}, train={"batch": 2}, data={"threads": 1}) == (False, False)
+    (pictures / "000.png").rename(pictures / "moved.png")
+    lines = (pictures / "metadata.jsonl").read_text().replace("000.png", "moved.png")
+    (pictures / "metadata.jsonl").write_text(lines)
+    assert calls("3") == (False, False)
+    (pictures / "metadata.jsonl").write_text(lines.replace("a red circle", "a crimson circle"))
+    assert calls("4") == (False, True)
+    weights = base / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    assert calls("5") == (True, False)
+    assert calls("6", data={"cache_dtype": "float16"}) == (True, True)
+
+
+def test_results_draw_the_same_in_the_stock_pipeline(sdxl, wide, tmp_path):
+    """Full weights, and adapters on all three networks, in ``StableDiffusionXLPipeline`` and in ``limner generate``."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    pictures = []
+    for kind in ("full", "lora"):
+        asked = {"kind": kind, "text_encoders": kind == "lora"}
+        run = training.run(settings(sdxl, wide, tmp_path / kind, adapt=asked, optim={"learning_rate": 1e-2}), tell=lambda line: None)
+        pipe = StableDiffusionXLPipeline.from_pretrained(run if kind == "full" else sdxl)
+        if kind == "lora":
+            pipe.load_lora_weights(run)
+        pipe.set_progress_bar_config(disable=True)
+        assert kind == "full" or all(net.peft_config["default_0"].r == 4 for net in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2))
+        stock = pipe("a red circle", height=32, width=32, num_inference_steps=2, generator=torch.Generator().manual_seed(7), output_type="np").images[0]
+        generate.run(str(run), prompts=["a red circle"], output=tmp_path / f"drawn-{kind}", seed=7, steps=2, size=32, guidance_scale=5.0, **GENERATE)
+        (drawn,) = (tmp_path / f"drawn-{kind}").glob("*.png")
+        assert np.abs(generate.read_picture(drawn).astype(int) - np.rint(stock * 255)).max() <= 1
+        pictures.append(stock)
+    plain = StableDiffusionXLPipeline.from_pretrained(sdxl)
+    plain.set_progress_bar_config(disable=True)
+    base = plain("a red circle", height=32, width=32, num_inference_steps=2, generator=torch.Generator().manual_seed(7), output_type="np").images[0]
+    assert all(np.abs(picture - base).max() > 1e-3 for picture in pictures)
+
+
+GENERATE: dict[str, Any] = {"prompt_file": None, "negative_prompt": None, "count": 1, "scheduler": None, "batch_size": 4, "base": None, "precision": "no"}
+GENERATE |= {"device": "cpu", "grid": None}
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("text_encoder_2", None, "text_encoder_2 is missing, CLIPTextModelWithProjection is expected for family 'sdxl'"),
+        ("unet", {"addition_embed_type": None}, "addition_embed_type is None, text_time is expected"),
+        ("unet", {"cross_attention_dim": 64}, "cross_attention_dim is 64, the hidden_size of both text encoders together is 80"),
+        ("unet", {"projection_class_embeddings_input_dim": 80}, "projection_class_embeddings_input_dim is 80, the second text encoder's projection_dim"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused_before_weights_are_loaded(sdxl, wide, tmp_path, part, change, words):
+    base = tmp_path / "base"
+    shutil.copytree(sdxl, base)
+    if change is None:
+        index = json.loads((base / "model_index.json").read_text())
+        del index[part]
+        (base / "model_index.json").write_text(json.dumps(index))
+    else:
+        known = json.loads((base / part / "config.json").read_text())
+        (base / part / "config.json").write_text(json.dumps(known | change))
+    with pytest.raises(InputFault, match=re.escape(words)):
+        training.run(settings(base, wide, tmp_path / "run"), tell=lambda line: None)
+
+
+def test_another_autoencoder(sdxl, wide, tmp_path):
+    """It is what pictures are encoded and exported with; one with another number of channels, or no autoencoder at all, is refused."""
+    other = tiny.stable_diffusion_xl(tmp_path / "other", seed=5)
+    plain = finished(settings(sdxl, wide, tmp_path / "plain"))[0]
+    for i, place in enumerate((other, other / "vae")):
+        cfg = settings(sdxl, wide, tmp_path / f"run-{i}", model={"vae": str(place)})
+        assert finished(cfg)[0] != plain
+        named = "diffusion_pytorch_model.safetensors"
+        assert (tmp_path / f"run-{i}" / "vae" / named).read_bytes() == (other / "vae" / named).read_bytes()
+    wide_latents = tiny.stable_diffusion_xl(tmp_path / "wide", latent_channels=16)
+    with pytest.raises(InputFault, match="in_channels is 4, the autoencoder's latent_channels is 16"):
+        training.run(settings(sdxl, wide, tmp_path / "no", model={"vae": str(wide_latents)}))
+    with pytest.raises(InputFault, match="is of a UNet2DConditionModel, AutoencoderKL is expected"):
+        training.run(settings(sdxl, wide, tmp_path / "no", model={"vae": str(sdxl / "unet")}))
+
+
+def test_long_captions_in_chunks(sdxl):
+    """Each chunk is a caption of its own; what fits into one chunk means the same with more of them; empty chunks are not looked at."""
+    import torch
+
+    family = training.FAMILIES["sdxl"]
+    opened = training.base.open_base(config.Model(base=str(sdxl), family="sdxl"), family)
+    frozen = parts.TorchParts(opened, torch.device("cpu"))
+    words, inner = [f"w{i}" for i in range(60)], 75
+    for tokenizer in family.tokenizers:
+        tokenize = frozen.component(tokenizer)
+        for text in ("", "a red circle", " ".join(words), " ".join(words * 4)):
+            ids = tokenize(text, truncation=False, verbose=False).input_ids[1:-1]
+            made = frozen.tokens(tokenizer, [text], 3)[0]
+            for chunk in range(3):
+                piece = tokenize.decode(ids[chunk * inner : (chunk + 1) * inner])
+                wanted = tokenize(piece, padding="max_length", max_length=77, truncation=True).input_ids
+                assert made[chunk].tolist() == wanted, (text, chunk)
+    one, many = (told(family, frozen, tokenize_all(family, frozen, ["a red circle"], chunks)) for chunks in (1, 3))
+    np.testing.assert_allclose(many["context"][:, :77], one["context"], atol=1e-6)
+    assert many["mask"].tolist() == [[True] * 77 + [False] * 154] and "mask" not in one
+    net = parts.load(opened, "unet").eval()
+    x, t, cut = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([500]), torch.full((1, 6), 32.0)
+    made = []
+    for features in (one, many):
+        given = {name: torch.from_numpy(array) for name, array in features.items()} | {"cut": cut}
+        with torch.no_grad():
+            made.append(net(x, t, **family.inputs(given)).sample.numpy())
+    np.testing.assert_allclose(made[1], made[0], atol=1e-5)
