@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from PIL import Image
 
 from limner import checkpoint, config, durable, export, generate, signals, training
@@ -114,3 +115,11 @@ def test_a_signal_while_looking_stops_at_once_and_later_is_a_request(capfd):
         signal.raise_signal(signal.SIGTERM)
         assert stop.asked
     assert "stopping as soon as the state is saved" in capfd.readouterr().err
+
+
+def test_a_bucket_that_cannot_fill_a_batch_is_told(base, tmp_path):
+    pictures = tiny.pictures(tmp_path / "pictures", 5, size=(40, 40))
+    wide = tiny.pictures(tmp_path / "wide", 2, size=(40, 80))
+    sets = [{"folder": str(pictures)}, {"folder": str(wide)}]
+    said = run(settings(base, pictures, tmp_path / "run", data={"folder": None, "sets": sets, "buckets": {"step": 8}}, train={"batch": 4}))
+    assert "1 of 2 buckets have fewer pictures than a batch of 4 (48x24: 2); 2 rows of every epoch's batches are empty for it, and nothing is repeated" in said

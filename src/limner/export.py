@@ -223,7 +223,7 @@ def model_card(
     matter |= {"base_model": name, "base_model_relation": "adapter" if lora else "finetune"} if name else {}
     matter |= {"datasets": [data]} if data else {}
     matter |= {"library_name": "diffusers", "pipeline_tag": "text-to-image", "inference": True}
-    matter["tags"] = ["stable-diffusion", "text-to-image", "diffusers", "diffusers-training", *(["lora"] if lora else []), "limner"]
+    matter["tags"] = [family.tag, "text-to-image", "diffusers", "diffusers-training", *(["lora"] if lora else []), "limner"]
     what = "LoRA weights for" if lora else "A fine-tuned copy of"
     source = escape(name) if name else f"a {family.pipeline.removesuffix('Pipeline')} model"
     shown = {k: v for k, v in config.flat(dict(plain)).items() if k.startswith(SHOWN) and v not in (None, [])}

@@ -60,6 +60,7 @@ class Family:
     latent: tuple[str, ...]  # the image features that ``clean`` turns into x0; all have the shape of x0
     inputs: Callable[[dict[str, Any]], dict[str, Any]]  # batch -> keyword arguments of the trained network
     lora: dict[str, tuple[str, ...]]  # component -> the modules that get adapters; those of text encoders by wish only
+    tag: str = "stable-diffusion"  # on a model card
     tokenizers: tuple[str, ...] = ("tokenizer",)
     captions: tuple[str, ...] = ("text_encoder",)  # the components that make text features
     pictures: tuple[str, ...] = ("vae",)  # the components that make image features

@@ -121,6 +121,7 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
             tell(line)
         if numbers.steps < found.step:
             tell(f"checkpoint-{found.step} is past the {numbers.steps} steps that are asked for")
+    tell_small_buckets(order(numbers.batch), numbers.batch, tell)
     engine = engines.open_engine(cfg, opened, family, process, numbers.micro, tell)
     kept, how = encoding.stores(cfg, family, opened, process, tell), encoding.feature_settings(cfg, process)
     encoded = Encoded(family, engine.parts, *kept, cfg.engine.encode_batch, **how)
@@ -143,6 +144,15 @@ def split_held_out(entries: tuple[index.Entry, ...], count: int, seed: int) -> t
         raise InputFault(f"watch.hold_out: {count} records are held out of {len(entries)}, so that none is left to train on")
     held = {int(i) for i in rng.at(seed, "hold out", 0).permutation(len(entries))[:count]}
     return tuple(e for i, e in enumerate(entries) if i not in held), tuple(entries[i] for i in sorted(held))
+
+
+def tell_small_buckets(order: Order, batch: int, tell: Tell) -> None:
+    """Say which buckets cannot fill a single batch, and what that costs."""
+    small = [(shape, records, empty) for shape, records, _, empty in order.counts() if order.whole and records < batch]
+    if small:
+        named = ", ".join(f"{wide}x{tall}: {records}" for (tall, wide), records, _ in small[:5]) + (", ..." if len(small) > 5 else "")
+        rows = f"{sum(empty for *_, empty in small)} rows of every epoch's batches are empty for it"
+        tell(f"{len(small)} of {len(order.shapes)} buckets have fewer pictures than a batch of {batch} ({named}); {rows}, and nothing is repeated")
 
 
 def order_of(entries: tuple[index.Entry, ...], source: records.Source, data: config.Data, seed: int, batch: int) -> Order:

@@ -53,6 +53,7 @@ SDXL = Family(
     latent=sd.SD.latent,
     inputs=inputs,
     lora=sd.SD.lora | {"text_encoder_2": sd.SD.lora["text_encoder"]},
+    tag="stable-diffusion-xl",
     tokenizers=("tokenizer", "tokenizer_2"),
     captions=("text_encoder", "text_encoder_2"),
     misfits=misfits,
