@@ -12,10 +12,11 @@ import json
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import AutoPipelineForText2Image, DDIMScheduler, DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw
 
 from limner import rng
@@ -35,7 +36,7 @@ def read(folder: Path) -> tuple[np.ndarray, list[str]]:
     return np.stack(pictures), [entry["text"] for entry in entries]
 
 
-def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, **how: float) -> np.ndarray:
+def generate(pipeline: Any, prompts: list[str], seed: int, **how: float) -> np.ndarray:
     """One picture per prompt, uint8, [prompts, 64, 64, 3]; the noise of prompt i is addressed by (seed, i)."""
     noise = torch.from_numpy(np.stack([rng.at(seed, "measure", i).standard_normal((4, SIDE // 4, SIDE // 4), np.float32) for i in range(len(prompts))]))
     made = []
@@ -78,8 +79,8 @@ def main() -> None:
     a = parser.parse_args()
     pictures, captions = read(a.pictures)
     truth = np.arange(a.captions) * len(captions) // a.captions
-    pipeline = StableDiffusionPipeline.from_pretrained(a.model, torch_dtype=torch.float32, safety_checker=None)
-    pipeline.scheduler = SCHEDULERS[a.scheduler].from_config(pipeline.scheduler.config)
+    pipeline = AutoPipelineForText2Image.from_pretrained(a.model, dtype=torch.float32)
+    pipeline.scheduler = SCHEDULERS[a.scheduler].from_config(pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     pipeline.set_progress_bar_config(disable=True)
     began = time.monotonic()
     asked = [captions[i] for i in truth]

@@ -12,7 +12,7 @@ import tiny
 from PIL import Image
 
 from limner import config, generate, rng, training
-from limner.engines.torch import engine, lora, parts
+from limner.engines.torch import engine, lora, parts, pipeline
 from limner.family import tokenize as tokenize_all
 from limner.family import told
 from limner.faults import InputFault
@@ -206,6 +206,13 @@ def test_results_draw_the_same_in_the_stock_pipeline(sdxl, wide, tmp_path):
     plain.set_progress_bar_config(disable=True)
     base = plain("a red circle", height=32, width=32, num_inference_steps=2, generator=torch.Generator().manual_seed(7), output_type="np").images[0]
     assert all(np.abs(picture - base).max() > 1e-3 for picture in pictures)
+
+
+def test_latents_are_never_clipped(sdxl):
+    """DDIM and DDPM clip unless they are told not to, and the config of another scheduler does not tell them."""
+    for name in pipeline.SCHEDULERS:
+        stock = pipeline.open_pipeline(str(sdxl), lora=None, scheduler=name, precision="no", device="cpu")
+        assert not stock.scheduler.config.get("clip_sample", False) and not stock.scheduler.config.get("thresholding", False), name
 
 
 GENERATE: dict[str, Any] = {"prompt_file": None, "negative_prompt": None, "count": 1, "scheduler": None, "batch_size": 4, "base": None, "precision": "no"}
