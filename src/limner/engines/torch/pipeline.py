@@ -14,7 +14,8 @@ from limner.family import Family
 from limner.faults import InputFault
 
 SCHEDULERS = {  # latents are never clipped, which some classes do unless they are told
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}), "ddpm": ("DDPMScheduler", {"clip_sample": False}), "dpm++": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}), "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "euler": ("EulerDiscreteScheduler", {}), "euler-a": ("EulerAncestralDiscreteScheduler", {}), "heun": ("HeunDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}), "unipc": ("UniPCMultistepScheduler", {}),
 }  # fmt: skip
