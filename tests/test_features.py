@@ -10,7 +10,7 @@ import moments
 import numpy as np
 import pytest
 
-from limner import features
+from limner import config, encoding, features
 from limner.cache import Memory, Store
 from limner.families import FAMILIES
 from limner.faults import DiskFault, InputFault
@@ -51,7 +51,7 @@ def requests(numbers: Sequence[int], cached: Callable[[int], bool] = lambda i: T
 
 def encoded(folder: Path | None, parts: Sensitive, batch: int = 4) -> Encoded:
     stores = (None, None) if folder is None else (Store(folder / "picture-x", lambda text: None), Store(folder / "caption-x", lambda text: None))
-    return Encoded(SD, lambda: parts, *stores, batch)
+    return Encoded(SD, lambda: parts, *stores, batch, text_batch=batch)
 
 
 def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
@@ -165,8 +165,8 @@ def test_other_processes_rows_are_seen_after_a_refresh(tmp_path: Path) -> None:
 
 
 def test_rounding_is_the_same_cached_or_not(tmp_path: Path) -> None:
-    plain, parts = Encoded(SD, Sensitive, None, None, 4, dtype="float16"), Sensitive()
-    made = Encoded(SD, lambda: parts, Store(tmp_path / "p"), Memory(), 4, dtype="float16")
+    plain, parts = Encoded(SD, Sensitive, None, None, 4, text_batch=4, dtype="float16"), Sensitive()
+    made = Encoded(SD, lambda: parts, Store(tmp_path / "p"), Memory(), 4, text_batch=4, dtype="float16")
     made.fill_images(requests(range(6)), lambda: None)
     made.fill_texts(CAPTIONS, lambda: None)
     parts.shapes.clear()
@@ -177,6 +177,13 @@ def test_rounding_is_the_same_cached_or_not(tmp_path: Path) -> None:
     assert 0 < np.abs(plain.images(requests([5, 1]))["mean"] - exact).max() < 1e-3
     with pytest.raises(InputFault, match="context has numbers beyond what float16 can hold"):
         plain.texts(["\U0010ffff"])
+
+
+@pytest.mark.parametrize(("data", "batch"), [({"size": 64}, 8), ({"size": 512}, 8), ({"size": 768}, 3), ({"size": 1024}, 2), ({"size": 4096}, 1)])
+def test_large_pictures_are_encoded_few_at_once(data: dict, batch: int) -> None:
+    assert encoding.picture_batch(config.build(config.Config, {"data": data})) == batch
+    assert encoding.picture_batch(config.build(config.Config, {"data": {"size": 64, "buckets": {"resolutions": [64, 1024]}}})) == 2
+    assert encoding.picture_batch(config.build(config.Config, {"data": data, "engine": {"encode_batch": 5}})) == 5
 
 
 def test_shapes_are_encoded_and_kept_apart(tmp_path: Path) -> None:
@@ -220,7 +227,7 @@ def test_real_encoders_do_not_feel_place_or_neighbours(base: Path) -> None:
     from limner.engines.torch.parts import TorchParts
 
     parts = TorchParts(open_base(Model(base=str(base)), SD), _cpu())
-    made = Encoded(SD, lambda: parts, None, None, 3)
+    made = Encoded(SD, lambda: parts, None, None, 3, text_batch=3)
     alone = [made.encode_images([np.kron(square(i), np.ones((4, 4, 1), np.uint8))]) for i in range(3)]
     together = made.encode_images([np.kron(square(i), np.ones((4, 4, 1), np.uint8)) for i in (2, 0, 1)])
     for place, i in enumerate((2, 0, 1)):

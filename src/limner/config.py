@@ -163,7 +163,7 @@ class Engine:
     gradient_checkpointing: bool = False
     tf32: bool = False
     attention: Literal["sdpa", "math", "xformers"] = "sdpa"  # math: plain products, faster for small pictures on a CPU
-    encode_batch: int = 8  # pictures or captions that the frozen encoders see at once, always, padded
+    encode_batch: int | None = None  # pictures that the frozen encoders see at once, always, padded; None: 8, fewer above 512 pixels, as memory goes
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from limner.features import Picture
 if TYPE_CHECKING:
     from limner.training import Run
 
+TEXT_BATCH = 8  # captions that a text encoder sees at once
+
 
 def encode_only(job: "Run") -> Path:
     """Fill the caches ahead of time."""
@@ -48,19 +50,34 @@ def stores(cfg: config.Config, family: Family, opened: base.Base, process: World
                 f'data.cache="memory" serves one process, there are {process.world}. Give a folder, which all fill and read; one below /dev/shm is in memory.'
             )
         return Memory(), None if cfg.adapt.text_encoders else Memory()
-    root, how = cache_folder(cfg), [family.name, cfg.engine.kind, cfg.engine.encode_batch, cfg.engine.tf32, cfg.data.cache_dtype, *engines.arithmetic(process)]
+    root, how = cache_folder(cfg), [family.name, cfg.engine.kind, cfg.engine.tf32, cfg.data.cache_dtype, *engines.arithmetic(process)]
     half = process.precision if cfg.model.vae is not None else "no"
 
     def store(kind: str, settings: list[Any], parts: tuple[str, ...]) -> Store:
         return Store(root / f"{kind}-{durable.digest_json([how, settings, process.first(partial(opened.fingerprint, *parts))])}", tell)
 
-    captions = None if cfg.adapt.text_encoders else store("caption", [cfg.data.chunks], (*family.captions, *family.tokenizers))
-    return store("picture", [half, image.decoder()], family.pictures), captions
+    captions = None if cfg.adapt.text_encoders else store("caption", [cfg.data.chunks, TEXT_BATCH], (*family.captions, *family.tokenizers))
+    return store("picture", [half, image.decoder(), picture_batch(cfg)], family.pictures), captions
 
 
 def feature_settings(cfg: config.Config, process: World) -> dict[str, Any]:
-    """How features are made, beside the encoders' own batch."""
-    return {"chunks": cfg.data.chunks, "dtype": cfg.data.cache_dtype, "threads": cfg.data.threads, "world": process.world}
+    """How features are made."""
+    return {
+        "batch": picture_batch(cfg),
+        "text_batch": TEXT_BATCH,
+        "chunks": cfg.data.chunks,
+        "dtype": cfg.data.cache_dtype,
+        "threads": cfg.data.threads,
+        "world": process.world,
+    }
+
+
+def picture_batch(cfg: config.Config) -> int:
+    """Pictures that an encoder sees at once: about two million pixels, at most 8; an autoencoder in float32 needs a gigabyte and more for each 512x512."""
+    if cfg.engine.encode_batch is not None:
+        return cfg.engine.encode_batch
+    side = max((cfg.data.size,) if cfg.data.buckets is None else (cfg.data.size, *cfg.data.buckets.resolutions))
+    return max(1, min(8, 8 * 512 * 512 // (side * side)))
 
 
 def encode(job: "Run") -> None:

@@ -39,18 +39,19 @@ class Encoded:
     Args:
         parts: gives the encoders, which load what is asked of them.
         images, texts: where features are kept; None: they are encoded each time.
-        batch: examples that an encoder sees at once.
+        batch: pictures that an encoder sees at once.
+        text_batch: captions that an encoder sees at once.
         chunks: of a caption.
         dtype: what features are rounded to, kept or not.
         threads: that decode pictures beside the encoder while rows are filled in.
     """
 
     def __init__(
-        self, family: Family, parts: Callable[[], Parts], images: Rows | None, texts: Rows | None, batch: int, *, chunks: int = 1,
+        self, family: Family, parts: Callable[[], Parts], images: Rows | None, texts: Rows | None, batch: int, *, text_batch: int = 8, chunks: int = 1,
         dtype: Literal["float32", "float16"] = "float32", threads: int = 4, world: int = 1,
     ):  # fmt: skip
         self.family, self.parts, self.image_store, self.text_store, self.batch = family, parts, images, texts, batch
-        self.chunks, self.dtype, self.threads, self.world = chunks, np.dtype(dtype), threads, world
+        self.text_batch, self.chunks, self.dtype, self.threads, self.world = text_batch, chunks, np.dtype(dtype), threads, world
         self.busy = threading.Lock()
 
     def images(self, pictures: Sequence[Picture]) -> Features:
@@ -81,7 +82,7 @@ class Encoded:
         wanted = {picture.key: picture for picture in pictures if picture.key is not None}
         missing = [wanted[key] for key in self.image_store.missing(wanted)]
         missing.sort(key=lambda picture: picture.shape)
-        with contextlib.closing(prefetch(lambda i: missing[i].load(), 0, len(missing), threads=self.threads, ahead=2 * self.batch)) as loaded:
+        with contextlib.closing(prefetch(lambda i: missing[i].load(), 0, len(missing), threads=self.threads, ahead=2 * self.batch + self.threads)) as loaded:
             self.fill(self.image_store, [(p.shape, p.key) for p in missing], loaded, self.encode_images, "encoding pictures", check)
 
     def fill_texts(self, captions: Sequence[str], check: Check) -> None:
@@ -100,10 +101,12 @@ class Encoded:
         return not (held and (self.text_store is None or all(caption in self.text_store for caption in captions)))
 
     def encode_images(self, loaded: Sequence[np.ndarray]) -> Features:
-        return self.padded(list(loaded), lambda part: self.family.image(self.parts(), image.pixels(np.stack(part))))
+        return self.padded(list(loaded), self.batch, lambda part: self.family.image(self.parts(), image.pixels(np.stack(part))))
 
     def encode_texts(self, captions: Sequence[str]) -> Features:
-        return self.padded(list(captions), lambda part: told(self.family, self.parts(), tokenize(self.family, self.parts(), part, self.chunks)))
+        return self.padded(
+            list(captions), self.text_batch, lambda part: told(self.family, self.parts(), tokenize(self.family, self.parts(), part, self.chunks))
+        )
 
     def kept(self, store: Rows | None, keys: Sequence[str | None]) -> Features | None:
         """The rows of all keys, or None where one is not kept."""
@@ -112,12 +115,12 @@ class Encoded:
             return None
         return store.get(known)
 
-    def padded(self, items: list[T], encode: Callable[[list[T]], Features]) -> Features:
+    def padded(self, items: list[T], batch: int, encode: Callable[[list[T]], Features]) -> Features:
         """Features of any number of items, from batches of one size."""
         parts = []
-        for start in range(0, len(items), self.batch):
-            part = items[start : start + self.batch]
-            made = encode(part + [part[-1]] * (self.batch - len(part)))
+        for start in range(0, len(items), batch):
+            part = items[start : start + batch]
+            made = encode(part + [part[-1]] * (batch - len(part)))
             parts.append({name: array[: len(part)] for name, array in made.items()})
         return self.rounded({name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
 

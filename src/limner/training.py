@@ -124,7 +124,7 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
     tell_small_buckets(order(numbers.batch), numbers.batch, tell)
     engine = engines.open_engine(cfg, opened, family, process, numbers.micro, tell)
     kept, how = encoding.stores(cfg, family, opened, process, tell), encoding.feature_settings(cfg, process)
-    encoded = Encoded(family, engine.parts, *kept, cfg.engine.encode_batch, **how)
+    encoded = Encoded(family, engine.parts, *kept, **how)
     stream = Stream(
         learned, order(numbers.batch), source, cfg.data, cfg.objective, objective, family, opened.configs, encoded, seed=numbers.seed, batch_size=numbers.batch,
         text_encoders=cfg.adapt.text_encoders,
