@@ -251,3 +251,23 @@ def test_a_wrong_model_is_refused_before_its_weights_are_fetched(sd: Path, hub: 
     hub.add("someone/xl", folder)
     assert "StableDiffusionXLPipeline" in refusal("someone/xl", cache_dir=str(tmp_path / "cache"))
     assert not [path for _, path, _ in hub.requests if path.endswith(".safetensors")]
+
+
+def test_another_autoencoder_on_the_hub(sdxl: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository that is an autoencoder, or one that has one in ``vae/``; of either the configuration and the weights are fetched, nothing else."""
+    alone = shutil.copytree(sdxl / "vae", tmp_path / "alone")
+    (alone / "sdxl_vae.safetensors").write_bytes(b"a single file for other programs")
+    hub.add("someone/vae", alone)
+    hub.add("someone/xl", sdxl)
+    for name, inner in (("someone/vae", ""), ("someone/xl", "vae/")):
+        before = len(hub.requests)
+        base = open_base(Model(base=str(sdxl), family="sdxl", vae=name, cache_dir=str(tmp_path / "cache")), FAMILIES["sdxl"])
+        fetched = {path.split("/", 5)[5] for method, path, _ in hub.requests[before:] if method == "GET" and "/resolve/" in path}
+        assert fetched == {f"{inner}config.json", f"{inner}diffusion_pytorch_model.safetensors"}, fetched
+        assert base.part("vae") != sdxl / "vae" and base.part("unet") == sdxl / "unet"
+        assert base.fingerprint("vae") == open_base(Model(base=str(sdxl), family="sdxl"), FAMILIES["sdxl"]).fingerprint("vae")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there: the cache serves
+    again = open_base(Model(base=str(sdxl), family="sdxl", vae="someone/vae", cache_dir=str(tmp_path / "cache")), FAMILIES["sdxl"])
+    assert again.weight_files("vae")[0].name == "diffusion_pytorch_model.safetensors"
+    with pytest.raises(InputFault, match=r"model.vae: no/such/place: no such folder, and not a name on the Hub"):
+        open_base(Model(base=str(sdxl), family="sdxl", vae="no/such/place"), FAMILIES["sdxl"])

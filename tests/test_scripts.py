@@ -183,3 +183,30 @@ def test_the_script_under_accelerate_with_a_config_file(base: Path, pictures: Pa
     assert (tmp_path / "run" / "unet" / UNET).is_file() and (tmp_path / "run" / "scheduler" / "scheduler_config.json").is_file()
     assert checkpoints(tmp_path / "run") == {"checkpoint-2"}
     assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("texts", [False, True])
+def test_sdxl_lora_files_have_the_names_that_diffusers_tests_look_for(sdxl: Path, pictures: Path, tmp_path: Path, texts: bool) -> None:
+    """A file that loads, whose keys begin with ``unet``, or with ``text_encoder`` where these learn; checkpoints up to the limit."""
+    flags = ["--resolution=32", "--train_batch_size=1", "--max_train_steps=6", "--checkpointing_steps=2", "--checkpoints_total_limit=2", "--learning_rate=5e-4"]
+    common = [f"--pretrained_model_name_or_path={sdxl}", f"--train_data_dir={pictures}", f"--output_dir={tmp_path}", "--scale_lr", *flags]
+    assert scripts.main("train_text_to_image_lora_sdxl", [*common, *(["--train_text_encoder"] if texts else [])]) == 0
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+    for file in (tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "checkpoint-6" / "pytorch_lora_weights.safetensors"):
+        with safe_open(file, "np") as opened:
+            keys = list(opened.keys())
+        assert all("lora" in key for key in keys)
+        assert {key.split(".")[0] for key in keys} == ({"unet", "text_encoder", "text_encoder_2"} if texts else {"unet"})
+
+
+def test_sdxl_leaves_a_pipeline_folder(sdxl: Path, pictures: Path, tmp_path: Path) -> None:
+    flags = ["--resolution=32", "--train_batch_size=2", "--max_train_steps=2", "--use_ema", "--proportion_empty_prompts=0.5", "--timestep_bias_strategy=later"]
+    assert (
+        scripts.main(
+            "train_text_to_image_sdxl", [f"--pretrained_model_name_or_path={sdxl}", f"--train_data_dir={pictures}", f"--output_dir={tmp_path}", *flags]
+        )
+        == 0
+    )
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").is_file() and (tmp_path / "scheduler" / "scheduler_config.json").is_file()
+    there = {p.name for p in tmp_path.iterdir() if p.is_dir()}
+    assert there >= {"unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"} and (tmp_path / "model_index.json").is_file()

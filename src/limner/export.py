@@ -29,7 +29,7 @@ CARD = "README.md"
 GRID = "preview.png"  # at the run's root: pictures for the model card
 PREDICTS_SAMPLE = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 SHOWN: tuple[str, ...] = ("objective.", "adapt.", "optim.", "train.", "engine.precision", "model.family", "model.revision", "model.variant")
-SHOWN += tuple(f"data.{name}" for name in ("size", "crop", "crops", "flip", "resample", "drop_caption", "limit"))
+SHOWN += tuple(f"data.{name}" for name in ("size", "buckets.", "crop", "crops", "flip", "resample", "drop_caption", "empty_caption", "chunks", "limit"))
 
 
 def write(found: checkpoint.Checkpoint, cfg: config.Config, base: Base, family: Family, predict: str) -> None:
