@@ -151,6 +151,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, number: int) -
         Store(tmp_path / "new" / "deep")
 
 
+def test_a_cache_that_may_not_be_written_says_so_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled(tmp_path, (0,))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(DiskFault, match=f"{tmp_path}: it cannot be written, and does not hold all that is needed. Set data.cache to another"):
+        store.check_room(1)
+    assert_holds(store, 0)
+
+
 def test_two_stores_write_at_once(tmp_path: Path) -> None:
     """Different rows and the same rows, from two threads with a store each; both see all of it after a refresh."""
     stores = [Store(tmp_path / "c", lambda text: pytest.fail(text)) for _ in range(2)]

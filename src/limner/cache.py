@@ -53,7 +53,7 @@ class Rows(Protocol):
         """Refuse to begin what cannot be kept.
 
         Raises:
-            DiskFault: when there is no room for ``size`` bytes.
+            DiskFault: when there is no room for ``size`` bytes, or nothing may be written.
         """
         ...
 
@@ -225,6 +225,8 @@ class Store:
 
     def check_room(self, size: int) -> None:
         """See ``Rows``."""
+        if not os.access(self.folder, os.W_OK):
+            raise DiskFault(f"{self.folder}: it cannot be written, and does not hold all that is needed. Set data.cache to another folder, or to off.")
         free = shutil.disk_usage(self.folder).free
         if free < size:
             needed = f"{size / 2**20:.0f} MiB are needed for what is not encoded yet, {free / 2**20:.0f} MiB are free"
