@@ -136,6 +136,63 @@ def stable_diffusion_xl(folder: Path, *, seed: int = 0, latent_channels: int = 4
     return folder
 
 
+def kandinsky22(folder: Path, *, seed: int = 0, width: int = 32) -> Path:
+    """Write a Kandinsky 2.2, ``prior`` and ``decoder`` in the diffusers layout, all parameters random, and return the folder of both.
+
+    Args:
+        width: of all embeddings.
+    """
+    import torch
+    from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, VQModel
+    from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    prior, decoder = Path(folder) / "prior", Path(folder) / "decoder"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        words = write_tokenizer(prior / "tokenizer")
+        shape = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width, "num_hidden_layers": 2, "num_attention_heads": 4}
+        special = {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1, "max_position_embeddings": 77}
+        transformer = PriorTransformer(num_attention_heads=2, attention_head_dim=16, num_layers=2, embedding_dim=width)
+        unet = UNet2DConditionModel(
+            sample_size=SIZE // 2, in_channels=4, out_channels=8, block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1, attention_head_dim=16,
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), cross_attention_dim=32, encoder_hid_dim=width,
+            encoder_hid_dim_type="image_proj", addition_embed_type="image", resnet_time_scale_shift="scale_shift",
+        )  # fmt: skip
+        movq = VQModel(
+            block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1, latent_channels=4, sample_size=SIZE, num_vq_embeddings=12, vq_embed_dim=4,
+            down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+            norm_type="spatial",
+        )  # fmt: skip
+        parts = {
+            "prior/prior": transformer,
+            "prior/text_encoder": CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=words, hidden_act="gelu", **shape, **special)),
+            "prior/image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=24, patch_size=8, **shape)),
+            "decoder/unet": unet,
+            "decoder/movq": movq,
+        }
+        for name, model in parts.items():
+            for parameter in (p for p in model.parameters() if p.ndim == 1 or p.shape[0] == 1):
+                parameter.data += 0.1 * torch.randn_like(parameter)
+            if name == "prior/prior":
+                model.clip_std.data = 0.5 + torch.rand_like(model.clip_std)
+            model.save_pretrained(Path(folder) / name)
+    CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}).save_pretrained(prior / "image_processor")
+    UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0).save_pretrained(prior / "scheduler")
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "clip_sample": False}
+    DDPMScheduler(variance_type="learned_range", **noise).save_pretrained(decoder / "scheduler")
+    transformers = ("text_encoder", "image_encoder", "tokenizer", "image_processor")
+    index: dict[str, Any] = {"_class_name": "KandinskyV22PriorPipeline", "_diffusers_version": "0.42.1"}
+    index |= {name: ["transformers", type(parts[f"prior/{name}"]).__name__] for name in transformers[:2]}
+    index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "image_processor": ["transformers", "CLIPImageProcessor"]}
+    (prior / "model_index.json").write_text(
+        json.dumps(index | {"prior": ["diffusers", "PriorTransformer"], "scheduler": ["diffusers", "UnCLIPScheduler"]}, indent=2)
+    )
+    index = {"_class_name": "KandinskyV22Pipeline", "_diffusers_version": "0.42.1", "scheduler": ["diffusers", "DDPMScheduler"]}
+    (decoder / "model_index.json").write_text(json.dumps(index | {"unet": ["diffusers", "UNet2DConditionModel"], "movq": ["diffusers", "VQModel"]}, indent=2))
+    return Path(folder)
+
+
 def write_scheduler(folder: Path, prediction_type: str, changes: dict[str, Any]) -> None:
     """The scheduler config of Stable Diffusion 1.x."""
     config = {

@@ -8,16 +8,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from tqdm import tqdm
 
 from limner import config, durable
+from limner.families import FAMILIES
 from limner.family import Configs, Family
 from limner.faults import InputFault
 from limner.hub import HUB_NAME, endpoint, hub_errors
+from limner.snapshot import LORA
+from limner.weights import check_length, has_weights, names_in, pick, usable, variant_of
 
 INDEX = "model_index.json"
-WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d{5}-of-(\d{5}))?(?:\.(\w+))?\.safetensors")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5")
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 
 
@@ -31,7 +33,17 @@ class Base:
     name: str  # what the user wrote
     commit: str | None  # of the Hub repository; None: a local folder
     variant: str | None
-    configs: Configs = field(repr=False)  # component -> its config, and model_index
+    configs: Configs = field(repr=False)  # component -> its config, and model_index; with a partner, also those of its components that are needed
+    partner: "Base | None" = None  # the other one of a model in two stages
+    adapter: Path | None = None  # a folder with a LoRA that a partner is used with
+
+    def kind(self, component: str) -> tuple[str, str]:
+        """Library and class name of a component."""
+        index = self.configs["model_index"]
+        if component not in index and self.partner is not None:
+            return self.partner.kind(component)
+        library, name = index[component][:2]
+        return library, name
 
     def part(self, component: str) -> Path:
         """The folder of a component."""
@@ -73,13 +85,83 @@ def _digest(path: Path, size: int, changed: int) -> str:
     return durable.digest(path)
 
 
-def open_base(model: config.Model, family: Family) -> Base:
+def open_base(model: config.Model, family: Family, *, draws: bool = True) -> Base:
     """Find the base, or fetch it from the Hub, and refuse what cannot be trained or what would run code.
+
+    Args:
+        draws: whether pictures will be made with it: of a model in two stages that takes all of the partner, else only what features are made with.
 
     Raises:
         InputFault: for what is not a folder of this family in the diffusers layout with safetensors weights.
         HubFault: when the Hub refuses or cannot be reached.
     """
+    base, partner = read(model, family), None
+    if model.partner is not None and family.stage is None:
+        raise InputFault(f"model.partner: a base of family {family.name!r} makes pictures alone. Leave model.partner out.")
+    if family.stage is not None:
+        partner = open_partner(model, family, base, draws)
+    if partner is not None and family.stage is not None:
+        needed = {name: partner.configs[name] for name in family.stage.needs}
+        base = replace(base, partner=partner, configs=base.configs | needed, elsewhere=base.elsewhere | {name: partner.part(name) for name in needed})
+    check_fit(base, family)
+    components = [*family.components, *extras(base, family)]
+    if base.commit is not None:
+        fetch_weights(base, model, components, family)
+    check_weights(base, weighted(family), components)
+    if base.variant is not None and not any(variant_of(path) == base.variant for c in weighted(family) for path in base.weight_files(c)):
+        raise InputFault(f"model.variant: {base.name} has no weights of variant {base.variant!r}, only plain ones. Leave model.variant out.")
+    if family.fixed:
+        base.configs["fixed"] = {name: read_tensor(base, name) for name in family.fixed}
+        check_fit(base, family)
+    return base
+
+
+def check_fit(base: Base, family: Family) -> None:
+    """Refuse parts that are not of one model."""
+    if problems := family.misfits(base.configs):
+        raise InputFault(f"{base.name}: " + "\n".join(problems))
+
+
+def open_partner(model: config.Model, family: Family, base: Base, draws: bool) -> Base | None:
+    """The other stage: what ``model.partner`` names, or the rest of a folder that holds both.
+
+    Raises:
+        InputFault: when there is none, and features or pictures are made with it.
+    """
+    stage = family.stage
+    assert stage is not None
+    other = FAMILIES[stage.partner]
+    holds_both = read_json(base.folder / INDEX).get("_class_name") == stage.whole
+    if model.partner is None and not holds_both:
+        if stage.needs or draws:
+            why = f"its {' and '.join(stage.needs)} make features" if stage.needs else "pictures are made with both"
+            raise InputFault(f"model.partner: {model.base} goes with a {other.pipeline}, and {why}. Give its folder, or its name on the Hub.")
+        return None
+    named = replace(model, revision=None, trained_revision=None, vae=None, partner=None)
+    if model.partner is not None:
+        named = replace(named, base=model.partner)
+    else:
+        named = replace(named, revision=model.revision)
+    named, adapter = of_run(named)
+    found = replace(read(named, other), adapter=adapter)
+    wanted = list(other.components) if draws else list(stage.needs)
+    if found.commit is not None:
+        fetch_weights(found, named, wanted, other)
+    check_weights(found, [c for c in weighted(other) if c in wanted], wanted)
+    return found
+
+
+def of_run(model: config.Model) -> tuple[config.Model, Path | None]:
+    """The base of a run whose result is a LoRA, and that LoRA's folder; else what was given."""
+    folder = Path(model.base)
+    if not (folder / LORA).is_file() or (folder / INDEX).is_file() or not (folder / "config.json").is_file():
+        return model, None
+    trained = config.build(config.Model, read_json(folder / "config.json").get("model", {}))
+    return replace(trained, partner=None), folder.absolute()
+
+
+def read(model: config.Model, family: Family) -> Base:
+    """A base with its configs; no weight is looked at, nor fetched."""
     path = Path(model.base)
     elsewhere: dict[str, Path] = {}
     if path.exists():
@@ -91,19 +173,27 @@ def open_base(model: config.Model, family: Family) -> Base:
             )
         folder = fetch(model, model.revision, [INDEX, "README.md"])
         commit = folder.name
-        fetch(model, commit, [f"{c}/*.{end}" for c in read_index(folder, family) for end in ("json", "txt", "model")])
+        fetch(model, commit, [f"{c}/*.{end}" for c in read_json(folder / INDEX) for end in ("json", "txt", "model") if not c.startswith("_")])
         if model.trained_revision is not None:
             elsewhere[family.trains] = fetch(model, model.trained_revision, [f"{family.trains}/*.json"]) / family.trains
-    components = read_index(folder, family)
+    index = read_index(folder, family)
+    if family.stage is not None and family.stage.prefix and read_json(folder / INDEX).get("_class_name") == family.stage.whole:
+        elsewhere |= {name: folder / f"{family.stage.prefix}{name}" for name in family.components}
     if model.vae is not None:
+        if "vae" not in family.components:
+            raise InputFault(f"model.vae: family {family.name!r} has no autoencoder of that kind. Leave model.vae out.")
         elsewhere["vae"] = open_vae(replace(model, base=model.vae))
-    base = Base(folder, elsewhere, family.trains, model.base, commit, model.variant, read_configs(folder, elsewhere, family))
-    if problems := family.misfits(base.configs):
-        raise InputFault(f"{model.base}: " + "\n".join(problems))
-    if commit is not None:
-        fetch_weights(base, model, family, components)
-    check_weights(base, family, components)
-    return base
+    return Base(folder, elsewhere, family.trains, model.base, commit, model.variant, {"model_index": index} | read_configs(folder, elsewhere, family))
+
+
+def read_tensor(base: Base, name: str) -> list[Any]:
+    """A small array of the trained component, as lists."""
+    for path in base.weight_files(base.trains):
+        with safe_open(path, "np") as file:
+            if name in file.keys():  # noqa: SIM118 - it is no dict
+                found: list[Any] = file.get_tensor(name).astype("float32").tolist()
+                return found
+    raise InputFault(f"{base.part(base.trains)}: its weights have no {name}. Is it a {base.kind(base.trains)[1]}? Fetch or copy the model again.")
 
 
 def open_vae(model: config.Model) -> Path:
@@ -163,34 +253,45 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_index(folder: Path, family: Family) -> dict[str, tuple[str, str]]:
-    """The components that ``model_index.json`` names, as (library, class); checked against the family."""
+def read_index(folder: Path, family: Family) -> dict[str, Any]:
+    """``model_index.json``, checked against the family; of a folder that holds both stages, the index of this one."""
     if not (folder / INDEX).is_file():
         needed = f"Give the folder that holds {INDEX} beside {', '.join(family.components)}."
         raise InputFault(f"model.base: {folder} has no {INDEX}, so it is not a pipeline folder in the diffusers layout. {needed}")
     index = read_json(folder / INDEX)
-    given = index.get("_class_name")
-    if given != family.pipeline:
+    given, whole = index.get("_class_name"), family.stage.whole if family.stage is not None else None
+    if given not in (family.pipeline, whole):
         needed = f"family {family.name!r} needs a {family.pipeline}. Choose another base, or the model.family it belongs to."
         raise InputFault(f"model.base: {folder / INDEX} is of a {given}; {needed}")
-    components = {k: (v[0], v[1]) for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and len(v) == 2 and v[1] is not None}
-    for name, (library, cls) in components.items():
+    if family.stage is not None and given == whole:
+        own = {name: index.get(f"{family.stage.prefix}{name}", [None, None]) for name in family.components}
+        index = {k: v for k, v in index.items() if k == "_diffusers_version"} | own | {"_class_name": family.pipeline}
+    for name, (library, cls) in listed(index).items():
         if library not in LIBRARIES or re.fullmatch(r"[\w-]+", name) is None:
             code = f"{name} is a {library}.{cls}, code that comes with the model. Such code is never run; choose a base of stock components."
             raise InputFault(f"model.base: {folder / INDEX}: {code}")
     for name, wanted in family.components.items():
-        library, cls = components.get(name, ("", "missing"))
-        if cls == "missing" or (wanted and cls not in (wanted, wanted + "Fast")):
+        library, cls = listed(index).get(name, ("", "missing"))
+        if cls == "missing" or (wanted and cls not in (wanted, wanted + "Fast", wanted + "Pil")):
             raise InputFault(f"model.base: {folder / INDEX}: {name} is {cls}, {wanted or 'a scheduler'} is expected for family {family.name!r}.")
-    return components
+    return index
+
+
+def listed(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """The components that an index names, as (library, class)."""
+    return {k: (v[0], v[1]) for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and len(v) == 2 and v[1] is not None}
+
+
+def extras(base: Base, family: Family) -> list[str]:
+    """Components that the index names beyond the family's own."""
+    return [name for name in listed(base.configs["model_index"]) if name not in family.components]
 
 
 def read_configs(folder: Path, elsewhere: dict[str, Path], family: Family) -> Configs:
-    """The config of every component of the family, and the index as ``model_index``."""
-    configs: Configs = {"model_index": read_json(folder / INDEX)}
-    for name, wanted in family.components.items():
-        where = elsewhere.get(name, folder / name)
-        file = "tokenizer_config.json" if name in family.tokenizers else "config.json" if wanted else "scheduler_config.json"
+    """The config of every component of the family."""
+    configs: Configs = {}
+    for name in family.components:
+        where, file = elsewhere.get(name, folder / name), config_file(family, name)
         configs[name] = read_json(where / file)
         if "auto_map" in configs[name]:
             raise InputFault(f"{where / file}: auto_map asks for code that comes with the model. Such code is never run; choose a base of stock components.")
@@ -199,77 +300,19 @@ def read_configs(folder: Path, elsewhere: dict[str, Path], family: Family) -> Co
     return configs
 
 
-def names_in(folder: Path) -> list[str]:
-    """The names of the files directly in a folder."""
-    return sorted(p.name for p in folder.glob("*") if p.is_file())
+def config_file(family: Family, component: str) -> str:
+    """The name of a component's config; only what has a ``config.json`` has weights."""
+    if component in family.tokenizers:
+        return "tokenizer_config.json"
+    return {"": "scheduler_config.json", "CLIPImageProcessor": "preprocessor_config.json"}.get(family.components[component], "config.json")
 
 
-def has_weights(names: Iterable[str]) -> bool:
-    """Whether any of these files holds weights, in whatever format."""
-    return any(name.endswith((".safetensors", ".gguf", *PICKLES)) for name in names)
-
-
-def pick(component: str, names: Iterable[str], variant: str | None) -> list[str]:
-    """Those of a component's files that hold its weights: the chosen variant's, else the plain ones.
-
-    Raises:
-        InputFault: when there are none, naming what there is instead.
-    """
-    names = sorted(names)
-    found: dict[str | None, list[str]] = {}
-    for name in names:
-        if match := WEIGHTS.fullmatch(name):
-            found.setdefault(match[1] or match[3], []).append(name)
-    for wanted in (variant, None):
-        files = found.get(wanted, [])
-        whole = [n for n in files if "-of-" not in n]
-        if files and not whole:
-            count = int(WEIGHTS.fullmatch(files[0])[2])  # type: ignore[index]
-            if len(files) != count:
-                raise InputFault(f"{component}: {len(files)} of {count} weight files are there. Fetch or copy the model again.")
-        if files:
-            return whole[:1] or files
-    variants = sorted(v for v in found if v is not None)
-    if variants:
-        raise InputFault(f"{component}: there are no plain weights, only variants: {', '.join(variants)}. Pass model.variant={variants[0]}.")
-    if pickles := [n for n in names if n.endswith(PICKLES)]:
-        how = "load it with diffusers, .save_pretrained('a-folder') it, and give that folder"
-        raise InputFault(f"{component}: its weights are in {pickles[0]}. Pickles are not read: they can run code. Convert to safetensors once: {how}.")
-    if ggufs := [n for n in names if n.endswith(".gguf")]:
-        raise InputFault(f"{component}: its weights are in {ggufs[0]}: quantized weights cannot be trained. Choose a base with safetensors weights.")
-    raise InputFault(f"{component}: no safetensors weights are there. Is the model's folder complete?")
-
-
-def check_weights(base: Base, family: Family, components: Iterable[str]) -> None:
-    """Every weight file must be there and be as long as its own header says; nothing but headers is read."""
-    paths = [path for component in weighted(family) for path in base.weight_files(component)]
-    if base.variant is not None and not any(m and base.variant in (m[1], m[3]) for m in (WEIGHTS.fullmatch(p.name) for p in paths)):
-        raise InputFault(f"model.variant: {base.name} has no weights of variant {base.variant!r}, only plain ones. Leave model.variant out.")
-    extras = [c for c in components if c not in family.components and usable(c, names_in(base.part(c)), base.variant)]
-    for path in [*paths, *(path for component in extras for path in base.weight_files(component))]:
+def check_weights(base: Base, needed: Iterable[str], components: Iterable[str]) -> None:
+    """Every weight file of what is needed must be there, and each file must be as long as its own header says; nothing but headers is read."""
+    needed = list(needed)
+    usables = [c for c in components if c not in needed and usable(c, names_in(base.part(c)), base.variant)]
+    for path in [path for component in (*needed, *usables) for path in base.weight_files(component)]:
         check_length(path)
-
-
-def check_length(path: Path) -> None:
-    """Compare a safetensors file's size with its header.
-
-    Raises:
-        InputFault: when it is cut short, or not a safetensors file.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        try:
-            if len(start) < 8 or length > min(size - 8, 100_000_000):
-                raise ValueError("no header")
-            header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            pointer = " It is a Git LFS pointer: run git lfs pull." if start.startswith(b"version ") else ""
-            raise InputFault(f"{path}: not a whole safetensors file ({size} bytes).{pointer} Fetch or copy the model again.") from error
-    if size != 8 + length + end:
-        raise InputFault(f"{path}: {size} bytes, {8 + length + end} are expected: the file is cut short or damaged. Fetch or copy the model again.")
 
 
 class Quiet(tqdm):  # type: ignore[type-arg]
@@ -288,30 +331,24 @@ def fetch(model: config.Model, revision: str | None, patterns: list[str], bar: t
         return Path(huggingface_hub.snapshot_download(model.base, revision=revision, allow_patterns=patterns, **settings))
 
 
-def fetch_weights(base: Base, model: config.Model, family: Family, components: Iterable[str]) -> None:
-    """Fetch the chosen weights of every component; what is not there is refused before the first file is fetched."""
+def fetch_weights(base: Base, model: config.Model, components: Iterable[str], family: Family) -> None:
+    """Fetch the chosen weights of these components; what is not there is refused before the first file is fetched."""
+    components = list(components)
     for folder in dict.fromkeys((base.folder, base.part(base.trains).parent)):
         names = listing(model, folder)
         files = []
         for component in (c for c in components if base.part(c).parent == folder):
-            inner = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
+            place = base.part(component).name
+            inner = [name.removeprefix(f"{place}/") for name in names if name.startswith(f"{place}/")]
             if component in weighted(family) or (component not in family.components and usable(component, inner, base.variant)):
-                files += [f"{component}/{name}" for name in pick(component, inner, base.variant)]
+                files += [f"{place}/{name}" for name in pick(component, inner, base.variant)]
         if missing := [name for name in files if not (folder / name).is_file()]:
             fetch(model, folder.name, missing, tqdm)
 
 
 def weighted(family: Family) -> list[str]:
     """The components of a family that have weights."""
-    return [c for c, wanted in family.components.items() if wanted and c not in family.tokenizers]
-
-
-def usable(component: str, names: Iterable[str], variant: str | None) -> bool:
-    """Whether ``pick`` finds weights."""
-    try:
-        return bool(pick(component, names, variant))
-    except InputFault:
-        return False
+    return [c for c in family.components if config_file(family, c) == "config.json"]
 
 
 def listing(model: config.Model, folder: Path) -> list[str]:

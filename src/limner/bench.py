@@ -14,15 +14,17 @@ import numpy as np
 from limner import base, config, durable, engines, plan, rng, schedule
 from limner.base import INDEX, Base
 from limner.engine import Batch, Engine, FirstFault, World
-from limner.families import FAMILIES
-from limner.family import Configs, Family, tokenize, told
+from limner.families import family_of
+from limner.family import Configs, Family, Features, tokenize, told
 from limner.faults import Fault, InputFault, NonFinite
 from limner.objective import Objective
 
 WARM_UP = 2  # steps before the first that counts
 BLOCKS = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon"}
-STAND_INS: dict[str, Configs] = {  # published configs, cut to what shapes depend on; the UNets have 859,520,964 and 2,567,463,684 parameters
+EYE: dict[str, Any] = {"image_encoder": {"image_size": 224, "projection_dim": 1280}, "image_processor": {}}
+# Published configs, cut to what shapes depend on; the trained networks have 859,520,964, 2,567,463,684, 1,026,219,264 and 1,253,088,008 parameters.
+STAND_INS: dict[str, dict[str, Any]] = {
     "sd": {
         "model_index": {"_class_name": "StableDiffusionPipeline", "_name": "Stable Diffusion 1.5", "unet": ["diffusers", "UNet2DConditionModel"]},
         "unet": {
@@ -50,6 +52,27 @@ STAND_INS: dict[str, Configs] = {  # published configs, cut to what shapes depen
         "text_encoder_2": {"hidden_size": 1280, "projection_dim": 1280, "max_position_embeddings": 77}, "tokenizer_2": {"model_max_length": 77},
         "scheduler": NOISE,
     },
+    "kandinsky22-prior": {
+        "model_index": {"_class_name": "KandinskyV22PriorPipeline", "_name": "Kandinsky 2.2 prior", "prior": ["diffusers", "PriorTransformer"]},
+        "prior": {
+            "_class_name": "PriorTransformer", "num_attention_heads": 32, "attention_head_dim": 64, "num_layers": 20, "embedding_dim": 1280,
+            "num_embeddings": 77, "additional_embeddings": 4,
+        },
+        "text_encoder": {"hidden_size": 1280, "projection_dim": 1280, "max_position_embeddings": 77}, "tokenizer": {"model_max_length": 77},
+        "scheduler": {"_class_name": "UnCLIPScheduler", "prediction_type": "sample"}, "fixed": {"clip_mean": [[0.0] * 1280], "clip_std": [[1.0] * 1280]},
+    } | EYE,
+    "kandinsky22-decoder": {
+        "model_index": {"_class_name": "KandinskyV22Pipeline", "_name": "Kandinsky 2.2 decoder", "unet": ["diffusers", "UNet2DConditionModel"]},
+        "unet": {
+            "_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": 4, "out_channels": 8, "block_out_channels": [384, 768, 1152, 1536],
+            "down_block_types": ["ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3], "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+            "up_block_types": [*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"], "layers_per_block": 3, "attention_head_dim": 64,
+            "cross_attention_dim": 768, "encoder_hid_dim": 1280, "encoder_hid_dim_type": "image_proj", "addition_embed_type": "image",
+            "resnet_time_scale_shift": "scale_shift", "norm_num_groups": 32, "norm_eps": 1e-5, "act_fn": "silu",
+        },
+        "movq": {"latent_channels": 4, "block_out_channels": [128, 256, 256, 512]},
+        "scheduler": {"_class_name": "DDPMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "num_train_timesteps": 1000},
+    } | EYE,
 }  # fmt: skip
 
 
@@ -62,9 +85,7 @@ def run(cfg: config.Config, *, steps: int = 10, json_file: Path | None = None, t
     if steps < 1:
         raise InputFault(f"--steps: {steps} is not above 0")
     cfg.check(own_records=True)
-    family = FAMILIES.get(cfg.model.family)
-    if family is None:
-        raise InputFault(f"model.family: {cfg.model.family!r} is not one of {', '.join(FAMILIES)}")
+    family = family_of(cfg)
     with contextlib.closing(engines.join(cfg.engine)) as process, open_weights(cfg.model, family, process, cfg.adapt.text_encoders) as (opened, weights):
         figures = measure(cfg, opened, family, process, steps, tell) | {"weights": weights, "base": opened.name}
         if process.rank == 0:
@@ -127,9 +148,7 @@ class Shapes:
 
     def vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See ``family.Parts``."""
-        known = self.configs[name]
-        sides = (side >> (len(known["block_out_channels"]) - 1) for side in pixels.shape[2:])
-        mean = self.draws.standard_normal((len(pixels), known["latent_channels"], *sides), np.float32) / np.float32(known.get("scaling_factor", 0.18215))
+        mean = self.movq(name, pixels) / np.float32(self.configs[name].get("scaling_factor", 0.18215))
         return mean, np.zeros_like(mean)
 
     def text(self, name: str, ids: np.ndarray, skip: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -141,6 +160,16 @@ class Shapes:
     def beside(self, arrays: list[np.ndarray]) -> np.ndarray:
         """See ``family.Encoders``."""
         return np.concatenate(arrays, axis=-1)
+
+    def movq(self, name: str, pixels: np.ndarray) -> np.ndarray:
+        """See ``family.Parts``."""
+        known = self.configs[name]
+        sides = (side >> (len(known["block_out_channels"]) - 1) for side in pixels.shape[2:])
+        return self.draws.standard_normal((len(pixels), known["latent_channels"], *sides), np.float32)
+
+    def see(self, name: str, processor: str, pixels: np.ndarray) -> np.ndarray:
+        """See ``family.Parts``."""
+        return self.draws.standard_normal((len(pixels), self.configs[name]["projection_dim"]), np.float32)
 
     def tokens(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
         """See ``family.Parts``."""
@@ -158,20 +187,27 @@ class Shapes:
 def stand_in(cfg: config.Config, configs: Configs, family: Family, rows: int) -> Batch:
     """A batch of random features, of the shapes that the recipe's pictures and captions would have."""
     parts, draws = Shapes(configs), rng.at(0, "bench", 1)
-    features = family.image(parts, np.zeros((rows, 3, cfg.data.size, cfg.data.size), np.float32))
+    features = picture_features(family, parts, rows, (cfg.data.size, cfg.data.size))
     x0 = family.clean(features, configs, np.zeros_like(features[family.latent[0]]))
     noising = vars(Objective.of(configs["scheduler"], cfg.objective).at(draws.random(rows)))
     kept = {name: array for name, array in features.items() if name not in family.latent}
-    tokens = tokenize(family, parts, [""] * rows, cfg.data.chunks)
+    tokens = tokenize(family, parts, [""] * rows, cfg.data.chunks) if family.captions else {}
     texts = tokens if cfg.adapt.text_encoders else told(family, parts, tokens)
     return {"x0": x0, "noise": draws.standard_normal(x0.shape, np.float32), **noising, "cut": np.full((rows, 6), cfg.data.size, np.float32), **kept, **texts}
+
+
+def picture_features(family: Family, parts: Shapes, rows: int, shape: tuple[int, int]) -> Features:
+    """Random image features of pictures that are cut to ``shape`` (height, width)."""
+    side = family.eye(parts.configs)
+    shapes = {"cut": shape, "whole": (side, side)}
+    return family.image(parts, *(np.zeros((rows, 3, *shapes[view]), np.float32) for view in family.views))
 
 
 @contextlib.contextmanager
 def open_weights(model: config.Model, family: Family, process: World, text_encoders: bool = False) -> Iterator[tuple[Base, str]]:
     """The recipe's base where it is a folder or in the Hub's cache; else random weights of full size, on disk while the block lasts. And what to call it."""
     if (folder := process.first(lambda: at_hand(model, family))) is not None:
-        yield base.open_base(config.Model(base=folder, family=model.family, variant=model.variant), family), "the base's own"
+        yield open_local(model, family, folder), "the base's own"
         return
     if family.name not in STAND_INS:
         unknown = f"and bench knows no published config of family {family.name!r}"
@@ -191,6 +227,8 @@ def open_weights(model: config.Model, family: Family, process: World, text_encod
 
 def at_hand(model: config.Model, family: Family) -> str | None:
     """The base's folder: the one that is named, or a whole one in the Hub's cache; None where neither is there."""
+    if family.stage is not None and not all(Path(place).exists() for place in (model.base, *([model.partner] if model.partner else []))):
+        return None
     if Path(model.base).exists():
         return model.base
     import huggingface_hub
@@ -200,10 +238,15 @@ def at_hand(model: config.Model, family: Family) -> str | None:
         if not isinstance(found, str) or model.trained_revision is not None:
             return None
         folder = str(Path(found).parent)
-        base.open_base(config.Model(base=folder, family=model.family, variant=model.variant), family)
+        open_local(model, family, folder)
     except (Fault, ValueError):  # a part of it, or no name of the Hub's
         return None
     return folder
+
+
+def open_local(model: config.Model, family: Family, folder: str) -> Base:
+    """The recipe's base where it lies."""
+    return base.open_base(config.Model(base=folder, family=model.family, variant=model.variant, partner=model.partner), family, draws=False)
 
 
 def write_random(path: Path, configs: Configs, family: Family) -> None:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from limner import base, bench, config, durable, encoding, engines, plan, training
@@ -19,7 +18,7 @@ from limner.data.buckets import Shape
 from limner.data.records import Source
 from limner.data.stream import Stream
 from limner.engine import World
-from limner.families import FAMILIES
+from limner.families import family_of
 from limner.family import Family, tokenize, told
 from limner.faults import InputFault
 from limner.features import row_bytes
@@ -51,9 +50,7 @@ def run(cfg: config.Config, *, json_file: Path | None = None, sheet: Path | None
         InputFault: after the table, when training would refuse this recipe; before it, for what keeps it from being made.
     """
     cfg.check()
-    family = FAMILIES.get(cfg.model.family)
-    if family is None:
-        raise InputFault(f"model.family: {cfg.model.family!r} is not one of {', '.join(FAMILIES)}")
+    family = family_of(cfg)
     with contextlib.closing(engines.join(cfg.engine)) as process:
         seen = look(cfg, family, process)
         report: dict[str, Any] = {"pictures": pictures(seen), "buckets": bucket_rows(seen), "captions": captions(seen), "epoch": epoch(seen)}
@@ -70,7 +67,8 @@ def run(cfg: config.Config, *, json_file: Path | None = None, sheet: Path | None
 
 def look(cfg: config.Config, family: Family, process: World) -> Look:
     """Read and decode every record, as ``train`` does; nothing that is bad stops it."""
-    opened = base.open_base(cfg.model, family)
+    opened = base.open_base(cfg.model, family, draws=bool(cfg.preview.prompts))
+    cfg = replace(cfg, data=replace(cfg.data, caption=cfg.data.caption if family.captions else None))
     objective = Objective.of(opened.configs["scheduler"], cfg.objective)
     source = sets.open_source(cfg.data, lambda line: None)
     known = None if cfg.data.cache in ("off", "memory") else encoding.cache_folder(cfg) / "known-pictures.json"
@@ -142,9 +140,9 @@ def cache(seen: Look) -> dict[str, Any]:
     cfg, stream = seen.cfg, seen.stream
     shapes, bytes_each = bench.Shapes(seen.opened.configs), 2 if cfg.data.cache_dtype == "float16" else 4
     variants = Counter(g.shape for e in stream.entries for g in stream.variants(e) or ())
-    per = {shape: row_bytes(seen.family.image(shapes, np.zeros((1, 3, *shape), np.float32))) * bytes_each // 4 for shape in variants}
-    told_of = told(seen.family, shapes, tokenize(seen.family, shapes, [""], cfg.data.chunks))
-    texts = 0 if cfg.adapt.text_encoders else len({c for e in stream.entries for c in e.captions}) + (cfg.data.drop_caption > 0)
+    per = {shape: row_bytes(bench.picture_features(seen.family, shapes, 1, shape)) * bytes_each // 4 for shape in variants}
+    told_of = told(seen.family, shapes, tokenize(seen.family, shapes, [""], cfg.data.chunks)) if seen.family.captions else {}
+    texts = 0 if cfg.adapt.text_encoders or not seen.family.captions else len({c for e in stream.entries for c in e.captions}) + (cfg.data.drop_caption > 0)
     place = str(encoding.cache_folder(cfg)) if cfg.data.cache not in ("off", "memory") else None
     amounts = {"pictures": sum(variants.values()), "picture_bytes": sum(per[s] * n for s, n in variants.items())}
     return {"folder": place, **amounts, "captions": texts, "caption_bytes": texts * row_bytes(told_of) * bytes_each // 4}
@@ -208,7 +206,7 @@ def draw(seen: Look, target: Path) -> None:
     for head, alike, wh in rows:
         pen.text((gap, y + 8), head, fill="black", font=ImageFont.load_default(15))
         for x, entry in enumerate(alike):
-            cut = Image.fromarray(seen.stream.picture(entry, seen.stream.watched(entry)).load())
+            cut = Image.fromarray(seen.stream.picture(entry, seen.stream.watched(entry)).load()[0])
             sheet.paste(cut.resize(wh, Image.Resampling.LANCZOS), (gap + x * (tile + gap), y + 30))
             pen.multiline_text((gap + x * (tile + gap), y + 34 + wh[1]), "\n".join(wrap(entry.captions[0], 26).splitlines()[:5]), fill="black", font=font)
         y += wh[1] + 110

@@ -26,6 +26,7 @@ class Model:
     revision: str | None = None  # of the Hub repository
     trained_revision: str | None = None  # of the trained component, where it differs
     variant: str | None = None  # e.g. fp16: which weight files of the base
+    partner: str | None = None  # the other one of a model in two stages: a decoder's prior, a prior's decoder; a folder, a run or a Hub repository
     vae: str | None = None  # another autoencoder, a folder or a Hub repository; one that is safe in half precision runs in engine.precision
     cache_dir: str | None = None  # where downloads are kept; None: the Hub library's own place
 
@@ -41,7 +42,7 @@ class Set:
     hub_files: str | None = None
     split: str = "train"
     image: str = "image"  # column names
-    caption: str = "text"
+    caption: str | None = "text"
     repeats: int = 1  # how often an epoch sees each record
     weight: float | None = None  # share of the examples that come from here, beside the others' weights; in all sets or in none
 
@@ -70,7 +71,7 @@ class Data:
     cache_dir: str | None = None
     split: str = "train"
     image: str = "image"  # column names
-    caption: str = "text"
+    caption: str | None = "text"  # none: there are no captions
     limit: int | None = None  # train on a random choice of this many records
     bad: Literal["refuse", "skip"] = "refuse"  # what to do about pictures and captions that cannot be used
     max_pixels: int = 178_956_970  # a larger picture is taken for a decompression bomb

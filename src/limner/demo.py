@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from limner import bundled, config, durable, engines, generate, log, training
+from limner.engine import Weights
 from limner.snapshot import LORA
 
 BUNDLED = Path(bundled.__file__).parent
@@ -39,7 +40,7 @@ def before_and_after(folder: Path) -> list[tuple]:
     base, lora = str(BUNDLED / "model"), folder if (folder / LORA).exists() else None
     columns = []
     for model, adapter in ((base, None), (base if lora else str(folder), lora)):
-        pipeline = engines.open_pipeline(model, lora=adapter, scheduler="ddim", precision="no", device="cpu")
+        pipeline = engines.open_pipeline(Weights(model, adapter), None, scheduler="ddim", precision="no", device="cpu")
         seeds = [SEED + i for i in range(len(PROMPTS))]
         columns.append(engines.draw(pipeline, PROMPTS, seeds, steps=STEPS, guidance_scale=GUIDANCE, size=None, batch=len(PROMPTS)))
     return list(zip(*columns, strict=True))

@@ -44,19 +44,20 @@ def stores(cfg: config.Config, family: Family, opened: base.Base, process: World
     """
     if cfg.data.cache == "off":
         return None, None
+    keeps_texts = bool(family.captions) and not cfg.adapt.text_encoders
     if cfg.data.cache == "memory":
         if process.world > 1:
             raise InputFault(
                 f'data.cache="memory" serves one process, there are {process.world}. Give a folder, which all fill and read; one below /dev/shm is in memory.'
             )
-        return Memory(), None if cfg.adapt.text_encoders else Memory()
+        return Memory(), Memory() if keeps_texts else None
     root, how = cache_folder(cfg), [family.name, cfg.engine.kind, cfg.engine.tf32, cfg.data.cache_dtype, *engines.arithmetic(process)]
     half = process.precision if cfg.model.vae is not None else "no"
 
     def store(kind: str, settings: list[Any], parts: tuple[str, ...]) -> Store:
         return Store(root / f"{kind}-{durable.digest_json([how, settings, process.first(partial(opened.fingerprint, *parts))])}", tell)
 
-    captions = None if cfg.adapt.text_encoders else store("caption", [cfg.data.chunks, TEXT_BATCH], (*family.captions, *family.tokenizers))
+    captions = store("caption", [cfg.data.chunks, TEXT_BATCH], (*family.captions, *family.tokenizers)) if keeps_texts else None
     return store("picture", [half, image.decoder(), picture_batch(cfg)], family.pictures), captions
 
 
@@ -109,6 +110,7 @@ def requests(job: "Run") -> tuple[list[str], list[Picture]]:
     """All captions and pictures that can be kept and that the run will ask for."""
     stream, entries = job.stream, (*job.stream.entries, *job.held_out)
     captions = list(dict.fromkeys(c for e in entries for c in e.captions)) + ([""] if job.cfg.data.drop_caption else [])
+    captions = captions if job.family.captions else []
     pictures = [stream.picture(e, g) for e in stream.entries for g in stream.variants(e) or ()]
     return captions, pictures + [stream.picture(e, stream.watched(e)) for e in job.held_out]
 

@@ -1,6 +1,8 @@
 """The seam: all that training needs to know of PyTorch or JAX. Numpy goes in, numpy comes out, at logging and saving only."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -12,6 +14,23 @@ Metrics = dict[str, Any]  # arrays on the device, until ``fetch``
 Batch = dict[str, np.ndarray]  # x0, noise, t a s p q w d and features; first axis: examples
 Group = dict[str, np.ndarray]  # arrays by parameter name
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of a pipeline lie."""
+
+    model: str  # a folder in the diffusers layout, or a Hub repository
+    lora: Path | None = None  # a folder that holds ``pytorch_lora_weights.safetensors``
+    family: str | None = None  # where it is known from the run that made them
+    variant: str | None = None
+    revision: str | None = None
+    cache_dir: str | None = None  # where downloads are kept; None: the Hub library's own place
+
+    @property
+    def settings(self) -> dict[str, str | None]:
+        """What diffusers is told besides the model's name."""
+        return {"variant": self.variant, "revision": self.revision, "cache_dir": self.cache_dir}
 
 
 class World(Protocol):

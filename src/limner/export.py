@@ -15,13 +15,14 @@ import numpy as np
 from safetensors import safe_open
 
 from limner import checkpoint, config, durable, snapshot
-from limner.base import INDEX, Base, has_weights, names_in, open_base, usable
+from limner.base import INDEX, Base, open_base
 from limner.families import FAMILIES
 from limner.family import Family
 from limner.faults import HubFault, InputFault, IntegrityFault
 from limner.hub import HUB_NAME, endpoint, hub_errors
 from limner.objective import Objective
 from limner.snapshot import LORA, WEIGHTS
+from limner.weights import has_weights, names_in, usable
 
 RESULT = "result.json"
 PUSHED = "pushed.json"  # where, and which result
@@ -61,7 +62,7 @@ def again(run: Path, *, push_to: str | None, private: bool, tell: Callable[[str]
         cfg = config.build(config.Config, {**found.state["config"], "run": str(run)})
         cfg = replace(cfg, export=replace(cfg.export, hub=push_to or cfg.export.hub))
         family = FAMILIES[cfg.model.family]
-        base = open_base(cfg.model, family)
+        base = open_base(cfg.model, family, draws=False)
         write(found, cfg, base, family, Objective.of(base.configs["scheduler"], cfg.objective).predict)
         tell(f"{run}: the result of step {found.step} is here")
         if push_to is not None:

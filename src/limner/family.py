@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -33,6 +33,14 @@ class Parts(Encoders, Protocol):
         """Mean and standard deviation of the posterior, float32 [n, channels, h, w], for pixels in [-1, 1], float32 [n, 3, H, W]."""
         ...
 
+    def movq(self, name: str, pixels: np.ndarray) -> np.ndarray:
+        """Latents of a VQ autoencoder before they are quantized, float32 [n, channels, h, w], for pixels in [-1, 1], float32 [n, 3, H, W]."""
+        ...
+
+    def see(self, name: str, processor: str, pixels: np.ndarray) -> np.ndarray:
+        """CLIP image embedding, float32 [n, width], for pixels in [-1, 1], float32 [n, 3, side, side], which ``processor`` says how to normalise."""
+        ...
+
     def tokens(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
         """Token ids, int64 [n, chunks, length]: each chunk has its own start and end and is padded; what is longer is cut."""
         ...
@@ -47,6 +55,16 @@ class Parts(Encoders, Protocol):
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One of two models that make pictures together, one after the other."""
+
+    partner: str  # the family of the other one
+    needs: dict[str, str]  # the components of the other one that this one's features are made with -> class name
+    whole: str  # class name of the stock pipeline of both
+    prefix: str  # what the names of this one's components begin with in it
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family. Functions take and return arrays whose first axis is the example; they work on numpy, torch and jax alike."""
 
@@ -54,13 +72,19 @@ class Family:
     pipeline: str  # class name of the stock diffusers pipeline
     trains: str  # the component that learns
     components: dict[str, str]  # every component that is read -> its class name
-    image: Callable[[Parts, np.ndarray], Features]  # pixels in [-1, 1], [n, 3, H, W] -> what is cached per picture
+    image: Callable[..., Features]  # parts, and for each of ``views`` pixels in [-1, 1], [n, 3, H, W] -> what is cached per picture
     text: Callable[[Encoders, dict[str, Any]], dict[str, Any]]  # token ids by tokenizer, [n, chunks, length] -> what the network is told of a caption
-    clean: Callable[[Features, Configs, np.ndarray], np.ndarray]  # features, configs, standard normal -> x0
+    clean: Callable[[Features, Configs, np.ndarray], np.ndarray]  # features, configs (with ``fixed``), standard normal -> x0
     latent: tuple[str, ...]  # the image features that ``clean`` turns into x0; all have the shape of x0
     inputs: Callable[[dict[str, Any]], dict[str, Any]]  # batch -> keyword arguments of the trained network
     lora: dict[str, tuple[str, ...]]  # component -> the modules that get adapters; those of text encoders by wish only
     tag: str = "stable-diffusion"  # on a model card
+    views: tuple[Literal["cut", "whole"], ...] = ("cut",)  # of a picture: as the recipe cuts it; the middle square of the whole of it
+    eye: Callable[[Configs], int] = lambda configs: 0  # pixels a side of ``whole``
+    stage: Stage | None = None  # where two models make pictures together
+    fixed: tuple[str, ...] = ()  # arrays among the trained network's weights that do not learn; their numbers are ``configs["fixed"]``
+    unused: tuple[str, ...] = ()  # settings that mean nothing to it
+    heeds_padding: bool = False  # whether the network is told which tokens are words: ``mask``, bool [n, length]
     tokenizers: tuple[str, ...] = ("tokenizer",)
     captions: tuple[str, ...] = ("text_encoder",)  # the components that make text features
     pictures: tuple[str, ...] = ("vae",)  # the components that make image features
@@ -73,12 +97,15 @@ class Family:
 
 
 def tokenize(family: Family, parts: Parts, captions: list[str], chunks: int) -> Features:
-    """Token ids by tokenizer, int64 [n, chunks, length]; with several chunks also ``mask``, bool [n, chunks * length].
+    """Token ids by tokenizer, int64 [n, chunks, length]; with several chunks, or where padding is heeded, also ``mask``, bool [n, chunks * length].
 
-    The mask keeps the network from looking at chunks without words (the first one is always looked at), so that a caption which fits into one chunk
-    means the same whatever the number of chunks is.
+    With several chunks the mask keeps the network from looking at chunks without words (the first one is always looked at), so that a caption which
+    fits into one chunk means the same whatever the number of chunks is.
     """
     ids = {tokenizer: parts.tokens(tokenizer, captions, chunks) for tokenizer in family.tokenizers}
+    if family.heeds_padding:
+        lengths, (name, *_) = np.array(parts.lengths(family.tokenizers[0], captions)), family.tokenizers
+        return ids | {"mask": np.arange(ids[name].shape[-1]) < lengths[:, None]}
     if chunks == 1:
         return ids
     words = np.any([(ids[tokenizer] != parts.tokens(tokenizer, [""], 1)).any(-1) for tokenizer in family.tokenizers], axis=0)

@@ -22,15 +22,16 @@ from limner.faults import InputFault
 SHARD = 64  # rows that are encoded before they are written
 T = TypeVar("T")
 Check = Callable[[], None]
+Views = Sequence[np.ndarray]  # of one picture, in the order of the family's ``views``
 
 
 @dataclass(frozen=True)
 class Picture:
-    """The request for one cut picture."""
+    """The request for one picture's views."""
 
     key: str | None  # all that its features depend on, besides the encoder; None: not cached
-    shape: tuple[int, int]  # height and width of what is cut
-    load: Callable[[], np.ndarray]  # uint8 [height, width, 3]
+    shape: tuple[int, int]  # height and width of the first view; the others' are the same for all
+    load: Callable[[], Views]  # each uint8 [height, width, 3]
 
 
 class Encoded:
@@ -65,6 +66,8 @@ class Encoded:
 
     def texts(self, captions: Sequence[str]) -> Features:
         """Text features of a batch, in its order."""
+        if not self.family.captions:
+            return {}
         if (found := self.kept(self.text_store, captions)) is not None:
             return wide(found)
         with self.busy:
@@ -100,8 +103,11 @@ class Encoded:
         held = self.image_store is None or all(key in self.image_store for key in keys)
         return not (held and (self.text_store is None or all(caption in self.text_store for caption in captions)))
 
-    def encode_images(self, loaded: Sequence[np.ndarray]) -> Features:
-        return self.padded(list(loaded), self.batch, lambda part: self.family.image(self.parts(), image.pixels(np.stack(part))))
+    def encode_images(self, loaded: Sequence[Views]) -> Features:
+        def encode(part: list[Views]) -> Features:
+            return self.family.image(self.parts(), *(image.pixels(np.stack(view)) for view in zip(*part, strict=True)))
+
+        return self.padded(list(loaded), self.batch, encode)
 
     def encode_texts(self, captions: Sequence[str]) -> Features:
         return self.padded(

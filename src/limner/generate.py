@@ -10,21 +10,24 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from limner import durable, engines
+from limner.engine import Weights
 from limner.faults import InputFault
 from limner.snapshot import LORA
 
 
 def run(
     model: str, prompts: Sequence[str], *, prompt_file: Path | None = None, negative_prompt: str | None = None, seed: int = 0, count: int = 1, steps: int = 25,
-    guidance_scale: float = 7.5, scheduler: str | None = None, size: int | None = None, batch_size: int = 4, base: str | None = None, precision: str = "no",
-    device: str | None = None, output: Path = Path("pictures"), grid: Path | None = None,
+    guidance_scale: float | None = None, scheduler: str | None = None, size: int | None = None, batch_size: int = 4, base: str | None = None,
+    precision: str = "no", device: str | None = None, partner: str | None = None, output: Path = Path("pictures"), grid: Path | None = None,
 ) -> list[Path]:  # fmt: skip
     """Draw ``count`` pictures for each prompt and write them as PNG files; returns their paths, prompt by prompt.
 
     Args:
         model: the folder of a run (full or LoRA), a folder in the diffusers layout, or a Hub repository.
         seed: of the first picture of each prompt; picture k has seed + k, whatever the batch size.
+        guidance_scale: None: the pipeline's own, 7.5 for Stable Diffusion, 5 for XL, 4 for Kandinsky.
         base: base model of a LoRA; by default the one that the run was trained on.
+        partner: the other one of a model in two stages, named as ``model`` is; by default the one that the run was trained beside.
 
     Raises:
         InputFault: when there is no prompt, or no model at that place.
@@ -34,10 +37,12 @@ def run(
         raise InputFault('no prompt: give one or more, e.g. limner generate RUN "a red apple", or --prompt-file FILE')
     if min(count, steps, batch_size) < 1:
         raise InputFault(f"count, steps and batch size must be at least 1; they are {count}, {steps}, {batch_size}")
-    source, lora, settings = locate(model, base)
+    weights, beside = locate(model, base)
+    beside = partner or beside
+    other = None if beside is None else locate(beside, None)[0]
     captions = [prompt for prompt in wanted for _ in range(count)]
     seeds = [seed + k for _ in wanted for k in range(count)]
-    pipeline = engines.open_pipeline(source, lora=lora, scheduler=scheduler, precision=precision, device=device, **settings)
+    pipeline = engines.open_pipeline(weights, other, scheduler=scheduler, precision=precision, device=device)
     pictures = engines.draw(pipeline, captions, seeds, steps=steps, guidance_scale=guidance_scale, size=size, negative=negative_prompt, batch=batch_size)
     paths = []
     with durable.disk_errors(output):
@@ -60,21 +65,24 @@ def read_prompts(path: Path) -> list[str]:
         raise InputFault(f"{path}: cannot be read as a text file with one prompt per line: {error}") from error
 
 
-def locate(model: str, base: str | None) -> tuple[str, Path | None, dict[str, str | None]]:
-    """The pipeline to load, the LoRA to put on it, and which variant and revision from which cache, for what the user named."""
+def locate(model: str, base: str | None) -> tuple[Weights, str | None]:
+    """Where the weights are of what the user named, and what its run was trained beside, of a model in two stages."""
     model, base = os.path.expanduser(model), base and os.path.expanduser(base)
     folder = Path(model)
+    trained: dict[str, str | None] = {}
+    if (folder / "config.json").is_file():
+        trained = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model", {})
+    beside = trained.get("partner")
+    family = trained.get("family")
     if not folder.is_dir() or (folder / "model_index.json").exists():
-        return model, None, {}
+        return Weights(model, family=family), beside
     if not (folder / LORA).exists():
         raise InputFault(f"{folder}: neither a diffusers folder (model_index.json) nor a LoRA ({LORA}); a run has its result here when it has finished")
-    trained: dict[str, str | None] = {}
-    if (folder / "config.json").exists():
-        trained = json.loads((folder / "config.json").read_text()).get("model", {})
     source = base or trained.get("base")
     if not source:
         raise InputFault(f"{folder}: the base model of this LoRA is not known; give it with --base")
-    return source, folder, {name: trained.get(name) for name in (("cache_dir",) if base else ("cache_dir", "variant", "revision"))}
+    own = {name: trained.get(name) for name in (("cache_dir",) if base else ("cache_dir", "variant", "revision"))}
+    return Weights(source, folder, family, **own), beside
 
 
 def slug(text: str) -> str:

@@ -92,7 +92,7 @@ def betas(scheduler: dict[str, Any]) -> np.ndarray:
     """The noise schedule that a diffusers scheduler config describes, in float64: shape [timesteps]."""
     count = scheduler.get("num_train_timesteps", 1000)
     first, last = scheduler.get("beta_start", 0.0001), scheduler.get("beta_end", 0.02)
-    name = scheduler.get("beta_schedule", "linear")
+    name = "squaredcos_cap_v2" if scheduler.get("_class_name") == "UnCLIPScheduler" else scheduler.get("beta_schedule", "linear")  # it has no other
     if scheduler.get("trained_betas") is not None:
         out = np.asarray(scheduler["trained_betas"], np.float64)
     elif name == "linear":

@@ -17,7 +17,7 @@ from limner.data.order import Order
 from limner.data.prefetch import prefetch
 from limner.data.stream import Stream
 from limner.engine import Engine, State, World
-from limner.families import FAMILIES
+from limner.families import family_of
 from limner.family import Family
 from limner.faults import InputFault, NonFinite, Stopped, told_once
 from limner.features import Encoded
@@ -84,7 +84,7 @@ def run(cfg: config.Config, source: records.Source | None = None, tell: Tell = s
                 tell(f"{job.folder}: finished at step {job.found.step}; nothing to do. Ask for more with train.steps.")
                 return job.folder
             stop.gently = True
-            settings = {**config.plain(cfg), "train": {**config.plain(cfg.train), "seed": job.plan.seed}}
+            settings = {**config.plain(job.cfg), "train": {**config.plain(cfg.train), "seed": job.plan.seed}}
             process.first(lambda: durable.write_text(job.folder / "config.json", json.dumps(log.redact(settings), indent=1)))
             if job.found is None or job.found.step < job.plan.steps:
                 encoding.encode(job)
@@ -96,15 +96,16 @@ def run(cfg: config.Config, source: records.Source | None = None, tell: Tell = s
 def prepare(cfg: config.Config, source: records.Source | None, process: World, tell: Tell, stop: Stop) -> Run:
     """Look at everything that can be wrong, before any weight is loaded."""
     folder = Path(cfg.run)
-    family = FAMILIES.get(cfg.model.family)
-    if family is None:
-        raise InputFault(f"model.family: {cfg.model.family!r} is not one of {', '.join(FAMILIES)}")
+    family = family_of(cfg)
     where = process.first(lambda: found_at(folder, cfg.checkpoint.resume, tell))
     found = None if where is None else checkpoint.trusted(Path(where))
     seed = found.state["seed"] if found else process.first(lambda: plan.drawn_seed() if cfg.train.seed is None else cfg.train.seed)
+    cfg = replace(cfg, data=replace(cfg.data, caption=cfg.data.caption if family.captions else None))
     source = sets.open_source(cfg.data, tell) if source is None else source
     opened = open_everywhere(cfg, family, process)
-    base_digest = process.first(lambda: opened.fingerprint(*family.components))
+    if opened.partner is not None:
+        cfg = replace(cfg, model=replace(cfg.model, partner=cfg.model.partner or cfg.model.base))
+    base_digest = process.first(lambda: opened.fingerprint(*family.components, *(family.stage.needs if family.stage else ())))
     objective = Objective.of(opened.configs["scheduler"], cfg.objective)
     log.require(cfg.log.to)
     if cfg.export.hub is not None:
@@ -134,8 +135,9 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
 
 def open_everywhere(cfg: config.Config, family: Family, process: World) -> base.Base:
     """The base in every process; the first one downloads what is not there."""
-    process.first(lambda: str(base.open_base(cfg.model, family).folder))
-    return base.open_base(cfg.model, family)
+    draws = bool(cfg.preview.prompts)
+    process.first(lambda: str(base.open_base(cfg.model, family, draws=draws).folder))
+    return base.open_base(cfg.model, family, draws=draws)
 
 
 def split_held_out(entries: tuple[index.Entry, ...], count: int, seed: int) -> tuple[tuple[index.Entry, ...], tuple[index.Entry, ...]]:

@@ -4,7 +4,7 @@ import functools
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -244,13 +244,22 @@ def geometry(original: tuple[int, int], shape: tuple[int, int], u_top: float = 0
     return Geometry(height, width, top, left, *shape, flip)
 
 
+def whole(original: tuple[int, int], side: int, flip: bool = False) -> Geometry:
+    """How CLIP sees a picture: the shorter side resized to ``side``, and the middle square of that, as its image processor cuts it."""
+    height, width = resized(original, (side, side))
+    return Geometry(height, width, (height - side) // 2, (width - side) // 2, side, side, flip)
+
+
 def distinct_crops(shape: Geometry) -> int:
     """How many different parts of that size can be cut from the resized picture: 1 when it has the same proportions."""
     return (shape.height - shape.crop_height + 1) * (shape.width - shape.crop_width + 1)
 
 
-def load(picture: Picture, shape: Geometry, *, background: str, max_pixels: int, resample: str) -> np.ndarray:
-    """A picture decoded, resized and cut: uint8 [crop_height, crop_width, 3]; equal, to the bit, to ``cut`` of ``decode``.
+View = tuple[Geometry, str]  # how a picture is cut, and by what filter it is resized
+
+
+def load(picture: Picture, views: Sequence[View], *, background: str, max_pixels: int) -> list[np.ndarray]:
+    """Views of a picture that is decoded once: each uint8 [crop_height, crop_width, 3]; equal, to the bit, to ``cut`` of ``decode``.
 
     A plain JPEG (RGB, upright, sRGB) is unpacked straight into an array. Safe in threads.
 
@@ -264,8 +273,10 @@ def load(picture: Picture, shape: Geometry, *, background: str, max_pixels: int,
             if header.format == "JPEG" and header.mode == "RGB" and not _needs_care(header):
                 import simplejpeg
 
-                return _part(simplejpeg.decode_jpeg(picture, "RGB"), shape, resample)
-    return cut(decode(picture, background=background, max_pixels=max_pixels), shape, resample)
+                pixels = simplejpeg.decode_jpeg(picture, "RGB")
+                return [_part(pixels, shape, resample) for shape, resample in views]
+    decoded = decode(picture, background=background, max_pixels=max_pixels)
+    return [cut(decoded, shape, resample) for shape, resample in views]
 
 
 def cut(picture: Image.Image, shape: Geometry, resample: str) -> np.ndarray:

@@ -130,7 +130,11 @@ def look(source: Source, cfg: config.Data, *, known: Path | None = None, tell: T
         tell(f"{len(skipped)} of {len(results)} records are left out: {_some([f'{key}: {reason}' for key, reason in skipped])}")
     index = Index(entries, skipped)
     twins = [entry for group in index.alike for entry in group[1:]]
-    attention = ("have an empty caption", index.without_caption), ("repeat the picture of an earlier one", index.repeated), ("look like an earlier one", twins)
+    attention = (
+        ("have an empty caption", index.without_caption if cfg.caption is not None else []),
+        ("repeat the picture of an earlier one", index.repeated),
+        ("look like an earlier one", twins),
+    )
     for what, which in attention:
         if which:
             tell(f"{len(which)} of {len(results)} records {what}: {_some([entry.key for entry in which])}")

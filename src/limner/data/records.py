@@ -96,12 +96,15 @@ class Folder:
         self.files = frozenset(files)
         self.composed = {_nfc(name): name for name in files}
         pictures = [name for name in files if name.lower().endswith(PICTURES)]
-        if metadata is None:
+        if cfg.caption is None and metadata is None:
+            self.rows = [(name, name, "") for name in pictures]
+        elif metadata is None:
             self.rows = self._text_rows(pictures)
         else:
             self.rows = list(_read(metadata, cfg.caption))
-            if not self.rows:
-                raise InputFault(f"{metadata}: no rows; a row per picture with file_name and {cfg.caption} is expected")
+        if not self.rows:
+            wanted = "pictures" if metadata is None else " and ".join(["a row per picture with file_name", *([cfg.caption] if cfg.caption else [])])
+            raise InputFault(f"{metadata or self.base}: {'no pictures here' if metadata is None else 'no rows'}; {wanted} is expected")
         named = {self._listed(name) for _, name, _ in self.rows if isinstance(name, str)}
         if alone := [name for name in pictures if name not in named]:
             wanted = "a .txt with their caption" if metadata is None else f"a row in {metadata.name}"
@@ -204,17 +207,17 @@ def _lines(path: Path, key: str) -> list[str]:
     return [line for part in text.splitlines() if (line := part.strip())] or [""]
 
 
-def _read(metadata: Path, caption: str) -> Iterator[Row]:
-    """The rows of a metadata file; it must have both columns."""
+def _read(metadata: Path, caption: str | None) -> Iterator[Row]:
+    """The rows of a metadata file; it must have both columns. Without captions each row has an empty one."""
     read = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[metadata.suffix]
     try:
         columns, rows = read(metadata)
     except OSError as error:
         raise InputFault(f"{metadata}: cannot be read: {error.strerror or error}") from error
     for setting, name in (("file_name", "file_name"), ("data.caption", caption)):
-        if rows and name not in columns:
+        if rows and name is not None and name not in columns:
             raise _no_column(setting, name, columns, str(metadata))
-    return ((where, row.get("file_name"), row.get(caption)) for where, row in rows)
+    return ((where, row.get("file_name"), "" if caption is None else row.get(caption)) for where, row in rows)
 
 
 Table = tuple[list[str], list[tuple[str, dict[str, Any]]]]  # columns, and rows with where they are written
@@ -276,9 +279,9 @@ class Hub:
         except Exception as error:
             raise _hub_fault(error, cfg) from error
         for setting, name in (("data.image", cfg.image), ("data.caption", cfg.caption)):
-            if name not in table.column_names:
+            if name is not None and name not in table.column_names:
                 raise _no_column(setting, name, table.column_names, f"data.hub: {cfg.hub}")
-        table = table.select_columns([cfg.image, cfg.caption])
+        table = table.select_columns([name for name in (cfg.image, cfg.caption) if name is not None])
         feature = table.features[cfg.image]
         if isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("string", "large_string", "binary", "large_binary"):
             table = table.cast_column(cfg.image, datasets.Image(decode=False))
@@ -300,7 +303,7 @@ class Hub:
             raise BadRecord(key, f"{value} is an address, not a picture; download the pictures first")
         if isinstance(value, list):
             value = np.asarray(value, dtype=np.uint8)
-        return Record(key, value, _captions(row[self.caption], key))
+        return Record(key, value, _captions("" if self.caption is None else row[self.caption], key))
 
 
 def _hub_fault(error: Exception, cfg: config.Data) -> Fault:

@@ -54,6 +54,8 @@ def open_source(cfg: config.Data, tell: Tell) -> Source:
     sources = []
     for number, one in enumerate(cfg.sets):
         given = {f.name: getattr(one, f.name) for f in fields(one) if f.name not in ("repeats", "weight")}
+        if cfg.caption is None:
+            given["caption"] = None
         try:
             sources.append(open_source(replace(cfg, sets=(), **given), tell))
         except InputFault as fault:

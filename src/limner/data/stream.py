@@ -76,13 +76,15 @@ class Stream:
 
     def geometry(self, entry: Entry, position: int, crop: int | None, flip: bool) -> image.Geometry:
         """Where the picture is cut: at the centre, at one of ``data.crops`` fixed places, or at a new one for every position."""
+        if "cut" not in self.family.views:
+            return self.whole(entry, flip)
         top, left = rng.at(self.seed, "crop", position if crop is None else entry.row, 0 if crop is None else crop + 1).random(2)
         return image.geometry(entry.size, buckets.fit(entry.size, self.data), top, left, flip, self.data.crop)
 
     def variants(self, entry: Entry) -> list[image.Geometry] | None:
         """All the ways in which a picture is cut, or None where there is no end of them."""
         probe = self.geometry(entry, 0, None, False)
-        if self.data.crop == "center" or image.distinct_crops(probe) == 1:
+        if "cut" not in self.family.views or self.data.crop == "center" or image.distinct_crops(probe) == 1:
             crops: list[image.Geometry] = [probe]
         elif self.data.crops is not None:
             crops = [self.geometry(entry, 0, k, False) for k in range(self.data.crops)]
@@ -92,23 +94,32 @@ class Stream:
 
     def watched(self, entry: Entry) -> image.Geometry:
         """Where a held-out picture is cut: the same centre, however the run crops and flips what it learns."""
+        if "cut" not in self.family.views:
+            return self.whole(entry, False)
         return image.geometry(entry.size, buckets.fit(entry.size, self.data))
 
-    def picture(self, entry: Entry, geometry: image.Geometry, cached: bool = True) -> Picture:
-        """The request for one cut picture: a key that says all it depends on, and what loads it."""
+    def whole(self, entry: Entry, flip: bool) -> image.Geometry:
+        """How the family's image encoder sees a picture."""
+        return image.whole(entry.size, self.family.eye(self.configs), flip)
 
-        def load() -> np.ndarray:
+    def picture(self, entry: Entry, geometry: image.Geometry, cached: bool = True) -> Picture:
+        """The request for one picture's views, of which ``geometry`` is the first: a key that says all they depend on, and what loads them."""
+        resample = {"cut": self.data.resample, "whole": "bicubic"}
+        views = [(geometry if i == 0 else self.whole(entry, geometry.flip), resample[view]) for i, view in enumerate(self.family.views)]
+
+        def load() -> list[np.ndarray]:
             try:
                 found = self.source[entry.row].image
                 found = found.read_bytes() if isinstance(found, Path) else found
                 if isinstance(found, bytes) and xxhash.xxh3_128(found).hexdigest() != entry.digest:
                     raise BadRecord(entry.key, "the picture is another than when the run began")  # its features would be cached as the old one's
-                return image.load(found, geometry, background=self.data.background, max_pixels=self.data.max_pixels, resample=self.data.resample)
+                return image.load(found, views, background=self.data.background, max_pixels=self.data.max_pixels)
             except (image.Undecodable, BadRecord, OSError) as error:
                 reason = getattr(error, "reason", error)
                 raise InputFault(f"{entry.key}: {reason}. It was good when the run began; put it back and run the same command again.") from error
 
-        key = f"{entry.digest} {geometry} {self.data.resample} {self.data.background}"
+        seen = " ".join(f"{shape} {filtered}" for shape, filtered in views)
+        key = f"{entry.digest} {seen} {self.data.background}"
         return Picture(key if cached else None, geometry.shape, load)
 
     def assemble(self, draws: list[Draw], kind: str) -> Batch:

@@ -10,7 +10,7 @@ import numpy as np
 
 from limner import config
 from limner.base import Base
-from limner.engine import Engine, World
+from limner.engine import Engine, Weights, World
 from limner.family import Family
 
 
@@ -34,11 +34,11 @@ def arithmetic(world: World) -> list[str]:
     return [str(world.device.type), metadata.version("torch")]  # type: ignore[attr-defined]
 
 
-def open_pipeline(model: str, **settings: Any) -> Any:
+def open_pipeline(weights: Weights, partner: Weights | None, **settings: Any) -> Any:
     """A stock diffusers pipeline; see ``engines.torch.pipeline.open_pipeline``."""
     from limner.engines.torch import pipeline
 
-    return pipeline.open_pipeline(model, **settings)
+    return pipeline.open_pipeline(weights, partner, **settings)
 
 
 def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> list[np.ndarray]:

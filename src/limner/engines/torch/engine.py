@@ -13,7 +13,7 @@ from limner.base import Base
 from limner.engine import Batch, FirstFault, Group, Metrics
 from limner.engines.torch import lora, pipeline
 from limner.engines.torch.arena import ALIGN, Arena
-from limner.engines.torch.parts import Learning, TorchParts, load, on_meta
+from limner.engines.torch.parts import Learning, TorchParts, load, on_meta, recompute
 from limner.engines.torch.world import World
 from limner.family import Family, silenced, told
 from limner.faults import InputFault, IntegrityFault
@@ -61,19 +61,20 @@ class TorchEngine:
         self.encoders.release(names)
 
     def init(self, seed: int) -> TorchState:
+        fixed = self.family.fixed
         nets = {name: load(self.base, name) for name in self.family.learns(self.cfg.adapt.text_encoders)}
         net = nets[self.family.trains]
         self.choose_attention(net)
         if self.cfg.engine.gradient_checkpointing:
             for one in nets.values():
-                one.enable_gradient_checkpointing() if one is net else one.gradient_checkpointing_enable()
+                recompute(one)
         if self.cfg.adapt.kind == "lora":
             if self.half is not None:
                 for one in nets.values():
                     torch.nn.Module.to(one, self.half)  # diffusers' own warns of nothing
             named = lora.add(nets, self.cfg.adapt, self.family, seed)
         else:
-            named = dict(net.requires_grad_(True).named_parameters())
+            named = {name: p.requires_grad_(name not in fixed) for name, p in net.named_parameters() if name not in fixed}
         for one in nets.values():
             one.to(self.device).train()
         arena = Arena(named)
@@ -85,9 +86,7 @@ class TorchEngine:
     def choose_attention(self, net: torch.nn.Module) -> None:
         """PyTorch's memory-efficient attention is diffusers' default; plain products or xFormers serve by wish, and where they can run."""
         if self.cfg.engine.attention == "math":
-            from diffusers.models.attention_processor import AttnProcessor
-
-            net.set_attn_processor(AttnProcessor())  # type: ignore[operator]
+            net.set_default_attn_processor()  # type: ignore[operator]
         if self.cfg.engine.attention == "xformers":
             try:
                 net.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
@@ -163,7 +162,7 @@ class TorchEngine:
             inputs = self.family.inputs(b)
             if self.cfg.objective.dream is not None and net.training:  # algorithm 1 of arXiv:2312.00210
                 with torch.no_grad():
-                    delta = (target - net(x, b["t"], **inputs)[0].float()) * column("d")
+                    delta = (target - net(x, b["t"], **inputs)[0][:, : x.shape[1]].float()) * column("d")
                 x, target = x + column("s") * delta, target + delta
             prediction = net(x, b["t"], **inputs)[0][:, : x.shape[1]]
         return b["w"] * (prediction.float() - target).square().flatten(1).mean(1)
@@ -203,10 +202,10 @@ class TorchEngine:
         return made
 
     def snapshot(self, state: TorchState) -> Iterator[tuple[str, Group]]:
-        arena = state.arena
-        yield "model", arena.read(arena.flat)
+        arena, fixed = state.arena, self.fixed(state)
+        yield "model", arena.read(arena.flat) | fixed
         if state.ema is not None:
-            yield "ema", arena.read(state.ema)
+            yield "ema", arena.read(state.ema) | fixed
         memory: Group = {}
         for key, value in state.optimizer.state[arena.flat].items():
             if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() == arena.flat.numel():
@@ -217,11 +216,21 @@ class TorchEngine:
         if state.scaler.is_enabled():
             yield "scaler", {key: np.asarray(value) for key, value in state.scaler.state_dict().items()}
 
+    def fixed(self, state: TorchState) -> Group:
+        """The trained network's arrays that do not learn, which a whole network has on disk beside those that do."""
+        if self.cfg.adapt.kind == "lora":
+            return {}
+        return {name: state.net.get_parameter(name).detach().cpu().numpy() for name in self.family.fixed}
+
     def restore(self, state: TorchState, groups: Callable[[str], Group]) -> TorchState:
-        arena = state.arena
-        arena.write(arena.flat.data, groups("model"), "the checkpoint's weights")
+        arena, fixed = state.arena, self.fixed(state)
+
+        def learnt(group: str) -> Group:
+            return {name: array for name, array in groups(group).items() if name not in fixed}
+
+        arena.write(arena.flat.data, learnt("model"), "the checkpoint's weights")
         if state.ema is not None:
-            arena.write(state.ema, groups("ema"), "the checkpoint's average")
+            arena.write(state.ema, learnt("ema"), "the checkpoint's average")
         saved = groups("optimizer")
         memory: dict[str, Any] = {}
         for key in {name.split("/")[0] for name in saved}:

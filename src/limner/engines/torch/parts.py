@@ -1,12 +1,16 @@
 """The frozen encoders in PyTorch: numpy in, numpy out, always float32, loaded when first called and let go of when told."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from limner.base import Base
+
+CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}  # of its training pictures, by colour, 0 to 1
 
 
 class TorchParts:
@@ -33,6 +37,21 @@ class TorchParts:
         """See ``family.Parts``."""
         posterior = self.component(name).encode(torch.tensor(pixels, device=self.device, dtype=self.half.get(name))).latent_dist
         return posterior.mean.float().cpu().numpy(), posterior.std.float().cpu().numpy()
+
+    @torch.no_grad()
+    def movq(self, name: str, pixels: np.ndarray) -> np.ndarray:
+        """See ``family.Parts``."""
+        latents: np.ndarray = self.component(name).encode(torch.tensor(pixels, device=self.device)).latents.float().cpu().numpy()
+        return latents
+
+    @torch.no_grad()
+    def see(self, name: str, processor: str, pixels: np.ndarray) -> np.ndarray:
+        """See ``family.Parts``."""
+        known = self.base.configs[processor]
+        mean, std = (np.asarray(known.get(f"image_{what}", usual), np.float32)[:, None, None] for what, usual in CLIP.items())
+        embeds: torch.Tensor = self.component(name)(torch.tensor((pixels * np.float32(0.5) + np.float32(0.5) - mean) / std, device=self.device)).image_embeds
+        seen: np.ndarray = embeds.float().cpu().numpy()
+        return seen
 
     @torch.no_grad()
     def text(self, name: str, ids: np.ndarray, skip: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -102,12 +121,22 @@ def load(base: Base, name: str) -> Any:
     import transformers
 
     quiet()
-    library, kind = base.configs["model_index"][name][:2]
+    library, kind = base.kind(name)
     cls = getattr(diffusers if library == "diffusers" else transformers, kind)
     folder = base.part(name)
     if not hasattr(cls, "dtype"):
         return cls.from_pretrained(folder)
     return cls.from_pretrained(folder, use_safetensors=True, variant=base.variant, dtype=torch.float32)
+
+
+def recompute(net: torch.nn.Module) -> None:
+    """Gradient checkpointing: diffusers' own, where it has one for this network; else block by block of its transformer (arXiv:1604.06174)."""
+    if getattr(net, "_supports_gradient_checkpointing", True):
+        switch: Any = getattr(net, "enable_gradient_checkpointing", None) or net.gradient_checkpointing_enable
+        switch()
+        return
+    for block in net.transformer_blocks:  # type: ignore[union-attr]
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def on_meta(base: Base) -> torch.nn.Module:

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from limner.base import Base
+from limner.engine import Weights
 from limner.engines.torch.parts import TorchParts, quiet
+from limner.families import FAMILIES
 from limner.family import Family
 from limner.faults import InputFault
 
@@ -22,43 +24,110 @@ SCHEDULERS = {  # latents are never clipped, which some classes do unless they a
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def open_pipeline(
-    model: str, *, lora: Path | None, scheduler: str | None, precision: str, device: str | None,
-    variant: str | None = None, revision: str | None = None, cache_dir: str | None = None,
-) -> Any:  # fmt: skip
+def open_pipeline(weights: Weights, partner: Weights | None, *, scheduler: str | None, precision: str, device: str | None) -> Any:
     """A stock pipeline ready to draw.
 
     Args:
-        model: a folder in the diffusers layout, or a Hub repository.
-        lora: a folder that holds ``pytorch_lora_weights.safetensors``.
-        cache_dir: where downloads are kept; None: the Hub library's own place.
+        partner: the other one of a model in two stages.
 
     Raises:
         InputFault: when the scheduler is unknown or the model cannot be loaded.
     """
-    from diffusers import AutoPipelineForText2Image
-
     quiet()
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise InputFault(f"scheduler: {scheduler!r} is not one of {', '.join(SCHEDULERS)}")
-    chosen = {"variant": variant, "revision": revision, "cache_dir": cache_dir}
-    try:
-        pipeline = AutoPipelineForText2Image.from_pretrained(model, dtype=DTYPES[precision], use_safetensors=True, **chosen)
-    except (OSError, ValueError) as error:
-        raise InputFault(f"{model}: cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}") from error
-    if lora is not None:
-        pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
+    pipeline = stages(weights, partner, DTYPES[precision]) if partner is not None else load(weights, DTYPES[precision])
     if scheduler is not None:
         set_scheduler(pipeline, scheduler)
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def load(weights: Weights, dtype: torch.dtype, family: Family | None = None) -> Any:
+    """The pipeline of one model; with ``family`` that of one stage of two, from a folder of its own or from one that holds both."""
+    import diffusers
+
+    how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **weights.settings}
+    kind = kind_of(weights)
+    try:
+        if family is None or family.stage is None:
+            pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(weights.model, **how)
+        elif kind == family.stage.whole:
+            both = getattr(diffusers, kind).from_pretrained(weights.model, **how)
+            pipeline = both.prior_pipe if family.stage.prefix else both.decoder_pipe
+        else:
+            pipeline = getattr(diffusers, family.pipeline).from_pretrained(weights.model, **how)
+    except (OSError, ValueError) as error:
+        alone = family is None and any(kind == f.pipeline for f in FAMILIES.values() if f.stage)
+        hint = f". A {kind} makes pictures together with its other stage; name that too, with --partner" if alone else ""
+        raise InputFault(f"{weights.model}: cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}{hint}") from error
+    if weights.lora is not None:
+        put_lora(pipeline, weights.lora, family)
+    return pipeline
+
+
+def kind_of(weights: Weights) -> str:
+    """The pipeline class that a model's index names.
+
+    Raises:
+        InputFault: when there is none.
+    """
+    import diffusers
+
+    where = {name: value for name, value in weights.settings.items() if name != "variant"}
+    try:
+        return str(diffusers.DiffusionPipeline.load_config(weights.model, **where)["_class_name"])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputFault(f"{weights.model}: cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}") from error
+
+
+def put_lora(pipeline: Any, folder: Path, family: Family | None) -> None:
+    """Put a LoRA on a pipeline, or on the one network of a stage, whose pipeline has no loader of its own."""
+    name = "pytorch_lora_weights.safetensors"
+    if family is None or family.stage is None:
+        pipeline.load_lora_weights(folder, weight_name=name)
+    else:
+        getattr(pipeline, family.trains).load_lora_adapter(folder, prefix=family.trains, weight_name=name)
+
+
+def stages(one: Weights, other: Weights, dtype: torch.dtype) -> Any:
+    """The stock pipeline of two stages, in whatever order they are named.
+
+    Raises:
+        InputFault: when they are not one of each.
+    """
+    pair = [family for family in FAMILIES.values() if family.stage is not None]
+    kinds = [kind_of(one), kind_of(other)]
+    known = [next((f for f in pair if weights.family == f.name or kind == f.pipeline), None) for weights, kind in zip((one, other), kinds, strict=True)]
+    if not any(known) and all(f.stage and kinds[0] == f.stage.whole for f in pair):
+        known[0] = pair[-1]
+    for i, family in enumerate(known):  # a folder that holds both serves as what the other one is not
+        if family is None and (rest := known[1 - i]) is not None and rest.stage and kinds[i] == rest.stage.whole:
+            known[i] = FAMILIES[rest.stage.partner]
+    first, second = known
+    if first is None or second is None or first is second:
+        named = ", ".join(f"{weights.model} is of a {kind}" for weights, kind in zip((one, other), kinds, strict=True))
+        raise InputFault(f"{named}; a {' and a '.join(f.pipeline for f in pair)} make pictures together")
+    return combined([(first, load(one, dtype, first)), (second, load(other, dtype, second))])
+
+
+def combined(halves: list[tuple[Family, Any]]) -> Any:
+    """The stock pipeline of both stages, around theirs."""
+    import diffusers
+
+    named = [(family.stage, half) for family, half in halves if family.stage is not None]
+    components = {f"{stage.prefix}{name}": part for stage, half in named for name, part in half.components.items()}
+    return getattr(diffusers, named[0][0].whole)(**components)
+
+
 def set_scheduler(pipeline: Any, name: str) -> None:
-    """Exchange the pipeline's scheduler, on the same noise schedule and prediction type."""
+    """Exchange the pipeline's scheduler, of two stages that of the one which draws the picture, on the same noise schedule and prediction type."""
     import diffusers
 
     kind, settings = SCHEDULERS[name]
-    pipeline.scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **settings)
+    made = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **settings)
+    for one in (pipeline, getattr(pipeline, "decoder_pipe", None)):
+        if one is not None:
+            one.scheduler = made
 
 
 def of_parts(family: Family, base: Base, parts: TorchParts, nets: dict[str, torch.nn.Module], predict: str) -> Any:
@@ -66,18 +135,38 @@ def of_parts(family: Family, base: Base, parts: TorchParts, nets: dict[str, torc
     import diffusers
 
     components = {name: parts.component(name) for name in family.components if name not in (*nets, "scheduler")}
-    if "vae" in components:
-        components["vae"].decode = functools.partial(decode_apart, components["vae"])
+    for name in ("vae", "movq"):
+        if name in components:
+            components[name].decode = functools.partial(decode_apart, components[name])
     scheduler = type(parts.component("scheduler")).from_config(parts.component("scheduler").config, prediction_type=predict)
     cls = getattr(diffusers, family.pipeline)
     extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False} if family.pipeline == "StableDiffusionPipeline" else {}
     if family.pipeline == "StableDiffusionXLPipeline":
         extra = {"force_zeros_for_empty_prompt": family.empty_is_zeros(base.configs), "add_watermarker": False}
-    return cls(**components, **nets, scheduler=scheduler, **extra)
+    made = cls(**components, **nets, scheduler=scheduler, **extra)
+    if family.stage is None or base.partner is None:
+        return made
+    return combined([(family, made), (FAMILIES[family.stage.partner], of_partner(family, base, parts))])
+
+
+def of_partner(family: Family, base: Base, parts: TorchParts) -> Any:
+    """The stock pipeline of the other stage, for as long as pictures are made."""
+    import diffusers
+
+    assert family.stage is not None and base.partner is not None
+    other = FAMILIES[family.stage.partner]
+    its = TorchParts(base.partner, parts.device)
+    its.loaded = {name: parts.loaded[name] for name in family.stage.needs if name in parts.loaded}
+    made = getattr(diffusers, other.pipeline)(**{name: its.component(name) for name in other.components})
+    if "movq" in made.components:
+        made.movq.decode = functools.partial(decode_apart, made.movq)
+    if base.partner.adapter is not None:
+        put_lora(made, base.partner.adapter, other)
+    return made
 
 
 def decode_apart(vae: Any, latents: torch.Tensor, **settings: Any) -> Any:
-    """The autoencoder's ``decode`` without autocast, in which that of SDXL overflows."""
+    """An autoencoder's ``decode`` without autocast, in which that of SDXL overflows."""
     with torch.autocast(latents.device.type, enabled=False):
         return type(vae).decode(vae, latents.to(vae.dtype), **settings)
 
@@ -88,7 +177,7 @@ def draw(
     seeds: Sequence[int],
     *,
     steps: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
     size: int | None,
     negative: str | None = None,
     batch: int = 4,
@@ -99,10 +188,9 @@ def draw(
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]]
-        shape = {} if size is None else {"height": size, "width": size}
+        settings: dict[str, Any] = {} if size is None else {"height": size, "width": size}
+        settings |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
         against = None if negative is None else [negative] * len(part)
-        made = pipeline(
-            part, negative_prompt=against, generator=generators, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="np", **shape
-        )
+        made = pipeline(part, negative_prompt=against, generator=generators, num_inference_steps=steps, output_type="np", **settings)
         pictures += [(picture * 255).round().astype(np.uint8) for picture in made.images]
     return pictures
