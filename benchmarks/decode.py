@@ -47,7 +47,7 @@ def reference(content: bytes, shape: image.Geometry) -> torch.Tensor:
 
 
 def ours(content: bytes, shape: image.Geometry) -> np.ndarray:
-    return image.pixels(image.load(content, shape, background="white", max_pixels=10**9, resample="lanczos")[None])[0]
+    return image.pixels(image.load(content, [(shape, "lanczos")], background="white", max_pixels=10**9)[0][None])[0]
 
 
 def seconds(action: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""Makes the base of a very small Kandinsky 2.2: trains CLIP towers and a MOVQ, and puts a new prior and a new decoder beside them.
+"""Makes the base of a very small Kandinsky 2.2: trains CLIP towers, and puts an autoencoder, a new prior and a new decoder beside them.
 
     python model/kandinsky.py PICTURES OUTPUT
 
@@ -7,8 +7,7 @@ PICTURES is a folder of RGBA files with ``metadata.jsonl``; OUTPUT receives ``pr
 
 The text tower is the bundled model's text encoder with a new projection. The vision tower learns to be near the text embedding of its caption
 (InfoNCE, arXiv:2103.00020), and to hold what the picture looks like: a small MLP, used here only, reads the picture at 16x16 from the embedding. The
-MOVQ sees with the encoder of the bundled autoencoder, scaled to latents of unit variance; its decoder, whose norms look at the latents
-(arXiv:2209.09002), is trained.
+MOVQ is the bundled autoencoder in other clothes; unlike the published one's, its decoder has plain group norms.
 """
 
 import argparse
@@ -22,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from autoencoder import example, load
 from diffusers import AutoencoderKL, DDPMScheduler, PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, VQModel
 from PIL import Image
 from text_encoder import read, tokens, wording
@@ -57,7 +55,7 @@ UNET = {
 }  # fmt: skip
 MOVQ = {
     "block_out_channels": (32, 64, 96), "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3, "layers_per_block": 1,
-    "latent_channels": 4, "norm_num_groups": 8, "sample_size": SIDE, "mid_block_add_attention": False, "norm_type": "spatial", "num_vq_embeddings": 64,
+    "latent_channels": 4, "norm_num_groups": 8, "sample_size": SIDE, "mid_block_add_attention": False, "norm_type": "group", "num_vq_embeddings": 64,
     "vq_embed_dim": 4,
 }  # fmt: skip
 
@@ -118,44 +116,19 @@ def towers(folder: Path, tokenizer: CLIPTokenizer, processor: CLIPImageProcessor
     return text, vision, embeds
 
 
-def movq(folder: Path, steps: int, batch: int) -> VQModel:
-    """The bundled autoencoder's encoder, and a decoder that is told of the latents in its norms."""
+def movq() -> VQModel:
+    """The bundled autoencoder as a VQ model that does not quantize, its latents scaled to unit variance, so that nothing about it is left to train."""
     old, new = AutoencoderKL.from_pretrained(BUNDLED / "vae", dtype=torch.float32), VQModel(**MOVQ)
-    scale, state = old.config.scaling_factor, dict(new.state_dict())
-    for name, value in old.state_dict().items():
-        spatial = name.replace(".norm1.", ".norm1.norm_layer.").replace(".norm2.", ".norm2.norm_layer.").replace("conv_norm_out.", "conv_norm_out.norm_layer.")
-        if name.startswith("quant_conv"):  # the mean, out of mean and log variance
-            continue
-        target = spatial if name.startswith("decoder") and spatial in state else name
-        if target in state and state[target].shape == value.shape:
-            state[target] = value.clone()
-    fused = torch.einsum("oi,ichw->ochw", old.quant_conv.weight[:4, :, 0, 0], old.encoder.conv_out.weight)
-    state["encoder.conv_out.weight"] = fused.detach() * scale
-    state["encoder.conv_out.bias"] = (old.quant_conv.weight[:4, :, 0, 0] @ old.encoder.conv_out.bias + old.quant_conv.bias[:4]).detach() * scale
+    scale, state = old.config.scaling_factor, old.state_dict()
+    state["quant_conv.weight"], state["quant_conv.bias"] = scale * state["quant_conv.weight"][:4], scale * state["quant_conv.bias"][:4]  # the mean alone
+    state["post_quant_conv.weight"] = state["post_quant_conv.weight"] / scale
+    # What goes into quant_conv is eight numbers wide in the one and four in the other: the two linear layers become one.
+    mix = state["quant_conv.weight"][:, :, 0, 0]
+    state["encoder.conv_out.bias"] = mix @ state["encoder.conv_out.bias"] + state["quant_conv.bias"]
+    state["encoder.conv_out.weight"] = torch.einsum("oi,ichw->ochw", mix, state["encoder.conv_out.weight"])
     state["quant_conv.weight"], state["quant_conv.bias"] = torch.eye(4)[:, :, None, None], torch.zeros(4)
-    state["post_quant_conv.weight"] = old.post_quant_conv.weight.detach() / scale
-    for name in state:
-        if name.endswith("conv_y.weight") or ".conv_b." in name:
-            state[name] = 0.1 * state[name] if name.endswith("weight") else torch.zeros_like(state[name])
-        if name.endswith("conv_y.bias"):
-            state[name] = torch.ones_like(state[name])
-    new.load_state_dict(state)
-    for part in (new.encoder, new.quant_conv, new.quantize):
-        part.requires_grad_(False)
-    pictures = load(folder)
-
-    def loss_of(step: int) -> tuple[torch.Tensor, str]:
-        x = torch.from_numpy(np.stack([example(pictures, 0, step * batch + i) for i in range(batch)]))
-        with torch.no_grad():
-            latents = new.encode(x).latents
-            noise = torch.from_numpy(rng.at(0, "movq", step).standard_normal(tuple(latents.shape), np.float32))
-        y = new.decode(latents + 0.05 * noise, force_not_quantize=True).sample
-        l1 = (y - x).abs().mean()
-        coarse = (F.avg_pool2d(y, 2) - F.avg_pool2d(x, 2)).abs().mean() + (F.avg_pool2d(y, 4) - F.avg_pool2d(x, 4)).abs().mean()
-        return l1 + 0.5 * coarse, f"L1 {l1.item():.4f}, latents' deviation {latents.std().item():.3f}"
-
-    learn("movq", [p for p in new.parameters() if p.requires_grad], loss_of, steps, 1e-3)
-    return new.requires_grad_(True)
+    new.load_state_dict(state | {"quantize.embedding.weight": new.quantize.embedding.weight})
+    return new
 
 
 def write_index(folder: Path, pipeline: str, components: dict[str, tuple[str, str]]) -> None:
@@ -166,12 +139,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, nargs=2, default=(2000, 1500), metavar=("TOWERS", "MOVQ"))
+    parser.add_argument("--steps", type=int, default=2000)
     a = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(BUNDLED / "tokenizer")
     processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    text, vision, embeds = towers(a.pictures, tokenizer, processor, a.steps[0], 128)
+    text, vision, embeds = towers(a.pictures, tokenizer, processor, a.steps, 128)
     prior = PriorTransformer(**PRIOR)
     for name in ("positional_embedding", "prd_embedding"):
         nn.init.normal_(getattr(prior, name), std=0.02)
@@ -189,7 +162,7 @@ def main() -> None:
             "scheduler": ("diffusers", "UnCLIPScheduler"), "image_processor": ("transformers", "CLIPImageProcessor"),
         },
     )  # fmt: skip
-    movq(a.pictures, a.steps[1], 16).save_pretrained(a.output / "decoder" / "movq")
+    movq().save_pretrained(a.output / "decoder" / "movq")
     UNet2DConditionModel(**UNET).save_pretrained(a.output / "decoder" / "unet")
     noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "clip_sample": False, "thresholding": False}
     DDPMScheduler(**noise, variance_type="fixed_small").save_pretrained(a.output / "decoder" / "scheduler")

@@ -46,7 +46,7 @@ def square(i: int) -> np.ndarray:
 
 
 def requests(numbers: Sequence[int], cached: Callable[[int], bool] = lambda i: True) -> list[Picture]:
-    return [Picture(f"key {i}" if cached(i) else None, (8, 8), lambda i=i: square(i)) for i in numbers]
+    return [Picture(f"key {i}" if cached(i) else None, (8, 8), lambda i=i: [square(i)]) for i in numbers]
 
 
 def encoded(folder: Path | None, parts: Sensitive, batch: int = 4) -> Encoded:
@@ -189,7 +189,7 @@ def test_large_pictures_are_encoded_few_at_once(data: dict, batch: int) -> None:
 def test_shapes_are_encoded_and_kept_apart(tmp_path: Path) -> None:
     parts = Sensitive()
     sizes = {i: (8, 8) if i % 3 else (4, 12) for i in range(10)}
-    asked = [Picture(f"key {i}", sizes[i], lambda i=i: np.resize(square(i), (*sizes[i], 3))) for i in range(10)]
+    asked = [Picture(f"key {i}", sizes[i], lambda i=i: [np.resize(square(i), (*sizes[i], 3))]) for i in range(10)]
     made = encoded(tmp_path, parts)
     made.fill_images(asked, lambda: None)
     assert len(list((tmp_path / "picture-x").iterdir())) == 2 and {size for _, size in parts.shapes} == {4} and len(parts.shapes) == 3
@@ -228,8 +228,8 @@ def test_real_encoders_do_not_feel_place_or_neighbours(base: Path) -> None:
 
     parts = TorchParts(open_base(Model(base=str(base)), SD), _cpu())
     made = Encoded(SD, lambda: parts, None, None, 3, text_batch=3)
-    alone = [made.encode_images([np.kron(square(i), np.ones((4, 4, 1), np.uint8))]) for i in range(3)]
-    together = made.encode_images([np.kron(square(i), np.ones((4, 4, 1), np.uint8)) for i in (2, 0, 1)])
+    alone = [made.encode_images([[np.kron(square(i), np.ones((4, 4, 1), np.uint8))]]) for i in range(3)]
+    together = made.encode_images([[np.kron(square(i), np.ones((4, 4, 1), np.uint8))] for i in (2, 0, 1)])
     for place, i in enumerate((2, 0, 1)):
         equal({name: array[place : place + 1] for name, array in together.items()}, alone[i])
     words = ["a red circle", "", "a blue circle of a photo"]

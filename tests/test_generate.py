@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from limner import cli, config, generate, training
+from limner.engine import Weights
 from limner.faults import InputFault
 
 
@@ -76,7 +77,7 @@ def test_a_picture_depends_on_its_seed_alone_not_on_the_batch(runs, tmp_path):
 def test_schedulers_by_name(runs, name):
     from limner.engines.torch import pipeline
 
-    made = pipeline.open_pipeline(str(runs["full"]), lora=None, scheduler=name, precision="no", device="cpu")
+    made = pipeline.open_pipeline(Weights(str(runs["full"])), None, scheduler=name, precision="no", device="cpu")
     assert type(made.scheduler).__name__ == pipeline.SCHEDULERS[name][0]
     assert made.scheduler.config.prediction_type == "v_prediction"  # the recipe's, not the base's
     [picture] = pipeline.draw(made, ["red"], [0], steps=4, guidance_scale=2.0, size=None)
@@ -126,10 +127,10 @@ def test_a_lora_takes_its_base_from_where_the_run_kept_it(tmp_path, monkeypatch)
     (run / "pytorch_lora_weights.safetensors").touch()
     model = {"base": "owner/name", "variant": "fp16", "revision": "abc", "cache_dir": "/downloads"}
     (run / "config.json").write_text(json.dumps({"model": model}))
-    assert generate.locate("~/run", None) == ("owner/name", run, {"variant": "fp16", "revision": "abc", "cache_dir": "/downloads"})
-    assert generate.locate("~/run", "~/other") == (str(tmp_path / "other"), run, {"cache_dir": "/downloads"})
+    assert generate.locate("~/run", None) == (Weights("owner/name", run, None, "fp16", "abc", "/downloads"), None)
+    assert generate.locate("~/run", "~/other") == (Weights(str(tmp_path / "other"), run, cache_dir="/downloads"), None)
     (run / "model_index.json").touch()
-    assert generate.locate("~/run", None) == (str(run), None, {})
+    assert generate.locate("~/run", None) == (Weights(str(run)), None)
 
 
 def test_the_pipeline_is_fetched_into_the_folder_that_is_given(tmp_path, monkeypatch):
@@ -145,7 +146,7 @@ def test_the_pipeline_is_fetched_into_the_folder_that_is_given(tmp_path, monkeyp
 
     monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", refuse)
     with pytest.raises(InputFault, match="not there"):
-        engines.open_pipeline("owner/name", lora=None, scheduler=None, precision="no", device="cpu", cache_dir="/downloads", revision="abc")
+        engines.open_pipeline(Weights("owner/name", cache_dir="/downloads", revision="abc"), None, scheduler=None, precision="no", device="cpu")
     assert (given["model"], given["cache_dir"], given["revision"], given["variant"]) == ("owner/name", "/downloads", "abc", None)
 
 

@@ -439,7 +439,7 @@ def test_loading_is_cutting_what_is_decoded_whatever_the_way(resample: str, kind
     whole = image.decode(content, **OPTIONS)
     for shape, flip in (((64, 64), False), ((48, 80), True), ((200, 200), True)):
         cut = image.geometry((whole.height, whole.width), shape, 0.3, 0.9, flip, "random")
-        np.testing.assert_array_equal(image.load(content, cut, **OPTIONS, resample=resample), image.cut(whole, cut, resample))
+        np.testing.assert_array_equal(image.load(content, [(cut, resample)], **OPTIONS)[0], image.cut(whole, cut, resample))
 
 
 @pytest.mark.parametrize(("resample", "most", "mean"), [("lanczos", 12, 0.3), ("bicubic", 12, 0.3), ("bilinear", 8, 0.3)])
@@ -454,9 +454,9 @@ def test_the_fast_filters_are_those_of_pil(resample: str, most: int, mean: float
 def test_loading_is_the_same_in_many_threads() -> None:
     contents = [jpeg(smooth(300, 400, seed)) for seed in range(6)]
     cut = image.geometry((300, 400), (96, 128))
-    alone = [image.load(content, cut, **OPTIONS, resample="lanczos") for content in contents]
+    alone = [image.load(content, [(cut, "lanczos")], **OPTIONS)[0] for content in contents]
     with ThreadPoolExecutor(4) as pool:
-        for content, found in zip(contents * 8, pool.map(lambda c: image.load(c, cut, **OPTIONS, resample="lanczos"), contents * 8), strict=True):
+        for content, found in zip(contents * 8, pool.map(lambda c: image.load(c, [(cut, "lanczos")], **OPTIONS)[0], contents * 8), strict=True):
             np.testing.assert_array_equal(found, alone[contents.index(content)])
 
 
@@ -464,6 +464,6 @@ def test_loading_is_the_same_in_many_threads() -> None:
 def test_a_damaged_jpeg_is_found_on_the_fast_way(keep: float) -> None:
     content = jpeg(smooth(300, 400))
     with pytest.raises(image.Undecodable):
-        image.load(content[: int(len(content) * keep)], image.geometry((300, 400), (64, 64)), **OPTIONS, resample="lanczos")
+        image.load(content[: int(len(content) * keep)], [(image.geometry((300, 400), (64, 64)), "lanczos")], **OPTIONS)
     with pytest.raises(image.Undecodable, match=r"400x300 pixels are more than data.max_pixels = 1000"):
-        image.load(content, image.geometry((300, 400), (64, 64)), background="white", max_pixels=1000, resample="lanczos")
+        image.load(content, [(image.geometry((300, 400), (64, 64)), "lanczos")], background="white", max_pixels=1000)

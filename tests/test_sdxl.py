@@ -12,6 +12,7 @@ import tiny
 from PIL import Image
 
 from limner import config, generate, rng, training
+from limner.engine import Weights
 from limner.engines.torch import engine, lora, parts, pipeline
 from limner.family import tokenize as tokenize_all
 from limner.family import told
@@ -211,7 +212,7 @@ def test_results_draw_the_same_in_the_stock_pipeline(sdxl, wide, tmp_path):
 def test_latents_are_never_clipped(sdxl):
     """DDIM and DDPM clip unless they are told not to, and the config of another scheduler does not tell them."""
     for name in pipeline.SCHEDULERS:
-        stock = pipeline.open_pipeline(str(sdxl), lora=None, scheduler=name, precision="no", device="cpu")
+        stock = pipeline.open_pipeline(Weights(str(sdxl)), None, scheduler=name, precision="no", device="cpu")
         assert not stock.scheduler.config.get("clip_sample", False) and not stock.scheduler.config.get("thresholding", False), name
 
 

@@ -83,8 +83,8 @@ def refusals(a: Namespace) -> list[str]:
             f"--hub_token with --report_to={a.report_to}: trackers store the command line, token included. Run `hf auth login` or set HF_TOKEN instead.",
         ),
         (
-            a.prediction_type not in (None, "epsilon", "v_prediction"),
-            f"--prediction_type: {a.prediction_type!r} was given, epsilon or v_prediction is expected; leave it out to keep what the base's scheduler says",
+            vars(a).get("prediction_type") not in (None, "epsilon", "v_prediction"),
+            f"--prediction_type: {vars(a).get('prediction_type')!r} was given, epsilon or v_prediction is expected; leave it out to keep what the base's scheduler says",
         ),
         (
             a.lr_scheduler == "piecewise_constant",
@@ -152,15 +152,21 @@ def flag_table() -> str:
             rows.setdefault(name, {})[script] = flag
     for name, flags in sorted(rows.items()):
         first = next(iter(flags.values()))
-        shown = {
-            script: "required" if f.required else "off" if f.default is False else "" if f.default is None else f"`{f.default}`" for script, f in flags.items()
-        }
-        default = next(iter(shown.values())) if len(set(shown.values())) == 1 else ", ".join(f"{v} (`{k}`)" for k, v in shown.items())
+        shown: dict[str, list[str]] = {}
+        for script, f in flags.items():
+            text = "required" if f.required else "off" if f.default is False else "" if f.default is None else f"`{f.default}`"
+            shown.setdefault(text, []).append(script)
+        default = next(iter(shown)) if len(shown) == 1 else ", ".join(f"{text or 'none'} ({named(scripts)})" for text, scripts in shown.items())
         choices = ": " + ", ".join(first.choices) if first.choices else ""
-        only = "" if len(flags) == len(SCRIPTS) else " (only in " + ", ".join(f"`{script}`" for script in flags) + ")"
+        only = "" if len(flags) == len(SCRIPTS) else f" (only in {named(list(flags))})"
         places = ", ".join(f"`{place}`" for place in first.places.split()) or "none"
         lines.append(f"| `--{name}` | {default} | {places} | {first.says}{choices}{only} |")
     return "\n".join(lines)
+
+
+def named(scripts: list[str]) -> str:
+    """Scripts by what follows ``train_text_to_image``."""
+    return ", ".join(f"`{script.removeprefix('train_text_to_image') or '...image'}`" for script in scripts)
 
 
 BEGIN, END = "<!-- flags: begin -->", "<!-- flags: end -->"

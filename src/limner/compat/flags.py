@@ -34,7 +34,7 @@ class Script:
 def learning_rate(a: Namespace) -> float:
     """The peak, multiplied under ``--scale_lr`` by all that makes up the global batch."""
     peak: float = a.learning_rate
-    return peak * global_batch(a) if a.scale_lr else peak
+    return peak * global_batch(a) if vars(a).get("scale_lr") else peak
 
 
 def global_batch(a: Namespace) -> int:
@@ -205,6 +205,42 @@ XL = {
     "enable_npu_flash_attention": Flag(bool, False, "", "NPUs are not supported; PyTorch's own memory-efficient attention is used, which is the default"),
 }
 
+PRIOR, DECODER = "pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path"
+KANDINSKY = "kandinsky-community/kandinsky-2-2"
+ABSENT = ("pretrained_model_name_or_path", "revision", "variant", "center_crop", "random_flip", "image_interpolation_mode", "prediction_type", "noise_offset")
+SETTINGS_22 = SETTINGS | {"preview.guidance_scale": 4.0, "data.resample": "bicubic"}
+
+
+def kandinsky(stage: str, rank: bool, *without: str) -> Script:
+    """A script of Kandinsky 2.2: for the prior or the decoder, in full or, with ``rank``, by LoRA."""
+    where = "a folder or a Hub repository in the diffusers layout"
+    if stage == "prior":
+        both = {PRIOR: Flag(str, f"{KANDINSKY}-prior", "model.base", f"the prior that is trained: {where}")}
+        beside = Flag(str, f"{KANDINSKY}-decoder", "model.partner", "the decoder that previews are made with", lambda a: getattr(a, DECODER) if prompts(a) else None)
+        both[DECODER] = beside
+    else:
+        both = {DECODER: Flag(str, f"{KANDINSKY}-decoder", "model.base", f"the decoder that is trained: {where}")}
+        both[PRIOR] = Flag(str, f"{KANDINSKY}-prior", "model.partner", "the prior, whose image encoder sees the pictures")
+    own = {
+        "adam_weight_decay": Flag(float, 0.0, "optim.weight_decay", "decoupled weight decay"),
+        "train_batch_size": Flag(int, 1, "train.micro", "examples that one process holds at once"),
+        "output_dir": Flag(str, f"kandi_2_2-model-finetuned{'-lora' * rank}", "run", "folder that receives checkpoints, metrics, previews and the result"),
+    }
+    if rank:
+        own |= previews(4, 1, Flag(str, None, "preview.prompts", "pictures of it are made during training and at the end", prompts))
+        own["rank"] = Flag(int, 4, "adapt.rank", "rank of the added matrices; alpha is equal to it")
+    else:
+        own |= previews(None, 5, Flag(list, None, "preview.prompts", "one picture of each is made during training and at the end", prompts))
+        own["use_ema"] = Flag(bool, False, "optim.ema", "keep a moving average of the weights, and export it", lambda a: 0.9999 if a.use_ema else None)
+        own["tracker_project_name"] = Flag(str, PROJECT, "log.project", "project under which the trackers file the run")
+    kept = {name: flag for name, flag in COMMON.items() if name not in (*ABSENT, "scale_lr", *without)}
+    settings = {"model.family": f"kandinsky22-{stage}", "adapt.kind": "lora" if rank else "full", "preview.steps": 30 if rank else 20}
+    return Script(kept | both | own, SETTINGS_22 | settings | ({"log.project": PROJECT} if rank else {}))
+
+
+MEMORY = ("gradient_checkpointing", "enable_xformers_memory_efficient_attention")
+WORDLESS = {"caption_column": Flag(str, None, "", "a decoder is told of pictures only; captions are not read")}  # the guide gives it, its scripts know no such flag
+
 SCRIPTS = {
     "train_text_to_image": Script(
         COMMON
@@ -274,4 +310,10 @@ SCRIPTS = {
         },
         SETTINGS_XL | {"adapt.kind": "lora", "preview.steps": 50, "log.project": PROJECT},
     ),
+    "train_text_to_image_prior": kandinsky("prior", False, *MEMORY),
+    "train_text_to_image_decoder": kandinsky("decoder", False, "caption_column"),
+    "train_text_to_image_lora_prior": kandinsky("prior", True, *MEMORY),
+    "train_text_to_image_lora_decoder": kandinsky("decoder", True, "caption_column", MEMORY[1]),
 }
+for name in ("train_text_to_image_decoder", "train_text_to_image_lora_decoder"):
+    SCRIPTS[name].flags.update(WORDLESS)

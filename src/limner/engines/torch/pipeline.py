@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from limner.base import Base
+from limner.base import INDEX, Base, read_json
 from limner.engine import Weights
 from limner.engines.torch.parts import TorchParts, quiet
 from limner.families import FAMILIES
 from limner.family import Family
-from limner.faults import InputFault
+from limner.faults import Fault, InputFault
+from limner.hub import endpoint, hub_errors
 
 SCHEDULERS = {  # latents are never clipped, which some classes do unless they are told
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}), "ddpm": ("DDPMScheduler", {"clip_sample": False}),
@@ -47,22 +48,29 @@ def load(weights: Weights, dtype: torch.dtype, family: Family | None = None) -> 
     import diffusers
 
     how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **weights.settings}
-    kind = kind_of(weights)
     try:
         if family is None or family.stage is None:
             pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(weights.model, **how)
-        elif kind == family.stage.whole:
-            both = getattr(diffusers, kind).from_pretrained(weights.model, **how)
+        elif kind_of(weights) == family.stage.whole:
+            both = getattr(diffusers, family.stage.whole).from_pretrained(weights.model, **how)
             pipeline = both.prior_pipe if family.stage.prefix else both.decoder_pipe
         else:
             pipeline = getattr(diffusers, family.pipeline).from_pretrained(weights.model, **how)
     except (OSError, ValueError) as error:
-        alone = family is None and any(kind == f.pipeline for f in FAMILIES.values() if f.stage)
-        hint = f". A {kind} makes pictures together with its other stage; name that too, with --partner" if alone else ""
-        raise InputFault(f"{weights.model}: cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}{hint}") from error
+        raise InputFault(f"{weights.model}: cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}{lonely(weights)}") from error
     if weights.lora is not None:
         put_lora(pipeline, weights.lora, family)
     return pipeline
+
+
+def lonely(weights: Weights) -> str:
+    """What to say of a model that needs another beside it; nothing of one that does not."""
+    try:
+        kind = kind_of(weights)
+    except Fault:
+        return ""
+    hint = f". A {kind} makes pictures together with its other stage; name that too, with --partner"
+    return hint if any(kind == family.pipeline for family in FAMILIES.values() if family.stage) else ""
 
 
 def kind_of(weights: Weights) -> str:
@@ -70,14 +78,16 @@ def kind_of(weights: Weights) -> str:
 
     Raises:
         InputFault: when there is none.
+        HubFault: when the Hub refuses or cannot be reached.
     """
-    import diffusers
+    import huggingface_hub
 
-    where = {name: value for name, value in weights.settings.items() if name != "variant"}
-    try:
-        return str(diffusers.DiffusionPipeline.load_config(weights.model, **where)["_class_name"])
-    except (OSError, ValueError, KeyError) as error:
-        raise InputFault(f"{weights.model}: cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}") from error
+    folder = Path(weights.model)
+    if not folder.is_dir():
+        with hub_errors(weights.model, weights.revision):
+            found = huggingface_hub.hf_hub_download(weights.model, INDEX, revision=weights.revision, cache_dir=weights.cache_dir, endpoint=endpoint())
+        folder = Path(found).parent
+    return str(read_json(folder / INDEX).get("_class_name"))
 
 
 def put_lora(pipeline: Any, folder: Path, family: Family | None) -> None:
