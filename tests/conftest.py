@@ -76,6 +76,12 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def kandinsky(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Kandinsky 2.2: ``prior`` and ``decoder``."""
+    return tiny.kandinsky22(tmp_path_factory.mktemp("k22") / "kandinsky")
+
+
+@pytest.fixture(scope="session")
 def sd_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in half precision, only as variant fp16, its UNet in several files."""
     import torch

@@ -46,6 +46,16 @@ def settings_xl(sdxl: Path, many: Path, folder: Path, kind: str) -> dict[str, An
     return cfg
 
 
+def settings_22(kandinsky: Path, pictures: Path, folder: Path, stage: str, kind: str) -> dict[str, Any]:
+    """A stage of Kandinsky 2.2, previews drawn with the other one."""
+    cfg, other = settings(kandinsky / stage, pictures, folder, kind), {"prior": "decoder", "decoder": "prior"}[stage]
+    cfg["model"] |= {"family": f"kandinsky22-{stage}", "partner": str(kandinsky / other)}
+    cfg["engine"] = {"gradient_checkpointing": True}
+    if stage == "decoder":
+        del cfg["data"]["drop_caption"]
+    return cfg
+
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> Path:
     """Two data sets of different shapes."""
@@ -73,9 +83,11 @@ def outcome(run: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "xl full", "xl lora"])
-def test_killed_runs_end_with_the_same_bits(processes, base, pictures, sdxl, many, tmp_path, kind, pytestconfig):
+@pytest.mark.parametrize("kind", ["full", "lora", "xl full", "xl lora", "prior full", "prior lora", "decoder full", "decoder lora"])
+def test_killed_runs_end_with_the_same_bits(processes, base, pictures, sdxl, kandinsky, many, tmp_path, kind, pytestconfig):
     def job(folder: Path) -> dict[str, Any]:
+        if kind.startswith(("prior", "decoder")):
+            return settings_22(kandinsky, pictures, folder, *kind.split())
         return settings_xl(sdxl, many, folder, kind[3:]) if kind.startswith("xl") else settings(base, pictures, folder, kind)
 
     whole = job(tmp_path / "whole")

@@ -130,7 +130,7 @@ def wait_for_line(path: Path, line: int, process: subprocess.Popen[str], log: Pa
 
 
 @pytest.fixture(scope="module")
-def seen(base: Path, sdxl: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+def seen(base: Path, sdxl: Path, kandinsky: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """All the runs; two launches of two processes, the rest in this one."""
     runs = tmp_path_factory.mktemp("runs")
     lora, ema = ("adapt.kind=lora", "adapt.rank=2"), ("optim.ema=0.9", "checkpoint.every=100")
@@ -138,6 +138,12 @@ def seen(base: Path, sdxl: Path, pictures: Path, tmp_path_factory: pytest.TempPa
     tiny.pictures(runs / "wide", 7, size=(40, 80))
     sets = f'data.sets=[{{folder="{pictures}"}}, {{folder="{runs / "wide"}", repeats=2}}]'
     buckets = (f"model.base={sdxl}", "model.family=sdxl", "data.folder=none", sets, "data.buckets={step=8}", "data.drop_caption=0.3", "optim.ema=0.9")
+
+    prior, decoder = (
+        (f"model.base={kandinsky / one}", f"model.partner={kandinsky / other}", f"model.family=kandinsky22-{one}", "optim.ema=0.9", "objective.min_snr=5.0")
+        for one, other in (("prior", "decoder"), ("decoder", "prior"))
+    )
+    prior += ("data.crop=center", "data.crops=none", "data.drop_caption=0.3", "adapt.kind=lora")
 
     def job(name: str, *overrides: str) -> dict[str, Any]:
         return settings(base, pictures, runs / name, *overrides)
@@ -153,18 +159,20 @@ def seen(base: Path, sdxl: Path, pictures: Path, tmp_path_factory: pytest.TempPa
     shutil.copytree(runs / "stopped", again)
     alone(job("full-1"))
     jobs = [job("full-2"), job("lora-2", *lora), job("changing", "train.steps=16"), job("again", *ema, total), job("uninterrupted", *ema, total)]
-    jobs += [job("buckets-2", *buckets)]
+    jobs += [job("buckets-2", *buckets), job("prior-2", *prior), job("decoder-2", *decoder)]
     jobs += [job("full-1", "train.steps=30", "train.batch=3"), job("odd", "train.batch=3"), job("busy", "data.caption=txet")]
     second = begin_pair(runs / "second", jobs)
     alone(job("lora-1", *lora))
     alone(job("buckets-1", *buckets))
+    alone(job("prior-1", *prior))
+    alone(job("decoder-1", *decoder))
     second.wait(120)
     assert (runs / "second" / "ends-0.json").exists(), (runs / "second" / "log.txt").read_text()
     alone(job("changing"))
     return Seen(runs, stopped, ends(runs / "first"), ends(runs / "second"))
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "buckets"])
+@pytest.mark.parametrize("kind", ["full", "lora", "buckets", "prior", "decoder"])
 def test_losses_agree(kind: str, seen: Seen) -> None:
     one, two = curve(seen.runs / f"{kind}-1"), curve(seen.runs / f"{kind}-2")
     assert list(one) == list(two) == list(range(1, STEPS + 1))
@@ -209,9 +217,9 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(seen: Seen) -> None:
 
 def test_a_batch_that_does_not_divide_is_refused_and_nothing_is_lost(seen: Seen, base: Path, pictures: Path) -> None:
     for rank in (0, 1):
-        kind, text, _, code, _ = seen.ends[rank][7]
+        kind, text, _, code, _ = seen.ends[rank][9]
         assert (kind, code) == ("InputFault", 2) and "a global batch of 3 cannot be divided among 2 processes" in text
-        kind, text, _, code, _ = seen.ends[rank][6]
+        kind, text, _, code, _ = seen.ends[rank][8]
         assert (kind, code) == ("InputFault", 2) and "begun with a global batch of 4, 3 is asked for" in text
     assert checkpoint.listed(seen.runs / "odd") == []
     assert [p.name for p in checkpoint.listed(seen.runs / "full-1")] == [f"checkpoint-{STEPS}"]
@@ -224,7 +232,7 @@ def test_a_batch_that_does_not_divide_is_refused_and_nothing_is_lost(seen: Seen,
 
 
 def test_one_process_speaks_for_all(seen: Seen) -> None:
-    assert [[end[4] for end in ends if end[0] == "done"] for ends in seen.ends][1] == [[]] * 6
+    assert [[end[4] for end in ends if end[0] == "done"] for ends in seen.ends][1] == [[]] * 8
     for mine, others in zip(*seen.ends, strict=True):
         if mine[0] != "done":
             assert (mine[2], others[2]) == (False, True), f"told twice: {mine[1]}"
@@ -263,7 +271,7 @@ def test_a_stop_while_encoding_is_heard_by_all_before_one_leaves(mine: bool) -> 
     process = SimpleNamespace(rank=0, world=2, any=any_of_all)
     stream = SimpleNamespace(entries=(), encoded=SimpleNamespace(fill_texts=fill, fill_images=fill))
     alone = {"verified": False, "held_out": ()}
-    family, data = SimpleNamespace(tokenizers=()), SimpleNamespace(drop_caption=0.0)
+    family, data = SimpleNamespace(tokenizers=(), captions=()), SimpleNamespace(drop_caption=0.0)
     job = SimpleNamespace(
         stream=stream, **alone, process=process, stop=stop, family=family, cfg=SimpleNamespace(data=data), engine=SimpleNamespace(parts=lambda: None)
     )

@@ -61,12 +61,17 @@ def save(
         if finish is not None:
             finish(path)
         (path / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
+    prune(root, step, keep)
+    return final
+
+
+def prune(root: Path, step: int, keep: int | None) -> None:
+    """Remove all checkpoints up to this step but the newest ``keep``, if that of this step is good."""
     with durable.disk_errors(root):
         if keep is not None and (old := [path for path in listed(root) if step_of(path) <= step][keep:]):
-            durable.verify(final)
+            durable.verify(root / f"checkpoint-{step}")
             for path in old:
                 durable.remove(path)
-    return final
 
 
 def write_arrays(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) -> None:

@@ -31,11 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             verb.add_argument("--json", type=place, help="write the report to this file too")
             verb.add_argument("--sheet", type=place, help="draw a contact sheet of each bucket's pictures, as they are cut, into this PNG")
         verb.add_argument("recipe", type=place, help="a TOML file, such as recipes/sd15-lora.toml")
-        verb.add_argument("words", metavar="overrides", nargs="*", help=recipe)
+        several = "further recipes, trained one after the other, and " if name == "train" else ""
+        verb.add_argument("words", metavar="overrides", nargs="*", help=several + recipe)
     add_generate(verbs.add_parser("generate", help="make pictures with a run, a model folder or a Hub repository"))
     verb = verbs.add_parser("export", help="write the result of a run's newest checkpoint again, or push it to the Hub")
     verb.add_argument("run", type=place)
     verb.add_argument("--push", metavar="REPOSITORY", help="Hub repository to push the result to")
+    verb.add_argument("--combined", metavar="FOLDER", type=place, help="of a model in two stages: write both into this folder, for stock pipelines")
+    verb.add_argument("--partner", default=None, help="for --combined: the other stage, a run, a folder or a Hub repository (default: the run's own partner)")
     verb.add_argument("--private", action="store_true", help="where --push makes that repository")
     verb = verbs.add_parser("demo", help="fine-tune the bundled model on the bundled pictures, on the CPU, in minutes")
     verb.add_argument("--folder", type=place, help="receives the run (default: runs/demo-, then a digest of what is bundled)")
@@ -81,9 +84,14 @@ def add_generate(verb: argparse.ArgumentParser) -> None:
 def run_train(arguments: argparse.Namespace) -> None:
     from limner import config, training
 
+    more = [word for word in arguments.words if word.endswith(".toml") and "=" not in word]
+    words = [word for word in arguments.words if word not in more]
     with told_once():
-        cfg = config.load(arguments.recipe, arguments.words)
-    training.run(cfg)
+        cfgs = [config.load(path, words) for path in (arguments.recipe, *map(place, more))]
+    if len(cfgs) == 1:
+        training.run(cfgs[0])
+    else:
+        training.run_all(cfgs)
 
 
 def run_encode(arguments: argparse.Namespace) -> None:
@@ -118,6 +126,11 @@ def run_export(arguments: argparse.Namespace) -> None:
 
     if arguments.private and arguments.push is None:
         raise InputFault("--private: nothing is pushed without --push REPOSITORY; give both, or neither")
+    if arguments.partner is not None and arguments.combined is None:
+        raise InputFault("--partner: nothing is put together without --combined FOLDER; give both, or neither")
+    if arguments.combined is not None:
+        export.combine(arguments.run, arguments.combined, partner=arguments.partner)
+        return
     export.again(arguments.run, push_to=arguments.push, private=arguments.private)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import safe_open
 
 from limner import checkpoint, config, durable, snapshot
-from limner.base import INDEX, Base, open_base
+from limner.base import INDEX, Base, open_base, read_json
 from limner.families import FAMILIES
 from limner.family import Family
 from limner.faults import HubFault, InputFault, IntegrityFault
@@ -67,6 +67,39 @@ def again(run: Path, *, push_to: str | None, private: bool, tell: Callable[[str]
         tell(f"{run}: the result of step {found.step} is here")
         if push_to is not None:
             tell(push(run, push_to, private, tell))
+
+
+def combine(run: Path, target: Path, *, partner: str | None = None, tell: Callable[[str], None] = print) -> None:
+    """Write both stages of a model into one folder, which the stock pipeline of both loads.
+
+    Args:
+        run: the folder of a finished run of either stage.
+        partner: the other stage: a run, a folder or a Hub repository; None: the one that the run was trained beside.
+
+    Raises:
+        InputFault: for a run of another kind, or a folder that is not empty.
+    """
+    found = read_result(run)
+    model = config.build(config.Model, read_json(run / "config.json").get("model", {}))
+    family = FAMILIES[model.family]
+    if family.stage is None:
+        raise InputFault(f"{run}: a {family.pipeline} makes pictures alone; there is nothing to put beside it")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputFault(f"{target}: it is there already, and not empty; choose another folder")
+    own = None
+    if found["kind"] != "lora":
+        own = open_base(config.Model(str(run), family.name, partner=partner or model.partner, cache_dir=model.cache_dir), family)
+    if own is None or own.partner is None or own.partner.adapter is not None:
+        raise InputFault(f"{run if own is None else partner or model.partner}: a LoRA is no folder of weights; limner generate puts it on its base")
+    index = {"_class_name": family.stage.whole}
+    for half, opened in ((family, own), (FAMILIES[family.stage.partner], own.partner)):
+        for name in half.components:
+            place = f"{half.stage.prefix if half.stage else ''}{name}"
+            with durable.folder(target / place, manifest=False) as path:
+                copy(opened, name, path)
+            index[place] = list(opened.kind(name))  # type: ignore[assignment]
+    durable.write_text(target / INDEX, json.dumps(index, indent=2) + "\n")
+    tell(f"{target}: {family.stage.whole}.from_pretrained loads both stages from here")
 
 
 def write_full(base: Base, family: Family, run: Path, arrays: Mapping[str, np.ndarray], predict: str, step: int) -> None:
@@ -223,6 +256,8 @@ def model_card(
     matter: dict[str, Any] = {k: v for k, v in base.card().items() if k in ("license", "license_name", "license_link") and isinstance(v, str)}
     matter |= {"base_model": name, "base_model_relation": "adapter" if lora else "finetune"} if name else {}
     matter |= {"datasets": [data]} if data else {}
+    beside = base.partner.name if base.partner is not None and base.partner.commit is not None else None
+    matter |= {"prior": [beside]} if beside and family.stage and not family.stage.prefix else {}  # by which AutoPipelineForText2Image finds the other stage
     matter |= {"library_name": "diffusers", "pipeline_tag": "text-to-image", "inference": True}
     matter["tags"] = [family.tag, "text-to-image", "diffusers", "diffusers-training", *(["lora"] if lora else []), "limner"]
     what = "LoRA weights for" if lora else "A fine-tuned copy of"
@@ -236,19 +271,41 @@ def model_card(
         f"{what} {source}, trained for {step} steps{f' on {escape(data)}' if data else ''} with Limner.\n",
         *pictures,
         "## Use\n",
-        snippet(family, lora, name, repo, prompts[0] if prompts else "a photograph of a cat"),
+        snippet(family, lora, name, repo, prompts[0] if prompts else "a photograph of a cat", beside),
         "## Training\n\n| setting | value |\n|---|---|",
         *settings,
     ]
     return ("\n".join(lines) + "\n").encode("utf-8", "replace").decode()
 
 
-def snippet(family: Family, lora: bool, base: str | None, repo: str | None, prompt: str) -> str:
-    """How to make a picture, in Python."""
+def snippet(family: Family, lora: bool, base: str | None, repo: str | None, prompt: str, beside: str | None = None) -> str:
+    """How to make a picture, in Python; ``beside`` is the repository of the other stage."""
     here, under = json.dumps(repo or "path/to/this/folder"), json.dumps(base or "path/to/the/base/model")
+    if family.stage is not None:
+        return staged(family, lora, here, under, prompt, beside)
     load = [f"pipeline = {family.pipeline}.from_pretrained({under if lora else here})", *([f"pipeline.load_lora_weights({here})"] if lora else [])]
     make = [f"image = pipeline({json.dumps(prompt, ensure_ascii=False)}).images[0]", 'image.save("image.png")']
     return "\n".join(["```python", f"from diffusers import {family.pipeline}\n", *load, *make, "```\n"])
+
+
+def staged(family: Family, lora: bool, here: str, under: str, prompt: str, beside: str | None) -> str:
+    """The same for one of two stages."""
+    assert family.stage is not None
+    other = FAMILIES[family.stage.partner]
+    names = {f.name: f.trains if f.stage and f.stage.prefix else "decoder" for f in (family, other)}
+    lines = [
+        f"{names[family.name]} = {family.pipeline}.from_pretrained({under if lora else here})",
+        f"{names[other.name]} = {other.pipeline}.from_pretrained({json.dumps(beside or 'path/to/the/other/stage')})",
+    ]
+    if lora:
+        lines.append(f'{names[family.name]}.{family.trains}.load_lora_adapter({here}, prefix="{family.trains}", weight_name="{LORA}")')
+    make = [
+        f"image_embeds, negative_image_embeds = prior({json.dumps(prompt, ensure_ascii=False)}).to_tuple()",
+        "image = decoder(image_embeds=image_embeds, negative_image_embeds=negative_image_embeds).images[0]",
+        'image.save("image.png")',
+    ]
+    pipelines = ", ".join(sorted((family.pipeline, other.pipeline)))
+    return "\n".join(["```python", f"from diffusers import {pipelines}\n", *lines, *make, "```\n"])
 
 
 def escape(text: str) -> str:

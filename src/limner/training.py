@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,38 @@ class Run:
         return Path(self.cfg.run)
 
 
+def run_all(cfgs: Sequence[config.Config], tell: Tell = say) -> list[Path]:
+    """Train one recipe after the other. Where one trains the partner of a later one, its run is that one's partner.
+
+    Raises:
+        Fault: what ``run`` raises; what is wrong with the recipes and bases of any is known before the first is trained.
+    """
+    with told_once():
+        chained = [one for one, _ in chain(cfgs)]
+    with Stop() as stop, contextlib.closing(engines.join(cfgs[0].engine)) as process:
+        with told_once():
+            process.first(lambda: [str(base.open_base(model, family_of(one), draws=False).folder) for one, model in chain(cfgs)])
+        return [run_here(one, None, tell, stop, process) for one in chained]
+
+
+def chain(cfgs: Sequence[config.Config]) -> list[tuple[config.Config, config.Model]]:
+    """Each recipe beside the earlier one that trains its partner, and the model that can be looked at before that one has been trained."""
+    out: list[tuple[config.Config, config.Model]] = []
+    for cfg in cfgs:
+        cfg.check()
+        family, earlier = family_of(cfg), {one.model.family: one for one, _ in out}
+        if cfg.run in (one.run for one, _ in out):
+            raise InputFault(f"run: two recipes would train in {cfg.run}. Give each a run of its own, in the recipes.")
+        if (cfg.engine.device, cfg.engine.precision) != (cfgs[0].engine.device, cfgs[0].engine.precision):
+            raise InputFault("engine: recipes that are trained one after the other need the same engine.device and engine.precision")
+        before = earlier.get(family.stage.partner) if family.stage is not None else None
+        if before is None:
+            out.append((cfg, cfg.model))
+        else:
+            out.append((replace(cfg, model=replace(cfg.model, partner=before.run)), replace(cfg.model, partner=before.model.base)))
+    return out
+
+
 def run(cfg: config.Config, source: records.Source | None = None, tell: Tell = say, *, only_encode: bool = False) -> Path:
     """Train as the config says, going on from the newest good checkpoint; returns the folder that holds the result.
 
@@ -69,27 +101,33 @@ def run(cfg: config.Config, source: records.Source | None = None, tell: Tell = s
     """
     with told_once():
         cfg.check(own_records=source is not None)
-    with Stop() as stop, contextlib.closing(engines.join(cfg.engine)) as process, told_once(Stopped, NonFinite):
-        if process.rank:
-            tell = lambda text: None  # noqa: E731 - the first process speaks for all
-        with contextlib.ExitStack() as held:
-            process.first(lambda: held.enter_context(durable.lock(Path(cfg.run))))
-            process.first(lambda: durable.sweep(Path(cfg.run)))
-            cfg = replace(cfg, engine=replace(cfg.engine, precision=process.precision))  # type: ignore[arg-type]
-            with told_once():
-                job = prepare(cfg, source, process, tell, stop)
-            if only_encode:
-                return encoding.encode_only(job)
-            if job.found is not None and is_finished(job):
-                tell(f"{job.folder}: finished at step {job.found.step}; nothing to do. Ask for more with train.steps.")
-                return job.folder
-            stop.gently = True
-            settings = {**config.plain(job.cfg), "train": {**config.plain(cfg.train), "seed": job.plan.seed}}
-            process.first(lambda: durable.write_text(job.folder / "config.json", json.dumps(log.redact(settings), indent=1)))
-            if job.found is None or job.found.step < job.plan.steps:
-                encoding.encode(job)
-                train(job)
-            process.first(lambda: finish(job))
+    with Stop() as stop, contextlib.closing(engines.join(cfg.engine)) as process:
+        return run_here(cfg, source, tell, stop, process, only_encode)
+
+
+def run_here(cfg: config.Config, source: records.Source | None, tell: Tell, stop: Stop, process: World, only_encode: bool = False) -> Path:
+    """One run among processes that have met."""
+    stop.gently = False
+    if process.rank:
+        tell = lambda text: None  # noqa: E731 - the first process speaks for all
+    with told_once(Stopped, NonFinite), contextlib.ExitStack() as held:
+        process.first(lambda: held.enter_context(durable.lock(Path(cfg.run))))
+        process.first(lambda: durable.sweep(Path(cfg.run)))
+        cfg = replace(cfg, engine=replace(cfg.engine, precision=process.precision))  # type: ignore[arg-type]
+        with told_once():
+            job = prepare(cfg, source, process, tell, stop)
+        if only_encode:
+            return encoding.encode_only(job)
+        if job.found is not None and is_finished(job):
+            tell(f"{job.folder}: finished at step {job.found.step}; nothing to do. Ask for more with train.steps.")
+            return job.folder
+        stop.gently = True
+        settings = {**config.plain(job.cfg), "train": {**config.plain(cfg.train), "seed": job.plan.seed}}
+        process.first(lambda: durable.write_text(job.folder / "config.json", json.dumps(log.redact(settings), indent=1)))
+        if job.found is None or job.found.step < job.plan.steps:
+            encoding.encode(job)
+            train(job)
+        process.first(lambda: finish(job))
     return Path(cfg.run)
 
 
@@ -258,6 +296,7 @@ def finish(job: Run) -> None:
     last = job.found if passed and job.found is not None else checkpoint.read(job.folder / f"checkpoint-{job.plan.steps}")
     if (shown := sorted((job.folder / "previews").glob("step-*"))) and job.cfg.preview.prompts:
         generate.sheet_of_files(sorted(shown[-1].glob("*.png")), job.cfg.preview.prompts, job.folder / export.GRID)
+    checkpoint.prune(job.folder, last.step, job.cfg.checkpoint.keep)  # a run that was killed between its last checkpoint and this had no time for it
     export.write(last, job.cfg, job.base, job.family, job.stream.objective.predict)
     job.tell(f"{job.folder}: the result of step {last.step} is here")
     if job.cfg.export.hub is not None:

@@ -70,6 +70,7 @@ def with_flags(script: str, message: str) -> str:
 
 def refusals(a: Namespace) -> list[str]:
     """What was asked for and cannot be done, each with the reason."""
+    predict = vars(a).get("prediction_type")
     secret_seen = vars(a).get("hub_token") is not None and a.report_to in ("wandb", "comet_ml", "all")
     known = (*TRACKERS, "all", "none")
     cases = [
@@ -83,8 +84,8 @@ def refusals(a: Namespace) -> list[str]:
             f"--hub_token with --report_to={a.report_to}: trackers store the command line, token included. Run `hf auth login` or set HF_TOKEN instead.",
         ),
         (
-            vars(a).get("prediction_type") not in (None, "epsilon", "v_prediction"),
-            f"--prediction_type: {vars(a).get('prediction_type')!r} was given, epsilon or v_prediction is expected; leave it out to keep what the base's scheduler says",
+            predict not in (None, "epsilon", "v_prediction"),
+            f"--prediction_type: {predict!r} was given, epsilon or v_prediction is expected; leave it out to keep what the base's scheduler says",
         ),
         (
             a.lr_scheduler == "piecewise_constant",

@@ -216,8 +216,8 @@ def kandinsky(stage: str, rank: bool, *without: str) -> Script:
     where = "a folder or a Hub repository in the diffusers layout"
     if stage == "prior":
         both = {PRIOR: Flag(str, f"{KANDINSKY}-prior", "model.base", f"the prior that is trained: {where}")}
-        beside = Flag(str, f"{KANDINSKY}-decoder", "model.partner", "the decoder that previews are made with", lambda a: getattr(a, DECODER) if prompts(a) else None)
-        both[DECODER] = beside
+        says = "the decoder that previews are made with"
+        both[DECODER] = Flag(str, f"{KANDINSKY}-decoder", "model.partner", says, lambda a: getattr(a, DECODER) if prompts(a) else None)
     else:
         both = {DECODER: Flag(str, f"{KANDINSKY}-decoder", "model.base", f"the decoder that is trained: {where}")}
         both[PRIOR] = Flag(str, f"{KANDINSKY}-prior", "model.partner", "the prior, whose image encoder sees the pictures")
@@ -239,7 +239,8 @@ def kandinsky(stage: str, rank: bool, *without: str) -> Script:
 
 
 MEMORY = ("gradient_checkpointing", "enable_xformers_memory_efficient_attention")
-WORDLESS = {"caption_column": Flag(str, None, "", "a decoder is told of pictures only; captions are not read")}  # the guide gives it, its scripts know no such flag
+# The guide's command has it, though its script knows no such flag.
+WORDLESS = {"caption_column": Flag(str, None, "", "a decoder is told of pictures only; captions are not read")}
 
 SCRIPTS = {
     "train_text_to_image": Script(

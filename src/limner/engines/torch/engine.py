@@ -168,8 +168,8 @@ class TorchEngine:
         return b["w"] * (prediction.float() - target).square().flatten(1).mean(1)
 
     def to_device(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Copies of the arrays (so that memory is aligned alike in every run), sent without waiting where the device allows."""
-        host = {name: torch.tensor(array) for name, array in batch.items()}
+        """Copies of the arrays (so that memory is laid out alike in every run), sent without waiting where the device allows."""
+        host = {name: torch.tensor(np.ascontiguousarray(array)) for name, array in batch.items()}
         if self.device.type != "cuda":
             return {name: t.to(self.device) for name, t in host.items()}
         return {name: t.pin_memory().to(self.device, non_blocking=True) for name, t in host.items()}
