@@ -17,6 +17,7 @@ from limner.checkpoint import read_arrays
 from limner.engines.torch import gauge
 from limner.engines.torch.engine import TorchEngine
 from limner.engines.torch.world import World
+from limner.families import FAMILIES
 from limner.families.sd import SD
 from limner.faults import InputFault
 
@@ -92,10 +93,23 @@ def test_features_have_the_shapes_that_the_configs_promise(sd):
     assert at_512["x0"].shape == (1, 4, 64, 64) and at_512["context"].shape == (1, 77, 768)
 
 
-def test_the_stand_in_is_stable_diffusion_1_5():
-    net = gauge.of_config(bench.STAND_INS["sd"]["unet"])
-    assert sum(p.numel() for p in net.parameters()) == 859_520_964
+PUBLISHED = {"sd": 859_520_964, "sdxl": 2_567_463_684, "kandinsky22-prior": 1_026_225_920, "kandinsky22-decoder": 1_253_057_288}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stand_ins_are_the_published_networks(family):
+    net = gauge.of_config(bench.STAND_INS[family][FAMILIES[family].trains])
+    assert sum(p.numel() for p in net.parameters()) == PUBLISHED[family]
     assert all(p.is_meta for p in net.parameters())
+
+
+def test_what_a_batch_of_kandinsky_looks_like():
+    prior, decoder = (bench.stand_in(config.Config(), bench.STAND_INS[name], FAMILIES[name], 2) for name in ("kandinsky22-prior", "kandinsky22-decoder"))
+    assert {name: prior[name].shape for name in ("x0", "context", "pooled", "mask")} == {
+        "x0": (2, 1280), "context": (2, 77, 1280), "pooled": (2, 1280), "mask": (2, 77)
+    }  # fmt: skip
+    assert {name: decoder[name].shape for name in ("x0", "noise", "embedding")} == {"x0": (2, 4, 64, 64), "noise": (2, 4, 64, 64), "embedding": (2, 1280)}
+    assert "context" not in decoder and prior["mask"].dtype == bool
 
 
 def test_random_weights_where_the_base_is_not_at_hand(sd, tmp_path, monkeypatch):

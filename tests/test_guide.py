@@ -134,3 +134,49 @@ def test_the_other_commands(base: Path, pictures: Path, tmp_path: Path, monkeypa
     assert (run / "checkpoint-4" / "unet_ema" / "diffusion_pytorch_model.safetensors").read_bytes() == whole
     assert scripts.main("train_text_to_image", [*common, "--max_train_steps=4", "--output_dir=plain"]) == 0
     assert weighed < loss(tmp_path / "plain") * 0.99, "Min-SNR lowers the weight of what is easy"
+
+
+KANDINSKY = "kandinsky-community/kandinsky-2-2"
+INFERENCE = """
+import numpy as np, torch
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    how = {"num_inference_steps": 2, "prior_num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
+    return pipe(prompt="A robot naruto, 4k photo", generator=torch.Generator().manual_seed(0), **how).images[0]
+
+plain = draw(AutoPipelineForText2Image.from_pretrained("DECODER"))
+decoder = draw(AutoPipelineForText2Image.from_pretrained("kandi2-decoder-naruto-model"))
+components = {"prior_" + k: v for k, v in DiffusionPipeline.from_pretrained("kandi2-prior-naruto-model").components.items()}
+prior = draw(AutoPipelineForText2Image.from_pretrained("DECODER", **components))
+both = draw(AutoPipelineForText2Image.from_pretrained("kandi2-decoder-naruto-model", **components))
+pushed = draw(AutoPipelineForText2Image.from_pretrained("tester/kandi2-decoder-naruto-model"))
+adapted = AutoPipelineForText2Image.from_pretrained("DECODER")
+adapted.unet.load_lora_adapter("kandi22-decoder-naruto-lora", prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+pictures = [plain, decoder, prior, both, draw(adapted)]
+assert all(np.isfinite(p).all() and p.shape == (32, 32, 3) for p in pictures)
+assert all(not np.array_equal(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
+assert np.array_equal(pushed, decoder)
+"""
+
+
+def test_kandinsky_s_guide(hub: Hub, kandinsky: Path, place: Path, tmp_path: Path) -> None:
+    """Decoder, prior and LoRA, pushed, and used as the guide uses them; the decoder's folder finds its prior by the card."""
+    decoder = tmp_path / "decoder"
+    shutil.copytree(kandinsky / "decoder", decoder)
+    (decoder / "README.md").write_text(f"---\nprior:\n- {KANDINSKY}-prior\ntags:\n- kandinsky\nlicense: apache-2.0\n---\n")
+    hub.add(f"{KANDINSKY}-decoder", decoder)
+    hub.add(f"{KANDINSKY}-prior", kandinsky / "prior")
+    for name in ("kandinsky_decoder", "kandinsky_prior", "kandinsky_lora_decoder"):
+        command = (GUIDES / f"{name}.sh").read_text().replace("768", "32").replace("=1e-0", "=3e-0").replace("--num_train_epochs=100", "--max_train_steps=2")
+        type_in(command, hub, place)
+    card = hub.received("tester/kandi2-decoder-naruto-model")["README.md"].decode()
+    assert f"prior:\n- {KANDINSKY}-prior" in card and f"base_model: {KANDINSKY}-decoder" in card
+    assert "pytorch_lora_weights.safetensors" in hub.received("tester/kandi22-decoder-naruto-lora")
+    assert "captions are not read" not in card and (place / "kandi2-prior-naruto-model" / "preview.png").is_file()
+    told_nowhere(place / "kandi2-decoder-naruto-model")
+    environment = hub.environment(place / "home", token=TOKEN)
+    code = INFERENCE.replace("DECODER", f"{KANDINSKY}-decoder")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=place, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
