@@ -1,0 +1,152 @@
+"""Layers as pure functions over named arrays, in the names and layouts of safetensors files: nothing is converted, whatever the checkpoint.
+
+Pictures are [n, height, width, channels] inside. Weights are cast to their input's type where they are used; norms, softmax and timesteps are float32.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Wrap = Callable[[Callable[..., Array]], Callable[..., Array]]
+
+
+@dataclass(frozen=True)
+class Params:
+    """Named arrays under a prefix. A layer asks for each with the shape that it must have.
+
+    In a survey nothing is there: what is asked for is made up, and remembered with its shape.
+    """
+
+    arrays: Mapping[str, Any]
+    prefix: str = ""
+    asked: dict[str, tuple[int, ...]] | None = None
+    scale: float = 1.0  # alpha / rank of the low-rank additions among the arrays
+    dropout: float = 0.0  # of what goes into them
+    key: Array | None = None  # of that dropout
+
+    def __truediv__(self, name: str | int) -> "Params":
+        return replace(self, prefix=f"{self.prefix}{name}.")
+
+    def __call__(self, name: str, *shape: int) -> Array:
+        key = self.prefix + name
+        if self.asked is not None:
+            self.asked[key] = shape
+            return jnp.zeros(shape)
+        array: Array = self.arrays[key]
+        return array
+
+    def has(self, name: str) -> bool:
+        return self.prefix + name in self.arrays
+
+
+def shapes(model: Callable[[Params], Any]) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every array that a model asks for; nothing is computed."""
+    asked: dict[str, tuple[int, ...]] = {}
+    jax.eval_shape(lambda: model(Params({}, asked=asked)))
+    return asked
+
+
+def linear(p: Params, x: Array, out: int, bias: bool = True, weight: str = "weight") -> Array:
+    """x [..., in] -> [..., out], with the low-rank addition B A x * alpha / rank (arXiv:2106.09685) where there is one."""
+    y = times(x, p(weight, out, x.shape[-1]))
+    if p.has("lora_A.weight"):
+        down = dropped(p, x)
+        y = y + times(times(down, p("lora_A.weight")), p("lora_B.weight")) * p.scale
+    return y + p("bias", out).astype(x.dtype) if bias else y
+
+
+def times(x: Array, weight: Array) -> Array:
+    """x [..., in] times a weight [out, in]."""
+    return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def dropped(p: Params, x: Array) -> Array:
+    """Dropout on what goes into a low-rank addition, addressed by the layer's name."""
+    if p.key is None or not p.dropout:
+        return x
+    import zlib
+
+    kept = jax.random.bernoulli(jax.random.fold_in(p.key, zlib.crc32(p.prefix.encode())), 1 - p.dropout, x.shape)
+    return jnp.where(kept, x / (1 - p.dropout), 0).astype(x.dtype)
+
+
+def pointwise(p: Params, x: Array, out: int, convolution: bool) -> Array:
+    """A linear layer, which some checkpoints hold as a convolution of one pixel; x [n, h, w, in] or [n, tokens, in]."""
+    if not convolution:
+        return linear(p, x, out)
+    return times(x, p("weight", out, x.shape[-1], 1, 1)[:, :, 0, 0]) + p("bias", out).astype(x.dtype)
+
+
+def conv(p: Params, x: Array, out: int, size: int = 3, stride: int = 1, pad: tuple[int, int] | None = None) -> Array:
+    """A convolution of x [n, h, w, in], padded by size // 2 on each side unless told otherwise (before, after)."""
+    around = pad or (size // 2, size // 2)
+    weight = p("weight", out, x.shape[-1], size, size).astype(x.dtype)
+    y = jax.lax.conv_general_dilated(x, weight, (stride, stride), (around, around), dimension_numbers=("NHWC", "OIHW", "NHWC"))
+    return y + p("bias", out).astype(x.dtype)
+
+
+def group_norm(p: Params, x: Array, groups: int, eps: float) -> Array:
+    """Normalise x [n, ..., channels] over each group of channels and all places, in two passes and float32 (arXiv:1803.08494)."""
+    channels = x.shape[-1]
+    h = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, channels // groups)
+    h = h - h.mean((1, 3), keepdims=True)
+    h = h * jax.lax.rsqrt(jnp.square(h).mean((1, 3), keepdims=True) + eps)
+    return (h.reshape(x.shape) * p("weight", channels) + p("bias", channels)).astype(x.dtype)
+
+
+def layer_norm(p: Params, x: Array, eps: float = 1e-5) -> Array:
+    """Normalise x over its last axis, in float32 (arXiv:1607.06450)."""
+    h = x.astype(jnp.float32)
+    h = h - h.mean(-1, keepdims=True)
+    h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)
+    return (h * p("weight", x.shape[-1]) + p("bias", x.shape[-1])).astype(x.dtype)
+
+
+def attention(q: Array, k: Array, v: Array, heads: int, mask: Array | None = None, causal: bool = False, kernel: str | None = None) -> Array:
+    """Scaled dot products of q [n, tokens, width] with k and v [n, keys, width], in ``heads`` heads, softmax in float32.
+
+    Args:
+        mask: which keys are looked at, bool [n, keys].
+        kernel: None: XLA's own; ``cudnn``: a fused one, where it can serve (16 bits, no mask).
+    """
+    apart = [t.reshape(*t.shape[:2], heads, -1) for t in (q, k, v)]
+    bias = None if mask is None else jnp.where(mask[:, None, None], 0.0, -10000.0).astype(q.dtype)
+    width, fused = apart[0].shape[-1], kernel == "cudnn" and mask is None and q.dtype in (jnp.float16, jnp.bfloat16)
+    fused = fused and width % 8 == 0 and width <= 128
+    out = jax.nn.dot_product_attention(*apart, bias=bias, is_causal=causal, implementation="cudnn" if fused else "xla")
+    return out.reshape(q.shape)
+
+
+def sinusoid(t: Array, width: int, cosine_first: bool, shift: float) -> Array:
+    """Sines and cosines of numbers [n] at ``width`` / 2 frequencies from 1 to 1 / 10000: float32 [n, width]."""
+    half = width // 2
+    angles = t.astype(jnp.float32)[:, None] * jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
+    waves = (jnp.cos(angles), jnp.sin(angles)) if cosine_first else (jnp.sin(angles), jnp.cos(angles))
+    return jnp.concatenate(waves, -1)
+
+
+def resnet(p: Params, x: Array, time: Array | None, out: int, groups: int, eps: float) -> Array:
+    """Two convolutions with norms and a shortcut; ``time`` [n, width] is added between them."""
+    h = conv(p / "conv1", jax.nn.silu(group_norm(p / "norm1", x, groups, eps)), out)
+    if time is not None:
+        h = h + linear(p / "time_emb_proj", jax.nn.silu(time), out)[:, None, None]
+    h = conv(p / "conv2", jax.nn.silu(group_norm(p / "norm2", h, groups, eps)), out)
+    return h + (x if x.shape[-1] == out else conv(p / "conv_shortcut", x, out, size=1))
+
+
+def upsample(p: Params, x: Array) -> Array:
+    """Each pixel twice in both directions, then a convolution."""
+    return conv(p / "upsamplers" / 0 / "conv", jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), x.shape[-1])
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+}
