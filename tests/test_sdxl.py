@@ -14,6 +14,7 @@ from PIL import Image
 from limner import config, generate, rng, training
 from limner.engine import Weights
 from limner.engines.torch import engine, lora, parts, pipeline
+from limner.families import FAMILIES
 from limner.family import tokenize as tokenize_all
 from limner.family import told
 from limner.faults import InputFault
@@ -41,7 +42,7 @@ def by_hand(base: Path, pictures: Path, adapt: config.Adapt, zeros: bool) -> tup
 
     pipe = StableDiffusionXLPipeline.from_pretrained(base)
     nets = {"unet": pipe.unet} | ({"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2} if adapt.text_encoders else {})
-    learned = lora.add(nets, adapt, training.FAMILIES["sdxl"], SEED) if adapt.kind == "lora" else dict(pipe.unet.requires_grad_(True).named_parameters())
+    learned = lora.add(nets, adapt, FAMILIES["sdxl"], SEED) if adapt.kind == "lora" else dict(pipe.unet.requires_grad_(True).named_parameters())
     if adapt.kind == "lora":  # both matrices, else the gradient of the first is zero at the start
         for name, p in learned.items():
             if ".lora_B." in name:
@@ -263,7 +264,7 @@ def test_long_captions_in_chunks(sdxl):
     """Each chunk is a caption of its own; what fits into one chunk means the same with more of them; empty chunks are not looked at."""
     import torch
 
-    family = training.FAMILIES["sdxl"]
+    family = FAMILIES["sdxl"]
     opened = training.base.open_base(config.Model(base=str(sdxl), family="sdxl"), family)
     frozen = parts.TorchParts(opened, torch.device("cpu"))
     words, inner = [f"w{i}" for i in range(60)], 75

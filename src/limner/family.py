@@ -113,6 +113,16 @@ def tokenize(family: Family, parts: Parts, captions: list[str], chunks: int) -> 
     return ids | {"mask": np.repeat(words, ids[family.tokenizers[0]].shape[2], axis=1)}
 
 
+def chunked(captions: list[list[int]], chunks: int, length: int, start: int, end: int, pad: int) -> np.ndarray:
+    """Token ids of captions, uncut and with their start and end, in ``chunks`` pieces that each have their own: int64 [n, chunks, length]; the rest is cut."""
+    out = np.full((len(captions), chunks, length), pad, np.int64)
+    for row, ids in enumerate(captions):
+        for chunk in range(chunks):
+            piece = [start, *ids[1 + chunk * (length - 2) : -1][: length - 2], end]
+            out[row, chunk, : len(piece)] = piece
+    return out
+
+
 def told(family: Family, encoders: Encoders, tokens: dict[str, Any]) -> dict[str, Any]:
     """What the network is told of captions: the text features of ``tokenize``'s result, and its mask."""
     return family.text(encoders, tokens) | {name: array for name, array in tokens.items() if name == "mask"}

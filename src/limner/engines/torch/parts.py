@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from limner.base import Base
+from limner.family import chunked
 
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}  # of its training pictures, by colour, 0 to 1
 
@@ -66,18 +67,9 @@ class TorchParts:
     def tokens(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
         """See ``family.Parts``; what does not fit is cut (which the index has counted and told)."""
         words = self.component(tokenizer)
-        length = words.model_max_length
-        settings = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "np"}
-        if chunks == 1:
-            return words(captions, **settings).input_ids.astype(np.int64)[:, None]
-        inner = length - 2
-        out = np.repeat(words([""], **settings).input_ids.astype(np.int64)[:, None], chunks, axis=1).repeat(len(captions), axis=0)
-        start, end = (words([""], truncation=False).input_ids[0][i] for i in (0, -1))
-        for row, ids in enumerate(words(captions, truncation=False, verbose=False).input_ids):
-            for chunk in range(min(chunks, -(-(len(ids) - 2) // inner))):
-                piece = ids[1 + chunk * inner : -1][:inner]
-                out[row, chunk, : len(piece) + 2] = [start, *piece, end]
-        return out
+        start, end = (words("", truncation=False).input_ids[i] for i in (0, -1))
+        ids = words(captions, truncation=False, verbose=False).input_ids if captions else []
+        return chunked(ids, chunks, words.model_max_length, start, end, words.pad_token_id)
 
     def lengths(self, tokenizer: str, captions: list[str]) -> list[int]:
         """Tokens of each caption, its start and end included, uncut."""

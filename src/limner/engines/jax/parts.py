@@ -1,0 +1,106 @@
+"""The frozen encoders in JAX: numpy in, numpy out, always float32 unless they are safe in half, loaded when first called and let go of when told."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from limner.base import Base
+from limner.engines.jax import clip, vae, weights
+from limner.engines.jax.nn import Params
+from limner.engines.jax.tokens import Words
+from limner.family import chunked
+from limner.faults import InputFault
+
+HIGHEST = "highest"  # float32 products in float32: not in TF32 on a GPU, nor in passes of bfloat16 on a TPU
+
+
+class JaxParts:
+    """Components of a base by name, on this process's first device.
+
+    Args:
+        half: the type of components that are safe in half precision; all others are float32.
+    """
+
+    def __init__(self, base: Base, half: dict[str, Any] | None = None):
+        self.base, self.half = base, half or {}
+        self.loaded: dict[str, Any] = {}
+        self.compiled: dict[Any, Any] = {}
+
+    def arrays(self, name: str) -> dict[str, jax.Array]:
+        """A component's arrays on the device."""
+        if name not in self.loaded:
+            kind = self.half.get(name, jnp.float32)
+            self.loaded[name] = {key: jax.device_put(array.astype(kind), jax.local_devices()[0]) for key, array in weights.read(self.base, name).items()}
+        found: dict[str, jax.Array] = self.loaded[name]
+        return found
+
+    def run(self, key: Any, function: Any, name: str, *arguments: np.ndarray) -> Any:
+        """A jitted function of a component's arrays and some of numpy's."""
+        if key not in self.compiled:
+            self.compiled[key] = jax.jit(lambda arrays, *given: function(Params(arrays), *given))
+        with jax.default_matmul_precision(HIGHEST), jax.default_device(jax.local_devices()[0]):
+            return jax.device_get(self.compiled[key](self.arrays(name), *arguments))
+
+    def vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See ``family.Parts``."""
+        config, kind = self.base.configs[name], self.half.get(name, jnp.float32)
+        mean, std = self.run((name, "encode"), lambda p, x: vae.encode(p, config, x.astype(kind)), name, pixels)
+        return np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
+    def decode(self, name: str, latents: np.ndarray) -> np.ndarray:
+        """Pixels in [-1, 1], float32 [n, 3, H, W], of unscaled latents [n, channels, h, w]."""
+        config, kind = self.base.configs[name], self.half.get(name, jnp.float32)
+        return np.asarray(self.run((name, "decode"), lambda p, z: vae.decode(p, config, z.astype(kind)), name, latents), np.float32)
+
+    def text(self, name: str, ids: np.ndarray, skip: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """See ``family.Encoders``."""
+        hear = partial(clip.text, config=self.base.configs[name], skip=skip, projection=projects(self.base, name))
+        states, pooled = self.run((name, skip), lambda p, ids: hear(p, ids=ids), name, ids.astype(np.int32))
+        return states, pooled
+
+    def beside(self, arrays: list[np.ndarray]) -> np.ndarray:
+        """See ``family.Encoders``."""
+        return np.concatenate(arrays, axis=-1)
+
+    def movq(self, name: str, pixels: np.ndarray) -> np.ndarray:
+        """See ``family.Parts``."""
+        raise InputFault('engine.kind="jax" has no MOVQ; use engine.kind="torch".')
+
+    def see(self, name: str, processor: str, pixels: np.ndarray) -> np.ndarray:
+        """See ``family.Parts``."""
+        raise InputFault('engine.kind="jax" has no image encoder; use engine.kind="torch".')
+
+    def words(self, tokenizer: str) -> Words:
+        """A tokenizer."""
+        if tokenizer not in self.loaded:
+            self.loaded[tokenizer] = Words(self.base.part(tokenizer), self.base.configs[tokenizer])
+        found: Words = self.loaded[tokenizer]
+        return found
+
+    def tokens(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
+        """See ``family.Parts``; what does not fit is cut (which the index has counted and told)."""
+        words = self.words(tokenizer)
+        return chunked(words.encode(captions), chunks, words.limit, words.start, words.end, words.pad)
+
+    def lengths(self, tokenizer: str, captions: list[str]) -> list[int]:
+        """See ``family.Parts``."""
+        return [len(ids) for ids in self.words(tokenizer).encode(captions)]
+
+    def limit(self, tokenizer: str) -> int:
+        """See ``family.Parts``."""
+        return self.words(tokenizer).limit
+
+    def release(self, names: Iterable[str] | None = None) -> None:
+        """Let go of these components, of all where none are named; one that is asked for again is loaded again."""
+        for name in list(self.loaded) if names is None else names:
+            self.loaded.pop(name, None)
+            self.compiled = {key: made for key, made in self.compiled.items() if key[0] != name}
+
+
+def projects(base: Base, name: str) -> bool:
+    """Whether a text encoder projects its pooled embedding."""
+    return base.kind(name)[1] == "CLIPTextModelWithProjection"
