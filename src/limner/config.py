@@ -158,12 +158,14 @@ class Train:
 class Engine:
     """How the numbers are computed; on the CPU in float32 nothing here changes a result."""
 
-    kind: Literal["torch"] = "torch"
+    kind: Literal["torch", "jax"] = "torch"
     precision: Literal["no", "fp16", "bf16"] | None = None  # None: what the launcher says, else no (float32)
     device: str | None = None  # None: the accelerator that torch finds, else the CPU
     gradient_checkpointing: bool = False
     tf32: bool = False
     attention: Literal["sdpa", "math", "xformers"] = "sdpa"  # math: plain products, faster for small pictures on a CPU
+    devices: int | None = None  # of this process, for JAX; None: all that there are
+    fsdp: int = 1  # for JAX: over how many devices weights, gradients, optimizer and average are divided
     encode_batch: int | None = None  # pictures that the frozen encoders see at once, always, padded; None: 8, fewer above 512 pixels, as memory goes
 
 
@@ -273,7 +275,17 @@ class Config:
             "data.chunks",
         ]
         positive += ["data.max_pixels", "adapt.rank", "adapt.alpha", "optim.learning_rate", "optim.cycles", "optim.eps", "optim.max_grad_norm"]
-        positive += ["engine.encode_batch", "checkpoint.every", "checkpoint.keep", "preview.count", "preview.every", "preview.every_epochs", "preview.steps"]
+        positive += [
+            "engine.devices",
+            "engine.fsdp",
+            "engine.encode_batch",
+            "checkpoint.every",
+            "checkpoint.keep",
+            "preview.count",
+            "preview.every",
+            "preview.every_epochs",
+            "preview.steps",
+        ]
         positive += ["data.chunks", "watch.every", "watch.timesteps", "log.every"]
         not_negative = ["optim.warmup", "optim.weight_decay", "watch.hold_out", "objective.noise_offset", "objective.input_perturbation", "objective.dream"]
         refuse += [((v := self[k]) is not None and v <= 0, f"{k}: {self[k]} is not above 0") for k in positive]

@@ -51,7 +51,7 @@ def stores(cfg: config.Config, family: Family, opened: base.Base, process: World
                 f'data.cache="memory" serves one process, there are {process.world}. Give a folder, which all fill and read; one below /dev/shm is in memory.'
             )
         return Memory(), Memory() if keeps_texts else None
-    root, how = cache_folder(cfg), [family.name, cfg.engine.kind, cfg.engine.tf32, cfg.data.cache_dtype, *engines.arithmetic(process)]
+    root, how = cache_folder(cfg), [family.name, cfg.engine.kind, cfg.engine.tf32, cfg.data.cache_dtype, *engines.arithmetic(cfg.engine.kind, process)]
     half = process.precision if cfg.model.vae is not None else "no"
 
     def store(kind: str, settings: list[Any], parts: tuple[str, ...]) -> Store:

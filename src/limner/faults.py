@@ -54,6 +54,21 @@ class Locked(Fault):
     code = 8
 
 
+def described(error: BaseException) -> dict[str, str]:
+    """What the other processes are told of an error; one that is no fault stays with the process that has it."""
+    if isinstance(error, Fault):
+        known = next(c.__name__ for c in type(error).__mro__ if globals().get(c.__name__) is c)
+        return {"fault": known, "text": str(error)}
+    return {"fault": "Fault", "text": f"the first process failed: {type(error).__name__}: {error}"}
+
+
+def rebuilt(said: dict[str, str]) -> Fault:
+    """The first process's fault, in another process: same class, same message, already told."""
+    fault: Fault = globals()[said["fault"]](said["text"])
+    fault.told = True
+    return fault
+
+
 @contextlib.contextmanager
 def told_once(*kinds: type[Fault]) -> Iterator[None]:
     """For faults (of these kinds; none given: of all) that come to all processes alike: the first one of each host says it."""

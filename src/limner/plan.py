@@ -18,7 +18,7 @@ FREE: tuple[str, ...] = ("run", "log.", "preview.", "checkpoint.", "export.", "w
 FREE += ("data.threads", "data.cache", "data.cache_dir", "data.folder")
 FREE += ("data.hub", "data.hub_config", "data.hub_revision", "data.hub_files", "data.split", "data.image", "data.caption", "data.bad", "data.max_pixels")
 FREE += ("optim.ema_offload", "model.base", "model.revision", "model.trained_revision", "model.variant", "model.cache_dir", "model.vae", "data.sets")
-FREE += ("model.partner", "engine.device", "engine.gradient_checkpointing", "engine.attention")
+FREE += ("model.partner", "engine.device", "engine.devices", "engine.fsdp", "engine.gradient_checkpointing", "engine.attention")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,10 @@ from limner.family import Family
 
 def join(settings: config.Engine) -> World:
     """Join the processes of this run; nothing is loaded yet."""
+    if settings.kind == "jax":
+        from limner.engines.jax.world import World as JaxWorld
+
+        return JaxWorld(settings)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on busy cores, threads that spin while they wait cost more than they save; read when torch loads
     from limner.engines.torch.world import World as TorchWorld
 
@@ -24,13 +28,19 @@ def join(settings: config.Engine) -> World:
 
 def open_engine(cfg: config.Config, base: Base, family: Family, world: World, micro: int, tell: Callable[[str], None]) -> Engine:
     """The engine of this process; weights are loaded when they are first needed."""
+    if cfg.engine.kind == "jax":
+        from limner.engines.jax.engine import JaxEngine
+
+        return JaxEngine(cfg, base, family, world, micro, tell)  # type: ignore[arg-type]
     from limner.engines.torch.engine import TorchEngine
 
     return TorchEngine(cfg, base, family, world, micro, tell)  # type: ignore[arg-type]
 
 
-def arithmetic(world: World) -> list[str]:
+def arithmetic(kind: str, world: World) -> list[str]:
     """What the last bits of the encoders' output depend on, besides their weights: kind of device, and version of the framework."""
+    if kind == "jax":
+        return [world.kind, metadata.version("jaxlib")]  # type: ignore[attr-defined]
     return [str(world.device.type), metadata.version("torch")]  # type: ignore[attr-defined]
 
 

@@ -115,11 +115,11 @@ def attention(q: Array, k: Array, v: Array, heads: int, mask: Array | None = Non
         mask: which keys are looked at, bool [n, keys].
         kernel: None: XLA's own; ``cudnn``: a fused one, where it can serve (16 bits, no mask).
     """
-    apart = [t.reshape(*t.shape[:2], heads, -1) for t in (q, k, v)]
+    apart = tuple(t.reshape(*t.shape[:2], heads, -1) for t in (q, k, v))
     bias = None if mask is None else jnp.where(mask[:, None, None], 0.0, -10000.0).astype(q.dtype)
     width, fused = apart[0].shape[-1], kernel == "cudnn" and mask is None and q.dtype in (jnp.float16, jnp.bfloat16)
     fused = fused and width % 8 == 0 and width <= 128
-    out = jax.nn.dot_product_attention(*apart, bias=bias, is_causal=causal, implementation="cudnn" if fused else "xla")
+    out: Array = jax.nn.dot_product_attention(*apart, bias=bias, is_causal=causal, implementation="cudnn" if fused else "xla")  # type: ignore[call-overload]
     return out.reshape(q.shape)
 
 

@@ -19,7 +19,7 @@ class Words:
         self.inner.no_padding()
         self.limit = int(min(config.get("model_max_length") or 77, 1 << 20))
         self.start, self.end = self.inner.encode("").ids
-        self.pad = self.inner.token_to_id(name_of(config.get("pad_token", "<|endoftext|>")))
+        self.pad: int = self.inner.token_to_id(name_of(config.get("pad_token", "<|endoftext|>"))) or 0
 
     def encode(self, captions: list[str]) -> list[list[int]]:
         """Ids of each caption, uncut."""

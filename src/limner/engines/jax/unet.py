@@ -57,7 +57,7 @@ def block(p: Params, x: Array, context: Array, mask: Array | None, heads: int, k
 
 def transformer(
     p: Params, x: Array, context: Array, mask: Array | None, *, heads: int, depth: int, groups: int, remat: bool, kernel: str | None, convolution: bool
-) -> Array:  # noqa: E501
+) -> Array:
     """Transformer blocks over the pixels of x [n, h, w, channels]."""
     n, height, width, channels = x.shape
     h = group_norm(p / "norm", x, groups, 1e-6).reshape(n, height * width, channels)

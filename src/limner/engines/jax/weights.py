@@ -92,6 +92,6 @@ def check(where: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> No
         f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)}"
         for what, names in (("arrays are missing", missing), ("arrays have no place in the model", strange))
         if names
-    ]  # noqa: E501
+    ]
     if problems:
         raise InputFault(f"{where}: {'; '.join(problems)}. Is it the model that its config says? Fetch or copy it again.")

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import is_torch_xla_available
 
-from limner import faults
-from limner.faults import Fault, InputFault
+from limner.faults import Fault, InputFault, described, rebuilt
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun and accelerate; three MPIs
@@ -111,21 +110,6 @@ class World:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
         PartialState._reset_state()
-
-
-def described(error: BaseException) -> dict[str, str]:
-    """What the other processes are told of an error; one that is no fault stays with the process that has it."""
-    if isinstance(error, Fault):
-        known = next(c.__name__ for c in type(error).__mro__ if getattr(faults, c.__name__, None) is c)
-        return {"fault": known, "text": str(error)}
-    return {"fault": "Fault", "text": f"the first process failed: {type(error).__name__}: {error}"}
-
-
-def rebuilt(said: dict[str, str]) -> Fault:
-    """The first process's fault, in another process: same class, same message, already told."""
-    fault: Fault = getattr(faults, said["fault"])(said["text"])
-    fault.told = True
-    return fault
 
 
 def refuse_settings(environment: Mapping[str, str]) -> None:

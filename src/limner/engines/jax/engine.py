@@ -1,0 +1,327 @@
+"""Training in JAX: one jitted pure function from state and batch to state and metrics, compiled ahead of time for each shape of batch."""
+
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from limner import config, rng
+from limner.base import Base
+from limner.engine import Batch, FirstFault, Group, Metrics
+from limner.engines.jax import clip, weights
+from limner.engines.jax.nn import Array, Params
+from limner.engines.jax.parts import JaxParts, projects
+from limner.engines.jax.unet import unet
+from limner.engines.jax.world import LARGE, World
+from limner.family import Family, silenced, told
+from limner.faults import InputFault, IntegrityFault
+from limner.objective import Objective
+
+HALF = {"fp16": jnp.float16, "bf16": jnp.bfloat16}
+SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}  # PyTorch's own numbers
+Named = dict[str, Array]
+State = dict[str, Any]  # params, mu, nu, count, fault, and where they are wished for ema and scaler
+
+
+class JaxEngine:
+    """The engine of one process; see ``limner.engine.Engine``."""
+
+    def __init__(self, cfg: config.Config, base: Base, family: Family, world: World, micro: int, tell: Callable[[str], None] = print):
+        self.cfg, self.base, self.family, self.process, self.micro, self.tell = cfg, base, family, world, micro, tell
+        self.rank, self.world, self.mesh = world.rank, world.world, world.mesh
+        self.half = HALF.get(world.precision)
+        if (kind := base.kind(family.trains)[1]) != "UNet2DConditionModel" or family.stage is not None:
+            raise InputFault(f'engine.kind="jax" does not train a {kind} of family {family.name!r} yet; use engine.kind="torch".')
+        if cfg.optim.kind == "adamw8bit":
+            raise InputFault('optim.kind: adamw8bit is bitsandbytes\', for PyTorch on CUDA; with engine.kind="jax" use optim.kind="adamw"')
+        if micro * world.world % self.mesh.size:
+            rows = f"a micro-batch of {micro * world.world} rows ({micro} for each of {world.world} processes)"
+            raise InputFault(f"train.micro: {rows} cannot be divided among {self.mesh.size} devices; use a multiple of {self.mesh.size}")
+        self.encoders = JaxParts(base, {"vae": self.half} if cfg.model.vae is not None and self.half is not None else {})
+        self.predict = Objective.of(base.configs["scheduler"], cfg.objective).predict
+        self.learns = family.learns(cfg.adapt.text_encoders)
+        self.scale = (cfg.adapt.rank if cfg.adapt.alpha is None else cfg.adapt.alpha) / cfg.adapt.rank
+        self.kernel = "cudnn" if world.kind == "gpu" and cfg.engine.attention != "math" else None
+        self.precise = None if cfg.engine.tf32 or self.half is not None else "highest"
+        self.adam = optax.chain(optax.scale_by_adam(*cfg.optim.betas, cfg.optim.eps), optax.add_decayed_weights(cfg.optim.weight_decay))
+        self.compiled: dict[Any, Any] = {}
+        self.frozen: dict[str, Named] = {}
+        if cfg.adapt.kind == "lora":
+            targets(weights.expected(kind, base.configs[family.trains]), cfg.adapt, family)
+
+    def parts(self) -> JaxParts:
+        return self.encoders
+
+    def release(self, names: Iterable[str] | None = None) -> None:
+        self.encoders.release(names)
+
+    def placed(self, arrays: dict[str, np.ndarray]) -> Named:
+        """Arrays on the mesh, each large one divided over ``fsdp``."""
+        return {name: jax.make_array_from_callback(a.shape, self.sharding(a.shape), a.__getitem__) for name, a in arrays.items()}
+
+    def sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+        """How an array lies on the mesh: its longest axis that ``fsdp`` divides is divided, if it is large."""
+        parts, size = [None] * len(shape), self.mesh.shape["fsdp"]
+        if size > 1 and int(np.prod(shape)) >= LARGE and (fits := [i for i, n in enumerate(shape) if n % size == 0]):
+            parts[max(fits, key=lambda i: shape[i])] = "fsdp"  # type: ignore[call-overload]
+        return NamedSharding(self.mesh, PartitionSpec(*parts))
+
+    def init(self, seed: int) -> State:
+        arrays = {name: weights.read(self.base, name) for name in self.learns}
+        if self.cfg.adapt.kind == "full":
+            params = self.placed(arrays[self.family.trains])
+        else:
+            kind = np.float32 if self.half is None else self.half
+            self.frozen = {name: self.placed({key: a.astype(kind) for key, a in named.items()}) for name, named in arrays.items()}
+            params = self.placed(adapters({name: {k: a.shape for k, a in named.items()} for name, named in arrays.items()}, self.cfg.adapt, self.family, seed))
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        state: State = {"params": params, "mu": zeros, "nu": jax.tree.map(jnp.copy, zeros), "count": self.everywhere(np.int32(0))}
+        state["fault"] = self.everywhere(np.int32(-1))
+        if self.cfg.optim.ema is not None:
+            state["ema"] = jax.tree.map(jnp.copy, params)
+        if self.half is jnp.float16:
+            state["scaler"] = {name: self.everywhere(np.asarray(SCALER[name], kind)) for name, kind in (("scale", np.float32), ("_growth_tracker", np.int32))}
+        return state
+
+    def everywhere(self, value: Any) -> Array:
+        """A number on every device."""
+        array = np.asarray(value)
+        return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, PartitionSpec()), lambda index: array)
+
+    def step(self, state: State, batch: Batch, *, step: int, learning_rate: float, ema: float | None, seed: int) -> tuple[State, Metrics]:
+        rows = self.on_mesh(batch, len(batch["t"]) // self.micro)
+        scalars = {"step": np.int32(step), "seed": np.uint32(seed % 2**32), "rate": np.float32(learning_rate), "ema": np.float32(1.0 if ema is None else ema)}
+        key = tuple((name, a.shape, str(a.dtype)) for name, a in rows.items())
+        if key not in self.compiled:
+            self.compiled[key] = self.compile(state, rows, scalars)
+        state, metrics = self.compiled[key](state, self.frozen, rows, scalars)
+        return state, metrics
+
+    def on_mesh(self, batch: Batch, pieces: int) -> Named:
+        """This process's rows as [pieces, rows, ...] of the global batch, rows divided over all devices."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, ("data", "fsdp")))
+        narrow = {name: array.astype(np.int32) if array.dtype == np.int64 else array for name, array in batch.items()}
+        return {
+            name: jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(array).reshape(pieces, -1, *array.shape[1:]))
+            for name, array in narrow.items()
+        }
+
+    def compile(self, state: State, rows: Named, scalars: dict[str, Any]) -> Any:
+        """The step for this shape of batch; the old state's memory is given to the new one."""
+        began = time.monotonic()
+        out = jax.tree.map(lambda a: a.sharding, state), None
+        with jax.default_matmul_precision(self.precise):
+            made = jax.jit(self.pure_step, donate_argnums=0, out_shardings=out).lower(state, self.frozen, rows, scalars).compile()
+        if (took := time.monotonic() - began) > 1:
+            shape = "x".join(str(side) for side in rows["x0"].shape[3:])
+            self.tell(f"compiled the step for latents of {shape} in {took:.1f} s")
+        return made
+
+    def pure_step(self, state: State, frozen: dict[str, Named], rows: Named, scalars: dict[str, Array]) -> tuple[State, Metrics]:
+        """One optimizer step, a function of its arguments alone."""
+        scale = state["scaler"]["scale"] if "scaler" in state else jnp.float32(1)
+        count = rows["t"].shape[0] * rows["t"].shape[1]
+        base_key = jax.random.fold_in(jax.random.key(scalars["seed"]), scalars["step"]) if self.cfg.adapt.dropout else None
+
+        def loss(params: Named, part: Named, i: Array) -> Array:
+            key = None if base_key is None else jax.random.fold_in(base_key, i)
+            return self.example_losses(params, frozen, part, key, True).sum() / count * scale
+
+        def add(sums: tuple[Array, Named], given: tuple[Named, Array]) -> tuple[tuple[Array, Named], None]:
+            value, gradient = jax.value_and_grad(loss)(state["params"], *given)
+            return (sums[0] + value, jax.tree.map(jnp.add, sums[1], gradient)), None
+
+        pieces = rows["t"].shape[0]
+        if pieces == 1:
+            total, gradient = jax.value_and_grad(loss)(state["params"], jax.tree.map(lambda a: a[0], rows), jnp.int32(0))
+        else:
+            zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state["params"])
+            (total, gradient), _ = jax.lax.scan(add, zero, (rows, jnp.arange(pieces)))
+        total, gradient = total / scale, jax.tree.map(lambda g: g / scale, gradient)
+        return self.updated(state, gradient, total, scale, scalars)
+
+    def updated(self, state: State, gradient: Named, loss: Array, scale: Array, scalars: dict[str, Array]) -> tuple[State, Metrics]:
+        """Clip, step and average, unless something is not finite."""
+        norm = optax.global_norm(gradient)
+        good = jnp.isfinite(norm) & jnp.isfinite(loss)
+        overflow = jnp.isfinite(loss) & (scale > 1) if "scaler" in state else jnp.bool_(False)  # the scale is lowered, and the run goes on
+        fault = jnp.where((state["fault"] < 0) & ~good & ~overflow, scalars["step"], state["fault"])
+        shrink = jnp.maximum((norm + 1e-6) / self.cfg.optim.max_grad_norm, 1)
+        before = optax.ScaleByAdamState(state["count"], state["mu"], state["nu"]), optax.EmptyState()
+        updates, (adam, *_) = self.adam.update(jax.tree.map(lambda g: g / shrink, gradient), before, state["params"])  # type: ignore[misc]
+        moved = jax.tree.map(lambda p, u: p - scalars["rate"] * u, state["params"], updates)
+        new = {"params": moved, "mu": adam.mu, "nu": adam.nu, "count": adam.count}
+        out = {name: jax.tree.map(partial(jnp.where, good), value, state[name]) for name, value in new.items()} | {"fault": fault}
+        if "ema" in state:
+            out["ema"] = jax.tree.map(lambda e, p: e + jnp.where(good, 1 - scalars["ema"], 0) * (p - e), state["ema"], out["params"])
+        if "scaler" in state:
+            grown = state["scaler"]["_growth_tracker"] + 1
+            higher = good & (grown == SCALER["growth_interval"])
+            factor = jnp.where(good, jnp.where(higher, SCALER["growth_factor"], 1.0), SCALER["backoff_factor"])
+            out["scaler"] = {"scale": scale * factor, "_growth_tracker": jnp.where(good & ~higher, grown, 0)}
+        return out, {"loss": loss, "grad_norm": norm}
+
+    def network(self, params: Named, frozen: dict[str, Named], component: str, key: Array | None = None) -> Params:
+        """A component's arrays: those that learn, beside those that do not."""
+        if self.cfg.adapt.kind == "full":
+            return Params(params)
+        own = {name.removeprefix(f"{component}."): a for name, a in params.items() if name.startswith(f"{component}.")}
+        return Params(frozen[component] | own, scale=self.scale, dropout=self.cfg.adapt.dropout, key=key)
+
+    def example_losses(self, params: Named, frozen: dict[str, Named], b: Named, key: Array | None, training: bool) -> Array:
+        """The weighted loss of each example, float32, shape [rows]; see ``TorchEngine.example_losses``."""
+
+        def column(name: str) -> Array:
+            return b[name].reshape(-1, *[1] * (b["x0"].ndim - 1))
+
+        kind = self.half or jnp.float32
+        x = column("a") * b["x0"] + column("s") * b.get("input_noise", b["noise"])
+        target = column("p") * b["x0"] + column("q") * b["noise"]
+        if len(self.learns) > 1:
+            features = told(self.family, Learning(self, params, frozen, key), b)
+            b = b | (silenced(features, b["keep"]) if "keep" in b else features)
+        net, config, inputs = self.network(params, frozen, self.family.trains, key), self.base.configs[self.family.trains], self.family.inputs(b)
+
+        def predict(x: Array) -> Array:
+            made = unet(net, config, x.astype(kind), b["t"], **inputs, remat=training and self.cfg.engine.gradient_checkpointing, kernel=self.kernel)
+            return made[:, : x.shape[1]].astype(jnp.float32)
+
+        if self.cfg.objective.dream is not None and training:  # algorithm 1 of arXiv:2312.00210
+            delta = jax.lax.stop_gradient((target - predict(x)) * column("d"))
+            x, target = x + column("s") * delta, target + delta
+        return b["w"] * jnp.square(predict(x) - target).reshape(len(x), -1).mean(1)
+
+    def fetch(self, state: State, metrics: Sequence[Metrics]) -> list[dict[str, float]]:
+        fault, rows = jax.device_get((state["fault"], list(metrics)))
+        if fault >= 0:
+            raise FirstFault(int(fault))
+        return [{name: float(value) for name, value in row.items()} for row in rows]
+
+    def losses(self, state: State, batch: Batch, *, average: bool) -> np.ndarray:
+        rows = self.on_mesh(batch, len(batch["t"]) // self.micro)
+        params = state["ema"] if average and "ema" in state else state["params"]
+        key = ("losses", *((name, a.shape) for name, a in rows.items()))
+        if key not in self.compiled:
+
+            def each(params: Named, frozen: dict[str, Named], rows: Named) -> Array:
+                return jax.lax.map(lambda part: self.example_losses(params, frozen, part, None, False), rows)
+
+            with jax.default_matmul_precision(self.precise):
+                self.compiled[key] = jax.jit(each, out_shardings=NamedSharding(self.mesh, PartitionSpec())).lower(params, self.frozen, rows).compile()
+        found = np.asarray(self.compiled[key](params, self.frozen, rows))  # [pieces, rows of all processes]
+        return found.reshape(len(found), self.world, -1)[:, self.rank].reshape(-1)
+
+    def pictures(self, state: State, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float, size: int) -> list[np.ndarray]:
+        from limner.engines.jax import pipeline
+
+        keep = bool(self.encoders.loaded)
+        params = self.whole(state["ema"] if "ema" in state else state["params"])
+        nets = {name: self.network(params, {k: self.whole(v) for k, v in self.frozen.items()}, name) for name in self.learns}
+        drawn = pipeline.Pipeline(self.base, self.family, self.encoders, nets, self.predict, self.half)
+        made = drawn.draw(prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size)
+        if not keep:
+            self.release()
+        return made
+
+    def whole(self, arrays: Named) -> Named:
+        """Arrays on this process's first device, put together where they are divided."""
+        return {name: jax.device_put(array, jax.local_devices()[0]) for name, array in self.on_host(arrays).items()}
+
+    def on_host(self, arrays: Named) -> dict[str, np.ndarray]:
+        """Arrays as numpy; where other processes hold parts of them, all processes must call this."""
+        if self.world == 1:
+            return {name: np.array(a) for name, a in arrays.items()}
+        found: dict[str, np.ndarray] = {name: np.asarray(multihost_utils.process_allgather(a, tiled=True)) for name, a in arrays.items()}
+        return found
+
+    def snapshot(self, state: State) -> Iterator[tuple[str, Group]]:
+        """See ``limner.engine.Engine``; names are those of the PyTorch engine's checkpoints."""
+        memory = {"step": np.asarray(state["count"], np.float32)}
+        for name, group in (("exp_avg", "mu"), ("exp_avg_sq", "nu")):
+            memory |= {f"{name}/{key}": a for key, a in self.on_host(state[group]).items()}
+        groups = [("model", self.on_host(state["params"])), *([("ema", self.on_host(state["ema"]))] if "ema" in state else []), ("optimizer", memory)]
+        if "scaler" in state:
+            groups.append(("scaler", {name: np.asarray(value) for name, value in (SCALER | jax.device_get(state["scaler"])).items()}))
+        return iter(groups)
+
+    def restore(self, state: State, groups: Callable[[str], Group]) -> State:
+        def like(named: Named, arrays: Group, what: str) -> Named:
+            if strange := sorted(arrays.keys() ^ named.keys()):
+                raise IntegrityFault(f"{what}: {len(strange)} names differ from the model's, such as {strange[0]}")
+            for name, array in arrays.items():
+                if array.shape != named[name].shape or array.dtype != np.float32:
+                    raise IntegrityFault(f"{what}: {name} is {array.dtype} {list(array.shape)}, the model has float32 {list(named[name].shape)}")
+            return self.placed({name: np.array(arrays[name]) for name in named})
+
+        saved = groups("optimizer")
+        if "step" not in saved:
+            raise IntegrityFault("the checkpoint's optimizer: it has no step")
+        new = {**state, "params": like(state["params"], groups("model"), "the checkpoint's weights")}
+        for name, group in (("exp_avg", "mu"), ("exp_avg_sq", "nu")):
+            own = {key.partition("/")[2]: a for key, a in saved.items() if key.startswith(f"{name}/")}
+            new[group] = like(state[group], own, "the checkpoint's optimizer")
+        new["count"] = self.everywhere(np.int32(saved["step"]))
+        if "ema" in state:
+            new["ema"] = like(state["ema"], groups("ema"), "the checkpoint's average")
+        if "scaler" in state:
+            known = groups("scaler")
+            new["scaler"] = {name: self.everywhere(known[name].astype(a.dtype)) for name, a in state["scaler"].items()}
+        return new
+
+
+class Learning:
+    """Text encoders that are being trained: token ids in, states with gradients out; see ``family.Encoders``."""
+
+    def __init__(self, engine: JaxEngine, params: Named, frozen: dict[str, Named], key: Array | None):
+        self.engine, self.params, self.frozen, self.key = engine, params, frozen, key
+
+    def text(self, name: str, ids: Array, skip: int = 0) -> tuple[Array, Array]:
+        net = self.engine.network(self.params, self.frozen, name, None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(name.encode())))
+        base = self.engine.base
+        return clip.text(net, base.configs[name], ids, skip, projects(base, name), self.engine.half or jnp.float32)
+
+    def beside(self, arrays: list[Array]) -> Array:
+        return jnp.concatenate(arrays, axis=-1)
+
+
+def targets(known: Iterable[str], adapt: config.Adapt, family: Family) -> list[str]:
+    """The modules of the trained network that get adapters, by the last parts of their names.
+
+    Raises:
+        InputFault: when one names no linear layer of the network.
+    """
+    own = family.lora[family.trains]
+    stems = [name.removesuffix(".weight") for name in known if name.endswith(".weight")]
+    if missing := [t for t in adapt.targets or own if not any(stem == t or stem.endswith(f".{t}") for stem in stems)]:
+        raise InputFault(f"adapt.targets: the {family.trains} has no module named {missing[0]}; this family's own are {', '.join(own)}")
+    return list(adapt.targets or own)
+
+
+def adapters(nets: dict[str, dict[str, tuple[int, ...]]], adapt: config.Adapt, family: Family, seed: int) -> dict[str, np.ndarray]:
+    """The low-rank additions of some components by the names that files use; the same starting values as the PyTorch engine's.
+
+    Raises:
+        InputFault: for a target that is no linear layer.
+    """
+    out: dict[str, np.ndarray] = {}
+    for component, known in nets.items():
+        wanted = targets(known, adapt, family) if component == family.trains else list(family.lora[component])
+        for name, shape in known.items():
+            stem = name.removesuffix(".weight")
+            if stem == name or not any(stem == t or stem.endswith(f".{t}") for t in wanted):
+                continue
+            if len(shape) != 2:
+                raise InputFault(f"adapt.targets: {stem} is no linear layer, which the JAX engine's adapters need")
+            a, b = f"{component}.{stem}.lora_A.weight", f"{component}.{stem}.lora_B.weight"
+            address = zlib.crc32(a.removeprefix(f"{family.trains}.").encode())
+            normal = rng.at(seed, "lora", address).standard_normal(adapt.rank * shape[1], "float32").reshape(adapt.rank, shape[1])
+            out |= {a: normal / np.float32(adapt.rank), b: np.zeros((shape[0], adapt.rank), np.float32)}
+    return out

@@ -1,0 +1,125 @@
+"""One process of a JAX run, its place among the others, and the mesh of all their devices; several hosts meet by ``jax.distributed``."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh
+
+from limner import config
+from limner.faults import InputFault, described, rebuilt
+
+T = TypeVar("T")
+LARGE = 1 << 14  # numbers: smaller arrays are on every device
+
+
+class World:
+    """The processes that were started together, and their devices as one mesh of ``data`` and ``fsdp``.
+
+    Args:
+        settings: the recipe's engine.
+
+    Raises:
+        InputFault: for a device that is not there, a mesh that the devices do not make, or processes that do not find each other.
+    """
+
+    def __init__(self, settings: config.Engine):
+        self.precision: str = settings.precision or "no"
+        if settings.device is not None:
+            os.environ.setdefault("JAX_PLATFORMS", settings.device)
+        meet()
+        devices = self.choose(settings)
+        if len(devices) % settings.fsdp:
+            raise InputFault(f"engine.fsdp: {settings.fsdp} does not divide the {len(devices)} devices; choose a divisor")
+        self.rank, self.world = jax.process_index(), jax.process_count()
+        grid = np.array(devices).reshape(-1, settings.fsdp)
+        self.mesh = Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+    @staticmethod
+    def choose(settings: config.Engine) -> Sequence[Any]:
+        """The devices of the mesh: all, or as many as were asked for."""
+        try:
+            devices = jax.devices(settings.device)
+        except RuntimeError as error:
+            raise InputFault(f"engine.device: {settings.device!r} is not there: {str(error).splitlines()[0]}. JAX sees {jax.default_backend()}.") from error
+        asked = settings.devices
+        if asked is not None and asked > len(devices):
+            raise InputFault(f"engine.devices: {asked} devices are asked for, {len(devices)} are there ({devices[0].platform})")
+        if asked is not None and jax.process_count() > 1 and asked != len(devices):
+            raise InputFault("engine.devices: several processes use all of their devices; leave it out")
+        return devices[:asked]
+
+    @property
+    def kind(self) -> str:
+        """cpu, gpu or tpu."""
+        return str(self.mesh.devices.flat[0].platform)
+
+    def first(self, action: Callable[[], T]) -> T:
+        """Run ``action`` in the first process; every process gets its (JSON) result, or its fault."""
+        if self.world == 1:
+            return action()
+        answer, caught = "", None
+        if self.rank == 0:
+            try:
+                answer = json.dumps({"result": action()})
+            except BaseException as error:  # the others wait for an answer, whatever happened here
+                answer, caught = json.dumps(described(error)), error
+        said = json.loads(from_first(answer))
+        if caught is not None:
+            raise caught
+        if "fault" in said:
+            raise rebuilt(said)
+        return said["result"]  # type: ignore[no-any-return]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process: the same answer in all of them."""
+        return flag if self.world == 1 else bool(np.any(multihost_utils.process_allgather(np.array([flag]))))
+
+    def total(self, values: list[float]) -> list[float]:
+        """Each value, added up over the processes in float64: the same bits in all of them."""
+        if self.world == 1:
+            return list(values)
+        gathered = multihost_utils.process_allgather(np.array(values, np.float64).view(np.uint32))  # JAX would halve a float64
+        return [float(v) for v in np.ascontiguousarray(gathered).view(np.float64).sum(0)]
+
+    def barrier(self) -> None:
+        """Wait until every process has come this far."""
+        if self.world > 1:
+            multihost_utils.sync_global_devices("limner")
+
+    def close(self) -> None:
+        """Nothing is held: JAX parts with the others when the process ends."""
+
+
+def meet() -> None:
+    """Join the other processes, where a launcher says that there are some: its own variables, or those of a cluster or a TPU pod that JAX knows.
+
+    Raises:
+        InputFault: when they do not find each other.
+    """
+    if jax.distributed.is_initialized():
+        return
+    count = int(os.environ.get("LIMNER_PROCESSES", "1"))
+    if count > 1:
+        try:
+            jax.distributed.initialize(os.environ["LIMNER_COORDINATOR"], count, int(os.environ["LIMNER_RANK"]))
+        except KeyError as error:
+            raise InputFault("LIMNER_PROCESSES is set; LIMNER_COORDINATOR (host:port of the first process) and LIMNER_RANK are needed too") from error
+        except RuntimeError as error:
+            raise InputFault(f"the {count} processes did not find each other: {str(error).splitlines()[0]}") from error
+    elif os.environ.get("LIMNER_CLUSTER"):
+        jax.distributed.initialize()
+
+
+def from_first(text: str) -> str:
+    """The first process's text, in all of them."""
+    mine = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(mine))))
+    content = np.zeros(size, np.uint8)
+    if jax.process_index() == 0:
+        content[:] = mine
+    return np.asarray(multihost_utils.broadcast_one_to_all(content)).astype(np.uint8).tobytes().decode()
