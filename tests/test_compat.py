@@ -23,7 +23,7 @@ from limner.faults import InputFault
 HERE = Path(__file__).parent
 REFERENCE = json.loads((HERE / "data" / "diffusers_flags.json").read_text())
 BASE = ["--pretrained_model_name_or_path=base", "--train_data_dir=pictures"]
-FULL, LORA, XL, XL_LORA, PRIOR, DECODER, PRIOR_LORA, DECODER_LORA = SCRIPTS
+FULL, LORA, XL, XL_LORA, PRIOR, DECODER, PRIOR_LORA, DECODER_LORA, FLAX = SCRIPTS
 STAGES = (PRIOR, DECODER, PRIOR_LORA, DECODER_LORA)
 BESIDES = {"--caption_column": {"type": "str", "default": None, "choices": None}}  # the guide gives it to the decoders, whose originals know no such flag
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "jax", "numpy")
@@ -71,7 +71,7 @@ def test_the_flags_are_those_of_the_namesake(script):
 
 
 def test_the_reference_lists_have_the_size_that_was_read_from_diffusers():
-    assert [len(REFERENCE[f"{script}.py"]) for script in SCRIPTS] == [57, 51, 59, 55, 42, 43, 42, 42]
+    assert [len(REFERENCE[f"{script}.py"]) for script in SCRIPTS] == [57, 51, 59, 55, 42, 43, 42, 42, 34]
 
 
 def test_a_flag_may_be_shortened_as_long_as_it_is_the_only_one():
@@ -106,6 +106,10 @@ SPELT = {
         f"--validation_prompt=cat --{DECODER_NAME}=me/decoder",
         CATS | {"model.partner": "me/decoder", "preview.count": 4, "preview.every_epochs": 1.0},
     ),
+    ("scale_lr", FLAX): ("--scale_lr --train_batch_size=2", {"train.micro": 2, "optim.learning_rate": 2e-4}),
+    ("seed", FLAX): ("--seed=7", {"train.seed": 7}),
+    ("mixed_precision", FLAX): ("--mixed_precision=bf16", {"engine.precision": "bf16"}),
+    ("from_pt", FLAX): ("--from_pt", {}),
     **{("adam_weight_decay", script): ("--adam_weight_decay=0.1", {"optim.weight_decay": 0.1}) for script in STAGES},
     **{("caption_column", script): ("--caption_column=words", {}) for script in (DECODER, DECODER_LORA)},
 }
@@ -180,6 +184,12 @@ def test_kandinsky_runs_what_diffusers_runs():
     assert changed(config(DECODER)) == plain | {"model.family": "kandinsky22-decoder", "model.base": decoder, "model.partner": prior}
     assert changed(config(PRIOR_LORA)) == changed(config(PRIOR)) | lora
     assert changed(config(DECODER_LORA)) == changed(config(DECODER)) | lora
+
+
+def test_the_flax_script_trains_in_jax():
+    plain = {k: v for k, v in PLAIN.items() if k not in ("data.threads", "optim.warmup", "checkpoint.resume", "preview.steps", "log.project")}
+    assert changed(config(FLAX)) == plain | {"engine.kind": "jax", "engine.precision": "no", "data.resample": "bilinear", "train.seed": 0}
+    assert config(FLAX, "--lr_scheduler=cosine").optim.schedule == "cosine"
 
 
 def launched(guide):

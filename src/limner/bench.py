@@ -97,7 +97,7 @@ def run(cfg: config.Config, *, steps: int = 10, json_file: Path | None = None, t
 
 def measure(cfg: config.Config, opened: Base, family: Family, process: World, steps: int, tell: Callable[[str], None]) -> dict[str, Any]:
     """The figures of one process; every process sees its share of the global batch."""
-    numbers = plan.make(cfg, process.world, 1, None, cfg.train.seed or 0)
+    numbers = plan.make(cfg, process.world, 1, None, cfg.train.seed or 0, devices=process.devices)
     engine = engines.open_engine(cfg, opened, family, process, numbers.micro, tell)
     gauge = engines.open_gauge(engine)
     batch = stand_in(cfg, opened.configs, family, numbers.batch // process.world)

@@ -77,7 +77,7 @@ def look(cfg: config.Config, family: Family, process: World) -> Look:
     used = found if cfg.data.limit is None else found.limited(cfg.data.limit, seed)
     learned = training.split_held_out(used.entries, cfg.watch.hold_out, seed)[0]
     order = partial(training.order_of, learned, source, cfg.data, seed)
-    numbers = plan.make(cfg, process.world, len(learned), None, seed, order)
+    numbers = plan.make(cfg, process.world, len(learned), None, seed, order, process.devices)
     stream = Stream(learned, order(numbers.batch), source, cfg.data, cfg.objective, objective, family, opened.configs, None, seed, numbers.batch)  # type: ignore[arg-type]
     return Look(cfg, family, opened, process, source, found, stream, numbers)
 

@@ -75,6 +75,7 @@ def add_generate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--batch-size", type=int, default=4)
     verb.add_argument("--base", default=None, help="base model of a LoRA, where the run does not say")
     verb.add_argument("--partner", default=None, help="the other one of a model in two stages, prior or decoder, where the run does not say")
+    verb.add_argument("--engine", choices=["torch", "jax"], default="torch", help="PyTorch through the stock pipelines, or JAX (default: %(default)s)")
     verb.add_argument("--precision", choices=["no", "fp16", "bf16"], default="no")
     verb.add_argument("--device", default=None)
     verb.add_argument("--output", type=place, default=Path("pictures"), help="folder for the PNG files (default: %(default)s)")

@@ -166,6 +166,7 @@ class Engine:
     attention: Literal["sdpa", "math", "xformers"] = "sdpa"  # math: plain products, faster for small pictures on a CPU
     devices: int | None = None  # of this process, for JAX; None: all that there are
     fsdp: int = 1  # for JAX: over how many devices weights, gradients, optimizer and average are divided
+    compile_cache: str = "auto"  # for JAX, compiled steps: auto (a user-wide folder), off, or a folder
     encode_batch: int | None = None  # pictures that the frozen encoders see at once, always, padded; None: 8, fewer above 512 pixels, as memory goes
 
 

@@ -38,6 +38,7 @@ class World(Protocol):
 
     rank: int
     world: int
+    devices: int  # of this process
     precision: str  # no, fp16 or bf16: the recipe's, or the launcher's
 
     def first(self, action: Callable[[], T]) -> T:

@@ -18,7 +18,8 @@ from limner.snapshot import LORA
 def run(
     model: str, prompts: Sequence[str], *, prompt_file: Path | None = None, negative_prompt: str | None = None, seed: int = 0, count: int = 1, steps: int = 25,
     guidance_scale: float | None = None, scheduler: str | None = None, size: int | None = None, batch_size: int = 4, base: str | None = None,
-    precision: str = "no", device: str | None = None, partner: str | None = None, output: Path = Path("pictures"), grid: Path | None = None,
+    precision: str = "no", device: str | None = None, partner: str | None = None, engine: str = "torch", output: Path = Path("pictures"),
+    grid: Path | None = None,
 ) -> list[Path]:  # fmt: skip
     """Draw ``count`` pictures for each prompt and write them as PNG files; returns their paths, prompt by prompt.
 
@@ -27,6 +28,7 @@ def run(
         seed: of the first picture of each prompt; picture k has seed + k, whatever the batch size.
         guidance_scale: None: the pipeline's own, 7.5 for Stable Diffusion, 5 for XL, 4 for Kandinsky.
         base: base model of a LoRA; by default the one that the run was trained on.
+        engine: ``torch``, through the stock pipeline, or ``jax``.
         partner: the other one of a model in two stages, named as ``model`` is; by default the one that the run was trained beside.
 
     Raises:
@@ -42,7 +44,7 @@ def run(
     other = None if beside is None else locate(beside, None)[0]
     captions = [prompt for prompt in wanted for _ in range(count)]
     seeds = [seed + k for _ in wanted for k in range(count)]
-    pipeline = engines.open_pipeline(weights, other, scheduler=scheduler, precision=precision, device=device)
+    pipeline = engines.open_pipeline(weights, other, engine, scheduler=scheduler, precision=precision, device=device)
     pictures = engines.draw(pipeline, captions, seeds, steps=steps, guidance_scale=guidance_scale, size=size, negative=negative_prompt, batch=batch_size)
     paths = []
     with durable.disk_errors(output):

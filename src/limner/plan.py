@@ -18,7 +18,7 @@ FREE: tuple[str, ...] = ("run", "log.", "preview.", "checkpoint.", "export.", "w
 FREE += ("data.threads", "data.cache", "data.cache_dir", "data.folder")
 FREE += ("data.hub", "data.hub_config", "data.hub_revision", "data.hub_files", "data.split", "data.image", "data.caption", "data.bad", "data.max_pixels")
 FREE += ("optim.ema_offload", "model.base", "model.revision", "model.trained_revision", "model.variant", "model.cache_dir", "model.vae", "data.sets")
-FREE += ("model.partner", "engine.device", "engine.devices", "engine.fsdp", "engine.gradient_checkpointing", "engine.attention")
+FREE += ("model.partner", "engine.device", "engine.devices", "engine.fsdp", "engine.compile_cache", "engine.gradient_checkpointing", "engine.attention")
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,20 @@ class Plan:
         return steps if epochs is None else max(1, math.ceil(epochs * self.steps_per_epoch))
 
 
-def make(cfg: config.Config, world: int, records: int, saved: dict[str, Any] | None, seed: int, order: Callable[[int], Order] | None = None) -> Plan:
+def make(
+    cfg: config.Config, world: int, records: int, saved: dict[str, Any] | None, seed: int, order: Callable[[int], Order] | None = None, devices: int = 1
+) -> Plan:
     """Divide the global batch among processes and micro-batches; on resume the checkpoint's global batch and seed hold.
 
     Args:
+        devices: of each process; ``train.micro`` is what one of them holds.
         order: the order of the run for a global batch; None, where no picture has been looked at: as many batches as hold the records.
 
     Raises:
         InputFault: when it does not divide, or when the recipe asks for another batch or seed than the checkpoint's.
     """
     t = cfg.train
-    batch = t.batch if t.batch is not None else (t.micro or 1) * (t.accumulate or 1) * world
+    batch = t.batch if t.batch is not None else (t.micro or 1) * (t.accumulate or 1) * world * devices
     if saved is not None:
         before = saved["config"]["train"]
         as_before = (t.batch, t.micro, t.accumulate or 1) == (None, before["micro"], before["accumulate"] or 1) and before["batch"] is None
@@ -63,7 +66,7 @@ def make(cfg: config.Config, world: int, records: int, saved: dict[str, Any] | N
     if batch % world:
         raise InputFault(f"a global batch of {batch} cannot be divided among {world} processes; use a number of processes that divides it")
     share = batch // world
-    micro = min(t.micro or share, share)
+    micro = min((t.micro or share) * devices, share)
     if share % micro:
         each = f"each of {world} processes has {share} of the {batch} examples of a step"
         raise InputFault(f"train.micro: {each}, which micro-batches of {micro} do not divide; use a divisor of {share}")

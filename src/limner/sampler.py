@@ -60,6 +60,10 @@ def ddim(schedule: Schedule, steps: int, start: np.ndarray, said: Callable[[], n
     return x
 
 
+# Adams-Bashforth: weights of the newest outputs, by how many there are.
+ADAMS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+
+
 def pndm(schedule: Schedule, steps: int, start: np.ndarray, said: Callable[[], np.ndarray], give: Callable[[np.ndarray, float], None]) -> np.ndarray:
     """Linear multistep (PLMS) of arXiv:2202.09778, without Runge-Kutta steps: the second timestep is looked at twice."""
     count, final = len(schedule.bar), 1.0 if schedule.config.get("set_alpha_to_one", False) else schedule.bar[0]
@@ -76,10 +80,7 @@ def pndm(schedule: Schedule, steps: int, start: np.ndarray, said: Callable[[], n
             x = kept
         else:
             history.append(out)
-            h = history[::-1]
-            mean = {1: lambda: h[0], 2: lambda: (3 * h[0] - h[1]) / 2, 3: lambda: (23 * h[0] - 16 * h[1] + 5 * h[2]) / 12}.get(
-                len(h), lambda: (55 * h[0] - 59 * h[1] + 37 * h[2] - 9 * h[3]) / 24
-            )()
+            mean = sum(w * h for w, h in zip(ADAMS[min(len(history), 4)], reversed(history), strict=False))
         if i == 0:
             kept = x
         bar, after = schedule.bar[now], schedule.bar[before] if before >= 0 else final
@@ -154,7 +155,8 @@ def dpm_solver(schedule: Schedule, steps: int, start: np.ndarray, said: Callable
 def unipc(schedule: Schedule, steps: int, start: np.ndarray, said: Callable[[], np.ndarray], give: Callable[[np.ndarray, float], None]) -> np.ndarray:
     """UniPC of second order, B(h) = e^h - 1 (arXiv:2302.04867): each output first corrects the step that led to it."""
     times, sigmas = solver_sigmas(schedule, steps, False)
-    x, before, cleans, order = start, start, [], 0
+    x, before, order = start, start, 0
+    cleans: list[np.ndarray] = []
     for i, t in enumerate(times):
         give(x, t)
         a, s, lam = level(sigmas[i])

@@ -153,7 +153,7 @@ def prepare(cfg: config.Config, source: records.Source | None, process: World, t
     used = looked if cfg.data.limit is None else looked.limited(cfg.data.limit, seed)
     learned, held_out = split_held_out(used.entries, cfg.watch.hold_out, seed)
     order = partial(order_of, learned, source, cfg.data, seed)
-    numbers = plan.make(cfg, process.world, len(learned), found.state if found else None, seed, order)
+    numbers = plan.make(cfg, process.world, len(learned), found.state if found else None, seed, order, process.devices)
     identity = plan.identity(cfg, numbers, used.digest, base_digest)
     if found is not None:
         for line in plan.must_match(found.state, identity, found.step):

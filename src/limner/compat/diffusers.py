@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from limner.compat.flags import SCRIPTS, TRACKERS, Flag, trackers
+from limner.compat.flags import COMMON, SCRIPTS, TRACKERS, Flag, trackers
 from limner.config import Config, build
 from limner.faults import InputFault, told_once
 
@@ -106,7 +106,7 @@ def remarks(script: str, a: Namespace) -> list[str]:
             out.append(f"--{name} does nothing without --{flag.needs}")
     if a.max_train_steps is not None and a.num_train_epochs != SCRIPTS[script].flags["num_train_epochs"].default:
         out.append("--num_train_epochs gives way to --max_train_steps")
-    if a.lr_scheduler == "constant" and a.lr_warmup_steps not in (0, SCRIPTS[script].flags["lr_warmup_steps"].default):
+    if a.lr_scheduler == "constant" and vars(a).get("lr_warmup_steps", 0) not in (0, COMMON["lr_warmup_steps"].default):
         out.append("--lr_warmup_steps does nothing with --lr_scheduler=constant; constant_with_warmup has a warm-up")
     if a.report_to == "tensorboard" and not trackers(a):
         out.append("--report_to=tensorboard: TensorBoard is not installed (pip install tensorboard); metrics go to metrics.jsonl only")

@@ -37,6 +37,16 @@ def learning_rate(a: Namespace) -> float:
     return peak * global_batch(a) if vars(a).get("scale_lr") else peak
 
 
+def flax_rate(a: Namespace) -> float:
+    """The peak, multiplied under ``--scale_lr`` by what one step of this process sees."""
+    peak: float = a.learning_rate
+    if not a.scale_lr:
+        return peak
+    import jax
+
+    return peak * a.train_batch_size * jax.local_device_count()
+
+
 def global_batch(a: Namespace) -> int:
     """What one optimizer step sees; on resume the checkpoint's holds, on however many processes."""
     from limner import checkpoint
@@ -316,5 +326,22 @@ SCRIPTS = {
     "train_text_to_image_lora_prior": kandinsky("prior", True, *MEMORY),
     "train_text_to_image_lora_decoder": kandinsky("decoder", True, "caption_column", MEMORY[1]),
 }
+FLAX = """
+    pretrained_model_name_or_path revision variant dataset_name dataset_config_name train_data_dir image_column caption_column max_train_samples output_dir
+    cache_dir resolution center_crop random_flip train_batch_size num_train_epochs max_train_steps learning_rate scale_lr lr_scheduler adam_beta1 adam_beta2
+    adam_weight_decay adam_epsilon max_grad_norm push_to_hub hub_token hub_model_id logging_dir report_to local_rank
+""".split()  # noqa: SIM905
+SCRIPTS["train_text_to_image_flax"] = Script(
+    {name: SCRIPTS["train_text_to_image"].flags[name] for name in FLAX}
+    | {
+        "train_batch_size": Flag(int, 16, "train.micro", "examples that one device holds at once"),
+        "learning_rate": Flag(float, 1e-4, "optim.learning_rate", "learning rate", flax_rate),
+        "scale_lr": Flag(bool, False, "optim.learning_rate", "multiply it by batch size and number of devices", flax_rate),
+        "seed": Flag(int, 0, "train.seed", "makes the run repeatable"),
+        "mixed_precision": Flag(str, "no", "engine.precision", "number format of training", choices=("no", "fp16", "bf16")),
+        "from_pt": Flag(bool, False, "", "weights are read from safetensors files as they are, whichever framework wrote them"),
+    },
+    SETTINGS | {"adapt.kind": "full", "engine.kind": "jax", "data.resample": "bilinear", "checkpoint.resume": "auto", "train.accumulate": 1},
+)
 for name in ("train_text_to_image_decoder", "train_text_to_image_lora_decoder"):
     SCRIPTS[name].flags.update(WORDLESS)

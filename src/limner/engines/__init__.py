@@ -44,8 +44,12 @@ def arithmetic(kind: str, world: World) -> list[str]:
     return [str(world.device.type), metadata.version("torch")]  # type: ignore[attr-defined]
 
 
-def open_pipeline(weights: Weights, partner: Weights | None, **settings: Any) -> Any:
-    """A stock diffusers pipeline; see ``engines.torch.pipeline.open_pipeline``."""
+def open_pipeline(weights: Weights, partner: Weights | None, engine: str = "torch", **settings: Any) -> Any:
+    """A stock diffusers pipeline, see ``engines.torch.pipeline.open_pipeline``; or one in JAX, see ``engines.jax.pipeline.open_pipeline``."""
+    if engine == "jax":
+        from limner.engines.jax import pipeline as own
+
+        return own.open_pipeline(weights, partner, **settings)
     from limner.engines.torch import pipeline
 
     return pipeline.open_pipeline(weights, partner, **settings)
@@ -53,6 +57,9 @@ def open_pipeline(weights: Weights, partner: Weights | None, **settings: Any) ->
 
 def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> list[np.ndarray]:
     """Pictures of a pipeline; see ``engines.torch.pipeline.draw``."""
+    if hasattr(pipeline, "draw"):
+        made: list[np.ndarray] = pipeline.draw(prompts, seeds, **settings)
+        return made
     from limner.engines.torch import pipeline as stock
 
     return stock.draw(pipeline, prompts, seeds, **settings)

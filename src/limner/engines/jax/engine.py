@@ -150,7 +150,7 @@ class JaxEngine:
 
     def updated(self, state: State, gradient: Named, loss: Array, scale: Array, scalars: dict[str, Array]) -> tuple[State, Metrics]:
         """Clip, step and average, unless something is not finite."""
-        norm = optax.global_norm(gradient)
+        norm = jnp.sqrt(sum(jnp.square(g).sum() for g in gradient.values()))
         good = jnp.isfinite(norm) & jnp.isfinite(loss)
         overflow = jnp.isfinite(loss) & (scale > 1) if "scaler" in state else jnp.bool_(False)  # the scale is lowered, and the run goes on
         fault = jnp.where((state["fault"] < 0) & ~good & ~overflow, scalars["step"], state["fault"])

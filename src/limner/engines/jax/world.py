@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
-from limner import config
+from limner import config, durable
 from limner.faults import InputFault, described, rebuilt
 
 T = TypeVar("T")
@@ -31,12 +32,14 @@ class World:
         self.precision: str = settings.precision or "no"
         if settings.device is not None:
             os.environ.setdefault("JAX_PLATFORMS", settings.device)
+        remember(settings.compile_cache)
         meet()
         devices = self.choose(settings)
         if len(devices) % settings.fsdp:
             raise InputFault(f"engine.fsdp: {settings.fsdp} does not divide the {len(devices)} devices; choose a divisor")
         self.rank, self.world = jax.process_index(), jax.process_count()
         grid = np.array(devices).reshape(-1, settings.fsdp)
+        self.devices = len(devices) // self.world
         self.mesh = Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
     @staticmethod
@@ -93,6 +96,24 @@ class World:
 
     def close(self) -> None:
         """Nothing is held: JAX parts with the others when the process ends."""
+
+
+def remember(place: str) -> None:
+    """Keep compiled programs on disk, where another process finds them; what ``JAX_COMPILATION_CACHE_DIR`` says holds.
+
+    Raises:
+        InputFault: when the folder cannot be written.
+    """
+    if place == "off" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = durable.user_cache() / "jax" if place == "auto" else Path(place)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise InputFault(f"engine.compile_cache: {folder} cannot be written ({error.strerror}); give another folder, or off") from error
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def meet() -> None:

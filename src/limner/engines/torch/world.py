@@ -34,6 +34,7 @@ class World:
 
     rank: int
     world: int
+    devices: int = 1
     device: torch.device
     precision: str
 

@@ -1,0 +1,6 @@
+"""Fine-tune a Stable Diffusion in JAX, with the flags of diffusers' script of this name."""
+
+from limner.compat.diffusers import main
+
+if __name__ == "__main__":
+    raise SystemExit(main("train_text_to_image_flax"))

@@ -1,0 +1,399 @@
+"""The JAX engine computes what PyTorch does: networks, gradients, training curves and pictures; and it needs no PyTorch for it."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import limner
+from limner import checkpoint, config, engines, generate, training
+from limner.base import open_base
+from limner.families import FAMILIES
+from limner.faults import InputFault
+
+jax = pytest.importorskip("jax")
+
+from limner.engines.jax import clip, unet, vae, weights  # noqa: E402
+from limner.engines.jax.nn import Params  # noqa: E402
+from limner.engines.jax.tokens import Words  # noqa: E402
+
+DRAWS = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def float32_products():
+    """As exact as float32 allows, on whatever device."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def opened(folder: Path, family: str) -> Any:
+    return open_base(config.Model(base=str(folder), family=family), FAMILIES[family])
+
+
+def normal(*shape: int) -> np.ndarray:
+    return DRAWS.standard_normal(shape, np.float32)
+
+
+def tensors(value: Any) -> Any:
+    import torch
+
+    return {k: torch.tensor(v) for k, v in value.items()} if isinstance(value, dict) else torch.tensor(value)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
+    import torch
+
+    from limner.engines.torch.parts import load
+
+    found = opened({"sd": base, "sdxl": sdxl}[family], family)
+    known, net, arrays = found.configs["unet"], load(found, "unet").eval(), weights.read(found, "unet")
+    x, t, context, goal = normal(2, 4, 16, 16), np.array([3, 700]), normal(2, 9, known["cross_attention_dim"]), normal(2, 4, 16, 16)
+    added = {"text_embeds": normal(2, 40), "time_ids": 50 * np.abs(normal(2, 6))} if family == "sdxl" else None
+    mask = np.arange(9) < np.array([[9], [5]])
+    said = net(tensors(x), tensors(t), tensors(context), added_cond_kwargs=added and tensors(added), encoder_attention_mask=tensors(mask)).sample
+    (said - tensors(goal)).square().mean().backward()
+
+    def loss(arrays: Any) -> Any:
+        made = unet.unet(Params(arrays), known, x, t, context, added, mask, remat=True)
+        return jax.numpy.square(made - goal).mean(), made
+
+    (_, made), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+    assert np.abs(np.asarray(made) - said.detach().numpy()).max() < 1e-5
+    wanted = {name: p.grad.numpy() for name, p in net.named_parameters()}
+    assert gradient.keys() == wanted.keys() and sum(np.abs(g).max() > 0 for g in wanted.values()) > len(wanted) - 4
+    assert max(np.abs(np.asarray(gradient[name]) - g).max() for name, g in wanted.items()) < 1e-6
+    half = jax.jit(lambda a: unet.unet(Params(a), known, x.astype(jax.numpy.bfloat16), t, context, added))(arrays).astype(np.float32)
+    plain = jax.jit(lambda a: unet.unet(Params(a), known, x, t, context, added))(arrays)
+    assert np.linalg.norm(half - plain) < 3e-2 * np.linalg.norm(plain)
+    with torch.no_grad():
+        moved = np.asarray(jax.jit(lambda a: unet.unet(Params(a), known, x, t + 200, context, added))(arrays))
+    assert np.abs(moved - np.asarray(plain)).max() > 1e-3, "the timestep is not felt"
+
+
+def test_the_autoencoder(base: Path) -> None:
+    import torch
+
+    from limner.engines.torch.parts import load
+
+    found = opened(base, "sd")
+    known, net, arrays = found.configs["vae"], load(found, "vae").eval(), weights.read(found, "vae")
+    pixels = np.clip(normal(2, 3, 32, 32), -1, 1)
+    with torch.no_grad():
+        posterior = net.encode(tensors(pixels)).latent_dist
+        shown = net.decode(posterior.mean).sample.numpy()
+    mean, std = jax.jit(lambda a: vae.encode(Params(a), known, pixels))(arrays)
+    drawn = jax.jit(lambda a: vae.decode(Params(a), known, posterior.mean.numpy()))(arrays)
+    assert np.abs(mean - posterior.mean.numpy()).max() < 1e-5 and np.abs(std - posterior.std.numpy()).max() < 1e-5
+    assert np.abs(drawn - shown).max() < 1e-5
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_the_text_encoders(skip: int, base: Path, sdxl: Path) -> None:
+    import torch
+
+    from limner.engines.torch.parts import hear, load
+
+    for family, name in (("sd", "text_encoder"), ("sdxl", "text_encoder"), ("sdxl", "text_encoder_2")):
+        found = opened({"sd": base, "sdxl": sdxl}[family], family)
+        known, arrays = found.configs[name], weights.read(found, name)
+        ids = DRAWS.integers(0, known["vocab_size"] - 2, (3, 77))
+        ids[0, 5:], ids[1, 70:] = known["eos_token_id"], known["eos_token_id"]
+        with torch.no_grad():
+            states, pooled = hear(load(found, name).eval(), torch.tensor(ids), skip)
+        made = jax.jit(lambda a, known=known, name=name, ids=ids: clip.text(Params(a), known, ids, skip, name.endswith("2")))(arrays)
+        assert np.abs(made[0] - states.numpy()).max() < 1e-5 and np.abs(made[1] - pooled.numpy()).max() < 1e-5
+
+
+def test_the_tokenizer(base: Path, sdxl: Path, tmp_path: Path) -> None:
+    """With tokenizer.json and from the two old files alone; another padding; every script of the world."""
+    from transformers import CLIPTokenizer
+
+    chance = random.Random(0)
+    ranges = ((32, 127), (160, 0x2000), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF))
+    texts = ["", "a red circle", " It's  naïve, “quotes” 12345 é́ \n tabs\t x", "<|endoftext|> inside", "THEY'LL", "a" * 500, "ﬁ İ"]
+    texts += ["".join(chr(chance.randrange(*chance.choice(ranges))) for _ in range(20)) for _ in range(200)]
+    for i, folder in enumerate((base / "tokenizer", sdxl / "tokenizer_2")):
+        known, stock = json.loads((folder / "tokenizer_config.json").read_text()), CLIPTokenizer.from_pretrained(folder)
+        old = tmp_path / str(i)
+        old.mkdir()
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(folder / name, old)
+        want = stock(texts, truncation=False, verbose=False).input_ids
+        for place in (folder, old):
+            words = Words(place, known)
+            assert words.encode(texts) == want
+            assert (words.start, words.end, words.pad, words.limit) == (want[0][0], want[0][1], stock.pad_token_id, 77)
+
+
+def test_encoders_give_the_features_that_torch_gives(base: Path, sdxl: Path) -> None:
+    import torch
+
+    from limner.engines.jax.parts import JaxParts
+    from limner.engines.torch.parts import TorchParts
+    from limner.family import tokenize, told
+
+    captions = ["a red circle", "", "words " * 100]
+    for family, folder in (("sd", base), ("sdxl", sdxl)):
+        found, record = opened(folder, family), FAMILIES[family]
+        ours, theirs = JaxParts(found), TorchParts(found, torch.device("cpu"))
+        for chunks in (1, 2):
+            a, b = (told(record, parts, tokenize(record, parts, captions, chunks)) for parts in (ours, theirs))
+            assert a.keys() == b.keys()
+            assert all(np.abs(a[name].astype(np.float32) - b[name].astype(np.float32)).max() < 1e-5 for name in a)
+        assert ours.lengths("tokenizer", captions) == theirs.lengths("tokenizer", captions)
+        pixels = np.clip(normal(2, 3, 32, 32), -1, 1)
+        assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(ours.vae("vae", pixels), theirs.vae("vae", pixels), strict=True))
+
+
+def settings(base: Path, pictures: Path, run: Path, by: str, family: str = "sd", kind: str = "full", **sections: Any) -> config.Config:
+    raw: dict[str, Any] = {
+        "run": str(run), "model": {"base": str(base), "family": family}, "engine": {"kind": by},
+        "data": {"folder": str(pictures), "size": 32, "flip": True, "drop_caption": 0.3, "threads": 1},
+        "adapt": {"kind": kind, "text_encoders": kind == "lora" and family == "sdxl", "rank": 3, "alpha": 6.0},
+        "optim": {"learning_rate": 1e-5, "ema": 0.9}, "objective": {"min_snr": 5.0}, "train": {"steps": 12, "batch": 4, "micro": 2, "seed": 3},
+        "log": {"every": 1}, "watch": {"hold_out": 2, "every": 6, "timesteps": 2}, "checkpoint": {"every": 6},
+    }  # fmt: skip
+    return config.build(config.Config, {**raw, **{k: {**raw.get(k, {}), **v} for k, v in sections.items()}})
+
+
+def trained(cfg: config.Config) -> dict[str, list[float]]:
+    run = training.run(cfg, tell=lambda line: None)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {name: [row[name] for row in rows if name in row] for name in ("loss", "grad_norm", "held_out_loss")}
+
+
+@pytest.fixture(scope="module")
+def pair(base: Path, sdxl: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs of both engines from one recipe, made when they are first asked for."""
+    folder, made = tmp_path_factory.mktemp("pairs"), {}
+
+    def runs(family: str, kind: str) -> tuple[dict[str, Any], dict[str, Any], Path, Path]:
+        if (family, kind) not in made:
+            places = [folder / f"{family}-{kind}-{engine}" for engine in ("torch", "jax")]
+            cfgs = [
+                settings({"sd": base, "sdxl": sdxl}[family], pictures, place, engine, family, kind)
+                for place, engine in zip(places, ("torch", "jax"), strict=True)
+            ]
+            made[family, kind] = (*map(trained, cfgs), *places)
+        return made[family, kind]
+
+    return runs
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_both_engines_have_one_curve(family: str, kind: str, pair: Any) -> None:
+    """With Min-SNR, an average, accumulation, and for SDXL's LoRA both text encoders too."""
+    ours, theirs = pair(family, kind)[:2]
+    assert len(theirs["loss"]) == 12 and len(set(theirs["loss"])) == 12 and len(theirs["held_out_loss"]) == 3
+    for name, rel in (("loss", 1e-5), ("held_out_loss", 1e-5), ("grad_norm", 2e-5)):
+        assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=0)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("sd", "full"), ("sdxl", "lora")])
+def test_both_engines_leave_the_same_checkpoints_and_results(family: str, kind: str, pair: Any) -> None:
+    """Names, shapes and types; and numbers, as far as Adam lets round-off be seen."""
+    places = pair(family, kind)[2:]
+    for name in ("checkpoint-6", "checkpoint-12"):
+        one, two = (checkpoint.read(place / name) for place in places)
+        files = sorted(p.relative_to(one.folder).as_posix() for p in one.folder.rglob("*.safetensors"))
+        assert files == sorted(p.relative_to(two.folder).as_posix() for p in two.folder.rglob("*.safetensors"))
+        for file in files:
+            a, b = one.arrays(file), two.arrays(file)
+            assert a.keys() == b.keys() and all((a[k].shape, a[k].dtype) == (b[k].shape, b[k].dtype) for k in a)
+            if not file.startswith("optimizer"):
+                assert max(np.abs(a[k] - b[k]).max() for k in a) < 12 * 1e-5
+    results = [json.loads((place / "result.json").read_text())["files"].keys() for place in places]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(("family", "kind"), [("sd", "full"), ("sdxl", "lora"), ("sd", "lora")])
+def test_a_picture_is_the_stock_pipeline_s(family: str, kind: str, pair: Any) -> None:
+    """Of JAX's result, in both: the same latents, within 2 of 255."""
+    import torch
+
+    found, _ = generate.locate(str(pair(family, kind)[3]), None)
+    noise, prompts = normal(2, 4, 16, 16), ["a red circle", "a blue one"]
+    for name in ("ddim", "unipc"):
+        stock = engines.open_pipeline(found, None, scheduler=name, precision="no", device="cpu")
+        stock.set_progress_bar_config(disable=True)
+        how = {"num_inference_steps": 4, "guidance_scale": 5.0, "height": 32, "width": 32, "output_type": "np"}
+        want = stock(prompts, latents=torch.tensor(noise), **how).images * 255
+        own = engines.open_pipeline(found, None, "jax", scheduler=name, precision="no", device="cpu")
+        made = np.stack(own.draw(prompts, [0, 1], steps=4, guidance_scale=5.0, size=32, latents=noise))
+        assert np.abs(made - want).max() <= 2 and made.std() > 1
+        again = np.stack(own.draw([*prompts, *prompts], [0, 1, 0, 1], steps=4, guidance_scale=5.0, size=32, batch=3))
+        np.testing.assert_array_equal(again[:2], again[2:])
+
+
+def test_the_command_draws_with_jax(pair: Any, tmp_path: Path) -> None:
+    [made] = generate.run(str(pair("sd", "full")[3]), ["a red circle"], steps=2, size=32, engine="jax", output=tmp_path)
+    assert generate.read_picture(made).shape == (32, 32, 3)
+
+
+def bits(run: Path, step: int) -> dict[str, bytes]:
+    found = checkpoint.read(run / f"checkpoint-{step}")
+    files = sorted(p.relative_to(found.folder).as_posix() for p in found.folder.rglob("*.safetensors"))
+    return {f"{file}:{name}": array.tobytes() for file in files for name, array in found.arrays(file).items()}
+
+
+@pytest.mark.parametrize(("family", "kind"), [("sd", "full"), ("sdxl", "lora")])
+def test_a_resumed_run_ends_with_the_same_bits(family: str, kind: str, pair: Any, base: Path, sdxl: Path, pictures: Path, tmp_path: Path) -> None:
+    whole = pair(family, kind)[3]
+    shutil.copytree(whole / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
+    training.run(settings({"sd": base, "sdxl": sdxl}[family], pictures, tmp_path / "run", "jax", family, kind), tell=lambda line: None)
+    assert bits(tmp_path / "run", 12) == bits(whole, 12)
+
+
+def test_a_number_that_is_not_finite_touches_nothing(pair: Any, base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from limner.faults import NonFinite
+
+    batch = training.Stream.batch
+
+    def poisoned(self: Any, step: int, **how: Any) -> Any:
+        found = batch(self, step, **how)
+        return found | {"noise": found["noise"] * np.float32(np.inf)} if step == 8 else found
+
+    whole = pair("sd", "full")[3]
+    shutil.copytree(whole / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
+    monkeypatch.setattr(training.Stream, "batch", poisoned)
+    with pytest.raises(NonFinite, match="step 9: the loss or the gradient is not a finite number"):
+        training.run(settings(base, pictures, tmp_path / "run", "jax", log={"every": 12}, checkpoint={"every": 12}), tell=lambda line: None)
+    assert [p.name for p in checkpoint.listed(tmp_path / "run")] == ["checkpoint-6"]
+
+
+def test_half_precision(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """fp16 scales its loss and remembers the scale; bf16 stays near float32."""
+    plain = trained(settings(base, pictures, tmp_path / "no", "jax", train={"steps": 3}))
+    for precision in ("bf16", "fp16"):
+        got = trained(settings(base, pictures, tmp_path / precision, "jax", train={"steps": 3}, engine={"precision": precision}))
+        assert got["loss"] == pytest.approx(plain["loss"], rel=3e-2)
+    scaler = checkpoint.read(tmp_path / "fp16" / "checkpoint-3").arrays("scaler.safetensors")
+    assert scaler["scale"] == 65536.0 and scaler["_growth_tracker"] == 3
+
+
+WORKER = """
+import json, sys
+for name in ("torch", "diffusers", "transformers", "accelerate", "peft"):
+    sys.modules[name] = None  # importing it fails
+from pathlib import Path
+from limner import config, training
+for raw in json.loads(Path(sys.argv[1]).read_text()):
+    training.run(config.build(config.Config, raw), tell=lambda line: None)
+"""
+
+
+def started(folder: Path, jobs: list[config.Config], **environment: str) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "worker.py").write_text(WORKER)
+    (folder / "jobs.json").write_text(json.dumps([config.plain(job) for job in jobs]))
+    whole = {**os.environ, "PYTHONPATH": str(Path(limner.__file__).parent.parent), "JAX_PLATFORMS": "cpu", **environment}
+    command = [sys.executable, str(folder / "worker.py"), str(folder / "jobs.json")]
+    return subprocess.Popen(command, env=whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def done(process: subprocess.Popen[str]) -> None:
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+
+
+EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+WIDE = {"train": {"steps": 6, "batch": 8, "micro": 8}, "checkpoint": {"every": 3}}
+
+
+def rows(run: Path, name: str = "loss") -> list[float]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in found if name in row]
+
+
+def test_eight_devices_two_processes_and_back(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """One curve on 1 device, on 8 with weights divided over 4 of them, on 2 processes; a run goes from 1 to 8 to 1; none of it with PyTorch."""
+
+    def job(name: str, engine: dict[str, Any], steps: int = 6, micro: int = 8) -> config.Config:
+        sections = {**WIDE, "train": {"steps": steps, "batch": 8, "micro": micro}, "engine": engine}
+        return settings(base, pictures, tmp_path / name, "jax", **sections)
+
+    one = trained(job("one", {}))
+    trained(job("moving", {}, 2))
+    done(started(tmp_path / "eight", [job("wide", {"fsdp": 4}), job("moving", {"fsdp": 4}, 4)], **EIGHT))
+    trained(job("moving", {}))
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    two = {"LIMNER_PROCESSES": "2", "LIMNER_COORDINATOR": f"127.0.0.1:{port}", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    both = [started(tmp_path / f"p{rank}", [job("two", {"fsdp": 2}, micro=4)], LIMNER_RANK=str(rank), **two) for rank in (0, 1)]
+    for process in both:
+        done(process)
+    for name in ("wide", "moving", "two"):
+        assert rows(tmp_path / name) == pytest.approx(one["loss"], rel=1e-6, abs=0), name
+        assert rows(tmp_path / name, "held_out_loss")[-1] == pytest.approx(one["held_out_loss"][-1], rel=1e-6)
+    state = checkpoint.read(tmp_path / "two" / "checkpoint-6")
+    assert state.state["world"] == 2
+    ours, theirs = (
+        state.arrays("unet/diffusion_pytorch_model.safetensors"),
+        checkpoint.read(tmp_path / "one" / "checkpoint-6").arrays("unet/diffusion_pytorch_model.safetensors"),
+    )
+    assert max(np.abs(ours[name] - theirs[name]).max() for name in ours) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"engine": {"devices": 4}}, r"engine\.devices: 4 devices are asked for, 1 are there \(cpu\)"),
+        ({"engine": {"fsdp": 2}}, r"engine\.fsdp: 2 does not divide the 1 devices"),
+        ({"engine": {"device": "tpu"}}, r"engine\.device: 'tpu' is not there"),
+        ({"engine": {"compile_cache": "/proc/nowhere"}}, r"engine\.compile_cache: /proc/nowhere cannot be written"),
+        ({"optim": {"kind": "adamw8bit"}}, r"optim\.kind: adamw8bit is bitsandbytes'"),
+        ({"adapt": {"kind": "lora", "targets": ["nothing"]}}, r"adapt\.targets: the unet has no module named nothing"),
+        ({"adapt": {"kind": "lora", "targets": ["conv1"]}}, r"adapt\.targets: .*conv1 is no linear layer"),
+    ],
+)
+def test_what_cannot_be_done_is_said(sections: dict[str, Any], message: str, base: Path, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputFault, match=message):
+        training.run(settings(base, pictures, tmp_path, "jax", **sections), tell=lambda line: None)
+
+
+def test_kandinsky_is_not_trained_yet(kandinsky: Path, pictures: Path, tmp_path: Path) -> None:
+    raw = {"run": str(tmp_path), "model": {"base": str(kandinsky / "prior"), "family": "kandinsky22-prior"}, "data": {"folder": str(pictures)}}
+    raw |= {"train": {"steps": 1, "batch": 1}, "engine": {"kind": "jax"}}
+    with pytest.raises(InputFault, match="does not train a PriorTransformer of family 'kandinsky22-prior' yet"):
+        training.run(config.build(config.Config, raw), tell=lambda line: None)
+
+
+def test_strange_and_missing_arrays_are_listed(base: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path / "sd"
+    shutil.copytree(base, folder)
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    arrays = load_file(path)
+    moved = arrays.pop("conv_in.weight")
+    save_file(arrays | {"conv_inn.weight": moved}, path)
+    with pytest.raises(InputFault, match=r"1 arrays are missing: conv_in\.weight; 1 arrays have no place in the model: conv_inn\.weight"):
+        weights.read(opened(folder, "sd"), "unet")
+    save_file(arrays | {"conv_in.weight": moved[:, :3].copy()}, path)
+    with pytest.raises(InputFault, match=r"conv_in\.weight is \[32, 3, 3, 3\], \[32, 4, 3, 3\] is expected"):
+        weights.read(opened(folder, "sd"), "unet")
+    known = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(known | {"resnet_time_scale_shift": "scale_shift"}))
+    with pytest.raises(InputFault, match="no code for this UNet2DConditionModel: resnet_time_scale_shift is 'scale_shift', 'default' is expected"):
+        weights.read(opened(folder, "sd"), "unet")
+
+
+def test_half_and_sharded_weights_are_read(base: Path, sd_fp16: Path) -> None:
+    found = open_base(config.Model(base=str(sd_fp16), variant="fp16"), FAMILIES["sd"])
+    assert len(found.weight_files("unet")) > 1
+    ours, plain = weights.read(found, "unet"), weights.read(opened(base, "sd"), "unet")
+    assert ours.keys() == plain.keys() and all(a.dtype == np.float32 for a in ours.values())
+    assert max(np.abs(ours[name] - plain[name]).max() for name in ours) < 1e-2

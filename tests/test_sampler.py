@@ -1,0 +1,51 @@
+"""The tables of samplers are diffusers' schedulers, whatever the network says."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from limner import sampler
+from limner.faults import InputFault
+
+BASE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("predict", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", sampler.SAMPLERS)
+def test_a_table_is_what_the_scheduler_does(name: str, predict: str, spacing: str) -> None:
+    """Random numbers in the network's place: each step's input, its timestep, and the end."""
+    import diffusers
+    import torch
+
+    from limner.engines.torch.pipeline import SCHEDULERS
+
+    kind, how = SCHEDULERS[name]
+    for steps in (2, 3, 7, 25, 50):
+        scheduler = getattr(diffusers, kind).from_config({**BASE, "prediction_type": predict, "timestep_spacing": spacing}, **how)
+        scheduler.set_timesteps(steps)
+        draws = np.random.default_rng(steps)
+        noise = draws.standard_normal((1, 4, 2, 2))
+        x, given, said = torch.tensor(noise) * scheduler.init_noise_sigma, [], []
+        for t in scheduler.timesteps:
+            given.append(scheduler.scale_model_input(x, t).numpy().ravel())
+            said.append(draws.standard_normal(noise.shape))
+            x = scheduler.step(torch.tensor(said[-1]), t, x).prev_sample
+        found = sampler.table({**dict(scheduler.config), "_class_name": kind}, steps)
+        ours = found.weights.astype(np.float64) @ np.stack([noise, *said]).reshape(len(said) + 1, -1)
+        want = np.stack([*given, x.numpy().ravel()])
+        np.testing.assert_array_equal(found.timesteps, scheduler.timesteps.numpy().astype(np.float32))
+        assert np.abs(ours - want).max() < 1e-4 * max(1.0, np.abs(want).max()), steps
+
+
+def test_rows_look_at_the_past_only() -> None:
+    for name in sampler.SAMPLERS:
+        weights = sampler.table(BASE, 9, name).weights
+        assert all((weights[k, k + 1 :] == 0).all() for k in range(len(weights))) and (weights[1:, 0] != 0).all()
+
+
+def test_a_sampler_that_is_unknown_is_refused() -> None:
+    config: dict[str, Any] = {"_class_name": "EulerAncestralDiscreteScheduler", **BASE}
+    with pytest.raises(InputFault, match=r"'EulerAncestralDiscreteScheduler' has no table here; choose one of ddim, dpm\+\+, euler, pndm, unipc"):
+        sampler.table(config, 5)
