@@ -1,4 +1,4 @@
-# make install | test | lint | demo. Python 3.11+ and make are all that must be there.
+# make install | test | lint | demo | demo ENGINE=jax | check-jax | soak. Python 3.11+ and make are all that must be there.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -18,10 +18,20 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+ENGINE ?= torch
+
 demo: install
-	$(BIN)/limner demo
+	$(BIN)/limner demo --engine $(ENGINE)
+
+# The JAX engine where PyTorch, diffusers and transformers are not installed: the demo, and a picture.
+check-jax:
+	$(PYTHON) -m venv .venv-jax
+	.venv-jax/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[jax]"
+	.venv-jax/bin/python -c "import importlib.util as u; assert not any(u.find_spec(n) for n in ('torch', 'diffusers', 'transformers'))"
+	.venv-jax/bin/limner demo --engine jax --output before-after-jax.png
+	.venv-jax/bin/limner generate src/limner/bundled/model "an emoji of a red apple" --engine jax --scheduler ddim --output pictures-jax
 
 soak: install
 	LIMNER_KILLS=100 $(BIN)/python -m pytest tests/test_resume.py
 
-.PHONY: install test lint demo soak
+.PHONY: install test lint demo check-jax soak

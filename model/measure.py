@@ -42,7 +42,9 @@ def generate(pipeline: Any, prompts: list[str], seed: int, **how: float) -> np.n
     made = []
     for first in range(0, len(prompts), 16):
         part = slice(first, first + 16)
-        made.append(pipeline(prompts[part], latents=noise[part], height=SIDE, width=SIDE, output_type="np", **how).images)
+        given = {} if hasattr(pipeline, "prior_pipe") else {"latents": noise[part]}  # of two stages each draws noise of its own shape
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))[part]]
+        made.append(pipeline(prompts[part], **given, generator=generators, height=SIDE, width=SIDE, output_type="np", **how).images)
     return (np.concatenate(made) * 255).round().astype(np.uint8)
 
 
@@ -80,7 +82,9 @@ def main() -> None:
     pictures, captions = read(a.pictures)
     truth = np.arange(a.captions) * len(captions) // a.captions
     pipeline = AutoPipelineForText2Image.from_pretrained(a.model, dtype=torch.float32)
-    pipeline.scheduler = SCHEDULERS[a.scheduler].from_config(pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    for stage in (pipeline, getattr(pipeline, "decoder_pipe", None)):
+        if stage is not None:
+            stage.scheduler = SCHEDULERS[a.scheduler].from_config(pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     pipeline.set_progress_bar_config(disable=True)
     began = time.monotonic()
     asked = [captions[i] for i in truth]

@@ -397,3 +397,68 @@ def test_half_and_sharded_weights_are_read(base: Path, sd_fp16: Path) -> None:
     ours, plain = weights.read(found, "unet"), weights.read(opened(base, "sd"), "unet")
     assert ours.keys() == plain.keys() and all(a.dtype == np.float32 for a in ours.values())
     assert max(np.abs(ours[name] - plain[name]).max() for name in ours) < 1e-2
+
+
+SNIPPET = """
+import sys
+for name in ("torch", "diffusers", "transformers"):
+    sys.modules[name] = None
+import jax
+import numpy as np
+from limner.compat.flax import FlaxStableDiffusionPipeline, replicate, shard
+
+pipe, params = FlaxStableDiffusionPipeline.from_pretrained(MODEL, dtype=jax.numpy.bfloat16)
+
+prompt = "yoda pokemon"
+prng_seed = jax.random.PRNGKey(0)
+num_inference_steps = 3
+
+num_samples = jax.device_count()
+prompt = num_samples * [prompt]
+prompt_ids = pipe.prepare_inputs(prompt)
+
+# shard inputs and rng
+params = replicate(params)
+prng_seed = jax.random.split(prng_seed, jax.device_count())
+prompt_ids = shard(prompt_ids)
+
+images = pipe(prompt_ids, params, prng_seed, num_inference_steps, jit=True).images
+images = pipe.numpy_to_pil(np.asarray(images.reshape((num_samples,) + images.shape[-3:])))
+images[0].save(PICTURE)
+assert len(images) == jax.device_count() and all(image.size == (32, 32) for image in images)
+assert len({image.tobytes() for image in images}) == len(images)
+"""
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_old_guide_s_snippet(devices: int, base: Path, tmp_path: Path) -> None:
+    """Only its imports are others: weights on every device, prompts and keys divided, one compiled call."""
+    code = SNIPPET.replace("MODEL", repr(str(base))).replace("PICTURE", repr(str(tmp_path / "yoda-pokemon.png")))
+    environment = {**os.environ, "PYTHONPATH": str(Path(limner.__file__).parent.parent), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert generate.read_picture(tmp_path / "yoda-pokemon.png").std() > 1
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_the_old_pipeline_draws_what_the_stock_one_draws(family: str, base: Path, sdxl: Path) -> None:
+    import torch
+    from diffusers import AutoPipelineForText2Image
+
+    from limner.compat import flax
+
+    folder = {"sd": base, "sdxl": sdxl}[family]
+    pipe, params = {"sd": flax.FlaxStableDiffusionPipeline, "sdxl": flax.FlaxStableDiffusionXLPipeline}[family].from_pretrained(str(folder))
+    noise, prompts = normal(2, 4, 16, 16), ["a red circle", "blue"]
+    stock = AutoPipelineForText2Image.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    how = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 32, "width": 32}
+    want = stock(prompts, latents=torch.tensor(noise), output_type="np", **how).images
+    made = pipe(pipe.prepare_inputs(prompts), params, jax.random.PRNGKey(0), latents=noise, **how).images
+    assert made.shape == (2, 32, 32, 3) and np.abs(np.asarray(made) - want).max() < 2 / 255
+    against = pipe.prepare_inputs(["green"] * 2)
+    other = pipe(pipe.prepare_inputs(prompts), params, jax.random.PRNGKey(0), latents=noise, neg_prompt_ids=against, **how).images
+    assert np.abs(np.asarray(other) - np.asarray(made)).max() > 1e-3
+    with pytest.raises(InputFault, match="3 rows cannot be divided among 2 devices"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 2)
+        flax.shard(np.zeros((3, 77)))

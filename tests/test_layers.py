@@ -13,7 +13,7 @@ import limner
 ROOT = Path(limner.__file__).parent
 FLOORS = [  # a name stands for a file or a folder; within a floor a file may import the ones before it in the same row
     {"", "faults", "rng", "schedule", "config", "objective", "sampler", "family", "engine", "durable", "tree"},
-    {"families", "hub", "weights", "base", "checkpoint", "cache", "features", "data", "snapshot", "plan", "log", "bundled"},
+    {"families", "hub", "weights", "flax", "base", "checkpoint", "cache", "features", "data", "snapshot", "plan", "log", "bundled"},
     {"engines"},
     {"signals", "watcher", "generate", "export", "encoding", "training", "bench", "check", "show", "demo"},
     {"cli", "__main__", "compat"},

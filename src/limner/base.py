@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from tqdm import tqdm
 
-from limner import config, durable
+from limner import config, durable, flax
 from limner.families import FAMILIES
 from limner.family import Configs, Family
 from limner.faults import InputFault
@@ -174,8 +174,12 @@ def read(model: config.Model, family: Family) -> Base:
         folder = fetch(model, model.revision, [INDEX, "README.md"])
         commit = folder.name
         fetch(model, commit, [f"{c}/*.{end}" for c in read_json(folder / INDEX) for end in ("json", "txt", "model") if not c.startswith("_")])
+        if flax.is_flax(read_json(folder / INDEX)):
+            fetch(model, commit, [f"{name}/{file}" for name, file in flax.WEIGHTS.items()], tqdm)
         if model.trained_revision is not None:
             elsewhere[family.trains] = fetch(model, model.trained_revision, [f"{family.trains}/*.json"]) / family.trains
+    if (folder / INDEX).is_file() and flax.is_flax(read_json(folder / INDEX)):
+        folder, commit = flax.convert(folder), None
     index = read_index(folder, family)
     if family.stage is not None and family.stage.prefix and read_json(folder / INDEX).get("_class_name") == family.stage.whole:
         elsewhere |= {name: folder / f"{family.stage.prefix}{name}" for name in family.components}

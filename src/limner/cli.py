@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb.add_argument("--partner", default=None, help="for --combined: the other stage, a run, a folder or a Hub repository (default: the run's own partner)")
     verb.add_argument("--private", action="store_true", help="where --push makes that repository")
     verb = verbs.add_parser("demo", help="fine-tune the bundled model on the bundled pictures, on the CPU, in minutes")
+    verb.add_argument("--engine", choices=["torch", "jax"], default="torch", help="what trains and draws (default: %(default)s)")
     verb.add_argument("--folder", type=place, help="receives the run (default: runs/demo-, then a digest of what is bundled)")
     verb.add_argument("--output", type=place, default=Path("before-after.png"), help="the picture at the end (default: %(default)s)")
     verb = verbs.add_parser("bench", help="step time, images/s, peak memory and MFU of a recipe")
@@ -138,7 +139,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 def run_demo(arguments: argparse.Namespace) -> None:
     from limner import demo
 
-    demo.run(arguments.folder, arguments.output)
+    demo.run(arguments.folder, arguments.output, engine=arguments.engine)
 
 
 def run_bench(arguments: argparse.Namespace) -> None:

@@ -13,13 +13,14 @@ PROMPTS = tuple(f"a blueprint drawing of a {thing}" for thing in ("house", "fish
 SEED, STEPS, GUIDANCE = 0, 25, 3.0
 
 
-def run(folder: Path | None, output: Path, overrides: Sequence[str] = ()) -> Path:
+def run(folder: Path | None, output: Path, overrides: Sequence[str] = (), engine: str = "torch") -> Path:
     """Train as ``demo.toml`` says into ``folder`` (or go on there), then draw the same prompts before and after into ``output``."""
-    folder = folder or default_folder()
+    folder = folder or default_folder(engine)
+    overrides = [f'engine.kind="{engine}"', *overrides]
     places = {"run": folder, "model.base": BUNDLED / "model", "data.folder": BUNDLED / "pictures", "data.cache": folder / "cache"}
     training.run(config.load(BUNDLED / "demo.toml", [*(f"{name}={json.dumps(str(path), ensure_ascii=False)}" for name, path in places.items()), *overrides]))
     before, after = held_out(folder)
-    sheet = generate.contact_sheet(before_and_after(folder), PROMPTS, heads=("base", "fine-tuned"), tile=128)
+    sheet = generate.contact_sheet(before_and_after(folder, engine), PROMPTS, heads=("base", "fine-tuned"), tile=128)
     with durable.disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(output)
@@ -28,19 +29,19 @@ def run(folder: Path | None, output: Path, overrides: Sequence[str] = ()) -> Pat
     return output
 
 
-def default_folder() -> Path:
+def default_folder(engine: str = "torch") -> Path:
     """Another one for another bundle, so that a demo never meets the run of an older one."""
     files = [BUNDLED / "demo.toml", *(p for part in ("model", "pictures") for p in sorted((BUNDLED / part).rglob("*")) if p.is_file())]
     digest = durable.digest_json([[p.relative_to(BUNDLED).as_posix(), durable.digest(p)] for p in files])
-    return Path("runs") / f"demo-{digest[:8]}"
+    return Path("runs") / f"demo-{'' if engine == 'torch' else f'{engine}-'}{digest[:8]}"
 
 
-def before_and_after(folder: Path) -> list[tuple]:
+def before_and_after(folder: Path, engine: str = "torch") -> list[tuple]:
     """For each prompt, the picture of the base and that of the run, from the same seed."""
     base, lora = str(BUNDLED / "model"), folder if (folder / LORA).exists() else None
     columns = []
     for model, adapter in ((base, None), (base if lora else str(folder), lora)):
-        pipeline = engines.open_pipeline(Weights(model, adapter), None, scheduler="ddim", precision="no", device="cpu")
+        pipeline = engines.open_pipeline(Weights(model, adapter), None, engine, scheduler="ddim", precision="no", device="cpu")
         seeds = [SEED + i for i in range(len(PROMPTS))]
         columns.append(engines.draw(pipeline, PROMPTS, seeds, steps=STEPS, guidance_scale=GUIDANCE, size=None, batch=len(PROMPTS)))
     return list(zip(*columns, strict=True))

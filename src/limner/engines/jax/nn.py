@@ -113,14 +113,19 @@ def attention(q: Array, k: Array, v: Array, heads: int, mask: Array | None = Non
 
     Args:
         mask: which keys are looked at, bool [n, keys].
-        kernel: None: XLA's own; ``cudnn``: a fused one, where it can serve (16 bits, no mask).
+        kernel: None: plain products; ``cudnn``: a fused kernel, where it can serve (16 bits, no mask).
     """
     apart = tuple(t.reshape(*t.shape[:2], heads, -1) for t in (q, k, v))
-    bias = None if mask is None else jnp.where(mask[:, None, None], 0.0, -10000.0).astype(q.dtype)
-    width, fused = apart[0].shape[-1], kernel == "cudnn" and mask is None and q.dtype in (jnp.float16, jnp.bfloat16)
-    fused = fused and width % 8 == 0 and width <= 128
-    out: Array = jax.nn.dot_product_attention(*apart, bias=bias, is_causal=causal, implementation="cudnn" if fused else "xla")  # type: ignore[call-overload]
-    return out.reshape(q.shape)
+    width = apart[0].shape[-1]
+    if kernel == "cudnn" and mask is None and q.dtype in (jnp.float16, jnp.bfloat16) and width % 8 == 0 and width <= 128:
+        out: Array = jax.nn.dot_product_attention(*apart, is_causal=causal, implementation="cudnn")  # type: ignore[call-overload]
+        return out.reshape(q.shape)
+    scores = jnp.einsum("nqhd,nkhd->nhqk", apart[0], apart[1], preferred_element_type=jnp.float32) / math.sqrt(width)
+    if mask is not None:
+        scores = scores + jnp.where(mask[:, None, None], 0.0, -10000.0)
+    if causal:
+        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[2:], bool)), scores, -jnp.inf)
+    return jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(scores).astype(q.dtype), apart[2]).reshape(q.shape)
 
 
 def sinusoid(t: Array, width: int, cosine_first: bool, shift: float) -> Array:

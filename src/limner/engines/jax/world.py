@@ -99,12 +99,12 @@ class World:
 
 
 def remember(place: str) -> None:
-    """Keep compiled programs on disk, where another process finds them; what ``JAX_COMPILATION_CACHE_DIR`` says holds.
+    """Keep compiled programs on disk, where another process finds them; unless the recipe names a folder, what ``JAX_COMPILATION_CACHE_DIR`` says holds.
 
     Raises:
         InputFault: when the folder cannot be written.
     """
-    if place == "off" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if place == "off" or (place == "auto" and "JAX_COMPILATION_CACHE_DIR" in os.environ):
         return
     folder = durable.user_cache() / "jax" if place == "auto" else Path(place)
     try:

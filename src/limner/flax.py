@@ -1,0 +1,126 @@
+"""Old Flax models, whose weights are in ``*.msgpack`` files: written once as the diffusers folder that they are, and read as such ever after.
+
+The format is that of flax's serialization: nested dictionaries, whose arrays are an extension of msgpack, large ones in pieces. Kernels are turned into torch's
+layout, and names into those of diffusers and transformers.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from limner import checkpoint, durable
+from limner.faults import InputFault
+
+WEIGHTS = {"unet": "diffusion_flax_model.msgpack", "vae": "diffusion_flax_model.msgpack", "text_encoder": "flax_model.msgpack"}
+ARRAY, SCALAR = 1, 3  # msgpack's extension types in flax
+
+
+def is_flax(index: dict[str, Any]) -> bool:
+    """Whether a model's index is of a Flax pipeline."""
+    return str(index.get("_class_name", "")).startswith("Flax")
+
+
+def convert(folder: Path) -> Path:
+    """The diffusers folder of a Flax model, made in the user's cache where it is not there yet.
+
+    Raises:
+        InputFault: for a file that is not what its name says.
+    """
+    sources = {name: folder / name / file for name, file in WEIGHTS.items()}
+    for path in sources.values():
+        if not path.is_file():
+            raise InputFault(f"{path}: it is not there; a Flax model has it. Is the model's folder complete?")
+    digests = {name: durable.digest(path) for name, path in sources.items()}
+    target = durable.user_cache() / f"flax-{durable.digest_json(digests)}"
+    if not (target / "model_index.json").is_file():
+        with durable.folder(target, manifest=False) as made:
+            for name, path in sources.items():
+                write(path, made / name)
+            for name in ("tokenizer", "scheduler"):
+                shutil.copytree(folder / name, made / name)
+            scheduler = made / "scheduler" / "scheduler_config.json"
+            scheduler.write_text(json.dumps(plain(json.loads(scheduler.read_text(encoding="utf-8"))), indent=2))
+            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+            kept = {k: plain_pair(v) for k, v in index.items() if k in (*WEIGHTS, "tokenizer", "scheduler")}
+            (made / "model_index.json").write_text(json.dumps({"_class_name": plain(index)["_class_name"], "safety_checker": [None, None]} | kept, indent=2))
+    return target
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A config under the name of the class that is not Flax's."""
+    return config | {"_class_name": str(config.get("_class_name", "")).removeprefix("Flax")}
+
+
+def plain_pair(value: Any) -> Any:
+    """(library, class) without Flax."""
+    return [value[0], str(value[1]).removeprefix("Flax")]
+
+
+def write(path: Path, target: Path) -> None:
+    """One component: its config, and its arrays as safetensors, float32."""
+    target.mkdir()
+    known = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+    text = path.name == "flax_model.msgpack"
+    if "_class_name" in known:
+        known["_class_name"] = known["_class_name"].removeprefix("Flax")
+    if "architectures" in known:
+        known["architectures"] = [str(name).removeprefix("Flax") for name in known["architectures"]]
+    (target / "config.json").write_text(json.dumps(known, indent=2))
+    arrays = dict(translated(name, array) for name, array in walk(unpack(path), ()))
+    checkpoint.write_arrays(target / ("model.safetensors" if text else "diffusion_pytorch_model.safetensors"), arrays)
+
+
+def unpack(path: Path) -> dict[str, Any]:
+    """The nested dictionary of a file.
+
+    Raises:
+        InputFault: when it is not one of flax's.
+    """
+    try:
+        import msgpack
+    except ImportError as error:
+        raise InputFault(f'{path}: reading Flax weights needs msgpack; install it: pip install "limner[jax]"') from error
+
+    def array(code: int, data: bytes) -> Any:
+        shape, kind, buffer = msgpack.unpackb(data, raw=True)
+        if code not in (ARRAY, SCALAR):
+            raise ValueError(f"extension {code}")
+        if kind == b"bfloat16":
+            return (np.frombuffer(buffer, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+        return np.frombuffer(buffer, np.dtype(kind.decode())).reshape(shape)
+
+    try:
+        found = msgpack.unpackb(path.read_bytes(), ext_hook=array, raw=False, strict_map_key=False, max_ext_len=1 << 40, max_bin_len=1 << 40)
+    except Exception as error:
+        raise InputFault(f"{path}: not a whole file of Flax weights ({error}). Fetch or copy the model again.") from error
+    if not isinstance(found, dict):
+        raise InputFault(f"{path}: not a file of Flax weights. Fetch or copy the model again.")
+    return found
+
+
+def walk(node: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """Every array with the names that lead to it."""
+    if isinstance(node, dict) and "__msgpack_chunked_array__" in node:
+        pieces = [node["chunks"][key] for key in sorted(node["chunks"], key=int)]
+        shape = [node["shape"][key] for key in sorted(node["shape"], key=int)] if isinstance(node["shape"], dict) else node["shape"]
+        yield names, np.concatenate([piece.reshape(-1) for piece in pieces]).reshape(shape)
+    elif isinstance(node, dict):
+        for name, inner in node.items():
+            yield from walk(inner, (*names, str(name)))
+    else:
+        yield names, np.asarray(node)
+
+
+def translated(names: tuple[str, ...], array: np.ndarray) -> tuple[str, np.ndarray]:
+    """An array under torch's name, in torch's layout, float32: a kernel [h, w, in, out] of a convolution as [out, in, h, w], [in, out] of a layer as [out, in]."""
+    *path, last = names
+    if last == "kernel":
+        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(last, last)
+    spelt = [re.sub(r"^(.*(?:blocks|resnets|attentions|samplers|to_out|net))_(\d+)$", r"\1.\2", name) for name in path]
+    return ".".join((*spelt, leaf)), np.ascontiguousarray(array, np.float32)
