@@ -117,7 +117,7 @@ def walk(node: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], n
 
 
 def translated(names: tuple[str, ...], array: np.ndarray) -> tuple[str, np.ndarray]:
-    """An array under torch's name, in torch's layout, float32: a kernel [h, w, in, out] of a convolution as [out, in, h, w], [in, out] of a layer as [out, in]."""
+    """An array under torch's name, in torch's layout, float32: kernels [h, w, in, out] as [out, in, h, w], [in, out] as [out, in]."""
     *path, last = names
     if last == "kernel":
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T

@@ -121,6 +121,7 @@ class FlaxStableDiffusionPipeline:
         usual = self.base.configs["unet"]["sample_size"] * factor
         shape = (self.base.configs["unet"].get("in_channels", 4), (height or usual) // factor, (width or usual) // factor)
         found = table(self.base.configs["scheduler"], num_inference_steps)
+        noise: Any
         if latents is None:
             keys = prng_seed if jit else prng_seed[None]
             noise = jax.vmap(lambda key: jax.random.normal(key, (rows // len(keys), *shape)))(keys).reshape(rows, *shape)
