@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from limner import bench, engines
+from limner import bench
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
@@ -41,9 +41,7 @@ def make_base(folder: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     for part, known in (("unet", bench.STAND_INS["sd"]["unet"]), ("vae", VAE)):
-        (folder / part).mkdir(parents=True)
-        (folder / part / "config.json").write_text(json.dumps(known))
-        engines.write_random(folder / part, known)
+        bench.write_random(folder / part, known)
     words = tiny.write_tokenizer(folder / "tokenizer")
     CLIPTextModel(CLIPTextConfig(**TEXT, bos_token_id=words - 2, eos_token_id=words - 1)).save_pretrained(folder / "text_encoder")
     tiny.write_scheduler(folder / "scheduler", "epsilon", {})

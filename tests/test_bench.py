@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from limner import bench, config
+from limner import bench, config, engines
 from limner.base import open_base
 from limner.checkpoint import read_arrays
 from limner.engines.torch import gauge
@@ -27,8 +27,13 @@ def own_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
-def recipe(model: str, **sections) -> config.Config:
-    common = {"model": {"base": model}, "data": {"size": 32}, "engine": {"device": "cpu", "precision": "no"}, "train": {"steps": 9, "batch": 4}}
+def recipe(model: str, family: str = "sd", **sections) -> config.Config:
+    common = {
+        "model": {"base": model, "family": family},
+        "data": {"size": 32},
+        "engine": {"device": "cpu", "precision": "no"},
+        "train": {"steps": 9, "batch": 4},
+    }
     return config.build(config.Config, common | sections)
 
 
@@ -74,6 +79,36 @@ def test_frozen_weights_need_no_gradient_and_are_counted_so(sd):
     forward = count(sd, 4, train="none") / 1e12
     assert forward < lora["tflop_per_step"] < full["tflop_per_step"] < 3.01 * forward
     assert lora["kind"] == "lora"
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_jax_counts_the_same_arithmetic(family, kind, sd, sdxl):
+    """Its traced program has the products that PyTorch's kernels were counted to have; recomputing changes nothing about that."""
+    pytest.importorskip("jax")
+    base, record = str({"sd": sd, "sdxl": sdxl}[family]), FAMILIES[family]
+    counts = []
+    for engine in ({"kind": "torch"}, {"kind": "jax", "gradient_checkpointing": True, "precision": "bf16"}):
+        cfg = recipe(base, family, adapt={"kind": kind}, engine=engine)
+        found, process = open_base(cfg.model, record), engines.join(cfg.engine)
+        measure = engines.open_gauge(cfg.engine.kind, engines.open_engine(cfg, found, record, process, 2, print))
+        counts.append(measure.flops(bench.stand_in(cfg, found.configs, record, 4), 2))
+    assert counts[0] > 1e9 and counts[1] == pytest.approx(counts[0], rel=1e-12)
+
+
+def test_a_step_in_jax_is_measured(sd):
+    pytest.importorskip("jax")
+    figures, text = measured(recipe(str(sd), adapt={"kind": "lora"}, engine={"kind": "jax"}), steps=2)
+    assert figures["images_per_second"] == pytest.approx(4 / figures["step_seconds"]["median"]) and figures["peak_memory"]["process"] > 50e6
+    assert figures["mfu_of_matmul"] == pytest.approx(figures["tflop_per_step"] / figures["step_seconds"]["median"] / figures["matmul_tflops"])
+    assert "batch 4 = 1 x 1 x 4" in text and "jax 0." in text
+
+
+def test_random_weights_have_one_set_of_names(sd, sdxl):
+    """In both engines' eyes, at full size, of every network that both train."""
+    pytest.importorskip("jax")
+    for known in (bench.STAND_INS["sd"]["unet"], bench.STAND_INS["sdxl"]["unet"]):
+        assert engines.shapes("jax", known) == engines.shapes("torch", known)
 
 
 def test_arithmetic_grows_with_the_batch_and_not_with_the_micro_batch(sd):
@@ -136,8 +171,8 @@ def test_a_base_in_the_hubs_cache_is_at_hand_when_it_is_whole(sd, tmp_path):
 
 
 def test_random_weights_are_drawn_as_layers_start(sd, tmp_path):
-    gauge.write_random(tmp_path, open_base(config.Model(base=str(sd)), SD).configs["unet"])
-    arrays, _ = read_arrays(tmp_path / "diffusion_pytorch_model.safetensors")
+    bench.write_random(tmp_path / "unet", open_base(config.Model(base=str(sd)), SD).configs["unet"])
+    arrays, _ = read_arrays(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     whole = arrays["mid_block.resnets.0.conv1.weight"]
     assert abs(whole).max() <= 1 / np.sqrt(64 * 9) and whole.std() == pytest.approx(1 / np.sqrt(3 * 64 * 9), rel=0.02)
     assert (arrays["conv_norm_out.weight"] == 1).all() and (arrays["conv_norm_out.bias"] == 0).all()

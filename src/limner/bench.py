@@ -3,21 +3,24 @@
 import contextlib
 import datetime
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from limner import base, config, durable, engines, plan, rng, schedule
+from limner import base, checkpoint, config, durable, engines, plan, rng, schedule
 from limner.base import INDEX, Base
 from limner.engine import Batch, Engine, FirstFault, World
 from limner.families import family_of
 from limner.family import Configs, Family, Features, tokenize, told
 from limner.faults import Fault, InputFault, NonFinite
 from limner.objective import Objective
+from limner.snapshot import WEIGHTS
 
 WARM_UP = 2  # steps before the first that counts
 BLOCKS = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
@@ -86,7 +89,7 @@ def run(cfg: config.Config, *, steps: int = 10, json_file: Path | None = None, t
         raise InputFault(f"--steps: {steps} is not above 0")
     cfg.check(own_records=True)
     family = family_of(cfg)
-    with contextlib.closing(engines.join(cfg.engine)) as process, open_weights(cfg.model, family, process, cfg.adapt.text_encoders) as (opened, weights):
+    with contextlib.closing(engines.join(cfg.engine)) as process, open_weights(cfg, family, process) as (opened, weights):
         figures = measure(cfg, opened, family, process, steps, tell) | {"weights": weights, "base": opened.name}
         if process.rank == 0:
             tell(table(figures))
@@ -99,7 +102,7 @@ def measure(cfg: config.Config, opened: Base, family: Family, process: World, st
     """The figures of one process; every process sees its share of the global batch."""
     numbers = plan.make(cfg, process.world, 1, None, cfg.train.seed or 0, devices=process.devices)
     engine = engines.open_engine(cfg, opened, family, process, numbers.micro, tell)
-    gauge = engines.open_gauge(engine)
+    gauge = engines.open_gauge(cfg.engine.kind, engine)
     batch = stand_in(cfg, opened.configs, family, numbers.batch // process.world)
     useful = gauge.flops(batch, numbers.micro)
     state = engine.init(numbers.seed)
@@ -114,7 +117,7 @@ def measure(cfg: config.Config, opened: Base, family: Family, process: World, st
         state, seen = engine.step(state, batch, step=step, learning_rate=cfg.optim.learning_rate, ema=decay, seed=numbers.seed)
         metrics.append(seen)
         if step >= WARM_UP:
-            stamps.append(gauge.stamp())
+            stamps.append(gauge.stamp(seen))
     fetch(engine, state, metrics)
     seconds = gauge.seconds(stamps)
     memory = gauge.memory()
@@ -204,21 +207,22 @@ def picture_features(family: Family, parts: Shapes, rows: int, shape: tuple[int,
 
 
 @contextlib.contextmanager
-def open_weights(model: config.Model, family: Family, process: World, text_encoders: bool = False) -> Iterator[tuple[Base, str]]:
+def open_weights(cfg: config.Config, family: Family, process: World) -> Iterator[tuple[Base, str]]:
     """The recipe's base where it is a folder or in the Hub's cache; else random weights of full size, on disk while the block lasts. And what to call it."""
+    model = cfg.model
     if (folder := process.first(lambda: at_hand(model, family))) is not None:
         yield open_local(model, family, folder), "the base's own"
         return
     if family.name not in STAND_INS:
         unknown = f"and bench knows no published config of family {family.name!r}"
         raise InputFault(f"model.base: {model.base} is not at hand, {unknown}. Give a folder in the diffusers layout.")
-    if text_encoders:
+    if cfg.adapt.text_encoders:
         why = "and its text encoders, which learn, have no stand-in"
         raise InputFault(f"model.base: {model.base} is not at hand, {why}. Give a folder in the diffusers layout.")
     configs = STAND_INS[family.name]
     path = Path(process.first(lambda: tempfile.mkdtemp(prefix="limner-bench-")))
     try:
-        process.first(lambda: write_random(path, configs, family))
+        process.first(lambda: write_random(path / family.trains, configs[family.trains], cfg.engine.kind))
         yield Base(path, {}, family.trains, configs["model_index"]["_name"], None, None, configs), "random"
     finally:
         if process.rank == 0:
@@ -249,13 +253,36 @@ def open_local(model: config.Model, family: Family, folder: str) -> Base:
     return base.open_base(config.Model(base=folder, family=model.family, variant=model.variant, partner=model.partner), family, draws=False)
 
 
-def write_random(path: Path, configs: Configs, family: Family) -> None:
-    """The trained component of ``configs`` as a folder, its weights drawn as PyTorch draws them for new layers."""
-    part = path / family.trains
+def write_random(part: Path, known: dict[str, Any], kind: str = "torch") -> None:
+    """A component's folder: its config, and weights drawn as PyTorch draws them for new layers, one array at a time in memory."""
+    shapes = engines.shapes(kind, known)
     with durable.disk_errors(part):
-        part.mkdir()
-        (part / "config.json").write_text(json.dumps(configs[family.trains]))
-        engines.write_random(part, configs[family.trains])
+        part.mkdir(parents=True)
+        (part / "config.json").write_text(json.dumps(known))
+        checkpoint.write_arrays(part / WEIGHTS, {name: Drawn(name, shape, i) for i, (name, shape) in enumerate(shapes.items())})  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An array that is drawn when it is written: uniform within 1 / sqrt(inputs), as PyTorch starts its layers; norms start as the identity."""
+
+    name: str
+    shape: tuple[int, ...]
+    seed: int
+    dtype = np.dtype(np.float32)
+    itemsize = 4
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * math.prod(self.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if len(self.shape) == 1:
+            return np.full(self.shape, float(self.name.endswith(".weight")), np.float32)
+        numbers = np.random.Generator(np.random.SFC64(self.seed)).random(self.shape, np.float32)
+        numbers -= np.float32(0.5)
+        numbers *= np.float32(2 / math.sqrt(math.prod(self.shape[1:])))
+        return numbers
 
 
 def table(f: dict[str, Any]) -> str:

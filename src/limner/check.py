@@ -71,8 +71,7 @@ def look(cfg: config.Config, family: Family, process: World) -> Look:
     cfg = replace(cfg, data=replace(cfg.data, caption=cfg.data.caption if family.captions else None))
     objective = Objective.of(opened.configs["scheduler"], cfg.objective)
     source = sets.open_source(cfg.data, lambda line: None)
-    known = None if cfg.data.cache in ("off", "memory") else encoding.cache_folder(cfg) / "known-pictures.json"
-    found = index.look(source, replace(cfg.data, bad="skip"), known=known, tell=lambda line: None)
+    found = index.look(source, replace(cfg.data, bad="skip"), known=encoding.known_pictures(cfg), tell=lambda line: None)
     seed = cfg.train.seed or 0
     used = found if cfg.data.limit is None else found.limited(cfg.data.limit, seed)
     learned = training.split_held_out(used.entries, cfg.watch.hold_out, seed)[0]

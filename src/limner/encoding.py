@@ -36,6 +36,11 @@ def cache_folder(cfg: config.Config) -> Path:
     return durable.user_cache() if cfg.data.cache == "auto" else Path(cfg.data.cache)
 
 
+def known_pictures(cfg: config.Config) -> Path | None:
+    """The file that remembers which pictures were looked at; None where nothing is to be kept on disk."""
+    return None if cfg.data.cache in ("off", "memory") else cache_folder(cfg) / "known-pictures.json"
+
+
 def stores(cfg: config.Config, family: Family, opened: base.Base, process: World, tell: Tell) -> tuple[Rows | None, Rows | None]:
     """The caches of picture and caption features, each named by what its numbers depend on; what is being trained is never cached.
 

@@ -97,7 +97,10 @@ class Engine(Protocol):
         ...
 
     def pictures(self, state: State, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float, size: int) -> list[np.ndarray]:
-        """One picture per prompt and seed with the current weights (the average, where there is one), uint8 [size, size, 3]."""
+        """One picture per prompt and seed with the current weights (the average, where there is one), uint8 [size, size, 3].
+
+        All processes call it; the first one draws, the others get none.
+        """
         ...
 
     def snapshot(self, state: State) -> Iterator[tuple[str, Group]]:

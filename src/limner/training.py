@@ -224,8 +224,7 @@ def found_at(folder: Path, resume: str, tell: Tell) -> str | None:
 
 def look(source: records.Source, cfg: config.Config, tell: Tell) -> dict[str, Any]:
     """Read every record once; what is bad is refused, or written to ``skipped.jsonl``."""
-    known = None if cfg.data.cache == "off" else encoding.cache_folder(cfg) / "known-pictures.json"
-    looked = index.look(source, cfg.data, known=known, tell=tell)
+    looked = index.look(source, cfg.data, known=encoding.known_pictures(cfg), tell=tell)
     if looked.skipped:
         index.write_skipped(Path(cfg.run), looked.skipped)
         tell(f"{Path(cfg.run) / index.SKIPPED} names each of them, with the reason")

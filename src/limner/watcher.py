@@ -87,10 +87,10 @@ class Watcher:
         p, job = self.job.cfg.preview, self.job
         prompts = [prompt for prompt in p.prompts for _ in range(p.count)]
         seeds = [job.plan.seed + k for _ in p.prompts for k in range(p.count)]
-        if job.process.rank == 0 and self.sink is not None:
-            size = job.cfg.data.size - job.cfg.data.size % 8  # what stock pipelines draw
-            with job.stream.encoded.busy:  # the loaders use the same tokenizer
-                made = job.engine.pictures(state, prompts, seeds, steps=p.steps, guidance_scale=p.guidance_scale, size=size)
+        size = job.cfg.data.size - job.cfg.data.size % 8  # what stock pipelines draw
+        with job.stream.encoded.busy:  # the loaders use the same tokenizer
+            made = job.engine.pictures(state, prompts, seeds, steps=p.steps, guidance_scale=p.guidance_scale, size=size)
+        if self.sink is not None:
             self.sink.images(step, "validation", list(zip(prompts, made, strict=True)))
         job.process.barrier()
 

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,15 +64,27 @@ def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **settings
     return stock.draw(pipeline, prompts, seeds, **settings)
 
 
-def open_gauge(engine: Engine) -> Any:
+def open_gauge(kind: str, engine: Engine) -> Any:
     """What measures an engine from outside; see ``engines.torch.gauge.Gauge``."""
+    if kind == "jax":
+        from limner.engines.jax import gauge as own
+
+        return own.Gauge(engine)  # type: ignore[arg-type]
     from limner.engines.torch import gauge
 
     return gauge.Gauge(engine)  # type: ignore[arg-type]
 
 
-def write_random(folder: Path, known: dict[str, Any]) -> None:
-    """Random weights of the network that a config describes; see ``engines.torch.gauge.write_random``."""
+def shapes(kind: str, known: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every array of the network that a config describes.
+
+    Raises:
+        InputFault: for a network that the JAX engine has no code for.
+    """
+    if kind == "jax":
+        from limner.engines.jax import weights
+
+        return weights.expected(known["_class_name"], known)
     from limner.engines.torch import gauge
 
-    gauge.write_random(folder, known)
+    return gauge.shapes(known)

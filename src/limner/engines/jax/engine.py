@@ -1,8 +1,10 @@
 """Training in JAX: one jitted pure function from state and batch to state and metrics, compiled ahead of time for each shape of batch."""
 
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,12 +23,15 @@ from limner.engines.jax.nn import Array, Params
 from limner.engines.jax.parts import JaxParts, projects
 from limner.engines.jax.unet import unet
 from limner.engines.jax.world import LARGE, World
+from limner.engines.machine import keep_heap
 from limner.family import Family, silenced, told
 from limner.faults import InputFault, IntegrityFault
 from limner.objective import Objective
 
+SMALL = "small"  # the name in a state of all arrays that are smaller than LARGE
 HALF = {"fp16": jnp.float16, "bf16": jnp.bfloat16}
 SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}  # PyTorch's own numbers
+KEPT = 1 << 30  # bytes of a step's own memory, up to which a process on the CPU keeps it: some 20 % of a step's time
 Named = dict[str, Array]
 State = dict[str, Any]  # params, mu, nu, count, fault, and where they are wished for ema and scaler
 
@@ -54,6 +59,7 @@ class JaxEngine:
         self.adam = optax.chain(optax.scale_by_adam(*cfg.optim.betas, cfg.optim.eps), optax.add_decayed_weights(cfg.optim.weight_decay))
         self.compiled: dict[Any, Any] = {}
         self.frozen: dict[str, Named] = {}
+        self.layout = Layout({})
         if cfg.adapt.kind == "lora":
             targets(weights.expected(kind, base.configs[family.trains]), cfg.adapt, family)
 
@@ -77,18 +83,22 @@ class JaxEngine:
     def init(self, seed: int) -> State:
         arrays = {name: weights.read(self.base, name) for name in self.learns}
         if self.cfg.adapt.kind == "full":
-            params = self.placed(arrays[self.family.trains])
+            params = arrays[self.family.trains]
         else:
             kind = np.float32 if self.half is None else self.half
             self.frozen = {name: self.placed({key: a.astype(kind) for key, a in named.items()}) for name, named in arrays.items()}
-            params = self.placed(adapters({name: {k: a.shape for k, a in named.items()} for name, named in arrays.items()}, self.cfg.adapt, self.family, seed))
+            params = adapters({name: {k: a.shape for k, a in named.items()} for name, named in arrays.items()}, self.cfg.adapt, self.family, seed)
+        self.layout = Layout({name: a.shape for name, a in params.items()})
+        return jax.tree.map(lambda a: a if isinstance(a, jax.Array) else self.everywhere(a), self.fresh(self.placed(self.layout.pack(params))))
+
+    def fresh(self, params: Named) -> State:
+        """The state that begins with these weights."""
         zeros = jax.tree.map(jnp.zeros_like, params)
-        state: State = {"params": params, "mu": zeros, "nu": jax.tree.map(jnp.copy, zeros), "count": self.everywhere(np.int32(0))}
-        state["fault"] = self.everywhere(np.int32(-1))
+        state: State = {"params": params, "mu": zeros, "nu": jax.tree.map(jnp.copy, zeros), "count": np.int32(0), "fault": np.int32(-1)}
         if self.cfg.optim.ema is not None:
             state["ema"] = jax.tree.map(jnp.copy, params)
         if self.half is jnp.float16:
-            state["scaler"] = {name: self.everywhere(np.asarray(SCALER[name], kind)) for name, kind in (("scale", np.float32), ("_growth_tracker", np.int32))}
+            state["scaler"] = {name: np.asarray(SCALER[name], kind) for name, kind in (("scale", np.float32), ("_growth_tracker", np.int32))}
         return state
 
     def everywhere(self, value: Any) -> Array:
@@ -98,7 +108,7 @@ class JaxEngine:
 
     def step(self, state: State, batch: Batch, *, step: int, learning_rate: float, ema: float | None, seed: int) -> tuple[State, Metrics]:
         rows = self.on_mesh(batch, len(batch["t"]) // self.micro)
-        scalars = {"step": np.int32(step), "seed": np.uint32(seed % 2**32), "rate": np.float32(learning_rate), "ema": np.float32(1.0 if ema is None else ema)}
+        scalars = numbers(step, learning_rate, ema, seed)
         key = tuple((name, a.shape, str(a.dtype)) for name, a in rows.items())
         if key not in self.compiled:
             self.compiled[key] = self.compile(state, rows, scalars)
@@ -120,6 +130,9 @@ class JaxEngine:
         out = jax.tree.map(lambda a: a.sharding, state), None
         with jax.default_matmul_precision(self.precise):
             made = jax.jit(self.pure_step, donate_argnums=0, out_shardings=out).lower(state, self.frozen, rows, scalars).compile()
+        needs: Any = made.memory_analysis()
+        if self.process.kind == "cpu" and needs.temp_size_in_bytes < KEPT:
+            keep_heap()
         if (took := time.monotonic() - began) > 1:
             shape = "x".join(str(side) for side in rows["x0"].shape[3:])
             self.tell(f"compiled the step for latents of {shape} in {took:.1f} s")
@@ -145,23 +158,24 @@ class JaxEngine:
         else:
             zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state["params"])
             (total, gradient), _ = jax.lax.scan(add, zero, (rows, jnp.arange(pieces)))
-        total, gradient = total / scale, jax.tree.map(lambda g: g / scale, gradient)
-        return self.updated(state, gradient, total, scale, scalars)
+        return self.updated(state, gradient, total / scale, scale, scalars)
 
     def updated(self, state: State, gradient: Named, loss: Array, scale: Array, scalars: dict[str, Array]) -> tuple[State, Metrics]:
-        """Clip, step and average, unless something is not finite."""
-        norm = jnp.sqrt(sum(jnp.square(g).sum() for g in gradient.values()))
+        """Clip, step and average, unless something is not finite; ``gradient`` is ``scale`` times that of the loss."""
+        norm = jnp.sqrt(sum(jnp.square(g).sum() for g in gradient.values())) / scale
         good = jnp.isfinite(norm) & jnp.isfinite(loss)
         overflow = jnp.isfinite(loss) & (scale > 1) if "scaler" in state else jnp.bool_(False)  # the scale is lowered, and the run goes on
         fault = jnp.where((state["fault"] < 0) & ~good & ~overflow, scalars["step"], state["fault"])
-        shrink = jnp.maximum((norm + 1e-6) / self.cfg.optim.max_grad_norm, 1)
+        shrink = 1 / (jnp.maximum((norm + 1e-6) / self.cfg.optim.max_grad_norm, 1) * scale)
+        good, shrink, rate = jax.lax.optimization_barrier((good, shrink, scalars["rate"]))  # else each of them is computed again for every array
         before = optax.ScaleByAdamState(state["count"], state["mu"], state["nu"]), optax.EmptyState()
-        updates, (adam, *_) = self.adam.update(jax.tree.map(lambda g: g / shrink, gradient), before, state["params"])  # type: ignore[misc]
-        moved = jax.tree.map(lambda p, u: p - scalars["rate"] * u, state["params"], updates)
+        updates, (adam, *_) = self.adam.update(jax.tree.map(lambda g: g * shrink, gradient), before, state["params"])  # type: ignore[misc]
+        moved = jax.tree.map(lambda p, u: p - rate * u, state["params"], updates)
         new = {"params": moved, "mu": adam.mu, "nu": adam.nu, "count": adam.count}
         out = {name: jax.tree.map(partial(jnp.where, good), value, state[name]) for name, value in new.items()} | {"fault": fault}
         if "ema" in state:
-            out["ema"] = jax.tree.map(lambda e, p: e + jnp.where(good, 1 - scalars["ema"], 0) * (p - e), state["ema"], out["params"])
+            weight = jax.lax.optimization_barrier(jnp.where(good, 1 - scalars["ema"], 0))
+            out["ema"] = jax.tree.map(lambda e, p: e + weight * (p - e), state["ema"], out["params"])
         if "scaler" in state:
             grown = state["scaler"]["_growth_tracker"] + 1
             higher = good & (grown == SCALER["growth_interval"])
@@ -178,6 +192,7 @@ class JaxEngine:
 
     def example_losses(self, params: Named, frozen: dict[str, Named], b: Named, key: Array | None, training: bool) -> Array:
         """The weighted loss of each example, float32, shape [rows]; see ``TorchEngine.example_losses``."""
+        params = self.layout.unpack(params)
 
         def column(name: str) -> Array:
             return b[name].reshape(-1, *[1] * (b["x0"].ndim - 1))
@@ -223,17 +238,20 @@ class JaxEngine:
         from limner.engines.jax import pipeline
 
         keep = bool(self.encoders.loaded)
-        params = self.whole(state["ema"] if "ema" in state else state["params"])
-        nets = {name: self.network(params, {k: self.whole(v) for k, v in self.frozen.items()}, name) for name in self.learns}
+        params = self.whole(self.layout.unpack(self.on_host(state["ema"] if "ema" in state else state["params"])))
+        frozen = {name: self.whole(self.on_host(arrays)) for name, arrays in self.frozen.items()}  # what hosts hold together, they put together together
+        if self.rank > 0:
+            return []
+        nets = {name: self.network(params, frozen, name) for name in self.learns}
         drawn = pipeline.Pipeline(self.base, self.family, self.encoders, nets, self.predict, self.half)
         made = drawn.draw(prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size)
         if not keep:
             self.release()
         return made
 
-    def whole(self, arrays: Named) -> Named:
-        """Arrays on this process's first device, put together where they are divided."""
-        return {name: jax.device_put(array, jax.local_devices()[0]) for name, array in self.on_host(arrays).items()}
+    def whole(self, arrays: dict[str, np.ndarray]) -> Named:
+        """Arrays on this process's first device."""
+        return {name: jax.device_put(array, jax.local_devices()[0]) for name, array in arrays.items()}
 
     def on_host(self, arrays: Named) -> dict[str, np.ndarray]:
         """Arrays as numpy; where other processes hold parts of them, all processes must call this."""
@@ -244,37 +262,74 @@ class JaxEngine:
 
     def snapshot(self, state: State) -> Iterator[tuple[str, Group]]:
         """See ``limner.engine.Engine``; names are those of the PyTorch engine's checkpoints."""
+
+        def named(group: str) -> Group:
+            return self.layout.unpack(self.on_host(state[group]))
+
         memory = {"step": np.asarray(state["count"], np.float32)}
         for name, group in (("exp_avg", "mu"), ("exp_avg_sq", "nu")):
-            memory |= {f"{name}/{key}": a for key, a in self.on_host(state[group]).items()}
-        groups = [("model", self.on_host(state["params"])), *([("ema", self.on_host(state["ema"]))] if "ema" in state else []), ("optimizer", memory)]
+            memory |= {f"{name}/{key}": a for key, a in named(group).items()}
+        groups = [("model", named("params")), *([("ema", named("ema"))] if "ema" in state else []), ("optimizer", memory)]
         if "scaler" in state:
             groups.append(("scaler", {name: np.asarray(value) for name, value in (SCALER | jax.device_get(state["scaler"])).items()}))
         return iter(groups)
 
     def restore(self, state: State, groups: Callable[[str], Group]) -> State:
-        def like(named: Named, arrays: Group, what: str) -> Named:
-            if strange := sorted(arrays.keys() ^ named.keys()):
+        def like(arrays: Group, what: str) -> Named:
+            known = self.layout.shapes
+            if strange := sorted(arrays.keys() ^ known.keys()):
                 raise IntegrityFault(f"{what}: {len(strange)} names differ from the model's, such as {strange[0]}")
             for name, array in arrays.items():
-                if array.shape != named[name].shape or array.dtype != np.float32:
-                    raise IntegrityFault(f"{what}: {name} is {array.dtype} {list(array.shape)}, the model has float32 {list(named[name].shape)}")
-            return self.placed({name: np.array(arrays[name]) for name in named})
+                if array.shape != known[name] or array.dtype != np.float32:
+                    raise IntegrityFault(f"{what}: {name} is {array.dtype} {list(array.shape)}, the model has float32 {list(known[name])}")
+            return self.placed(self.layout.pack({name: np.array(arrays[name]) for name in known}))
 
         saved = groups("optimizer")
         if "step" not in saved:
             raise IntegrityFault("the checkpoint's optimizer: it has no step")
-        new = {**state, "params": like(state["params"], groups("model"), "the checkpoint's weights")}
+        new = {**state, "params": like(groups("model"), "the checkpoint's weights")}
         for name, group in (("exp_avg", "mu"), ("exp_avg_sq", "nu")):
             own = {key.partition("/")[2]: a for key, a in saved.items() if key.startswith(f"{name}/")}
-            new[group] = like(state[group], own, "the checkpoint's optimizer")
+            new[group] = like(own, "the checkpoint's optimizer")
         new["count"] = self.everywhere(np.int32(saved["step"]))
         if "ema" in state:
-            new["ema"] = like(state["ema"], groups("ema"), "the checkpoint's average")
+            new["ema"] = like(groups("ema"), "the checkpoint's average")
         if "scaler" in state:
             known = groups("scaler")
             new["scaler"] = {name: self.everywhere(known[name].astype(a.dtype)) for name, a in state["scaler"].items()}
         return new
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How named arrays lie in a state: large ones by themselves, all small ones in one, so that what is done to each of them is done once.
+
+    Args:
+        shapes: of all arrays by name.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def small(self) -> list[str]:
+        return [name for name, shape in self.shapes.items() if math.prod(shape) < LARGE]
+
+    def pack(self, named: Any) -> Any:
+        """Arrays by name, numpy's or JAX's, as a state has them."""
+        few = {name: array for name, array in named.items() if math.prod(self.shapes[name]) >= LARGE}
+        flat = [named[name].reshape(-1) for name in self.small]
+        join: Any = np.concatenate if all(isinstance(part, np.ndarray) for part in flat) else jnp.concatenate
+        return few | ({SMALL: join(flat)} if flat else {})
+
+    def unpack(self, packed: Any) -> Any:
+        """The inverse of ``pack``, of numpy's arrays or JAX's."""
+        sizes = [math.prod(self.shapes[name]) for name in self.small]
+        if not sizes:
+            return dict(packed)
+        flat = packed[SMALL]
+        parts: Any = np.split(flat, np.cumsum(sizes)[:-1]) if isinstance(flat, np.ndarray) else jax.lax.split(flat, sizes)
+        own = {name: part.reshape(self.shapes[name]) for name, part in zip(self.small, parts, strict=True)}
+        return {name: own[name] if name in own else packed[name] for name in self.shapes}
 
 
 class Learning:
@@ -290,6 +345,11 @@ class Learning:
 
     def beside(self, arrays: list[Array]) -> Array:
         return jnp.concatenate(arrays, axis=-1)
+
+
+def numbers(step: int, learning_rate: float, ema: float | None, seed: int) -> dict[str, Any]:
+    """What a step is told besides its batch."""
+    return {"step": np.int32(step), "seed": np.uint32(seed % 2**32), "rate": np.float32(learning_rate), "ema": np.float32(1.0 if ema is None else ema)}
 
 
 def targets(known: Iterable[str], adapt: config.Adapt, family: Family) -> list[str]:

@@ -85,10 +85,40 @@ def pointwise(p: Params, x: Array, out: int, convolution: bool) -> Array:
 
 def conv(p: Params, x: Array, out: int, size: int = 3, stride: int = 1, pad: tuple[int, int] | None = None) -> Array:
     """A convolution of x [n, h, w, in], padded by size // 2 on each side unless told otherwise (before, after)."""
-    around = pad or (size // 2, size // 2)
     weight = p("weight", out, x.shape[-1], size, size).astype(x.dtype)
-    y = jax.lax.conv_general_dilated(x, weight, (stride, stride), (around, around), dimension_numbers=("NHWC", "OIHW", "NHWC"))
-    return y + p("bias", out).astype(x.dtype)
+    return convolved(x, weight, stride, pad or (size // 2, size // 2)) + p("bias", out).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolved(x: Array, weight: Array, stride: int, pad: tuple[int, int]) -> Array:
+    """x [n, h, w, in] under a kernel [out, in, size, size]."""
+    return jax.lax.conv_general_dilated(x, weight, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "OIHW", "NHWC"))
+
+
+def convolved_backward(stride: int, pad: tuple[int, int], kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    """Gradients of input and kernel. On a CPU the kernel's is a product for each of its places: XLA's convolution for it takes twice as long there."""
+    x, weight = kept
+    size, (_, high, wide, _) = weight.shape[2], g.shape
+    places = [(i, j) for i in range(size) for j in range(size)]
+
+    def usual(x: Array, g: Array) -> Array:
+        found: Array = jax.linear_transpose(lambda w: convolution(x, w, stride, pad), weight)(g)[0]
+        return found
+
+    def by_place(x: Array, g: Array) -> Array:
+        if stride == 1 and sum(pad) == size - 1 and g.shape[-1] < x.shape[-1]:  # what has fewer channels is moved about
+            around = jnp.pad(g, ((0, 0), pad[::-1], pad[::-1], (0, 0)))
+            pairs = [(around[:, size - 1 - i : size - 1 - i + high, size - 1 - j : size - 1 - j + wide], x) for i, j in places]
+        else:
+            around = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
+            pairs = [(g, around[:, i : i + stride * high : stride, j : j + stride * wide : stride]) for i, j in places]
+        return jnp.stack([jax.lax.dot_general(a, b, (((0, 1, 2), (0, 1, 2)), ((), ()))) for a, b in pairs], -1).reshape(weight.shape)
+
+    return jax.linear_transpose(lambda x: convolution(x, weight, stride, pad), x)(g)[0], jax.lax.platform_dependent(x, g, cpu=by_place, default=usual)
+
+
+convolution = convolved.fun
+convolved.defvjp(lambda x, weight, stride, pad: (convolution(x, weight, stride, pad), (x, weight)), convolved_backward)
 
 
 def group_norm(p: Params, x: Array, groups: int, eps: float) -> Array:

@@ -1,21 +1,26 @@
 """One process of a JAX run, its place among the others, and the mesh of all their devices; several hosts meet by ``jax.distributed``."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed
 from jax.sharding import AxisType, Mesh
 
 from limner import config, durable
+from limner.engines.machine import one_heap
 from limner.faults import InputFault, described, rebuilt
 
 T = TypeVar("T")
-LARGE = 1 << 14  # numbers: smaller arrays are on every device
+PATIENCE = 7 * 24 * 3600 * 1000  # milliseconds: the first process may encode or download for hours while the others wait
+TALKS = itertools.count()  # so far, in this process
+LARGE = 1 << 16  # numbers: smaller arrays lie together, and larger ones are divided
 
 
 class World:
@@ -32,6 +37,8 @@ class World:
         self.precision: str = settings.precision or "no"
         if settings.device is not None:
             os.environ.setdefault("JAX_PLATFORMS", settings.device)
+        if "cpu" in (settings.device, os.environ.get("JAX_PLATFORMS")) or not any(map(find_spec, ("jax_plugins", "libtpu"))):
+            one_heap()
         remember(settings.compile_cache)
         meet()
         devices = self.choose(settings)
@@ -46,7 +53,7 @@ class World:
     def choose(settings: config.Engine) -> Sequence[Any]:
         """The devices of the mesh: all, or as many as were asked for."""
         try:
-            devices = jax.devices(settings.device)
+            devices = sorted(jax.devices(settings.device), key=lambda device: (device.process_index, device.id))
         except RuntimeError as error:
             raise InputFault(f"engine.device: {settings.device!r} is not there: {str(error).splitlines()[0]}. JAX sees {jax.default_backend()}.") from error
         asked = settings.devices
@@ -65,13 +72,13 @@ class World:
         """Run ``action`` in the first process; every process gets its (JSON) result, or its fault."""
         if self.world == 1:
             return action()
-        answer, caught = "", None
+        answer, caught = None, None
         if self.rank == 0:
             try:
                 answer = json.dumps({"result": action()})
             except BaseException as error:  # the others wait for an answer, whatever happened here
                 answer, caught = json.dumps(described(error)), error
-        said = json.loads(from_first(answer))
+        said = json.loads(self.said(answer)[0])
         if caught is not None:
             raise caught
         if "fault" in said:
@@ -80,19 +87,33 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up in any process: the same answer in all of them."""
-        return flag if self.world == 1 else bool(np.any(multihost_utils.process_allgather(np.array([flag]))))
+        return flag if self.world == 1 else bool(self.said("up" if flag else None))
 
     def total(self, values: list[float]) -> list[float]:
         """Each value, added up over the processes in float64: the same bits in all of them."""
         if self.world == 1:
             return list(values)
-        gathered = multihost_utils.process_allgather(np.array(values, np.float64).view(np.uint32))  # JAX would halve a float64
-        return [float(v) for v in np.ascontiguousarray(gathered).view(np.float64).sum(0)]
+        rows = [[float.fromhex(v) for v in text.split()] for text in self.said(" ".join(v.hex() for v in map(float, values)))]
+        return [float(sum(column)) for column in zip(*rows, strict=True)]
 
     def barrier(self) -> None:
         """Wait until every process has come this far."""
         if self.world > 1:
-            multihost_utils.sync_global_devices("limner")
+            self.said(None)
+
+    def said(self, text: str | None) -> list[str]:
+        """What the processes have to say, in the order of ranks; they meet at JAX's coordinator, and no device is waited for."""
+        client: Any = distributed.global_state.client  # what JAX's public functions offer waits for the devices, and not for hours
+        place = f"limner/{next(TALKS)}/"
+        if text is not None:
+            client.key_value_set(f"{place}{self.rank:06}", text)
+        client.wait_at_barrier("limner", PATIENCE)
+        found: list[str] = [value for _, value in sorted(client.key_value_dir_get(place))]
+        if found:
+            client.wait_at_barrier("limner", PATIENCE)
+            if self.rank == 0:
+                client.key_value_delete(place)
+        return found
 
     def close(self) -> None:
         """Nothing is held: JAX parts with the others when the process ends."""
@@ -134,13 +155,3 @@ def meet() -> None:
             raise InputFault(f"the {count} processes did not find each other: {str(error).splitlines()[0]}") from error
     elif os.environ.get("LIMNER_CLUSTER"):
         jax.distributed.initialize()
-
-
-def from_first(text: str) -> str:
-    """The first process's text, in all of them."""
-    mine = np.frombuffer(text.encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.array(len(mine))))
-    content = np.zeros(size, np.uint8)
-    if jax.process_index() == 0:
-        content[:] = mine
-    return np.asarray(multihost_utils.broadcast_one_to_all(content)).astype(np.uint8).tobytes().decode()

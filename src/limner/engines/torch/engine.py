@@ -193,6 +193,8 @@ class TorchEngine:
 
     @torch.no_grad()
     def pictures(self, state: TorchState, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float, size: int) -> list[np.ndarray]:
+        if self.rank > 0:
+            return []
         keep = bool(self.encoders.loaded)
         with self.weights(state, True), evaluating(state), torch.autocast(self.device.type, self.half, enabled=self.half is not None):
             stock = pipeline.of_parts(self.family, self.base, self.encoders, {self.family.trains: state.net, **state.texts}, self.predict)

@@ -2,30 +2,19 @@
 
 import copy
 import itertools
-import math
 import platform
 import statistics
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from limner import checkpoint
 from limner.engine import Batch
+from limner.engines.machine import PUBLISHED, peak_resident, processor
 from limner.engines.torch import lora
 from limner.engines.torch.engine import TorchEngine
 from limner.engines.torch.parts import of_config, on_meta
-from limner.snapshot import WEIGHTS
-
-# Dense peaks in TFLOP/s: 16 bits, TF32, float32; from NVIDIA's data sheets of the H100, H200 and A100, where figures with sparsity are twice as high.
-PUBLISHED = {
-    "NVIDIA H100 80GB HBM3": (989.4, 494.7, 66.9), "NVIDIA H100 PCIe": (756.0, 378.0, 51.0), "NVIDIA H200": (989.4, 494.7, 66.9),
-    "NVIDIA A100-SXM4-40GB": (312.0, 156.0, 19.5), "NVIDIA A100-SXM4-80GB": (312.0, 156.0, 19.5), "NVIDIA A100 80GB PCIe": (312.0, 156.0, 19.5),
-}  # fmt: skip
 
 
 class Gauge:
@@ -37,8 +26,8 @@ class Gauge:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def stamp(self) -> Any:
-        """This moment on the device's own clock, where it has one; nothing waits."""
+    def stamp(self, metrics: Any = None) -> Any:
+        """This moment, or that at which a step's metrics are there, on the device's own clock, where it has one; nothing waits."""
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -98,47 +87,6 @@ class Gauge:
         return peaks and peaks[0 if self.engine.half else 1 if self.tf32 else 2] * 1e12
 
 
-def peak_resident() -> int:
-    """Highest resident set of this process, in bytes."""
-    import resource
-    import sys
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def processor() -> str:
-    """The processor's name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """An array that is drawn when it is written: uniform within 1 / sqrt(inputs), as PyTorch starts its layers; norms start as the identity."""
-
-    name: str
-    shape: tuple[int, ...]
-    seed: int
-    dtype = np.dtype(np.float32)
-    itemsize = 4
-
-    @property
-    def nbytes(self) -> int:
-        return 4 * math.prod(self.shape)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if len(self.shape) == 1:
-            return np.full(self.shape, float(self.name.endswith(".weight")), np.float32)
-        numbers = np.random.Generator(np.random.SFC64(self.seed)).random(self.shape, np.float32)
-        numbers -= np.float32(0.5)
-        numbers *= np.float32(2 / math.sqrt(math.prod(self.shape[1:])))
-        return numbers
-
-
-def write_random(folder: Path, known: dict[str, Any]) -> None:
-    """Random weights of the network that a config describes, in ``folder``; one array at a time is in memory."""
-    arrays: dict[str, Any] = {name: Drawn(name, tuple(p.shape), i) for i, (name, p) in enumerate(of_config(known).named_parameters())}
-    checkpoint.write_arrays(folder / WEIGHTS, arrays)
+def shapes(known: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every array of the network that a config describes."""
+    return {name: tuple(p.shape) for name, p in of_config(known).named_parameters()}

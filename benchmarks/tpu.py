@@ -1,0 +1,99 @@
+"""A recipe's step at full size, compiled for a slice of TPUs that need not be there: memory and arithmetic of each chip.
+
+    pip install "limner[jax]" libtpu          # the libtpu that the installed jax asks for: see pip install "jax[tpu]"
+    python benchmarks/tpu.py recipes/sd15-full.toml --slice v5e:2x2 train.batch=32 train.micro=32 engine.fsdp=4 optim.ema=none
+
+Nothing is computed and no weight is made: the arrays are descriptions. Stable Diffusion 1.5 takes half an hour of one core.
+"""
+
+import argparse
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from limner import bench, config, plan
+from limner.base import Base
+from limner.engines.jax import weights
+from limner.engines.jax.engine import JaxEngine, Layout, adapters, numbers
+from limner.families import family_of
+
+GIB = 2**30
+
+
+@dataclass
+class Slice:
+    """A TPU slice in the place of ``limner.engines.jax.world.World``: one process that has all chips of it."""
+
+    mesh: Mesh
+    precision: str
+    devices: int
+    rank: int = 0
+    world: int = 1
+    kind: str = "tpu"
+
+
+def described(engine: JaxEngine, batch: dict[str, np.ndarray]) -> tuple[Any, Any, Any]:
+    """State, rows and scalars of a step as shapes that lie on the mesh; those of frozen weights are left with the engine."""
+
+    def like(array: Any, kind: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, kind or array.dtype, sharding=engine.sharding(array.shape))
+
+    name, cfg = engine.family.trains, engine.cfg
+    shapes = weights.expected(engine.base.kind(name)[1], engine.base.configs[name])
+    arrays = {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()}
+    if cfg.adapt.kind == "lora":
+        engine.frozen = {name: {key: like(a, engine.half) for key, a in arrays.items()}}  # type: ignore[dict-item]
+        arrays = adapters({name: shapes}, cfg.adapt, engine.family, 0)  # type: ignore[assignment]
+    engine.layout = Layout({key: a.shape for key, a in arrays.items()})
+    state = jax.tree.map(like, jax.eval_shape(lambda named: engine.fresh(engine.layout.pack(named)), arrays))
+    rows = NamedSharding(engine.mesh, PartitionSpec(None, ("data", "fsdp")))
+    pieces = len(batch["t"]) // engine.micro
+    given = {
+        key: jax.ShapeDtypeStruct((pieces, len(a) // pieces, *a.shape[1:]), np.int32 if a.dtype == np.int64 else a.dtype, sharding=rows)
+        for key, a in batch.items()
+    }
+    return state, given, numbers(0, cfg.optim.learning_rate, cfg.optim.ema, 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--slice", default="v5e:2x2", help="kind and shape of the TPUs (v5e:2x2)")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    cfg = config.load(given.recipe, ['engine.kind="jax"', *given.overrides])
+    family = family_of(cfg)
+    chips = topologies.get_topology_desc(given.slice, platform="tpu").devices
+    mesh = Mesh(np.array(chips).reshape(-1, cfg.engine.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    known = bench.STAND_INS[family.name]
+    base = Base(Path(), {}, family.trains, known["model_index"]["_name"], None, None, known)
+    world = Slice(mesh, cfg.engine.precision or "no", len(chips))
+    division = plan.make(cfg, 1, 1, None, 0, devices=len(chips))
+    engine = JaxEngine(cfg, base, family, world, division.micro, print)  # type: ignore[arg-type]
+    state, rows, scalars = described(engine, bench.stand_in(cfg, known, family, division.batch))
+    began = time.monotonic()
+    made = engine.compile(state, rows, scalars)
+    took, memory, cost = time.monotonic() - began, made.memory_analysis(), made.cost_analysis()
+    figures = {
+        "slice": given.slice, "chips": len(chips), "images_per_chip": division.micro // len(chips), "compile_seconds": took, "jax": jax.__version__,
+        "peak_gib": getattr(memory, "peak_memory_in_bytes", 0) / GIB, "arguments_gib": memory.argument_size_in_bytes / GIB,
+        "temporaries_gib": memory.temp_size_in_bytes / GIB, "aliased_gib": memory.alias_size_in_bytes / GIB, "tflop_per_chip": cost["flops"] / 1e12,
+    }  # fmt: skip
+    print(json.dumps(figures, indent=1))
+    if given.json is not None:
+        given.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
