@@ -11,7 +11,7 @@ install: .venv/installed
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
@@ -32,6 +32,7 @@ check-jax:
 	.venv-jax/bin/limner generate src/limner/bundled/model "an emoji of a red apple" --engine jax --scheduler ddim --output pictures-jax
 
 soak: install
-	LIMNER_KILLS=100 $(BIN)/python -m pytest tests/test_resume.py
+	$(BIN)/python -m pytest tests/test_resume.py --kills 100
+	LIMNER_TEST_STEPS=100 $(BIN)/python -m pytest tests/test_jax.py -k "one_curve or checkpoints_and_results or same_bits"
 
 .PHONY: install test lint demo check-jax soak

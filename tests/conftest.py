@@ -32,7 +32,7 @@ def stranger(name: str) -> bool:
 for name in filter(stranger, list(os.environ)):
     del os.environ[name]
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # read when torch and tokenizers are imported
-compiled = tempfile.TemporaryDirectory(prefix="limner-compiled-")  # what JAX has compiled once, no test and no process compiles again
+compiled = tempfile.TemporaryDirectory(prefix="limner-compiled-")  # what JAX has compiled once, no test and no process of this worker compiles again
 os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5", "JAX_PLATFORMS": "cpu"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 

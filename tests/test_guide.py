@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hub_server import Hub
 
@@ -134,6 +135,60 @@ def test_the_other_commands(base: Path, pictures: Path, tmp_path: Path, monkeypa
     assert (run / "checkpoint-4" / "unet_ema" / "diffusion_pytorch_model.safetensors").read_bytes() == whole
     assert scripts.main("train_text_to_image", [*common, "--max_train_steps=4", "--output_dir=plain"]) == 0
     assert weighed < loss(tmp_path / "plain") * 0.99, "Min-SNR lowers the weight of what is easy"
+
+
+FLAX = """
+import sys
+for name in ("torch", "diffusers", "transformers"):
+    sys.modules[name] = None
+import jax
+import numpy as np
+from limner.compat.flax import FlaxStableDiffusionPipeline, replicate, shard
+
+pipeline, params = FlaxStableDiffusionPipeline.from_pretrained("flax-torch-model", dtype=jax.numpy.bfloat16)
+
+prompt = "yoda naruto"
+prng_seed = jax.random.PRNGKey(0)
+num_inference_steps = 2
+
+num_samples = jax.device_count()
+prompt = num_samples * [prompt]
+prompt_ids = pipeline.prepare_inputs(prompt)
+
+# shard inputs and rng
+params = replicate(params)
+prng_seed = jax.random.split(prng_seed, jax.device_count())
+prompt_ids = shard(prompt_ids)
+
+images = pipeline(prompt_ids, params, prng_seed, num_inference_steps, jit=True).images
+images = pipeline.numpy_to_pil(np.asarray(images.reshape((num_samples,) + images.shape[-3:])))
+assert images[0].size == (32, 32)
+"""
+
+
+def test_the_flax_guide_s_commands_and_their_snippet(hub: Hub, place: Path, base: Path, tmp_path: Path) -> None:
+    """From weights of torch's and from an old Flax base, the same numbers; a push; and what comes out is stock diffusers'."""
+    from diffusers import StableDiffusionPipeline
+
+    old = tiny.as_flax(base, tmp_path / "flax")
+    hub.add("runwayml/stable-diffusion-v1-5", base)
+    hub.add("duongna/stable-diffusion-v1-4-flax", old)
+    for name, mine in (("flax", "flax-torch-model"), ("readme_flax", "flax-msgpack-model")):
+        command = (GUIDES / f"{name}.sh").read_text().replace("sd-naruto-model", mine).replace('"fp16"', '"no"').replace("--max_grad_norm=1", "--from_pt")
+        said = type_in(command, hub, place)
+        assert "--from_pt: weights are read from safetensors files as they are" in said
+        settings = json.loads((place / mine / "config.json").read_text())
+        assert (settings["engine"]["kind"], settings["train"]["batch"], settings["data"]["resample"]) == ("jax", None, "bilinear")
+        pipeline = StableDiffusionPipeline.from_pretrained(place / mine)
+        pipeline.set_progress_bar_config(disable=True)
+        assert np.asarray(pipeline("yoda", num_inference_steps=2).images[0]).std() > 0
+    losses = [loss(place / mine) for mine in ("flax-torch-model", "flax-msgpack-model")]
+    assert losses[0] == losses[1]
+    assert "unet/diffusion_pytorch_model.safetensors" in hub.received("tester/flax-torch-model")
+    told_nowhere(place / "flax-torch-model")
+    environment = hub.environment(place / "home", token=TOKEN) | {"PYTHONPATH": str(Path(limner.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", FLAX], env=environment, cwd=place, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 KANDINSKY = "kandinsky-community/kandinsky-2-2"

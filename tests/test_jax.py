@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ from limner.engines.jax.nn import Params  # noqa: E402
 from limner.engines.jax.tokens import Words  # noqa: E402
 
 DRAWS = np.random.default_rng(0)
+STEPS = int(os.environ.get("LIMNER_TEST_STEPS", "12"))  # of the runs that both engines make; `make soak` has 100
+HALFWAY = STEPS // 2
 
 
 @pytest.fixture(autouse=True)
@@ -159,8 +162,8 @@ def settings(base: Path, pictures: Path, run: Path, by: str, family: str = "sd",
         "run": str(run), "model": {"base": str(base), "family": family}, "engine": {"kind": by},
         "data": {"folder": str(pictures), "size": 32, "flip": True, "drop_caption": 0.3, "threads": 1},
         "adapt": {"kind": kind, "text_encoders": kind == "lora" and family == "sdxl", "rank": 3, "alpha": 6.0},
-        "optim": {"learning_rate": 1e-5, "ema": 0.9}, "objective": {"min_snr": 5.0}, "train": {"steps": 12, "batch": 4, "micro": 2, "seed": 3},
-        "log": {"every": 1}, "watch": {"hold_out": 2, "every": 6, "timesteps": 2}, "checkpoint": {"every": 6},
+        "optim": {"learning_rate": 1e-5, "ema": 0.9}, "objective": {"min_snr": 5.0}, "train": {"steps": STEPS, "batch": 4, "micro": 2, "seed": 3},
+        "log": {"every": 1}, "watch": {"hold_out": 2, "every": HALFWAY, "timesteps": 2}, "checkpoint": {"every": HALFWAY},
     }  # fmt: skip
     return config.build(config.Config, {**raw, **{k: {**raw.get(k, {}), **v} for k, v in sections.items()}})
 
@@ -194,7 +197,7 @@ def pair(base: Path, sdxl: Path, pictures: Path, tmp_path_factory: pytest.TempPa
 def test_both_engines_have_one_curve(family: str, kind: str, pair: Any) -> None:
     """With Min-SNR, an average, accumulation, and for SDXL's LoRA both text encoders too."""
     ours, theirs = pair(family, kind)[:2]
-    assert len(theirs["loss"]) == 12 and len(set(theirs["loss"])) == 12 and len(theirs["held_out_loss"]) == 3
+    assert len(theirs["loss"]) == len(set(theirs["loss"])) == STEPS and len(theirs["held_out_loss"]) == 3
     for name, rel in (("loss", 1e-5), ("held_out_loss", 1e-5), ("grad_norm", 2e-5)):
         assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=0)
 
@@ -203,7 +206,7 @@ def test_both_engines_have_one_curve(family: str, kind: str, pair: Any) -> None:
 def test_both_engines_leave_the_same_checkpoints_and_results(family: str, kind: str, pair: Any) -> None:
     """Names, shapes and types; and numbers, as far as Adam lets round-off be seen."""
     places = pair(family, kind)[2:]
-    for name in ("checkpoint-6", "checkpoint-12"):
+    for name in (f"checkpoint-{HALFWAY}", f"checkpoint-{STEPS}"):
         one, two = (checkpoint.read(place / name) for place in places)
         files = sorted(p.relative_to(one.folder).as_posix() for p in one.folder.rglob("*.safetensors"))
         assert files == sorted(p.relative_to(two.folder).as_posix() for p in two.folder.rglob("*.safetensors"))
@@ -211,7 +214,7 @@ def test_both_engines_leave_the_same_checkpoints_and_results(family: str, kind: 
             a, b = one.arrays(file), two.arrays(file)
             assert a.keys() == b.keys() and all((a[k].shape, a[k].dtype) == (b[k].shape, b[k].dtype) for k in a)
             if not file.startswith("optimizer"):
-                assert max(np.abs(a[k] - b[k]).max() for k in a) < 12 * 1e-5
+                assert max(np.abs(a[k] - b[k]).max() for k in a) < STEPS * 1e-5
     results = [json.loads((place / "result.json").read_text())["files"].keys() for place in places]
     assert results[0] == results[1]
 
@@ -249,9 +252,9 @@ def bits(run: Path, step: int) -> dict[str, bytes]:
 @pytest.mark.parametrize(("family", "kind"), [("sd", "full"), ("sdxl", "lora")])
 def test_a_resumed_run_ends_with_the_same_bits(family: str, kind: str, pair: Any, base: Path, sdxl: Path, pictures: Path, tmp_path: Path) -> None:
     whole = pair(family, kind)[3]
-    shutil.copytree(whole / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
+    shutil.copytree(whole / f"checkpoint-{HALFWAY}", tmp_path / "run" / f"checkpoint-{HALFWAY}")
     training.run(settings({"sd": base, "sdxl": sdxl}[family], pictures, tmp_path / "run", "jax", family, kind), tell=lambda line: None)
-    assert bits(tmp_path / "run", 12) == bits(whole, 12)
+    assert bits(tmp_path / "run", STEPS) == bits(whole, STEPS)
 
 
 def test_a_number_that_is_not_finite_touches_nothing(pair: Any, base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,14 +264,14 @@ def test_a_number_that_is_not_finite_touches_nothing(pair: Any, base: Path, pict
 
     def poisoned(self: Any, step: int, **how: Any) -> Any:
         found = batch(self, step, **how)
-        return found | {"noise": found["noise"] * np.float32(np.inf)} if step == 8 else found
+        return found | {"noise": found["noise"] * np.float32(np.inf)} if step == HALFWAY + 2 else found
 
     whole = pair("sd", "full")[3]
-    shutil.copytree(whole / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
+    shutil.copytree(whole / f"checkpoint-{HALFWAY}", tmp_path / "run" / f"checkpoint-{HALFWAY}")
     monkeypatch.setattr(training.Stream, "batch", poisoned)
-    with pytest.raises(NonFinite, match="step 9: the loss or the gradient is not a finite number"):
-        training.run(settings(base, pictures, tmp_path / "run", "jax", log={"every": 12}, checkpoint={"every": 12}), tell=lambda line: None)
-    assert [p.name for p in checkpoint.listed(tmp_path / "run")] == ["checkpoint-6"]
+    with pytest.raises(NonFinite, match=f"step {HALFWAY + 3}: the loss or the gradient is not a finite number"):
+        training.run(settings(base, pictures, tmp_path / "run", "jax", log={"every": STEPS}, checkpoint={"every": STEPS}), tell=lambda line: None)
+    assert [p.name for p in checkpoint.listed(tmp_path / "run")] == [f"checkpoint-{HALFWAY}"]
 
 
 def test_half_precision(pair: Any, base: Path, pictures: Path, tmp_path: Path) -> None:
@@ -305,8 +308,8 @@ def done(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, said
 
 
-EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-WIDE = {"train": {"steps": 6, "batch": 8, "micro": 8}, "checkpoint": {"every": 3}}
+def devices(count: int) -> dict[str, str]:
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
 
 
 def rows(run: Path, name: str = "loss") -> list[float]:
@@ -314,36 +317,57 @@ def rows(run: Path, name: str = "loss") -> list[float]:
     return [row[name] for row in found if name in row]
 
 
-def test_eight_devices_two_processes_and_back(base: Path, pictures: Path, tmp_path: Path) -> None:
-    """One curve on 1 device, on 8 with weights divided over 4 of them, on 2 processes; a run goes from 1 to 8 to 1; none of it with PyTorch."""
-
-    def job(name: str, engine: dict[str, Any], steps: int = 6, micro: int = 8) -> config.Config:
-        sections = {**WIDE, "train": {"steps": steps, "batch": 8, "micro": micro}, "engine": engine}
-        return settings(base, pictures, tmp_path / name, "jax", **sections)
-
-    one = trained(job("one", {}))
-    trained(job("moving", {}, 2))
-    done(started(tmp_path / "eight", [job("wide", {"fsdp": 4}), job("moving", {"fsdp": 4}, 4)], **EIGHT))
-    trained(job("moving", {}))
-    import socket
-
+def together(folder: Path, jobs: list[config.Config]) -> list[subprocess.Popen[str]]:
+    """Two processes of two devices each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    two = {"LIMNER_PROCESSES": "2", "LIMNER_COORDINATOR": f"127.0.0.1:{port}", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    both = [started(tmp_path / f"p{rank}", [job("two", {"fsdp": 2}, micro=4)], LIMNER_RANK=str(rank), **two) for rank in (0, 1)]
-    for process in both:
+    how = {"LIMNER_PROCESSES": "2", "LIMNER_COORDINATOR": f"127.0.0.1:{port}", **devices(2)}
+    return [started(folder / f"p{rank}", jobs, LIMNER_RANK=str(rank), **how) for rank in (0, 1)]
+
+
+def test_eight_devices_two_processes_and_back(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """One curve on 1 device, on 8 with weights divided over 4 of them, on 2 processes; a run goes from 1 to 8 to 1, or on with the same bits on as many as
+    before; none of it with PyTorch."""
+
+    def job(name: str, engine: dict[str, Any], steps: int = 6, micro: int = 8, **sections: Any) -> config.Config:
+        common = {"train": {"steps": steps, "batch": 8, "micro": micro}, "checkpoint": {"every": 3}, "engine": engine}
+        return settings(base, pictures, tmp_path / name, "jax", **common, **sections)
+
+    one = trained(job("one", {}))
+    trained(job("moving", {}, 2))
+    wide = [job("wide", {"fsdp": 4}), job("wide again", {"fsdp": 4}, 3), job("wide again", {"fsdp": 4}), job("moving", {"fsdp": 4}, 4)]
+    done(started(tmp_path / "eight", wide, **devices(8)))
+    trained(job("moving", {}))
+    drawn = {"preview": {"prompts": ["a red circle"], "steps": 2}}
+    two = [job("two", {"fsdp": 2}, micro=4, **drawn), job("two again", {"fsdp": 2}, 3, micro=4), job("two again", {"fsdp": 2}, micro=4)]
+    for process in together(tmp_path, two):
         done(process)
     for name in ("wide", "moving", "two"):
         assert rows(tmp_path / name) == pytest.approx(one["loss"], rel=1e-6, abs=0), name
         assert rows(tmp_path / name, "held_out_loss")[-1] == pytest.approx(one["held_out_loss"][-1], rel=1e-6)
+    for name in ("wide", "two"):
+        assert bits(tmp_path / name, 6) == bits(tmp_path / f"{name} again", 6), name
+    [shown] = (tmp_path / "two" / "previews" / "step-000006").glob("*.png")
+    found, _ = generate.locate(str(tmp_path / "two"), None)
+    pipeline = engines.open_pipeline(found, None, "jax", scheduler=None, precision="no", device="cpu")
+    [picture] = pipeline.draw(["a red circle"], [3], steps=2, guidance_scale=7.5, size=32)
+    assert np.abs(generate.read_picture(shown).astype(int) - picture).max() <= 1
     state = checkpoint.read(tmp_path / "two" / "checkpoint-6")
     assert state.state["world"] == 2
-    ours, theirs = (
-        state.arrays("unet/diffusion_pytorch_model.safetensors"),
-        checkpoint.read(tmp_path / "one" / "checkpoint-6").arrays("unet/diffusion_pytorch_model.safetensors"),
-    )
+    file = "unet/diffusion_pytorch_model.safetensors"
+    ours, theirs = state.arrays(file), checkpoint.read(tmp_path / "one" / "checkpoint-6").arrays(file)
     assert max(np.abs(ours[name] - theirs[name]).max() for name in ours) < 1e-5
+
+
+def test_what_one_of_two_processes_finds_is_said_once(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """A refusal of the first one reaches the second, and nobody waits for ever."""
+    pictures = shutil.copytree(pictures, tmp_path / "pictures")
+    (pictures / "003.png").write_bytes(b"no picture")
+    both = together(tmp_path, [settings(base, pictures, tmp_path / "run", "jax", train={"steps": 2, "batch": 4, "micro": 2})])
+    said = [process.communicate(timeout=200)[0] for process in both]
+    assert all(process.returncode == 1 for process in both)
+    assert all("InputFault" in text and "003.png" in text for text in said)
 
 
 @pytest.mark.parametrize(
@@ -429,11 +453,11 @@ assert len({image.tobytes() for image in images}) == len(images)
 """
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_the_old_guide_s_snippet(devices: int, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 8])
+def test_the_old_guide_s_snippet(count: int, base: Path, tmp_path: Path) -> None:
     """Only its imports are others: weights on every device, prompts and keys divided, one compiled call."""
     code = SNIPPET.replace("MODEL", repr(str(base))).replace("PICTURE", repr(str(tmp_path / "yoda-pokemon.png")))
-    environment = {**os.environ, "PYTHONPATH": str(Path(limner.__file__).parent.parent), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(limner.__file__).parent.parent), **devices(count)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert generate.read_picture(tmp_path / "yoda-pokemon.png").std() > 1

@@ -7,7 +7,14 @@ from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
-PRELOAD = ["torch", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft", "limner.training", "limner.engines.torch.engine"]
+PRELOAD = [
+    "torch",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "peft",
+    "limner.training",
+    "limner.engines.torch.engine",
+    "limner.engines.jax.engine",
+]
 
 
 def context() -> ForkServerContext:
