@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,59 @@ def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
     with torch.no_grad():
         moved = np.asarray(jax.jit(lambda a: unet.unet(Params(a), known, x, t + 200, context, added))(arrays))
     assert np.abs(moved - np.asarray(plain)).max() > 1e-3, "the timestep is not felt"
+
+
+def test_latents_of_odd_sides(base: Path) -> None:
+    """What is made smaller and larger again comes back to the size that it had."""
+    import torch
+
+    from limner.engines.torch.parts import load
+
+    found = opened(base, "sd")
+    x, t, context = normal(1, 4, 9, 7), np.array([500]), normal(1, 9, 32)
+    with torch.no_grad():
+        said = load(found, "unet").eval()(tensors(x), tensors(t), tensors(context)).sample.numpy()
+    made = jax.jit(lambda a: unet.unet(Params(a), found.configs["unet"], x, t, context))(weights.read(found, "unet"))
+    assert said.shape == (1, 4, 9, 7) and np.abs(np.asarray(made) - said).max() < 1e-5
+
+
+def test_loras_of_others(base: Path, tmp_path: Path) -> None:
+    """Names that diffusers used to write are read; what there is no code for, does not fit or is cut short is refused."""
+    from safetensors.numpy import save_file
+
+    stem, path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", tmp_path / "pytorch_lora_weights.safetensors"
+    down, up = normal(2, 64), normal(64, 2)
+
+    def opened_with(arrays: dict[str, np.ndarray]) -> Any:
+        save_file(arrays, path)
+        return engines.open_pipeline(generate.Weights(str(base), tmp_path), None, "jax", scheduler=None, precision="no", device=None)
+
+    nets = opened_with({f"unet.{stem}.lora.down.weight": down, f"unet.{stem}.lora.up.weight": up}).nets
+    np.testing.assert_array_equal(nets["unet"].arrays[f"{stem}.lora_B.weight"], up)
+    text = "text_model.encoder.layers.0.self_attn.q_proj"
+    nets = opened_with({f"text_encoder.{text}.lora_linear_layer.{k}.weight": normal(*s) for k, s in (("down", (2, 32)), ("up", (32, 2)))}).nets
+    assert nets["text_encoder"].arrays[f"{text}.lora_A.weight"].shape == (2, 32)
+    a, b = f"unet.{stem}.lora_A.weight", f"unet.{stem}.lora_B.weight"
+    conv = "unet.down_blocks.0.resnets.0.conv1.lora_{}.weight"
+    for arrays in (
+        {a: down}, {a: normal(2, 65), b: up}, {a: down, b: up, f"unet.{stem}.lora_magnitude_vector": normal(64)},
+        {conv.format("A"): normal(2, 32, 3, 3), conv.format("B"): normal(32, 2, 1, 1)},
+    ):  # fmt: skip
+        with pytest.raises(InputFault, match="have no place in the unet"):
+            opened_with(arrays)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputFault, match="not a whole safetensors file"):
+        engines.open_pipeline(generate.Weights(str(base), tmp_path), None, "jax", scheduler=None, precision="no", device=None)
+
+
+def test_sizes_that_latents_cannot_have_are_refused(base: Path) -> None:
+    from limner.engines.jax.pipeline import latent_side
+
+    found = opened(base, "sd")
+    assert latent_side(found, None) == 16 and latent_side(found, 30) == 15
+    for size in (0, 1, 31):
+        with pytest.raises(InputFault, match=f"size: {size} pixels are no multiple of 2"):
+            latent_side(found, size)
 
 
 def test_the_autoencoder(base: Path) -> None:
@@ -379,12 +433,31 @@ def test_what_one_of_two_processes_finds_is_said_once(base: Path, pictures: Path
         ({"engine": {"compile_cache": "/proc/nowhere"}}, r"engine\.compile_cache: /proc/nowhere cannot be written"),
         ({"optim": {"kind": "adamw8bit"}}, r"optim\.kind: adamw8bit is bitsandbytes'"),
         ({"adapt": {"kind": "lora", "targets": ["nothing"]}}, r"adapt\.targets: the unet has no module named nothing"),
+        ({"optim": {"ema": 0.9, "ema_offload": True}}, r"optim\.ema_offload: the JAX engine divides the average"),
         ({"adapt": {"kind": "lora", "targets": ["conv1"]}}, r"adapt\.targets: .*conv1 is no linear layer"),
     ],
 )
 def test_what_cannot_be_done_is_said(sections: dict[str, Any], message: str, base: Path, pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(InputFault, match=message):
         training.run(settings(base, pictures, tmp_path, "jax", **sections), tell=lambda line: None)
+
+
+def test_rows_that_a_mesh_cannot_divide_are_refused(base: Path, pictures: Path, tmp_path: Path) -> None:
+    cfg = settings(base, pictures, tmp_path, "jax")
+    process = engines.join(cfg.engine)
+    process.mesh = SimpleNamespace(size=3)  # type: ignore[attr-defined]
+    with pytest.raises(InputFault, match=r"train\.micro: a micro-batch of 2 rows \(2 for each of 1 processes\) cannot be divided among 3 devices"):
+        engines.open_engine(cfg, opened(base, "sd"), FAMILIES["sd"], process, 2, print)
+
+
+def test_half_a_compiled_program_is_swept_away(tmp_path: Path) -> None:
+    """What a kill has left between a program and the time of its last use; whole ones stay."""
+    from limner.engines.jax.world import sweep
+
+    for name in ("whole-cache", "whole-atime", "half-cache"):
+        (tmp_path / name).write_bytes(b"x")
+    sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("*-*")) == ["whole-atime", "whole-cache"]
 
 
 def test_kandinsky_is_not_trained_yet(kandinsky: Path, pictures: Path, tmp_path: Path) -> None:

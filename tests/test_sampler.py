@@ -1,5 +1,6 @@
 """The tables of samplers are diffusers' schedulers, whatever the network says."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from limner.faults import InputFault
 BASE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("predict", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", sampler.SAMPLERS)
+SPACINGS = ["leading", "trailing", "linspace"]
+
+
+@pytest.mark.parametrize(("predict", "spacing"), [*itertools.product(["epsilon", "v_prediction"], SPACINGS), ("v_prediction at no signal", "trailing")])
+@pytest.mark.parametrize("name", [*sampler.SAMPLERS, "dpm++ as it is"])
 def test_a_table_is_what_the_scheduler_does(name: str, predict: str, spacing: str) -> None:
     """Random numbers in the network's place: each step's input, its timestep, and the end."""
     import diffusers
@@ -21,7 +24,11 @@ def test_a_table_is_what_the_scheduler_does(name: str, predict: str, spacing: st
 
     from limner.engines.torch.pipeline import SCHEDULERS
 
-    kind, how = SCHEDULERS[name]
+    plain, (predict, _, zero) = name.endswith("as it is"), predict.partition(" ")
+    kind, how = SCHEDULERS[name.split()[0]]
+    how = how | ({"use_karras_sigmas": False} if plain else {}) | ({"rescale_betas_zero_snr": True} if zero else {})
+    if zero and name in ("pndm", "dpm++"):  # one has no such setting, the other fails with Karras' noise levels there
+        how = {name: value for name, value in how.items() if name != "rescale_betas_zero_snr"}
     for steps in (2, 3, 7, 25, 50):
         scheduler = getattr(diffusers, kind).from_config({**BASE, "prediction_type": predict, "timestep_spacing": spacing}, **how)
         scheduler.set_timesteps(steps)
@@ -33,10 +40,21 @@ def test_a_table_is_what_the_scheduler_does(name: str, predict: str, spacing: st
             said.append(draws.standard_normal(noise.shape))
             x = scheduler.step(torch.tensor(said[-1]), t, x).prev_sample
         found = sampler.table({**dict(scheduler.config), "_class_name": kind}, steps)
+        assert np.isfinite(found.weights).all()
         ours = found.weights.astype(np.float64) @ np.stack([noise, *said]).reshape(len(said) + 1, -1)
         want = np.stack([*given, x.numpy().ravel()])
         np.testing.assert_array_equal(found.timesteps, scheduler.timesteps.numpy().astype(np.float32))
         assert np.abs(ours - want).max() < 1e-4 * max(1.0, np.abs(want).max()), steps
+
+
+def test_settings_without_a_table_are_refused() -> None:
+    settings = {"EulerDiscrete": "use_karras_sigmas", "DPMSolverMultistep": "euler_at_final", "UniPCMultistep": "thresholding"}
+    for kind, setting in settings.items():
+        with pytest.raises(InputFault, match=f"{setting} is True there is no table here"):
+            sampler.table({**BASE, "_class_name": f"{kind}Scheduler", setting: True}, 5)
+    with pytest.raises(InputFault, match="skip_prk_steps is False"):
+        sampler.table({**BASE, "_class_name": "PNDMScheduler", "skip_prk_steps": False}, 5)
+    assert len(sampler.table({**BASE, "_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, 5, "ddim").timesteps) == 5
 
 
 def test_rows_look_at_the_past_only() -> None:

@@ -122,7 +122,7 @@ def measure(cfg: config.Config, opened: Base, family: Family, process: World, st
     seconds = gauge.seconds(stamps)
     memory = gauge.memory()
     del state
-    reached, peak, published = useful / float(np.median(seconds)), gauge.matmul(), gauge.published()
+    reached, peak, published = useful / float(np.median(seconds)) / process.devices, gauge.matmul(), gauge.published()
     return {
         **gauge.machine(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "processes": process.world,
         "batch": numbers.batch, "micro": numbers.micro, "accumulate": numbers.accumulate, "size": cfg.data.size, "kind": cfg.adapt.kind,

@@ -32,10 +32,12 @@ def convert(folder: Path) -> Path:
         InputFault: for a file that is not what its name says.
     """
     sources = {name: folder / name / file for name, file in WEIGHTS.items()}
-    for path in sources.values():
+    for path in (*sources.values(), folder / "tokenizer" / "tokenizer_config.json", folder / "scheduler" / "scheduler_config.json"):
         if not path.is_file():
             raise InputFault(f"{path}: it is not there; a Flax model has it. Is the model's folder complete?")
-    digests = {name: durable.digest(path) for name, path in sources.items()}
+    small = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model")
+    around = {p.relative_to(folder).as_posix(): p for pattern in small for p in sorted(folder.glob(pattern))}
+    digests = {name: durable.digest(path) for name, path in (sources | around).items()}
     target = durable.user_cache() / f"flax-{durable.digest_json(digests)}"
     if not (target / "model_index.json").is_file():
         with durable.folder(target, manifest=False) as made:

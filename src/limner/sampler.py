@@ -132,9 +132,23 @@ def level(sigma: float) -> tuple[float, float, float]:
     return a, sigma * a, np.inf if sigma == 0 else -np.log(sigma)
 
 
+USUAL: dict[str, dict[str, Any]] = {  # of a scheduler's settings, what there is a table for
+    "ddim": {"thresholding": False},
+    "pndm": {"skip_prk_steps": True},
+    "euler": {"interpolation_type": "linear", "timestep_type": "discrete", "use_karras_sigmas": False},
+    "dpm++": {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "euler_at_final": False, "lower_order_final": True, "use_lu_lambdas": False},
+    "unipc": {"solver_type": "bh2", "predict_x0": True, "disable_corrector": [], "lower_order_final": True, "use_karras_sigmas": False},
+}
+SIGMAS = {"use_exponential_sigmas": False, "use_beta_sigmas": False, "use_flow_sigmas": False, "final_sigmas_type": "zero", "thresholding": False}
+for name in ("euler", "dpm++", "unipc"):
+    USUAL[name] |= SIGMAS
+for name in ("dpm++", "unipc"):
+    USUAL[name]["solver_order"] = 2
+
+
 def dpm_solver(schedule: Schedule, steps: int, start: np.ndarray, said: Callable[[], np.ndarray], give: Callable[[np.ndarray, float], None]) -> np.ndarray:
-    """DPM-Solver++(2M), algorithm 2 of arXiv:2211.01095, with Karras' noise levels; of first order at the first step, and at the last where they are few."""
-    times, sigmas = solver_sigmas(schedule, steps, True)
+    """DPM-Solver++(2M), algorithm 2 of arXiv:2211.01095; of first order at the first step, and at the last where they are few."""
+    times, sigmas = solver_sigmas(schedule, steps, bool(schedule.config.get("use_karras_sigmas", False)))
     x, earlier = start, None
     for i, t in enumerate(times):
         a, s, lam = level(sigmas[i])
@@ -211,7 +225,18 @@ def table(config: dict[str, Any], steps: int, name: str | None = None, predict: 
     chosen = name or CLASSES.get(config.get("_class_name", ""), "")
     if chosen not in SAMPLERS:
         raise InputFault(f"scheduler: {name or config.get('_class_name')!r} has no table here; choose one of {', '.join(SAMPLERS)}")
-    schedule = Schedule(np.cumprod(1 - betas(config)), predict or config.get("prediction_type", "epsilon"), config)
+    known = config if name is None else config | {"use_karras_sigmas": chosen == "dpm++", "set_alpha_to_one": False}  # as --engine torch sets them
+    own = CLASSES.get(config.get("_class_name", "")) == chosen
+    if strange := [f"{key} is {known[key]!r}" for key, usual in USUAL[chosen].items() if own and known.get(key, usual) != usual]:
+        raise InputFault(
+            f"scheduler: of {chosen} with {', '.join(strange)} there is no table here; choose one of {', '.join(SAMPLERS)} by name, or --engine torch"
+        )
+    if chosen == "pndm":
+        known = {key: value for key, value in known.items() if key != "rescale_betas_zero_snr"}  # diffusers' scheduler has no such setting
+    bar = np.cumprod(1 - betas(known))
+    if known.get("rescale_betas_zero_snr") and chosen != "ddim":
+        bar[-1] = 2**-24  # as those schedulers do: at no signal at all their noise level would not be finite
+    schedule = Schedule(bar, predict or known.get("prediction_type", "epsilon"), known)
     calls = steps + (chosen == "pndm" and steps > 1)
     rows, times = [], []
 

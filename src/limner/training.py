@@ -26,6 +26,7 @@ from limner.signals import Stop
 from limner.watcher import Watcher, fetch
 
 Tell = Callable[[str], None]
+SHARED = ("kind", "device", "precision", "devices", "fsdp", "compile_cache")  # what processes have settled when they have met
 
 
 def say(text: str) -> None:
@@ -78,8 +79,8 @@ def chain(cfgs: Sequence[config.Config]) -> list[tuple[config.Config, config.Mod
         family, earlier = family_of(cfg), {one.model.family: one for one, _ in out}
         if cfg.run in (one.run for one, _ in out):
             raise InputFault(f"run: two recipes would train in {cfg.run}. Give each a run of its own, in the recipes.")
-        if (cfg.engine.device, cfg.engine.precision) != (cfgs[0].engine.device, cfgs[0].engine.precision):
-            raise InputFault("engine: recipes that are trained one after the other need the same engine.device and engine.precision")
+        if different := [name for name in SHARED if getattr(cfg.engine, name) != getattr(cfgs[0].engine, name)]:
+            raise InputFault(f"engine: recipes that are trained one after the other need the same engine.{different[0]}")
         before = earlier.get(family.stage.partner) if family.stage is not None else None
         if before is None:
             out.append((cfg, cfg.model))

@@ -115,11 +115,11 @@ class FlaxStableDiffusionPipeline:
         import jax
         from jax.sharding import NamedSharding, PartitionSpec
 
+        from limner.engines.jax.pipeline import latent_side
+
         lead = np.asarray(prompt_ids).shape[: 2 if jit else 1]
         rows = int(np.prod(lead))
-        factor = 2 ** (len(self.base.configs["vae"]["block_out_channels"]) - 1)
-        usual = self.base.configs["unet"]["sample_size"] * factor
-        shape = (self.base.configs["unet"].get("in_channels", 4), (height or usual) // factor, (width or usual) // factor)
+        shape = (self.base.configs["unet"].get("in_channels", 4), latent_side(self.base, height), latent_side(self.base, width))
         found = table(self.base.configs["scheduler"], num_inference_steps)
         noise: Any
         if latents is None:

@@ -15,14 +15,14 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from limner import config, rng
+from limner import config, rng, sampler
 from limner.base import Base
 from limner.engine import Batch, FirstFault, Group, Metrics
 from limner.engines.jax import clip, weights
 from limner.engines.jax.nn import Array, Params
 from limner.engines.jax.parts import JaxParts, projects
 from limner.engines.jax.unet import unet
-from limner.engines.jax.world import LARGE, World
+from limner.engines.jax.world import LARGE, World, here
 from limner.engines.machine import keep_heap
 from limner.family import Family, silenced, told
 from limner.faults import InputFault, IntegrityFault
@@ -47,6 +47,14 @@ class JaxEngine:
             raise InputFault(f'engine.kind="jax" does not train a {kind} of family {family.name!r} yet; use engine.kind="torch".')
         if cfg.optim.kind == "adamw8bit":
             raise InputFault('optim.kind: adamw8bit is bitsandbytes\', for PyTorch on CUDA; with engine.kind="jax" use optim.kind="adamw"')
+        if cfg.optim.ema_offload:
+            raise InputFault(
+                "optim.ema_offload: the JAX engine divides the average over devices (engine.fsdp) and does not offload it; leave optim.ema_offload out"
+            )
+        if cfg.engine.attention == "xformers":
+            tell("xFormers is PyTorch's; the JAX engine uses a fused kernel of its own where there is one")
+        if cfg.preview.prompts:
+            sampler.table(base.configs["scheduler"], cfg.preview.steps)  # what cannot be drawn is refused now
         if micro * world.world % self.mesh.size:
             rows = f"a micro-batch of {micro * world.world} rows ({micro} for each of {world.world} processes)"
             raise InputFault(f"train.micro: {rows} cannot be divided among {self.mesh.size} devices; use a multiple of {self.mesh.size}")
@@ -251,7 +259,7 @@ class JaxEngine:
 
     def whole(self, arrays: dict[str, np.ndarray]) -> Named:
         """Arrays on this process's first device."""
-        return {name: jax.device_put(array, jax.local_devices()[0]) for name, array in arrays.items()}
+        return {name: jax.device_put(array, here()) for name, array in arrays.items()}
 
     def on_host(self, arrays: Named) -> dict[str, np.ndarray]:
         """Arrays as numpy; where other processes hold parts of them, all processes must call this."""
@@ -261,7 +269,7 @@ class JaxEngine:
         return found
 
     def snapshot(self, state: State) -> Iterator[tuple[str, Group]]:
-        """See ``limner.engine.Engine``; names are those of the PyTorch engine's checkpoints."""
+        """See ``limner.engine.Engine``; names are those of the PyTorch engine's checkpoints. All are made at once: other processes hold parts of them."""
 
         def named(group: str) -> Group:
             return self.layout.unpack(self.on_host(state[group]))

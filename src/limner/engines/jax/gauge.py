@@ -17,6 +17,7 @@ from jax.interpreters import partial_eval
 from limner.engine import Batch
 from limner.engines.jax import weights
 from limner.engines.jax.engine import JaxEngine, adapters
+from limner.engines.jax.world import here
 from limner.engines.machine import PUBLISHED, peak_resident, processor
 
 
@@ -24,7 +25,7 @@ class Gauge:
     """Measures one engine from outside; see ``engines.torch.gauge.Gauge``."""
 
     def __init__(self, engine: JaxEngine):
-        self.engine, self.device = engine, jax.local_devices()[0]
+        self.engine, self.device = engine, here()
 
     def stamp(self, metrics: Any = None) -> float:
         """This moment, or that at which a step's metrics are there: the step is waited for."""
@@ -73,7 +74,8 @@ class Gauge:
     def published(self) -> float | None:
         """The dense peak that the maker states for this device and precision, where it is known."""
         peaks = PUBLISHED.get(self.device.device_kind)
-        return peaks and peaks[0 if self.engine.half else 1 if self.engine.precise is None else 2] * 1e12
+        found = peaks[0 if self.engine.half else 1 if self.engine.precise is None else 2] if peaks else 0.0
+        return found * 1e12 or None
 
 
 def counted(program: Any) -> float:

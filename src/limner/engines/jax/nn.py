@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-Wrap = Callable[[Callable[..., Array]], Callable[..., Array]]
 
 
 @dataclass(frozen=True)
@@ -175,9 +174,10 @@ def resnet(p: Params, x: Array, time: Array | None, out: int, groups: int, eps: 
     return h + (x if x.shape[-1] == out else conv(p / "conv_shortcut", x, out, size=1))
 
 
-def upsample(p: Params, x: Array) -> Array:
-    """Each pixel twice in both directions, then a convolution."""
-    return conv(p / "upsamplers" / 0 / "conv", jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), x.shape[-1])
+def upsample(p: Params, x: Array, size: tuple[int, ...] | None = None) -> Array:
+    """Each pixel twice in both directions, cut to ``size`` (height, width) where sides were odd before, then a convolution."""
+    high, wide = size or (2 * x.shape[1], 2 * x.shape[2])
+    return conv(p / "upsamplers" / 0 / "conv", jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :high, :wide], x.shape[-1])
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

@@ -12,6 +12,7 @@ from limner.base import Base
 from limner.engines.jax import clip, vae, weights
 from limner.engines.jax.nn import Params
 from limner.engines.jax.tokens import Words
+from limner.engines.jax.world import here
 from limner.family import chunked
 from limner.faults import InputFault
 
@@ -34,7 +35,7 @@ class JaxParts:
         """A component's arrays on the device."""
         if name not in self.loaded:
             kind = self.half.get(name, jnp.float32)
-            self.loaded[name] = {key: jax.device_put(array.astype(kind), jax.local_devices()[0]) for key, array in weights.read(self.base, name).items()}
+            self.loaded[name] = {key: jax.device_put(array.astype(kind), here()) for key, array in weights.read(self.base, name).items()}
         found: dict[str, jax.Array] = self.loaded[name]
         return found
 
@@ -42,7 +43,7 @@ class JaxParts:
         """A jitted function of a component's arrays and some of numpy's."""
         if key not in self.compiled:
             self.compiled[key] = jax.jit(lambda arrays, *given: function(Params(arrays), *given))
-        with jax.default_matmul_precision(HIGHEST), jax.default_device(jax.local_devices()[0]):
+        with jax.default_matmul_precision(HIGHEST), jax.default_device(here()):
             return jax.device_get(self.compiled[key](self.arrays(name), *arguments))
 
     def vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Pictures in JAX: prompts encoded, one scan over the table of a sampler, and the autoencoder in float32; the same seed gives the same picture."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from limner.engines.jax import clip, weights
 from limner.engines.jax.nn import Array, Params
 from limner.engines.jax.parts import JaxParts, projects
 from limner.engines.jax.unet import unet
+from limner.engines.jax.world import choose, here
 from limner.families import FAMILIES
 from limner.family import Family, tokenize, told
 from limner.faults import InputFault
@@ -74,7 +75,7 @@ class Pipeline:
             latents: the starting noise, standard normal [n, channels, h, w]; None: addressed by each seed, the same for every device and batch size.
         """
         factor = 2 ** (len(self.base.configs["vae"]["block_out_channels"]) - 1)
-        side = (size or self.base.configs["unet"]["sample_size"] * factor) // factor
+        side = latent_side(self.base, size)
         scale = GUIDANCE[self.family.name] if guidance_scale is None else guidance_scale
         shape = (self.base.configs["unet"].get("in_channels", 4), side, side)
         pictures: list[np.ndarray] = []
@@ -134,6 +135,21 @@ def sampled(
     return jnp.tensordot(weights[-1], said, 1)
 
 
+def latent_side(base: Base, size: int | None) -> int:
+    """Latents a side of pictures of ``size`` pixels; None: the model's own.
+
+    Raises:
+        InputFault: when latents cannot have that side.
+    """
+    factor, own = 2 ** (len(base.configs["vae"]["block_out_channels"]) - 1), base.configs["unet"].get("sample_size")
+    if size is None and not isinstance(own, int):
+        raise InputFault(f"size: the model's own is not said (sample_size is {own}); give one, a multiple of {factor} pixels")
+    pixels = size if size is not None else int(own or 0) * factor
+    if pixels < factor or pixels % factor:
+        raise InputFault(f"size: {pixels} pixels are no multiple of {factor}; choose {max(1, round(pixels / factor)) * factor}")
+    return pixels // factor
+
+
 def open_pipeline(found: Weights, partner: Weights | None, *, scheduler: str | None, precision: str, device: str | None) -> Pipeline:
     """A pipeline ready to draw, from a diffusers folder or a Hub repository, with a LoRA on it where there is one.
 
@@ -142,6 +158,7 @@ def open_pipeline(found: Weights, partner: Weights | None, *, scheduler: str | N
     """
     if scheduler is not None and scheduler not in sampler.SAMPLERS:
         raise InputFault(f"scheduler: {scheduler!r} has no table in JAX; it has {', '.join(sampler.SAMPLERS)}")
+    choose(device)
     family = family_of_folder(found)
     model = config.Model(found.model, family.name, revision=found.revision, variant=found.variant, cache_dir=found.cache_dir)
     base, half = open_base(model, family), HALF.get(precision)
@@ -168,7 +185,7 @@ def family_of_folder(found: Weights) -> Family:
         with hub_errors(found.model, found.revision):
             place = huggingface_hub.hf_hub_download(found.model, INDEX, revision=found.revision, cache_dir=found.cache_dir, endpoint=endpoint())
         folder = Path(place).parent
-    kind = read_json(folder / INDEX).get("_class_name")
+    kind = str(read_json(folder / INDEX).get("_class_name")).removeprefix("Flax")  # old bases are turned into plain ones when they are opened
     family = next((f for f in FAMILIES.values() if f.pipeline == kind and f.stage is None), None)
     if family is None:
         raise InputFault(f"{found.model} is of a {kind}; the JAX engine draws with {', '.join(f.pipeline for f in FAMILIES.values() if f.stage is None)}")
@@ -177,28 +194,59 @@ def family_of_folder(found: Weights) -> Family:
 
 def on_device(arrays: dict[str, np.ndarray], half: Any) -> dict[str, Array]:
     """Arrays on the first device, in the type that is computed in."""
-    return {name: jax.device_put(array.astype(half or np.float32), jax.local_devices()[0]) for name, array in arrays.items()}
+    return {name: jax.device_put(array.astype(half or np.float32), here()) for name, array in arrays.items()}
 
 
 def with_lora(base: Base, family: Family, nets: dict[str, Params], found: Weights, half: Any) -> dict[str, Params]:
-    """The networks with the low-rank additions of a file, whose header says their rank and alpha."""
-    from safetensors import safe_open
+    """The networks with the low-rank additions of a file, whose header says their rank and alpha.
+
+    Raises:
+        InputFault: for a file that is damaged, of another model, or of a kind of adapter that there is no code for.
+    """
+    from safetensors import SafetensorError, safe_open
 
     assert found.lora is not None
-    with safe_open(found.lora / LORA, "np") as file:
-        said = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    where = found.lora / LORA
+    try:
+        with safe_open(where, "np") as file:
+            said = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            arrays = {plain_lora(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (SafetensorError, ValueError) as error:
+        raise InputFault(f"{where}: not a whole safetensors file ({error}). Fetch or copy it again.") from error
+    if more := [name for name, value in said.items() if value and name.rpartition(".")[2] in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")]:
+        raise InputFault(f"{where}: it has {more[0]}, which the JAX engine has no code for. Use --engine torch.")
     components = dict.fromkeys(name.partition(".")[0] for name in arrays)
     if strange := [name for name in components if name not in family.lora]:
-        raise InputFault(f"{found.lora / LORA}: it is for {strange[0]}, which this family has not; was it trained on another model?")
+        raise InputFault(f"{where}: it is for {strange[0]}, which this family has not; was it trained on another model?")
     for component in components:
         own = {name.removeprefix(f"{component}."): array for name, array in arrays.items() if name.startswith(f"{component}.")}
+        before = nets[component].arrays if component in nets else on_device(weights.read(base, component), half)
+        if lost := [name for name, array in own.items() if not belongs(name, array, own, before)]:
+            expected = "low-rank additions to linear layers of it are expected. Was it trained on another model, or is it of another kind?"
+            raise InputFault(f"{where}: {len(lost)} arrays have no place in the {component} ({', '.join(lost[:3])}); {expected}")
         rank = said.get(f"{component}.r") or next(array.shape[0] for name, array in own.items() if name.endswith("lora_A.weight"))
         scale = said.get(f"{component}.lora_alpha", rank) / rank
-        before = nets[component].arrays if component in nets else on_device(weights.read(base, component), half)
-        if lost := [name for name in own if f"{name.removesuffix('.weight').rpartition('.lora_')[0]}.weight" not in before]:
-            raise InputFault(
-                f"{found.lora / LORA}: {len(lost)} arrays have no place in the {component}: {', '.join(lost[:3])}; was it trained on another model?"
-            )
         nets[component] = Params({**before, **on_device(own, half)}, scale=scale)
     return nets
+
+
+def plain_lora(name: str) -> str:
+    """The name of an array of a LoRA as it is written today, of one as diffusers used to write it."""
+    for old, new in (
+        (".lora_linear_layer", ""),
+        (".lora.down.", ".lora_A."),
+        (".lora.up.", ".lora_B."),
+        (".down.weight", ".lora_A.weight"),
+        (".up.weight", ".lora_B.weight"),
+    ):
+        name = name.replace(old, new)
+    return name
+
+
+def belongs(name: str, array: np.ndarray, own: dict[str, np.ndarray], before: Mapping[str, Any]) -> bool:
+    """Whether an array is half of a low-rank addition to a linear layer."""
+    stem, _, half = name.removesuffix(".weight").rpartition(".")
+    weight, pair = before.get(f"{stem}.weight"), own.get(f"{stem}.{'lora_B' if half == 'lora_A' else 'lora_A'}.weight")
+    if weight is None or weight.ndim != 2 or half not in ("lora_A", "lora_B") or pair is None or array.ndim != 2:
+        return False
+    return bool(array.shape[1] == weight.shape[1] if half == "lora_A" else array.shape == (weight.shape[0], pair.shape[0]))

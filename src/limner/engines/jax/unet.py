@@ -14,6 +14,7 @@ PLAIN = {  # what the config of a plain UNet says; anything else would need code
     "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "num_class_embeds": None, "only_cross_attention": False,
     "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False, "resnet_time_scale_shift": "default", "time_cond_proj_dim": None,
     "time_embedding_act_fn": None, "time_embedding_type": "positional", "timestep_post_act": None, "downsample_padding": 1, "dropout": 0.0,
+    "reverse_transformer_layers_per_block": None,
 }  # fmt: skip
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 
@@ -23,6 +24,11 @@ def strange(config: dict[str, Any]) -> list[str]:
     out = [f"{name} is {config[name]!r}, {wanted!r} is expected" for name, wanted in PLAIN.items() if config.get(name, wanted) != wanted]
     kinds = [kind for kind in (*config["down_block_types"], *config["up_block_types"]) if kind not in BLOCKS]
     out += [f"a {kind} is none of {', '.join(BLOCKS)}" for kind in dict.fromkeys(kinds)]
+    flat = {
+        "cross_attention_dim": [config.get("cross_attention_dim", 1280)],
+        "transformer_layers_per_block": each(config.get("transformer_layers_per_block", 1), 1),
+    }
+    out += [f"{name} is {config[name]}, one number is expected" for name, values in flat.items() if any(isinstance(v, list | tuple) for v in values)]
     if config.get("addition_embed_type") not in (None, "text_time"):
         out.append(f"addition_embed_type is {config['addition_embed_type']!r}, None or 'text_time' is expected")
     return out
@@ -140,7 +146,7 @@ def unet(
             if kind.startswith("CrossAttn"):
                 h = attend(up / "attentions" / j, h, level)
         if i < levels - 1:
-            h = upsample(up, h)
+            h = upsample(up, h, skips[-1].shape[1:3])
     h = jax.nn.silu(group_norm(p / "conv_norm_out", h, groups, eps))
     return conv(p / "conv_out", h, config.get("out_channels", 4)).transpose(0, 3, 1, 2)
 

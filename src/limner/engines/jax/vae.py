@@ -14,6 +14,7 @@ def strange(config: dict[str, Any]) -> list[str]:
     """What in a config this file has no code for, in words."""
     plain = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
     out = [f"a {kind} is no {wanted}" for name, wanted in plain.items() for kind in dict.fromkeys(config.get(name, [])) if kind != wanted]
+    out += [f"{name} is {config[name]}, none is expected" for name in ("latents_mean", "latents_std", "shift_factor") if config.get(name) is not None]
     return out + ([f"act_fn is {config['act_fn']!r}, 'silu' is expected"] if config.get("act_fn", "silu") != "silu" else [])
 
 

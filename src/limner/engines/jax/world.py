@@ -1,13 +1,15 @@
 """One process of a JAX run, its place among the others, and the mesh of all their devices; several hosts meet by ``jax.distributed``."""
 
+import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+import filelock
 import jax
 import numpy as np
 from jax._src import distributed
@@ -20,6 +22,7 @@ from limner.faults import InputFault, described, rebuilt
 T = TypeVar("T")
 PATIENCE = 7 * 24 * 3600 * 1000  # milliseconds: the first process may encode or download for hours while the others wait
 TALKS = itertools.count()  # so far, in this process
+REMEMBERED = 4 << 30  # bytes of compiled programs; those that were used longest ago go first
 LARGE = 1 << 16  # numbers: smaller arrays lie together, and larger ones are divided
 
 
@@ -35,33 +38,21 @@ class World:
 
     def __init__(self, settings: config.Engine):
         self.precision: str = settings.precision or "no"
-        if settings.device is not None:
-            os.environ.setdefault("JAX_PLATFORMS", settings.device)
         if "cpu" in (settings.device, os.environ.get("JAX_PLATFORMS")) or not any(map(find_spec, ("jax_plugins", "libtpu"))):
             one_heap()
         remember(settings.compile_cache)
         meet()
-        devices = self.choose(settings)
+        devices = choose(settings.device)[: settings.devices]
+        if settings.devices is not None and settings.devices > len(devices):
+            raise InputFault(f"engine.devices: {settings.devices} devices are asked for, {len(devices)} are there ({devices[0].platform})")
+        if settings.devices is not None and jax.process_count() > 1 and settings.devices != jax.device_count():
+            raise InputFault("engine.devices: several processes use all of their devices; leave it out")
         if len(devices) % settings.fsdp:
             raise InputFault(f"engine.fsdp: {settings.fsdp} does not divide the {len(devices)} devices; choose a divisor")
         self.rank, self.world = jax.process_index(), jax.process_count()
         grid = np.array(devices).reshape(-1, settings.fsdp)
         self.devices = len(devices) // self.world
         self.mesh = Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-
-    @staticmethod
-    def choose(settings: config.Engine) -> Sequence[Any]:
-        """The devices of the mesh: all, or as many as were asked for."""
-        try:
-            devices = sorted(jax.devices(settings.device), key=lambda device: (device.process_index, device.id))
-        except RuntimeError as error:
-            raise InputFault(f"engine.device: {settings.device!r} is not there: {str(error).splitlines()[0]}. JAX sees {jax.default_backend()}.") from error
-        asked = settings.devices
-        if asked is not None and asked > len(devices):
-            raise InputFault(f"engine.devices: {asked} devices are asked for, {len(devices)} are there ({devices[0].platform})")
-        if asked is not None and jax.process_count() > 1 and asked != len(devices):
-            raise InputFault("engine.devices: several processes use all of their devices; leave it out")
-        return devices[:asked]
 
     @property
     def kind(self) -> str:
@@ -119,6 +110,27 @@ class World:
         """Nothing is held: JAX parts with the others when the process ends."""
 
 
+def choose(kind: str | None) -> list[Any]:
+    """All devices of a kind, cpu, gpu or tpu, in the order of their processes; None: of the best kind that is there. What is not placed lies on them too.
+
+    Raises:
+        InputFault: when there is none.
+    """
+    try:
+        devices = sorted(jax.devices(kind), key=lambda device: (device.process_index, device.id))
+    except RuntimeError as error:
+        here = ", ".join(dict.fromkeys(str(device.platform) for device in jax.devices()))
+        raise InputFault(f"engine.device: {kind!r} is not there: {str(error).splitlines()[0]}. JAX sees {here}.") from error
+    if kind is not None:
+        jax.config.update("jax_default_device", next(device for device in devices if device.process_index == jax.process_index()))
+    return devices
+
+
+def here() -> Any:
+    """This process's first device, of the kind that was chosen."""
+    return getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]
+
+
 def remember(place: str) -> None:
     """Keep compiled programs on disk, where another process finds them; unless the recipe names a folder, what ``JAX_COMPILATION_CACHE_DIR`` says holds.
 
@@ -134,7 +146,17 @@ def remember(place: str) -> None:
             raise PermissionError(13, "Permission denied")
     except OSError as error:
         raise InputFault(f"engine.compile_cache: {folder} cannot be written ({error.strerror}); give another folder, or off") from error
+    sweep(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", REMEMBERED)
+
+
+def sweep(folder: Path) -> None:
+    """Remove programs that a killed process has left half-written: JAX would trip over them for ever. Of a whole one the time of its last use is there too."""
+    with contextlib.suppress(filelock.Timeout), filelock.FileLock(folder / ".lockfile", timeout=10):  # JAX's own lock
+        for path in folder.glob("*-cache"):
+            if not path.with_name(f"{path.name.removesuffix('-cache')}-atime").exists():
+                path.unlink(missing_ok=True)
 
 
 def meet() -> None:
