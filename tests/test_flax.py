@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from limner import config
+from limner import config, generate
 from limner.base import open_base
 from limner.families import FAMILIES
 from limner.faults import InputFault
@@ -33,6 +33,19 @@ def test_a_flax_model_has_the_arrays_of_its_twin(base: Path, tmp_path: Path) -> 
     changed = found.weight_files("unet")[0].stat().st_mtime_ns
     again = open_base(config.Model(base=str(tmp_path / "flax")), family)
     assert again.folder == found.folder and again.weight_files("unet")[0].stat().st_mtime_ns == changed
+
+
+def test_pictures_of_a_flax_model(base: Path, tmp_path: Path) -> None:
+    """Through the stock pipeline, and in JAX; what belongs to a model besides its weights is noticed when it changes."""
+    flax = tiny.as_flax(base, tmp_path / "flax")
+    for engine in ("torch", "jax"):
+        drawn = [generate.run(str(m), ["a disc"], steps=2, size=32, device="cpu", engine=engine, output=tmp_path / m.name / engine)[0] for m in (base, flax)]
+        np.testing.assert_array_equal(*map(generate.read_picture, drawn))
+    before = open_base(config.Model(base=str(flax)), FAMILIES["sd"])
+    path = flax / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"epsilon"', '"v_prediction"'))
+    after = open_base(config.Model(base=str(flax)), FAMILIES["sd"])
+    assert [one.configs["scheduler"]["prediction_type"] for one in (before, after)] == ["epsilon", "v_prediction"]
 
 
 def test_damaged_flax_weights_are_named(base: Path, tmp_path: Path) -> None:

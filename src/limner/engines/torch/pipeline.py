@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from limner.base import INDEX, Base, read_json
+from limner import config
+from limner.base import INDEX, Base, open_base, read_json
 from limner.engine import Weights
 from limner.engines.torch.parts import TorchParts, quiet
 from limner.families import FAMILIES
@@ -57,10 +58,23 @@ def load(weights: Weights, dtype: torch.dtype, family: Family | None = None) -> 
         else:
             pipeline = getattr(diffusers, family.pipeline).from_pretrained(weights.model, **how)
     except (OSError, ValueError) as error:
+        if (plain := of_flax(weights)) is not None:
+            return load(plain, dtype, family)
         raise InputFault(f"{weights.model}: cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}{lonely(weights)}") from error
     if weights.lora is not None:
         put_lora(pipeline, weights.lora, family)
     return pipeline
+
+
+def of_flax(weights: Weights) -> Weights | None:
+    """An old Flax model as the diffusers folder that it is; None where it is none."""
+    try:
+        if not kind_of(weights).startswith("Flax"):
+            return None
+    except Fault:
+        return None
+    model = config.Model(weights.model, revision=weights.revision, cache_dir=weights.cache_dir)
+    return Weights(str(open_base(model, FAMILIES[model.family]).folder), weights.lora, weights.family)
 
 
 def lonely(weights: Weights) -> str:
