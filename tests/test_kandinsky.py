@@ -359,6 +359,14 @@ def test_one_command_trains_both_and_draws_with_both(kandinsky, wide, tmp_path, 
     assert "nowhere" in capsys.readouterr().err and not (tmp_path / f"{PRIOR}-new" / "metrics.jsonl").exists(), "the first one was trained in vain"
 
 
+def test_recipes_one_after_the_other_share_an_engine(kandinsky, sd, wide, tmp_path):
+    first = settings(kandinsky, wide, tmp_path / "first", PRIOR)
+    for name, value in (("kind", "jax"), ("precision", "bf16"), ("fsdp", 2)):
+        second = settings(kandinsky, wide, tmp_path / "second", DECODER, engine={name: value})
+        with pytest.raises(InputFault, match=f"need the same engine.{name}"):
+            training.run_all([first, second])
+
+
 def refusal(family: str, kandinsky: Path, **model: Any) -> str:
     given = {"base": str(kandinsky / stage(family)), "partner": str(kandinsky / stage(OTHER[family])), "family": family} | model
     with pytest.raises(InputFault) as fault:
