@@ -32,7 +32,7 @@ check-jax:
 	.venv-jax/bin/limner generate src/limner/bundled/model "an emoji of a red apple" --engine jax --scheduler ddim --output pictures-jax
 
 soak: install
-	$(BIN)/python -m pytest tests/test_resume.py --kills 100
-	LIMNER_TEST_STEPS=100 $(BIN)/python -m pytest tests/test_jax.py -k "one_curve or checkpoints_and_results or same_bits"
+	$(BIN)/python -m pytest tests/test_resume.py --kills 100 -m "soak or not soak"
+	LIMNER_TEST_STEPS=100 $(BIN)/python -m pytest tests/test_jax.py -m "soak or not soak"
 
 .PHONY: install test lint demo check-jax soak
