@@ -119,8 +119,8 @@ def choose(kind: str | None) -> list[Any]:
     try:
         devices = sorted(jax.devices(kind), key=lambda device: (device.process_index, device.id))
     except RuntimeError as error:
-        here = ", ".join(dict.fromkeys(str(device.platform) for device in jax.devices()))
-        raise InputFault(f"engine.device: {kind!r} is not there: {str(error).splitlines()[0]}. JAX sees {here}.") from error
+        there = ", ".join(dict.fromkeys(str(device.platform) for device in jax.devices()))
+        raise InputFault(f"engine.device: {kind!r} is not there: {str(error).splitlines()[0]}. JAX sees {there}.") from error
     if kind is not None:
         jax.config.update("jax_default_device", next(device for device in devices if device.process_index == jax.process_index()))
     return devices
