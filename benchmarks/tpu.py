@@ -24,7 +24,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from limner import bench, config, plan
 from limner.base import Base
 from limner.engines.jax import weights
-from limner.engines.jax.engine import JaxEngine, Layout, adapters, numbers
+from limner.engines.jax.engine import JaxEngine, numbers
+from limner.engines.jax.learnt import Layout, adapters
 from limner.families import family_of
 
 GIB = 2**30

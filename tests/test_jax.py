@@ -452,12 +452,48 @@ def test_rows_that_a_mesh_cannot_divide_are_refused(base: Path, pictures: Path, 
 
 def test_half_a_compiled_program_is_swept_away(tmp_path: Path) -> None:
     """What a kill has left between a program and the time of its last use; whole ones stay."""
-    from limner.engines.jax.world import sweep
+    from limner.engines.jax.programs import sweep
 
     for name in ("whole-cache", "whole-atime", "half-cache"):
         (tmp_path / name).write_bytes(b"x")
     sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.glob("*-*")) == ["whole-atime", "whole-cache"]
+
+
+def test_a_compiled_step_is_found_without_tracing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once for one meaning; a damaged one is made again, and kept."""
+    from limner.engines.jax import programs
+
+    calls = []
+
+    class Store:
+        _path = tmp_path
+
+        def get(self, key: str) -> bytes | None:
+            path = tmp_path / f"{key}-cache"
+            return path.read_bytes() if path.exists() else None
+
+        def put(self, key: str, value: bytes) -> None:
+            (tmp_path / f"{key}-cache").write_bytes(value)
+
+    monkeypatch.setattr(programs.compilation_cache, "_get_cache", lambda client: Store())
+    monkeypatch.setattr(programs, "WORTH", 0.0)
+
+    def got(factor: float, x: np.ndarray) -> list[float]:
+        def make() -> Any:
+            calls.append(factor)
+            return jax.jit(lambda given: {"y": factor * given["x"]}).lower({"x": x}).compile()
+
+        return programs.kept(make, jax.devices()[:1], {"factor": factor}, {"x": x})({"x": x})["y"].tolist()
+
+    x = np.arange(3, dtype=np.float32)
+    assert [got(2.0, x), got(2.0, x + 1), got(3.0, x), got(2.0, x[:2])] == [[0, 2, 4], [2, 4, 6], [0, 3, 6], [0, 2]] and calls == [2.0, 3.0, 2.0]
+    assert programs.named(jax.devices()[:1], {}, x) != programs.named(jax.devices()[:1], {}, x.astype(np.int32))
+    paths = sorted(tmp_path.glob("*-cache"))
+    assert len(paths) == 3
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    assert [got(3.0, x), got(3.0, x)] == [[0, 3, 6], [0, 3, 6]] and calls == [2.0, 3.0, 2.0, 3.0]
 
 
 def test_kandinsky_is_not_trained_yet(kandinsky: Path, pictures: Path, tmp_path: Path) -> None:

@@ -24,7 +24,10 @@ from limner.snapshot import WEIGHTS
 
 WARM_UP = 2  # steps before the first that counts
 BLOCKS = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
-NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon"}
+NOISE = {
+    "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+}  # fmt: skip
 EYE: dict[str, Any] = {"image_encoder": {"image_size": 224, "projection_dim": 1280}, "image_processor": {}}
 # Published configs, cut to what shapes depend on; the trained networks have 859,520,964, 2,567,463,684, 1,026,225,920 and 1,253,057,288 parameters.
 STAND_INS: dict[str, dict[str, Any]] = {

@@ -23,11 +23,21 @@ def peak_resident() -> int:
 
 def processor() -> str:
     """The processor's name, where the system tells."""
+    return described("model name") or platform.machine()
+
+
+def instructions() -> str:
+    """The sets of instructions that the processor has, where the system tells."""
+    return described("flags") or described("Features")
+
+
+def described(what: str) -> str:
+    """What the system says of the first processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == what), "")
 
 
 MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX = -4, -1, -8  # of glibc's mallopt

@@ -1,10 +1,8 @@
 """Training in JAX: one jitted pure function from state and batch to state and metrics, compiled ahead of time for each shape of batch."""
 
-import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,20 +13,20 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from limner import config, rng, sampler
+from limner import config, sampler
 from limner.base import Base
 from limner.engine import Batch, FirstFault, Group, Metrics
-from limner.engines.jax import clip, weights
+from limner.engines.jax import clip, programs, weights
+from limner.engines.jax.learnt import LARGE, Layout, adapters, targets
 from limner.engines.jax.nn import Array, Params
 from limner.engines.jax.parts import JaxParts, projects
 from limner.engines.jax.unet import unet
-from limner.engines.jax.world import LARGE, World, here
+from limner.engines.jax.world import World, here
 from limner.engines.machine import keep_heap
 from limner.family import Family, silenced, told
 from limner.faults import InputFault, IntegrityFault
 from limner.objective import Objective
 
-SMALL = "small"  # the name in a state of all arrays that are smaller than LARGE
 HALF = {"fp16": jnp.float16, "bf16": jnp.bfloat16}
 SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}  # PyTorch's own numbers
 KEPT = 1 << 30  # bytes of a step's own memory, up to which a process on the CPU keeps it: some 20 % of a step's time
@@ -136,8 +134,7 @@ class JaxEngine:
         """The step for this shape of batch; the old state's memory is given to the new one."""
         began = time.monotonic()
         out = jax.tree.map(lambda a: a.sharding, state), None
-        with jax.default_matmul_precision(self.precise):
-            made = jax.jit(self.pure_step, donate_argnums=0, out_shardings=out).lower(state, self.frozen, rows, scalars).compile()
+        made = self.made(self.pure_step, (state, self.frozen, rows, scalars), donate_argnums=0, out_shardings=out)
         needs: Any = made.memory_analysis()
         if self.process.kind == "cpu" and needs.temp_size_in_bytes < KEPT:
             keep_heap()
@@ -145,6 +142,19 @@ class JaxEngine:
             shape = "x".join(str(side) for side in rows["x0"].shape[3:])
             self.tell(f"compiled the step for latents of {shape} in {took:.1f} s")
         return made
+
+    def made(self, function: Callable[..., Any], arguments: tuple[Any, ...], **how: Any) -> Any:
+        """A function compiled for these arguments, or found on the disk."""
+
+        def make() -> Any:
+            with jax.default_matmul_precision(self.precise):
+                return jax.jit(function, **how).lower(*arguments).compile()
+
+        cfg = config.plain(self.cfg)
+        cfg["engine"].pop("compile_cache", None)
+        meaning = {name: cfg.get(name) for name in ("adapt", "engine", "objective", "optim")} | {"configs": self.base.configs, "family": self.family.name}
+        meaning |= {"function": function.__name__, "precision": self.process.precision, "how": repr(how)}
+        return programs.kept(make, list(self.mesh.devices.flat), meaning, arguments)
 
     def pure_step(self, state: State, frozen: dict[str, Named], rows: Named, scalars: dict[str, Array]) -> tuple[State, Metrics]:
         """One optimizer step, a function of its arguments alone."""
@@ -234,11 +244,10 @@ class JaxEngine:
         key = ("losses", *((name, a.shape) for name, a in rows.items()))
         if key not in self.compiled:
 
-            def each(params: Named, frozen: dict[str, Named], rows: Named) -> Array:
+            def pure_losses(params: Named, frozen: dict[str, Named], rows: Named) -> Array:
                 return jax.lax.map(lambda part: self.example_losses(params, frozen, part, None, False), rows)
 
-            with jax.default_matmul_precision(self.precise):
-                self.compiled[key] = jax.jit(each, out_shardings=NamedSharding(self.mesh, PartitionSpec())).lower(params, self.frozen, rows).compile()
+            self.compiled[key] = self.made(pure_losses, (params, self.frozen, rows), out_shardings=NamedSharding(self.mesh, PartitionSpec()))
         found = np.asarray(self.compiled[key](params, self.frozen, rows))  # [pieces, rows of all processes]
         return found.reshape(len(found), self.world, -1)[:, self.rank].reshape(-1)
 
@@ -308,38 +317,6 @@ class JaxEngine:
         return new
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How named arrays lie in a state: large ones by themselves, all small ones in one, so that what is done to each of them is done once.
-
-    Args:
-        shapes: of all arrays by name.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-
-    @property
-    def small(self) -> list[str]:
-        return [name for name, shape in self.shapes.items() if math.prod(shape) < LARGE]
-
-    def pack(self, named: Any) -> Any:
-        """Arrays by name, numpy's or JAX's, as a state has them."""
-        few = {name: array for name, array in named.items() if math.prod(self.shapes[name]) >= LARGE}
-        flat = [named[name].reshape(-1) for name in self.small]
-        join: Any = np.concatenate if all(isinstance(part, np.ndarray) for part in flat) else jnp.concatenate
-        return few | ({SMALL: join(flat)} if flat else {})
-
-    def unpack(self, packed: Any) -> Any:
-        """The inverse of ``pack``, of numpy's arrays or JAX's."""
-        sizes = [math.prod(self.shapes[name]) for name in self.small]
-        if not sizes:
-            return dict(packed)
-        flat = packed[SMALL]
-        parts: Any = np.split(flat, np.cumsum(sizes)[:-1]) if isinstance(flat, np.ndarray) else jax.lax.split(flat, sizes)
-        own = {name: part.reshape(self.shapes[name]) for name, part in zip(self.small, parts, strict=True)}
-        return {name: own[name] if name in own else packed[name] for name in self.shapes}
-
-
 class Learning:
     """Text encoders that are being trained: token ids in, states with gradients out; see ``family.Encoders``."""
 
@@ -358,38 +335,3 @@ class Learning:
 def numbers(step: int, learning_rate: float, ema: float | None, seed: int) -> dict[str, Any]:
     """What a step is told besides its batch."""
     return {"step": np.int32(step), "seed": np.uint32(seed % 2**32), "rate": np.float32(learning_rate), "ema": np.float32(1.0 if ema is None else ema)}
-
-
-def targets(known: Iterable[str], adapt: config.Adapt, family: Family) -> list[str]:
-    """The modules of the trained network that get adapters, by the last parts of their names.
-
-    Raises:
-        InputFault: when one names no linear layer of the network.
-    """
-    own = family.lora[family.trains]
-    stems = [name.removesuffix(".weight") for name in known if name.endswith(".weight")]
-    if missing := [t for t in adapt.targets or own if not any(stem == t or stem.endswith(f".{t}") for stem in stems)]:
-        raise InputFault(f"adapt.targets: the {family.trains} has no module named {missing[0]}; this family's own are {', '.join(own)}")
-    return list(adapt.targets or own)
-
-
-def adapters(nets: dict[str, dict[str, tuple[int, ...]]], adapt: config.Adapt, family: Family, seed: int) -> dict[str, np.ndarray]:
-    """The low-rank additions of some components by the names that files use; the same starting values as the PyTorch engine's.
-
-    Raises:
-        InputFault: for a target that is no linear layer.
-    """
-    out: dict[str, np.ndarray] = {}
-    for component, known in nets.items():
-        wanted = targets(known, adapt, family) if component == family.trains else list(family.lora[component])
-        for name, shape in known.items():
-            stem = name.removesuffix(".weight")
-            if stem == name or not any(stem == t or stem.endswith(f".{t}") for t in wanted):
-                continue
-            if len(shape) != 2:
-                raise InputFault(f"adapt.targets: {stem} is no linear layer, which the JAX engine's adapters need")
-            a, b = f"{component}.{stem}.lora_A.weight", f"{component}.{stem}.lora_B.weight"
-            address = zlib.crc32(a.removeprefix(f"{family.trains}.").encode())
-            normal = rng.at(seed, "lora", address).standard_normal(adapt.rank * shape[1], "float32").reshape(adapt.rank, shape[1])
-            out |= {a: normal / np.float32(adapt.rank), b: np.zeros((shape[0], adapt.rank), np.float32)}
-    return out

@@ -16,7 +16,8 @@ from jax.interpreters import partial_eval
 
 from limner.engine import Batch
 from limner.engines.jax import weights
-from limner.engines.jax.engine import JaxEngine, adapters
+from limner.engines.jax.engine import JaxEngine
+from limner.engines.jax.learnt import adapters
 from limner.engines.jax.world import here
 from limner.engines.machine import PUBLISHED, peak_resident, processor
 

@@ -1,29 +1,25 @@
 """One process of a JAX run, its place among the others, and the mesh of all their devices; several hosts meet by ``jax.distributed``."""
 
-import contextlib
 import itertools
 import json
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeVar
 
-import filelock
 import jax
 import numpy as np
 from jax._src import distributed
 from jax.sharding import AxisType, Mesh
 
-from limner import config, durable
+from limner import config
+from limner.engines.jax.programs import remember
 from limner.engines.machine import one_heap
 from limner.faults import InputFault, described, rebuilt
 
 T = TypeVar("T")
 PATIENCE = 7 * 24 * 3600 * 1000  # milliseconds: the first process may encode or download for hours while the others wait
 TALKS = itertools.count()  # so far, in this process
-REMEMBERED = 4 << 30  # bytes of compiled programs; those that were used longest ago go first
-LARGE = 1 << 16  # numbers: smaller arrays lie together, and larger ones are divided
 
 
 class World:
@@ -129,34 +125,6 @@ def choose(kind: str | None) -> list[Any]:
 def here() -> Any:
     """This process's first device, of the kind that was chosen."""
     return getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]
-
-
-def remember(place: str) -> None:
-    """Keep compiled programs on disk, where another process finds them; unless the recipe names a folder, what ``JAX_COMPILATION_CACHE_DIR`` says holds.
-
-    Raises:
-        InputFault: when the folder cannot be written.
-    """
-    if place == "off" or (place == "auto" and "JAX_COMPILATION_CACHE_DIR" in os.environ):
-        return
-    folder = durable.user_cache() / "jax" if place == "auto" else Path(place)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise InputFault(f"engine.compile_cache: {folder} cannot be written ({error.strerror}); give another folder, or off") from error
-    sweep(folder)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", REMEMBERED)
-
-
-def sweep(folder: Path) -> None:
-    """Remove programs that a killed process has left half-written: JAX would trip over them for ever. Of a whole one the time of its last use is there too."""
-    with contextlib.suppress(filelock.Timeout), filelock.FileLock(folder / ".lockfile", timeout=10):  # JAX's own lock
-        for path in folder.glob("*-cache"):
-            if not path.with_name(f"{path.name.removesuffix('-cache')}-atime").exists():
-                path.unlink(missing_ok=True)
 
 
 def meet() -> None:
