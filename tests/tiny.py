@@ -27,10 +27,12 @@ def stable_diffusion(
     scheduler: dict[str, Any] | None = None,
     dropout: float = 0.0,
     shard: str | None = None,
+    channels: tuple[int, ...] = (32, 64),
 ) -> Path:
     """Write a Stable Diffusion folder in the diffusers layout, all parameters random, and return it.
 
     Args:
+        channels: of the UNet's levels; the last one looks at the caption.
         dtype: torch type of the weights; None: float32.
         variant: infix of the weight files, e.g. ``fp16``.
         scheduler: replaces single entries of the scheduler's config, e.g. ``{"rescale_betas_zero_snr": True}``.
@@ -43,10 +45,11 @@ def stable_diffusion(
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+        plain = len(channels) - 1
+        blocks = {"down_block_types": ("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain}
         unet = UNet2DConditionModel(
             sample_size=SIZE // 2,
-            block_out_channels=(32, 64),
+            block_out_channels=channels,
             norm_num_groups=8,
             layers_per_block=1,
             attention_head_dim=4,
