@@ -3,7 +3,7 @@
     pip install "limner[jax]" libtpu          # the libtpu that the installed jax asks for: see pip install "jax[tpu]"
     python benchmarks/tpu.py recipes/sd15-full.toml --slice v5e:2x2 train.batch=32 train.micro=8 engine.fsdp=4 optim.ema=none
 
-Nothing is computed and no weight is made: the arrays are descriptions. Stable Diffusion 1.5 takes more than half an hour of one core; docs/log.md.
+Nothing is computed and no weight is made: the arrays are descriptions. Stable Diffusion 1.5 takes an hour of one core; docs/log.md.
 """
 
 import argparse
