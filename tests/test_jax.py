@@ -247,7 +247,10 @@ def pair(base: Path, sdxl: Path, pictures: Path, tmp_path_factory: pytest.TempPa
     return runs
 
 
-@pytest.mark.parametrize(("family", "kind"), [("sd", "full"), ("sd", "lora"), pytest.param("sdxl", "full", marks=pytest.mark.soak), ("sdxl", "lora")])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("sd", "full"), pytest.param("sd", "lora", marks=pytest.mark.soak), pytest.param("sdxl", "full", marks=pytest.mark.soak), ("sdxl", "lora")],
+)
 def test_both_engines_have_one_curve(family: str, kind: str, pair: Any) -> None:
     """With Min-SNR, an average, accumulation, and for SDXL's LoRA both text encoders too."""
     ours, theirs = pair(family, kind)[:2]
@@ -273,7 +276,7 @@ def test_both_engines_leave_the_same_checkpoints_and_results(family: str, kind: 
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize(("family", "kind"), [("sd", "full"), ("sdxl", "lora"), ("sd", "lora")])
+@pytest.mark.parametrize(("family", "kind"), [("sd", "full"), ("sdxl", "lora"), pytest.param("sd", "lora", marks=pytest.mark.soak)])
 def test_a_picture_is_the_stock_pipeline_s(family: str, kind: str, pair: Any) -> None:
     """Of JAX's result, in both: the same latents, within 2 of 255."""
     import torch
