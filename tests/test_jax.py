@@ -468,24 +468,24 @@ def test_half_a_compiled_program_is_swept_away(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("*-*")) == ["whole-atime", "whole-cache"]
 
 
-def test_a_compiled_step_is_found_without_tracing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made once for one meaning; a damaged one is made again, and kept."""
+@pytest.fixture
+def programs(tmp_path: Path) -> Any:
+    """The programs on disk, in a folder of their own."""
     from limner.engines.jax import programs
 
-    calls = []
+    before = {name: jax.config.values[name] for name in ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")}
+    programs.compilation_cache.reset_cache()
+    programs.remember(str(tmp_path / "programs"))
+    yield programs
+    for name, value in before.items():
+        jax.config.update(name, value)
+    programs.compilation_cache.reset_cache()
 
-    class Store:
-        _path = tmp_path
 
-        def get(self, key: str) -> bytes | None:
-            path = tmp_path / f"{key}-cache"
-            return path.read_bytes() if path.exists() else None
-
-        def put(self, key: str, value: bytes) -> None:
-            (tmp_path / f"{key}-cache").write_bytes(value)
-
-    monkeypatch.setattr(programs.compilation_cache, "_get_cache", lambda client: Store())
+def test_a_compiled_step_is_found_without_tracing(programs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once for one meaning; a damaged one is made again, and kept."""
     monkeypatch.setattr(programs, "WORTH", 0.0)
+    calls = []
 
     def got(factor: float, x: np.ndarray) -> list[float]:
         def make() -> Any:
@@ -497,11 +497,28 @@ def test_a_compiled_step_is_found_without_tracing(tmp_path: Path, monkeypatch: p
     x = np.arange(3, dtype=np.float32)
     assert [got(2.0, x), got(2.0, x + 1), got(3.0, x), got(2.0, x[:2])] == [[0, 2, 4], [2, 4, 6], [0, 3, 6], [0, 2]] and calls == [2.0, 3.0, 2.0]
     assert programs.named(jax.devices()[:1], {}, x) != programs.named(jax.devices()[:1], {}, x.astype(np.int32))
-    paths = sorted(tmp_path.glob("*-cache"))
+    paths = sorted((tmp_path / "programs").glob("limner-*-cache"))
     assert len(paths) == 3
     for path in paths:
         path.write_bytes(path.read_bytes()[:-1] + b"\0")
     assert [got(3.0, x), got(3.0, x)] == [[0, 3, 6], [0, 3, 6]] and calls == [2.0, 3.0, 2.0, 3.0]
+
+
+def test_a_program_that_jax_knows_is_written_whole(programs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an edit that leaves the program as it was: read back, it still has every function."""
+    monkeypatch.setattr(programs, "WORTH", 0.0)
+    x = normal(64, 64)
+    before = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+
+    def make() -> Any:
+        jax.clear_caches()
+        return jax.jit(lambda x: jax.nn.softmax(jax.numpy.sin(x @ x)) * jax.numpy.exp(x)).lower(x).compile()
+
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    want = np.asarray(make()(x))  # JAX's own cache has it now
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+    for _ in range(2):
+        np.testing.assert_array_equal(programs.kept(make, jax.devices()[:1], {}, x)(x), want)
 
 
 def test_kandinsky_is_not_trained_yet(kandinsky: Path, pictures: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import filelock
 import jax
 from jax._src import compilation_cache
+from jax._src import config as jax_config
 from jax.experimental import serialize_executable
 
 import limner
@@ -79,12 +80,24 @@ def kept(make: Callable[[], Any], devices: Sequence[Any], meaning: Any, argument
             for path in Path(store._path).glob(f"{key}-*"):
                 path.unlink(missing_ok=True)
     began = time.monotonic()
-    made = make()
+    with apart():
+        made = make()
     if time.monotonic() - began > WORTH:
         with contextlib.suppress(ValueError, NotImplementedError, OSError):  # some programs cannot be written, and some disks
             blob = pickle.dumps(serialize_executable.serialize(made))
             store.put(key, hashlib.sha256(blob).digest() + blob)
     return made
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Without JAX's own cache: on CPUs a program that comes out of it lacks functions when it is written once more, and then fails where it is run."""
+    compilation_cache.reset_cache()
+    try:
+        with jax_config.enable_compilation_cache(False):
+            yield
+    finally:
+        compilation_cache.reset_cache()
 
 
 def named(devices: Sequence[Any], meaning: Any, arguments: Any) -> str:
