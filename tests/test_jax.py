@@ -28,7 +28,7 @@ from limner.engines.jax.nn import Params  # noqa: E402
 from limner.engines.jax.tokens import Words  # noqa: E402
 
 DRAWS = np.random.default_rng(0)
-STEPS = int(os.environ.get("LIMNER_TEST_STEPS", "12"))  # of the runs that both engines make; `make soak` has 100
+STEPS = int(os.environ.get("CURVE_STEPS", "12"))  # of the runs that both engines make; `make soak` has 100
 HALFWAY = STEPS // 2
 
 

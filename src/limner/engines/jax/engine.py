@@ -65,6 +65,7 @@ class JaxEngine:
         self.adam = optax.chain(optax.scale_by_adam(*cfg.optim.betas, cfg.optim.eps), optax.add_decayed_weights(cfg.optim.weight_decay))
         self.compiled: dict[Any, Any] = {}
         self.frozen: dict[str, Named] = {}
+        self.pipeline: Any = None  # what draws previews, once one is asked for
         self.layout = Layout({})
         if cfg.adapt.kind == "lora":
             targets(weights.expected(kind, base.configs[family.trains]), cfg.adapt, family)
@@ -259,9 +260,11 @@ class JaxEngine:
         frozen = {name: self.whole(self.on_host(arrays)) for name, arrays in self.frozen.items()}  # what hosts hold together, they put together together
         if self.rank > 0:
             return []
-        nets = {name: self.network(params, frozen, name) for name in self.learns}
-        drawn = pipeline.Pipeline(self.base, self.family, self.encoders, nets, self.predict, self.half)
-        made = drawn.draw(prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size)
+        if self.pipeline is None:
+            self.pipeline = pipeline.Pipeline(self.base, self.family, self.encoders, {}, self.predict, self.half)
+        self.pipeline.nets = {name: self.network(params, frozen, name) for name in self.learns}
+        made = self.pipeline.draw(prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size)
+        self.pipeline.nets = {}
         if not keep:
             self.release()
         return made

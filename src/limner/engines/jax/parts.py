@@ -96,10 +96,9 @@ class JaxParts:
         return self.words(tokenizer).limit
 
     def release(self, names: Iterable[str] | None = None) -> None:
-        """Let go of these components, of all where none are named; one that is asked for again is loaded again."""
+        """Let go of these components, of all where none are named; one that is asked for again is loaded again, and not compiled again."""
         for name in list(self.loaded) if names is None else names:
             self.loaded.pop(name, None)
-            self.compiled = {key: made for key, made in self.compiled.items() if key[0] != name}
 
 
 def projects(base: Base, name: str) -> bool:

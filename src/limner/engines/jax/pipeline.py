@@ -50,10 +50,16 @@ class Pipeline:
         if name not in self.nets:
             return self.parts.text(name, ids, skip)
         net, known, projection = self.nets[name], self.base.configs[name], projects(self.base, name)
+        hear = self.once((name, skip, net.scale), lambda arrays, ids: clip.text(Params(arrays, scale=net.scale), known, ids, skip, projection))
         with jax.default_matmul_precision("highest"):
-            made = jax.jit(lambda arrays, ids: clip.text(Params(arrays, scale=net.scale), known, ids, skip, projection))(net.arrays, ids.astype(np.int32))
-        states, pooled = jax.device_get(made)
+            states, pooled = jax.device_get(hear(net.arrays, ids.astype(np.int32)))
         return np.asarray(states, np.float32), np.asarray(pooled, np.float32)
+
+    def once(self, key: Any, function: Any, **how: Any) -> Any:
+        """A function under jit: it is compiled once, however often pictures are drawn."""
+        if key not in self.compiled:
+            self.compiled[key] = jax.jit(function, **how)
+        return self.compiled[key]
 
     def beside(self, arrays: list[np.ndarray]) -> np.ndarray:
         """See ``family.Encoders``."""
@@ -103,13 +109,9 @@ class Pipeline:
         table = sampler.table(self.base.configs["scheduler"], steps, self.scheduler, self.predict)
         net, known, kind = self.nets[self.family.trains], self.base.configs[self.family.trains], self.half or jnp.float32
         told_of = features | {"cut": np.tile(np.array([size, size, 0, 0, size, size], np.float32), (len(next(iter(features.values()))), 1))}
-        key = (steps, self.scheduler, noise.shape, guidance > 1)
-        if key not in self.compiled:
-            run = partial(sampled, config=known, scale=net.scale, family=self.family, kind=kind)
-            with jax.default_matmul_precision("highest" if self.half is None else None):
-                self.compiled[key] = jax.jit(run, static_argnames=("guided",))
+        run = self.once(("denoise", net.scale), partial(sampled, config=known, scale=net.scale, family=self.family, kind=kind), static_argnames=("guided",))
         with jax.default_matmul_precision("highest" if self.half is None else None):
-            made = self.compiled[key](net.arrays, table.timesteps, table.weights, noise, told_of, np.float32(guidance), guided=guidance > 1)
+            made = run(net.arrays, table.timesteps, table.weights, noise, told_of, np.float32(guidance), guided=guidance > 1)
         return np.asarray(made, np.float32)
 
 
