@@ -98,6 +98,39 @@ def test_latents_of_odd_sides(base: Path) -> None:
     assert said.shape == (1, 4, 9, 7) and np.abs(np.asarray(made) - said).max() < 1e-5
 
 
+@pytest.mark.parametrize("tokens", [128, 200])
+def test_the_fused_kernel_for_tpus(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated: as near to float32 as plain products in bfloat16 are, gradients too, and where tokens are no multiple of what the kernel takes."""
+    from jax.experimental.pallas import tpu
+
+    from limner.engines.jax import attention, nn
+
+    monkeypatch.setattr(attention, "LONG", 128)
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    exact, goal = [normal(2, tokens, 48) for _ in range(3)], normal(2, tokens, 48)
+    served = []
+
+    def kernel(*arrays: Any) -> Any:
+        served.append(attention.fused("tpu", mesh)(*arrays))
+        return served[-1]
+
+    def found(kernel: Any, arrays: Any) -> list[np.ndarray]:
+        def loss(*arrays: Any) -> Any:
+            made = nn.attention(*arrays, 2, kernel=kernel).astype(jax.numpy.float32)
+            return (made * goal).sum(), made
+
+        (_, made), gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+        return [np.asarray(a, np.float32) for a in (made, *gradient)]
+
+    half = [jax.numpy.asarray(a, jax.numpy.bfloat16) for a in exact]
+    with tpu.force_tpu_interpret_mode():
+        ours = found(kernel, half)
+    assert len(served) == 1 and served[0] is not None
+    for fused, plain, want in zip(ours, found(None, half), found(None, exact), strict=True):
+        assert np.linalg.norm(fused - want) < max(1.5 * np.linalg.norm(plain - want), 1e-3 * np.linalg.norm(want)) < 1e-2 * np.linalg.norm(want)
+    assert attention.fused("cpu") is None and attention.flash(*(a.reshape(2, tokens, 2, 24) for a in exact)) is None
+
+
 def test_loras_of_others(base: Path, tmp_path: Path) -> None:
     """Names that diffusers used to write are read; what there is no code for, does not fit or is cut short is refused."""
     from safetensors.numpy import save_file
@@ -298,6 +331,29 @@ def test_a_picture_is_the_stock_pipeline_s(family: str, kind: str, pair: Any) ->
 def test_the_command_draws_with_jax(pair: Any, tmp_path: Path) -> None:
     [made] = generate.run(str(pair("sd", "full")[3]), ["a red circle"], steps=2, size=32, engine="jax", output=tmp_path)
     assert generate.read_picture(made).shape == (32, 32, 3)
+
+
+def test_previews_are_compiled_once(pictures: Path, tmp_path: Path) -> None:
+    """Whatever the weights have become in between."""
+    base = tiny.stable_diffusion(tmp_path / "base", channels=(96,))
+    cfg, compiles = settings(base, pictures, tmp_path / "run", "jax", optim={"ema": None}), []
+    engine = engines.open_engine(cfg, opened(base, "sd"), FAMILIES["sd"], engines.join(cfg.engine), 2, print)
+    state = engine.init(0)
+
+    def heard(event: str, seconds: float, **how: Any) -> None:
+        compiles.append(event) if event.endswith("backend_compile_duration") else None
+
+    def drawn() -> np.ndarray:
+        [picture] = engine.pictures(state, ["a red circle"], [0], steps=2, guidance_scale=5.0, size=32)
+        return picture.astype(float)
+
+    one, params = drawn(), state["params"]
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    same, state["params"] = drawn(), {name: 1.5 * a for name, a in params.items()}
+    count = len(compiles)
+    other = drawn()
+    jax.monitoring.unregister_event_duration_listener(heard)
+    assert len(compiles) == count and np.array_equal(one, same) and np.abs(one - other).max() > 5
 
 
 def bits(run: Path, step: int) -> dict[str, bytes]:

@@ -115,7 +115,9 @@ class FlaxStableDiffusionPipeline:
         import jax
         from jax.sharding import NamedSharding, PartitionSpec
 
+        from limner.engines.jax.attention import fused
         from limner.engines.jax.pipeline import latent_side
+        from limner.engines.jax.world import here
 
         lead = np.asarray(prompt_ids).shape[: 2 if jit else 1]
         rows = int(np.prod(lead))
@@ -131,15 +133,18 @@ class FlaxStableDiffusionPipeline:
         against = self.prepare_inputs([""] * rows) if neg_prompt_ids is None else np.asarray(neg_prompt_ids).reshape(ids.shape)
         if jit:
             noise, ids, against = jax.device_put((noise, ids, against), NamedSharding(mesh(), PartitionSpec("data")))
-        guided, key = guidance_scale > 1, (num_inference_steps, noise.shape, guidance_scale > 1, neg_prompt_ids is None)
+        how = {"guided": guidance_scale > 1, "silent": neg_prompt_ids is None}
+        key = (num_inference_steps, noise.shape, jit, *how.values())
         if key not in self.compiled:
-            self.compiled[key] = jax.jit(partial(self.drawn, guided=guided, silent=neg_prompt_ids is None))
+            self.compiled[key] = jax.jit(partial(self.drawn, **how, kernel=fused(here().platform, mesh() if jit else None)))
         with jax.default_matmul_precision("highest" if self.dtype == np.float32 else None):
             images = self.compiled[key](params, ids, against, noise, found.timesteps, found.weights, np.float32(guidance_scale))
         images = images.reshape(*lead, *images.shape[1:])
         return Output(images) if return_dict else (images,)
 
-    def drawn(self, params: Any, ids: Any, against: Any, noise: Any, timesteps: Any, weights: Any, guidance: Any, *, guided: bool, silent: bool) -> Any:
+    def drawn(
+        self, params: Any, ids: Any, against: Any, noise: Any, timesteps: Any, weights: Any, guidance: Any, *, guided: bool, silent: bool, kernel: Any
+    ) -> Any:  # fmt: skip
         """All of it as one pure function: pictures [n, height, width, 3] in [0, 1]."""
         import jax.numpy as jnp
 
@@ -157,7 +162,7 @@ class FlaxStableDiffusionPipeline:
         high, wide = (side * factor for side in noise.shape[2:])
         count = len(noise) * (1 + guided)
         features |= {"cut": jnp.tile(jnp.array([high, wide, 0, 0, high, wide], jnp.float32), (count, 1))}
-        how = {"config": self.base.configs["unet"], "scale": 1.0, "family": self.record, "kind": self.dtype, "guided": guided}
+        how = {"config": self.base.configs["unet"], "scale": 1.0, "family": self.record, "kind": self.dtype, "guided": guided, "kernel": kernel}
         clean = sampled(params["unet"], timesteps, weights, noise, features, guidance, **how)
         known = self.base.configs["vae"]
         pixels = vae.decode(Params(params["vae"]), known, clean / known.get("scaling_factor", 0.18215))

@@ -17,6 +17,7 @@ from limner import config, sampler
 from limner.base import Base
 from limner.engine import Batch, FirstFault, Group, Metrics
 from limner.engines.jax import clip, programs, weights
+from limner.engines.jax.attention import fused
 from limner.engines.jax.learnt import LARGE, Layout, adapters, targets
 from limner.engines.jax.nn import Array, Params
 from limner.engines.jax.parts import JaxParts, projects
@@ -60,7 +61,7 @@ class JaxEngine:
         self.predict = Objective.of(base.configs["scheduler"], cfg.objective).predict
         self.learns = family.learns(cfg.adapt.text_encoders)
         self.scale = (cfg.adapt.rank if cfg.adapt.alpha is None else cfg.adapt.alpha) / cfg.adapt.rank
-        self.kernel = "cudnn" if world.kind == "gpu" and cfg.engine.attention != "math" else None
+        self.kernel = fused(world.kind, world.mesh) if cfg.engine.attention != "math" else None
         self.precise = None if cfg.engine.tf32 or self.half is not None else "highest"
         self.adam = optax.chain(optax.scale_by_adam(*cfg.optim.betas, cfg.optim.eps), optax.add_decayed_weights(cfg.optim.weight_decay))
         self.compiled: dict[Any, Any] = {}
@@ -261,7 +262,9 @@ class JaxEngine:
         if self.rank > 0:
             return []
         if self.pipeline is None:
-            self.pipeline = pipeline.Pipeline(self.base, self.family, self.encoders, {}, self.predict, self.half)
+            self.pipeline = pipeline.Pipeline(
+                self.base, self.family, self.encoders, {}, self.predict, self.half, kernel=fused(self.process.kind) if self.kernel else None
+            )
         self.pipeline.nets = {name: self.network(params, frozen, name) for name in self.learns}
         made = self.pipeline.draw(prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size)
         self.pipeline.nets = {}

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+from limner.engines.jax.attention import Array, Kernel
 
 
 @dataclass(frozen=True)
@@ -137,19 +137,17 @@ def layer_norm(p: Params, x: Array, eps: float = 1e-5) -> Array:
     return (h * p("weight", x.shape[-1]) + p("bias", x.shape[-1])).astype(x.dtype)
 
 
-def attention(q: Array, k: Array, v: Array, heads: int, mask: Array | None = None, causal: bool = False, kernel: str | None = None) -> Array:
+def attention(q: Array, k: Array, v: Array, heads: int, mask: Array | None = None, causal: bool = False, kernel: Kernel | None = None) -> Array:
     """Scaled dot products of q [n, tokens, width] with k and v [n, keys, width], in ``heads`` heads, softmax in float32.
 
     Args:
         mask: which keys are looked at, bool [n, keys].
-        kernel: None: plain products; ``cudnn``: a fused kernel, where it can serve (16 bits, no mask).
+        kernel: what computes it where nothing is masked and it can; else, and where there is none, plain products do.
     """
     apart = tuple(t.reshape(*t.shape[:2], heads, -1) for t in (q, k, v))
-    width = apart[0].shape[-1]
-    if kernel == "cudnn" and mask is None and q.dtype in (jnp.float16, jnp.bfloat16) and width % 8 == 0 and width <= 128:
-        out: Array = jax.nn.dot_product_attention(*apart, is_causal=causal, implementation="cudnn")  # type: ignore[call-overload]
+    if kernel is not None and mask is None and not causal and (out := kernel(*apart)) is not None:
         return out.reshape(q.shape)
-    scores = jnp.einsum("nqhd,nkhd->nhqk", apart[0], apart[1], preferred_element_type=jnp.float32) / math.sqrt(width)
+    scores = jnp.einsum("nqhd,nkhd->nhqk", apart[0], apart[1], preferred_element_type=jnp.float32) / math.sqrt(apart[0].shape[-1])
     if mask is not None:
         scores = scores + jnp.where(mask[:, None, None], 0.0, -10000.0)
     if causal:

@@ -14,6 +14,7 @@ from limner import config, rng, sampler
 from limner.base import Base, open_base, read_json
 from limner.engine import Weights
 from limner.engines.jax import clip, weights
+from limner.engines.jax.attention import Kernel, fused
 from limner.engines.jax.nn import Array, Params
 from limner.engines.jax.parts import JaxParts, projects
 from limner.engines.jax.unet import unet
@@ -43,6 +44,7 @@ class Pipeline:
     predict: str
     half: Any = None
     scheduler: str | None = None  # None: the base's own
+    kernel: Kernel | None = None  # of attention
     compiled: dict[Any, Any] = field(default_factory=dict)
 
     def text(self, name: str, ids: np.ndarray, skip: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +111,11 @@ class Pipeline:
         table = sampler.table(self.base.configs["scheduler"], steps, self.scheduler, self.predict)
         net, known, kind = self.nets[self.family.trains], self.base.configs[self.family.trains], self.half or jnp.float32
         told_of = features | {"cut": np.tile(np.array([size, size, 0, 0, size, size], np.float32), (len(next(iter(features.values()))), 1))}
-        run = self.once(("denoise", net.scale), partial(sampled, config=known, scale=net.scale, family=self.family, kind=kind), static_argnames=("guided",))
+        run = self.once(
+            ("denoise", net.scale),
+            partial(sampled, config=known, scale=net.scale, family=self.family, kind=kind, kernel=self.kernel),
+            static_argnames=("guided",),
+        )
         with jax.default_matmul_precision("highest" if self.half is None else None):
             made = run(net.arrays, table.timesteps, table.weights, noise, told_of, np.float32(guidance), guided=guidance > 1)
         return np.asarray(made, np.float32)
@@ -117,7 +123,7 @@ class Pipeline:
 
 def sampled(
     arrays: dict[str, Array], timesteps: Array, weights: Array, noise: Array, features: dict[str, Array], guidance: Array, *, config: dict[str, Any],
-    scale: float, family: Family, kind: Any, guided: bool,
+    scale: float, family: Family, kind: Any, guided: bool, kernel: Kernel | None = None,
 ) -> Array:  # fmt: skip
     """One scan over a table: each step mixes the noise and what was said so far, and asks the network; see ``sampler``."""
     inputs = family.inputs(features)
@@ -126,7 +132,7 @@ def sampled(
         i, t, row = given
         x = jnp.tensordot(row, said, 1)
         both = jnp.concatenate([x, x]) if guided else x
-        out = unet(Params(arrays, scale=scale), config, both.astype(kind), jnp.full(len(both), t), **inputs)[:, : x.shape[1]].astype(jnp.float32)
+        out = unet(Params(arrays, scale=scale), config, both.astype(kind), jnp.full(len(both), t), **inputs, kernel=kernel)[:, : x.shape[1]].astype(jnp.float32)
         if guided:  # equation 6 of arXiv:2207.12598
             without, out = jnp.split(out, 2)
             out = without + guidance * (out - without)
@@ -168,7 +174,7 @@ def open_pipeline(found: Weights, partner: Weights | None, *, scheduler: str | N
     nets = {family.trains: Params(on_device(weights.read(base, family.trains), half))}
     if found.lora is not None:
         nets = with_lora(base, family, nets, found, half)
-    return Pipeline(base, family, parts, nets, base.configs["scheduler"].get("prediction_type", "epsilon"), half, scheduler)
+    return Pipeline(base, family, parts, nets, base.configs["scheduler"].get("prediction_type", "epsilon"), half, scheduler, fused(here().platform))
 
 
 def family_of_folder(found: Weights) -> Family:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from limner.engines.jax.attention import Kernel
 from limner.engines.jax.nn import Array, Params, attention, conv, group_norm, layer_norm, linear, pointwise, resnet, shapes, sinusoid, upsample
 
 PLAIN = {  # what the config of a plain UNet says; anything else would need code that is not here
@@ -46,14 +47,14 @@ def feed_forward(p: Params, x: Array) -> Array:
     return linear(p / "net" / 2, h * jax.nn.gelu(gate, approximate=False), width)
 
 
-def look(p: Params, x: Array, context: Array, heads: int, mask: Array | None, kernel: str | None) -> Array:
+def look(p: Params, x: Array, context: Array, heads: int, mask: Array | None, kernel: Kernel | None) -> Array:
     """Attention of x [n, tokens, width] to a context [n, keys, ...]."""
     width = x.shape[-1]
     q, k, v = (linear(p / name, source, width, bias=False) for name, source in (("to_q", x), ("to_k", context), ("to_v", context)))
     return linear(p / "to_out" / 0, attention(q, k, v, heads, mask, kernel=kernel), width)
 
 
-def block(p: Params, x: Array, context: Array, mask: Array | None, heads: int, kernel: str | None) -> Array:
+def block(p: Params, x: Array, context: Array, mask: Array | None, heads: int, kernel: Kernel | None) -> Array:
     """Attention to itself, attention to the caption, two linear layers; each on what a norm makes of x, and added to it."""
     h = layer_norm(p / "norm1", x)
     x = x + look(p / "attn1", h, h, heads, None, kernel)
@@ -62,7 +63,7 @@ def block(p: Params, x: Array, context: Array, mask: Array | None, heads: int, k
 
 
 def transformer(
-    p: Params, x: Array, context: Array, mask: Array | None, *, heads: int, depth: int, groups: int, remat: bool, kernel: str | None, convolution: bool
+    p: Params, x: Array, context: Array, mask: Array | None, *, heads: int, depth: int, groups: int, remat: bool, kernel: Kernel | None, convolution: bool
 ) -> Array:
     """Transformer blocks over the pixels of x [n, h, w, channels]."""
     n, height, width, channels = x.shape
@@ -93,7 +94,7 @@ def embedded(p: Params, config: dict[str, Any], x: Array, t: Array, added: dict[
 
 def unet(
     p: Params, config: dict[str, Any], x: Array, t: Array, encoder_hidden_states: Array, added_cond_kwargs: dict[str, Array] | None = None,
-    encoder_attention_mask: Array | None = None, *, remat: bool = False, kernel: str | None = None,
+    encoder_attention_mask: Array | None = None, *, remat: bool = False, kernel: Kernel | None = None,
 ) -> Array:  # fmt: skip
     """What the network predicts for noisy latents x [n, channels, h, w] at timesteps t [n]: [n, out channels, h, w], in the type of x.
 
@@ -101,7 +102,7 @@ def unet(
         encoder_hidden_states: [n, tokens, width] of the caption.
         encoder_attention_mask: which tokens are looked at, bool [n, tokens].
         remat: recompute activations block by block in the backward pass (arXiv:1604.06174).
-        kernel: of attention; see ``nn.attention``.
+        kernel: of attention; see ``attention.fused``.
     """
     channels, layers = config["block_out_channels"], config.get("layers_per_block", 2)
     levels, groups, eps = len(channels), config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
