@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=2)
-    a = parser.parse_args()
+    a = parser.parse_intermixed_args()
     rates: dict[str, list[float]] = {"torch": [], "jax": []}
     compiling = []
     with tempfile.TemporaryDirectory() as name:

@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--slice", default="v5e:2x2", help="kind and shape of the TPUs (v5e:2x2)")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     cfg = config.load(given.recipe, ['engine.kind="jax"', *given.overrides])
     family = family_of(cfg)
     chips = topologies.get_topology_desc(given.slice, platform="tpu").devices
