@@ -33,6 +33,6 @@ check-jax:
 
 soak: install
 	$(BIN)/python -m pytest tests/test_resume.py --kills 100 -m "soak or not soak"
-	CURVE_STEPS=100 $(BIN)/python -m pytest tests/test_jax.py -m "soak or not soak"
+	CURVE_STEPS=100 $(BIN)/python -m pytest tests/test_jax.py tests/test_flax.py -m "soak or not soak"
 
 .PHONY: install test lint demo check-jax soak

@@ -14,37 +14,42 @@ from limner.faults import InputFault
 pytest.importorskip("msgpack")
 
 
-def test_a_flax_model_has_the_arrays_of_its_twin(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_flax_model_has_the_arrays_of_its_twin(name: str, base: Path, sdxl: Path, tmp_path: Path) -> None:
     """In both engines' eyes; large arrays in pieces; converted once."""
     from limner.engines.torch.parts import load
 
-    family = FAMILIES["sd"]
-    plain = open_base(config.Model(base=str(base)), family)
-    found = open_base(config.Model(base=str(tiny.as_flax(base, tmp_path / "flax"))), family)
-    assert found.configs["model_index"]["_class_name"] == "StableDiffusionPipeline"
-    for component in ("unet", "vae", "text_encoder"):
+    family, base = FAMILIES[name], {"sd": base, "sdxl": sdxl}[name]
+    components = ("unet", "vae", "text_encoder", *(["text_encoder_2"] if name == "sdxl" else []))
+    plain = open_base(config.Model(base=str(base), family=name), family)
+    found = open_base(config.Model(base=str(tiny.as_flax(base, tmp_path / "flax")), family=name), family)
+    for key in ("_class_name", "force_zeros_for_empty_prompt", *components):
+        assert found.configs["model_index"].get(key) == plain.configs["model_index"].get(key)
+    for component in components:
         ours, theirs = (dict(load(one, component).named_parameters()) for one in (found, plain))
         assert ours.keys() == theirs.keys()
         assert all(np.array_equal(p.detach().numpy(), theirs[name].detach().numpy()) for name, p in ours.items())
     jax_weights = pytest.importorskip("limner.engines.jax.weights")
-    for component in ("unet", "vae", "text_encoder"):
+    for component in components:
         a, b = (jax_weights.read(one, component) for one in (found, plain))
         assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
     changed = found.weight_files("unet")[0].stat().st_mtime_ns
-    again = open_base(config.Model(base=str(tmp_path / "flax")), family)
+    again = open_base(config.Model(base=str(tmp_path / "flax"), family=name), family)
     assert again.folder == found.folder and again.weight_files("unet")[0].stat().st_mtime_ns == changed
 
 
-def test_pictures_of_a_flax_model(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=pytest.mark.soak)])
+def test_pictures_of_a_flax_model(name: str, base: Path, sdxl: Path, tmp_path: Path) -> None:
     """Through the stock pipeline, and in JAX; what belongs to a model besides its weights is noticed when it changes."""
+    base = {"sd": base, "sdxl": sdxl}[name]
     flax = tiny.as_flax(base, tmp_path / "flax")
     for engine in ("torch", "jax"):
         drawn = [generate.run(str(m), ["a disc"], steps=2, size=32, device="cpu", engine=engine, output=tmp_path / m.name / engine)[0] for m in (base, flax)]
         np.testing.assert_array_equal(*map(generate.read_picture, drawn))
-    before = open_base(config.Model(base=str(flax)), FAMILIES["sd"])
+    before = open_base(config.Model(base=str(flax), family=name), FAMILIES[name])
     path = flax / "scheduler" / "scheduler_config.json"
     path.write_text(path.read_text().replace('"epsilon"', '"v_prediction"'))
-    after = open_base(config.Model(base=str(flax)), FAMILIES["sd"])
+    after = open_base(config.Model(base=str(flax), family=name), FAMILIES[name])
     assert [one.configs["scheduler"]["prediction_type"] for one in (before, after)] == ["epsilon", "v_prediction"]
 
 

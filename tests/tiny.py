@@ -288,16 +288,17 @@ def flax_name(name: str, array: np.ndarray) -> tuple[list[str], np.ndarray]:
 
 
 def as_flax(base: Path, target: Path) -> Path:
-    """A Stable Diffusion folder as a Flax repository would hold it."""
+    """A folder of Stable Diffusion (or XL) as a Flax repository would hold it."""
     import msgpack
     from safetensors.numpy import load_file
 
     shutil.copytree(base, target)
-    for component, file in (("unet", "diffusion_flax_model"), ("vae", "diffusion_flax_model"), ("text_encoder", "flax_model")):
+    files = {"unet": "diffusion_flax_model", "vae": "diffusion_flax_model", "text_encoder": "flax_model", "text_encoder_2": "flax_model"}
+    for component, file in ((name, file) for name, file in files.items() if (base / name).is_dir()):
         [weights] = (target / component).glob("*.safetensors")
         tree: dict[str, Any] = {}
         for name, array in load_file(weights).items():
-            prefix = "text_model." if component == "text_encoder" and not name.startswith("text_model.") else ""
+            prefix = "text_model." if component.startswith("text_encoder") and not name.startswith("text_") else ""
             path, array = flax_name(prefix + name, array)
             node = tree
             for part in path[:-1]:
@@ -309,8 +310,9 @@ def as_flax(base: Path, target: Path) -> Path:
         known = {k: f"Flax{v}" if k == "_class_name" else v for k, v in known.items()}
         (target / component / "config.json").write_text(json.dumps(known))
     index = json.loads((target / "model_index.json").read_text())
-    classes = {"unet": "FlaxUNet2DConditionModel", "vae": "FlaxAutoencoderKL", "text_encoder": "FlaxCLIPTextModel", "scheduler": "FlaxPNDMScheduler"}
-    index |= {"_class_name": "FlaxStableDiffusionPipeline"} | {name: [index[name][0], kind] for name, kind in classes.items()}
-    index["safety_checker"] = ["stable_diffusion", "FlaxStableDiffusionSafetyChecker"]
+    classes = {"unet": "FlaxUNet2DConditionModel", "vae": "FlaxAutoencoderKL", "text_encoder": "FlaxCLIPTextModel", "scheduler": f"Flax{index['scheduler'][1]}"}
+    classes |= {"text_encoder_2": "FlaxCLIPTextModelWithProjection"} if "text_encoder_2" in index else {}
+    index |= {"_class_name": f"Flax{index['_class_name']}"} | {name: [index[name][0], kind] for name, kind in classes.items()}
+    index |= {"safety_checker": ["stable_diffusion", "FlaxStableDiffusionSafetyChecker"]} if "text_encoder_2" not in index else {}
     (target / "model_index.json").write_text(json.dumps(index))
     return target

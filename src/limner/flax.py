@@ -16,7 +16,9 @@ import numpy as np
 from limner import checkpoint, durable
 from limner.faults import InputFault
 
-WEIGHTS = {"unet": "diffusion_flax_model.msgpack", "vae": "diffusion_flax_model.msgpack", "text_encoder": "flax_model.msgpack"}
+NET, TEXT = "diffusion_flax_model.msgpack", "flax_model.msgpack"
+WEIGHTS = {"unet": NET, "vae": NET, "text_encoder": TEXT, "text_encoder_2": TEXT}  # the second one is Stable Diffusion XL's
+AROUND = ("tokenizer", "tokenizer_2", "scheduler")
 ARRAY, SCALAR = 1, 3  # msgpack's extension types in flax
 
 
@@ -31,8 +33,11 @@ def convert(folder: Path) -> Path:
     Raises:
         InputFault: for a file that is not what its name says.
     """
-    sources = {name: folder / name / file for name, file in WEIGHTS.items()}
-    for path in (*sources.values(), folder / "tokenizer" / "tokenizer_config.json", folder / "scheduler" / "scheduler_config.json"):
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    own = [name for name in (*WEIGHTS, *AROUND) if name in index or not name.endswith("_2")]
+    sources = {name: folder / name / WEIGHTS[name] for name in own if name in WEIGHTS}
+    beside = [name for name in own if name in AROUND]
+    for path in (*sources.values(), *(folder / name / f"{name.removesuffix('_2')}_config.json" for name in beside)):
         if not path.is_file():
             raise InputFault(f"{path}: it is not there; a Flax model has it. Is the model's folder complete?")
     small = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model")
@@ -43,13 +48,13 @@ def convert(folder: Path) -> Path:
         with durable.folder(target, manifest=False) as made:
             for name, path in sources.items():
                 write(path, made / name)
-            for name in ("tokenizer", "scheduler"):
+            for name in beside:
                 shutil.copytree(folder / name, made / name)
             scheduler = made / "scheduler" / "scheduler_config.json"
             scheduler.write_text(json.dumps(plain(json.loads(scheduler.read_text(encoding="utf-8"))), indent=2))
-            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-            kept = {k: plain_pair(v) for k, v in index.items() if k in (*WEIGHTS, "tokenizer", "scheduler")}
-            (made / "model_index.json").write_text(json.dumps({"_class_name": plain(index)["_class_name"], "safety_checker": [None, None]} | kept, indent=2))
+            kept = {k: plain_pair(v) if k in own else v for k, v in index.items() if k in (*own, "force_zeros_for_empty_prompt")}
+            unchecked = {"safety_checker": [None, None]} if "safety_checker" in index else {}
+            (made / "model_index.json").write_text(json.dumps({"_class_name": plain(index)["_class_name"]} | unchecked | kept, indent=2))
     return target
 
 
@@ -67,7 +72,7 @@ def write(path: Path, target: Path) -> None:
     """One component: its config, and its arrays as safetensors, float32."""
     target.mkdir()
     known = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-    text = path.name == "flax_model.msgpack"
+    text = path.name == TEXT
     if "_class_name" in known:
         known["_class_name"] = known["_class_name"].removeprefix("Flax")
     if "architectures" in known:

@@ -69,12 +69,14 @@ def load(weights: Weights, dtype: torch.dtype, family: Family | None = None) -> 
 def of_flax(weights: Weights) -> Weights | None:
     """An old Flax model as the diffusers folder that it is; None where it is none."""
     try:
-        if not kind_of(weights).startswith("Flax"):
-            return None
+        kind = kind_of(weights)
     except Fault:
         return None
-    model = config.Model(weights.model, revision=weights.revision, cache_dir=weights.cache_dir)
-    return Weights(str(open_base(model, FAMILIES[model.family]).folder), weights.lora, weights.family)
+    family = next((family for family in FAMILIES.values() if kind == f"Flax{family.pipeline}"), None)
+    if family is None:
+        return None
+    model = config.Model(weights.model, family.name, revision=weights.revision, cache_dir=weights.cache_dir)
+    return Weights(str(open_base(model, family).folder), weights.lora, weights.family)
 
 
 def lonely(weights: Weights) -> str:
