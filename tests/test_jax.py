@@ -1,5 +1,6 @@
 """The JAX engine computes what PyTorch does: networks, gradients, training curves and pictures; and it needs no PyTorch for it."""
 
+import gc
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,7 @@ from limner.engines.jax.nn import Params  # noqa: E402
 from limner.engines.jax.tokens import Words  # noqa: E402
 
 DRAWS = np.random.default_rng(0)
+TPU = SimpleNamespace(platform="tpu")
 STEPS = int(os.environ.get("CURVE_STEPS", "12"))  # of the runs that both engines make; `make soak` has 100
 HALFWAY = STEPS // 2
 
@@ -111,7 +114,7 @@ def test_the_fused_kernel_for_tpus(tokens: int, monkeypatch: pytest.MonkeyPatch)
     served = []
 
     def kernel(*arrays: Any) -> Any:
-        served.append(attention.fused("tpu", mesh)(*arrays))
+        served.append(attention.fused(TPU, mesh)(*arrays))
         return served[-1]
 
     def found(kernel: Any, arrays: Any) -> list[np.ndarray]:
@@ -128,7 +131,39 @@ def test_the_fused_kernel_for_tpus(tokens: int, monkeypatch: pytest.MonkeyPatch)
     assert len(served) == 1 and served[0] is not None
     for fused, plain, want in zip(ours, found(None, half), found(None, exact), strict=True):
         assert np.linalg.norm(fused - want) < max(1.5 * np.linalg.norm(plain - want), 1e-3 * np.linalg.norm(want)) < 1e-2 * np.linalg.norm(want)
-    assert attention.fused("cpu") is None and attention.flash(*(a.reshape(2, tokens, 2, 24) for a in exact)) is None
+    assert attention.flash(*(a.reshape(2, tokens, 2, 24) for a in exact)) is None
+
+
+def test_the_fused_kernel_is_lowered_for_a_mesh_of_tpus() -> None:
+    """With its gradient, recomputed, in a loop over micro-batches; heads that it does not take are left to plain products."""
+    from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+    from limner.engines.jax import attention
+
+    mesh = AbstractMesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    kernel = attention.fused(TPU, mesh)
+
+    def loss(*arrays: Any) -> Any:
+        return jax.lax.map(lambda part: jax.checkpoint(lambda *a: kernel(*a).astype(jax.numpy.float32).sum())(*part), arrays).sum()
+
+    for width in (40, 64, 80, 160):
+        rows = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+        x = jax.ShapeDtypeStruct((2, 8, 1100, 2, width), jax.numpy.bfloat16, sharding=rows)
+        if width == 160:
+            assert kernel(*[jax.ShapeDtypeStruct(x.shape[1:], x.dtype)] * 3) is None
+            continue
+        program = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x).lower(lowering_platforms=("tpu",)).as_text()
+        assert program.count("tpu_custom_call") == 3, "forward, and backward for queries and for keys"
+
+
+def test_kernels_are_for_devices_that_have_them() -> None:
+    from limner.engines.jax.attention import cudnn, fused
+
+    def card(version: str, capability: str = "8.0") -> Any:
+        return SimpleNamespace(platform="gpu", client=SimpleNamespace(platform_version=version), compute_capability=capability)
+
+    assert fused(card("PJRT C API\ncuda 12090", "8.6")) is cudnn and fused(card("cuda 12090", "10.0")) is cudnn
+    assert fused(card("cuda 12090", "7.5")) is fused(card("rocm 60300", "gfx90a")) is fused(jax.devices()[0]) is None
 
 
 def test_loras_of_others(base: Path, tmp_path: Path) -> None:
@@ -347,13 +382,22 @@ def test_previews_are_compiled_once(pictures: Path, tmp_path: Path) -> None:
         [picture] = engine.pictures(state, ["a red circle"], [0], steps=2, guidance_scale=5.0, size=32)
         return picture.astype(float)
 
-    one, params = drawn(), state["params"]
     jax.monitoring.register_event_duration_secs_listener(heard)
-    same, state["params"] = drawn(), {name: 1.5 * a for name, a in params.items()}
+    one, params, first = drawn(), state["params"], len(compiles)
+    state["params"] = {name: 1.5 * a for name, a in params.items()}
     count = len(compiles)
     other = drawn()
+    assert count > first > 2 and len(compiles) == count and np.abs(one - other).max() > 5
+    words = {name: jax.numpy.asarray(a) for name, a in weights.read(engine.base, "text_encoder").items()}
+    engine.pipeline.nets, gone = {"text_encoder": Params(words)}, weakref.ref(next(iter(words.values())))
+    states = engine.pipeline.text("text_encoder", np.zeros((1, 77), np.int64))[0]
+    np.testing.assert_allclose(states, engine.encoders.text("text_encoder", np.zeros((1, 77), np.int64))[0], atol=1e-5)
+    compiled = len(compiles)
+    engine.pipeline.text("text_encoder", np.ones((1, 77), np.int64))
     jax.monitoring.unregister_event_duration_listener(heard)
-    assert len(compiles) == count and np.array_equal(one, same) and np.abs(one - other).max() > 5
+    engine.pipeline.nets, words = {}, {}
+    gc.collect()
+    assert len(compiles) == compiled and gone() is None
 
 
 def bits(run: Path, step: int) -> dict[str, bytes]:
@@ -560,21 +604,25 @@ def test_a_compiled_step_is_found_without_tracing(programs: Any, tmp_path: Path,
     assert [got(3.0, x), got(3.0, x)] == [[0, 3, 6], [0, 3, 6]] and calls == [2.0, 3.0, 2.0, 3.0]
 
 
-def test_a_program_that_jax_knows_is_written_whole(programs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after an edit that leaves the program as it was: read back, it still has every function."""
+def test_a_program_that_comes_out_of_jax_s_cache_is_not_written_again(programs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an edit that leaves the program as it was: written once more it would lack functions, and fail where it is run."""
     monkeypatch.setattr(programs, "WORTH", 0.0)
-    x = normal(64, 64)
-    before = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    x, made = normal(64, 64), []
 
     def make() -> Any:
         jax.clear_caches()
-        return jax.jit(lambda x: jax.nn.softmax(jax.numpy.sin(x @ x)) * jax.numpy.exp(x)).lower(x).compile()
+        made.append(jax.jit(lambda x: jax.nn.softmax(jax.numpy.sin(x @ x)) * jax.numpy.exp(x)).lower(x).compile())
+        return made[-1]
 
+    def got(meaning: dict[str, int]) -> Any:
+        return np.asarray(programs.kept(make, jax.devices()[:1], meaning, x)(x))
+
+    before = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    want = np.asarray(make()(x))  # JAX's own cache has it now
+    found = [got({"code": code}) for code in (1, 1, 2, 2)]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-    for _ in range(2):
-        np.testing.assert_array_equal(programs.kept(make, jax.devices()[:1], {}, x)(x), want)
+    assert len(made) == 3 and len(list((tmp_path / "programs").glob("limner-*-cache"))) == 1
+    assert all(np.array_equal(one, found[0]) for one in found)
 
 
 def test_kandinsky_is_not_trained_yet(kandinsky: Path, pictures: Path, tmp_path: Path) -> None:

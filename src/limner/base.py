@@ -174,13 +174,14 @@ def read(model: config.Model, family: Family) -> Base:
         folder = fetch(model, model.revision, [INDEX, "README.md"])
         commit = folder.name
         fetch(model, commit, [f"{c}/*.{end}" for c in read_json(folder / INDEX) for end in ("json", "txt", "model") if not c.startswith("_")])
-        if flax.is_flax(read_json(folder / INDEX)):
-            fetch(model, commit, [f"{name}/{file}" for name, file in flax.WEIGHTS.items()], tqdm)
         if model.trained_revision is not None:
             elsewhere[family.trains] = fetch(model, model.trained_revision, [f"{family.trains}/*.json"]) / family.trains
-    if (folder / INDEX).is_file() and flax.is_flax(read_json(folder / INDEX)):
+    index = read_index(folder, family)  # a model of another family is refused before weights are fetched or converted
+    if flax.is_flax(read_json(folder / INDEX)):
+        if commit is not None:
+            fetch(model, commit, [f"{name}/{file}" for name, file in flax.WEIGHTS.items()], tqdm)
         folder, commit = flax.convert(folder), None
-    index = read_index(folder, family)
+        index = read_index(folder, family)
     if family.stage is not None and family.stage.prefix and read_json(folder / INDEX).get("_class_name") == family.stage.whole:
         elsewhere |= {name: folder / f"{family.stage.prefix}{name}" for name in family.components}
     if model.vae is not None:
@@ -263,7 +264,8 @@ def read_index(folder: Path, family: Family) -> dict[str, Any]:
         needed = f"Give the folder that holds {INDEX} beside {', '.join(family.components)}."
         raise InputFault(f"model.base: {folder} has no {INDEX}, so it is not a pipeline folder in the diffusers layout. {needed}")
     index = read_json(folder / INDEX)
-    given, whole = index.get("_class_name"), family.stage.whole if family.stage is not None else None
+    old = "Flax" if flax.is_flax(index) else ""
+    given, whole = str(index.get("_class_name")).removeprefix(old), family.stage.whole if family.stage is not None else None
     if given not in (family.pipeline, whole):
         needed = f"family {family.name!r} needs a {family.pipeline}. Choose another base, or the model.family it belongs to."
         raise InputFault(f"model.base: {folder / INDEX} is of a {given}; {needed}")
@@ -276,7 +278,7 @@ def read_index(folder: Path, family: Family) -> dict[str, Any]:
             raise InputFault(f"model.base: {folder / INDEX}: {code}")
     for name, wanted in family.components.items():
         library, cls = listed(index).get(name, ("", "missing"))
-        if cls == "missing" or (wanted and cls not in (wanted, wanted + "Fast", wanted + "Pil")):
+        if cls == "missing" or (wanted and cls.removeprefix(old) not in (wanted, wanted + "Fast", wanted + "Pil")):
             raise InputFault(f"model.base: {folder / INDEX}: {name} is {cls}, {wanted or 'a scheduler'} is expected for family {family.name!r}.")
     return index
 

@@ -5,6 +5,7 @@ layout, and names into those of diffusers and transformers.
 """
 
 import json
+import mmap
 import re
 import shutil
 from collections.abc import Iterator
@@ -102,7 +103,8 @@ def unpack(path: Path) -> dict[str, Any]:
         return np.frombuffer(buffer, np.dtype(kind.decode())).reshape(shape)
 
     try:
-        found = msgpack.unpackb(path.read_bytes(), ext_hook=array, raw=False, strict_map_key=False, max_ext_len=1 << 40, max_bin_len=1 << 40)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            found = msgpack.unpackb(content, ext_hook=array, raw=False, strict_map_key=False, max_ext_len=1 << 40, max_bin_len=1 << 40)
     except Exception as error:
         raise InputFault(f"{path}: not a whole file of Flax weights ({error}). Fetch or copy the model again.") from error
     if not isinstance(found, dict):
@@ -111,14 +113,14 @@ def unpack(path: Path) -> dict[str, Any]:
 
 
 def walk(node: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    """Every array with the names that lead to it."""
+    """Every array with the names that lead to it; a node that has been walked through is empty, so that no more than what is used is held."""
     if isinstance(node, dict) and "__msgpack_chunked_array__" in node:
         pieces = [node["chunks"][key] for key in sorted(node["chunks"], key=int)]
         shape = [node["shape"][key] for key in sorted(node["shape"], key=int)] if isinstance(node["shape"], dict) else node["shape"]
         yield names, np.concatenate([piece.reshape(-1) for piece in pieces]).reshape(shape)
     elif isinstance(node, dict):
-        for name, inner in node.items():
-            yield from walk(inner, (*names, str(name)))
+        for name in list(node):
+            yield from walk(node.pop(name), (*names, str(name)))
     else:
         yield names, np.asarray(node)
 

@@ -117,7 +117,6 @@ class FlaxStableDiffusionPipeline:
 
         from limner.engines.jax.attention import fused
         from limner.engines.jax.pipeline import latent_side
-        from limner.engines.jax.world import here
 
         lead = np.asarray(prompt_ids).shape[: 2 if jit else 1]
         rows = int(np.prod(lead))
@@ -136,7 +135,7 @@ class FlaxStableDiffusionPipeline:
         how = {"guided": guidance_scale > 1, "silent": neg_prompt_ids is None}
         key = (num_inference_steps, noise.shape, jit, *how.values())
         if key not in self.compiled:
-            self.compiled[key] = jax.jit(partial(self.drawn, **how, kernel=fused(here().platform, mesh() if jit else None)))
+            self.compiled[key] = jax.jit(partial(self.drawn, **how, kernel=fused(mesh().devices.flat[0], mesh()) if jit else None))
         with jax.default_matmul_precision("highest" if self.dtype == np.float32 else None):
             images = self.compiled[key](params, ids, against, noise, found.timesteps, found.weights, np.float32(guidance_scale))
         images = images.reshape(*lead, *images.shape[1:])

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +11,20 @@ from jax.sharding import Mesh, PartitionSpec
 
 Array = jax.Array
 Kernel = Callable[[Array, Array, Array], Array | None]  # q, k, v [n, tokens, heads, width] to the same shape; None: what it cannot serve
+AMPERE = 8.0  # the compute capability that cuDNN's fused attention begins with
 LANES = 128  # of a TPU: what tokens are padded to
 LONG = 1024  # tokens; the scores of fewer are small, and plain products as fast
 
 
-def fused(platform: str, mesh: Mesh | None = None) -> Kernel | None:
-    """The kernel of a platform (gpu, tpu); None where there is none.
+def fused(device: Any, mesh: Mesh | None = None) -> Kernel | None:
+    """The kernel of a kind of device: NVIDIA's from Ampere on, and TPUs; None where there is none.
 
     Args:
         mesh: over all of whose devices the rows are divided; None: they lie on one device.
     """
-    kernels: dict[str, Kernel] = {"gpu": cudnn, "tpu": partial(flash, mesh=mesh)}
-    return kernels.get(platform)
+    if device.platform == "gpu" and "cuda" in device.client.platform_version.lower() and float(device.compute_capability) >= AMPERE:
+        return cudnn
+    return partial(flash, mesh=mesh) if device.platform == "tpu" else None
 
 
 def cudnn(q: Array, k: Array, v: Array) -> Array | None:
@@ -34,7 +37,8 @@ def cudnn(q: Array, k: Array, v: Array) -> Array | None:
 
 def flash(q: Array, k: Array, v: Array, mesh: Mesh | None = None) -> Array | None:
     """Pallas' for TPUs, for the attention of many tokens to themselves in bfloat16."""
-    if q.dtype != jnp.bfloat16 or q.shape != k.shape or q.shape[1] < LONG:
+    width = q.shape[-1]
+    if q.dtype != jnp.bfloat16 or q.shape != k.shape or q.shape[1] < LONG or (width > LANES and width % LANES):
         return None
     if mesh is None:
         return padded_flash(q, k, v)

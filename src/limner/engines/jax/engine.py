@@ -61,7 +61,7 @@ class JaxEngine:
         self.predict = Objective.of(base.configs["scheduler"], cfg.objective).predict
         self.learns = family.learns(cfg.adapt.text_encoders)
         self.scale = (cfg.adapt.rank if cfg.adapt.alpha is None else cfg.adapt.alpha) / cfg.adapt.rank
-        self.kernel = fused(world.kind, world.mesh) if cfg.engine.attention != "math" else None
+        self.kernel = fused(world.mesh.devices.flat[0], world.mesh) if cfg.engine.attention != "math" else None
         self.precise = None if cfg.engine.tf32 or self.half is not None else "highest"
         self.adam = optax.chain(optax.scale_by_adam(*cfg.optim.betas, cfg.optim.eps), optax.add_decayed_weights(cfg.optim.weight_decay))
         self.compiled: dict[Any, Any] = {}

@@ -52,7 +52,8 @@ class Pipeline:
         if name not in self.nets:
             return self.parts.text(name, ids, skip)
         net, known, projection = self.nets[name], self.base.configs[name], projects(self.base, name)
-        hear = self.once((name, skip, net.scale), lambda arrays, ids: clip.text(Params(arrays, scale=net.scale), known, ids, skip, projection))
+        scale = net.scale  # what is kept must not hold the arrays
+        hear = self.once((name, skip, scale), lambda arrays, ids: clip.text(Params(arrays, scale=scale), known, ids, skip, projection))
         with jax.default_matmul_precision("highest"):
             states, pooled = jax.device_get(hear(net.arrays, ids.astype(np.int32)))
         return np.asarray(states, np.float32), np.asarray(pooled, np.float32)
@@ -174,7 +175,7 @@ def open_pipeline(found: Weights, partner: Weights | None, *, scheduler: str | N
     nets = {family.trains: Params(on_device(weights.read(base, family.trains), half))}
     if found.lora is not None:
         nets = with_lora(base, family, nets, found, half)
-    return Pipeline(base, family, parts, nets, base.configs["scheduler"].get("prediction_type", "epsilon"), half, scheduler, fused(here().platform))
+    return Pipeline(base, family, parts, nets, base.configs["scheduler"].get("prediction_type", "epsilon"), half, scheduler, fused(here()))
 
 
 def family_of_folder(found: Weights) -> Family:

@@ -16,7 +16,6 @@ from typing import Any
 import filelock
 import jax
 from jax._src import compilation_cache
-from jax._src import config as jax_config
 from jax.experimental import serialize_executable
 
 import limner
@@ -80,24 +79,29 @@ def kept(make: Callable[[], Any], devices: Sequence[Any], meaning: Any, argument
             for path in Path(store._path).glob(f"{key}-*"):
                 path.unlink(missing_ok=True)
     began = time.monotonic()
-    with apart():
+    with found_by_jax() as hits:
         made = make()
-    if time.monotonic() - began > WORTH:
-        with contextlib.suppress(ValueError, NotImplementedError, OSError):  # some programs cannot be written, and some disks
+    if not hits and time.monotonic() - began > WORTH:
+        with contextlib.suppress(Exception):  # some programs cannot be written, and some disks
             blob = pickle.dumps(serialize_executable.serialize(made))
             store.put(key, hashlib.sha256(blob).digest() + blob)
     return made
 
 
 @contextlib.contextmanager
-def apart() -> Iterator[None]:
-    """Without JAX's own cache: on CPUs a program that comes out of it lacks functions when it is written once more, and then fails where it is run."""
-    compilation_cache.reset_cache()
+def found_by_jax() -> Iterator[list[str]]:
+    """What JAX's own cache gives meanwhile. On CPUs such a program lacks functions when it is written once more, and then fails where it is run."""
+    heard: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            heard.append(event)
+
+    jax.monitoring.register_event_listener(listen)
     try:
-        with jax_config.enable_compilation_cache(False):
-            yield
+        yield heard
     finally:
-        compilation_cache.reset_cache()
+        jax.monitoring.unregister_event_listener(listen)
 
 
 def named(devices: Sequence[Any], meaning: Any, arguments: Any) -> str:
