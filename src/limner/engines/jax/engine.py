@@ -247,7 +247,11 @@ class JaxEngine:
         if key not in self.compiled:
 
             def pure_losses(params: Named, frozen: dict[str, Named], rows: Named) -> Array:
-                return jax.lax.map(lambda part: self.example_losses(params, frozen, part, None, False), rows)
+                def each(part: Named) -> Array:
+                    return self.example_losses(params, frozen, part, None, False)
+
+                one = len(rows["t"]) == 1  # a loop of one is slower, and takes longer to compile
+                return each(jax.tree.map(lambda a: a[0], rows))[None] if one else jax.lax.map(each, rows)
 
             self.compiled[key] = self.made(pure_losses, (params, self.frozen, rows), out_shardings=NamedSharding(self.mesh, PartitionSpec()))
         found = np.asarray(self.compiled[key](params, self.frozen, rows))  # [pieces, rows of all processes]
