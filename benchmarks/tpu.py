@@ -11,6 +11,7 @@ import json
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,17 @@ class Slice:
 def described(engine: JaxEngine, batch: dict[str, np.ndarray]) -> tuple[Any, Any, Any]:
     """State, rows and scalars of a step as shapes that lie on the mesh; those of frozen weights are left with the engine."""
 
-    def like(array: Any, kind: Any = None) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(array.shape, kind or array.dtype, sharding=engine.sharding(array.shape))
+    def like(path: Any, array: Any, kind: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, kind or array.dtype, sharding=engine.sharding(path[-1].key, array.shape))
 
     name, cfg = engine.family.trains, engine.cfg
     shapes = weights.expected(engine.base.kind(name)[1], engine.base.configs[name])
     arrays = {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()}
     if cfg.adapt.kind == "lora":
-        engine.frozen = {name: {key: like(a, engine.half) for key, a in arrays.items()}}  # type: ignore[dict-item]
+        engine.frozen = {name: jax.tree_util.tree_map_with_path(partial(like, kind=engine.half), arrays)}  # type: ignore[dict-item]
         arrays = adapters({name: shapes}, cfg.adapt, engine.family, 0)  # type: ignore[assignment]
     engine.layout = Layout({key: a.shape for key, a in arrays.items()})
-    state = jax.tree.map(like, jax.eval_shape(lambda named: engine.fresh(engine.layout.pack(named)), arrays))
+    state = jax.tree_util.tree_map_with_path(like, jax.eval_shape(lambda named: engine.fresh(engine.layout.pack(named)), arrays))
     rows = NamedSharding(engine.mesh, PartitionSpec(None, ("data", "fsdp")))
     pieces = len(batch["t"]) // engine.micro
     given = {

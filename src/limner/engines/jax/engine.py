@@ -18,7 +18,7 @@ from limner.base import Base
 from limner.engine import Batch, FirstFault, Group, Metrics
 from limner.engines.jax import clip, programs, weights
 from limner.engines.jax.attention import fused
-from limner.engines.jax.learnt import LARGE, Layout, adapters, targets
+from limner.engines.jax.learnt import LARGE, SMALL, Layout, adapters, targets
 from limner.engines.jax.nn import Array, Params
 from limner.engines.jax.parts import JaxParts, projects
 from limner.engines.jax.unet import unet
@@ -79,12 +79,13 @@ class JaxEngine:
 
     def placed(self, arrays: dict[str, np.ndarray]) -> Named:
         """Arrays on the mesh, each large one divided over ``fsdp``."""
-        return {name: jax.make_array_from_callback(a.shape, self.sharding(a.shape), a.__getitem__) for name, a in arrays.items()}
+        return {name: jax.make_array_from_callback(a.shape, self.sharding(name, a.shape), a.__getitem__) for name, a in arrays.items()}
 
-    def sharding(self, shape: tuple[int, ...]) -> NamedSharding:
-        """How an array lies on the mesh: its longest axis that ``fsdp`` divides is divided, if it is large."""
+    def sharding(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
+        """How an array lies on the mesh: its longest axis that ``fsdp`` divides is divided, if it is large. What holds the small ones is whole everywhere:
+        each of them would be sent from device to device by itself."""
         parts, size = [None] * len(shape), self.mesh.shape["fsdp"]
-        if size > 1 and int(np.prod(shape)) >= LARGE and (fits := [i for i, n in enumerate(shape) if n % size == 0]):
+        if size > 1 and name != SMALL and int(np.prod(shape)) >= LARGE and (fits := [i for i, n in enumerate(shape) if n % size == 0]):
             parts[max(fits, key=lambda i: shape[i])] = "fsdp"  # type: ignore[call-overload]
         return NamedSharding(self.mesh, PartitionSpec(*parts))
 
