@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ LANES = 128  # of a TPU: what tokens are padded to
 LONG = 1024  # tokens; the scores of fewer are small, and plain products as fast
 
 
-def fused(device: Any, mesh: Mesh | None = None) -> Kernel | None:
+def fused(device: jax.Device, mesh: Mesh | None = None) -> Kernel | None:
     """The kernel of a kind of device: NVIDIA's from Ampere on, and TPUs; None where there is none.
 
     Args:

@@ -267,9 +267,8 @@ class JaxEngine:
         if self.rank > 0:
             return []
         if self.pipeline is None:
-            self.pipeline = pipeline.Pipeline(
-                self.base, self.family, self.encoders, {}, self.predict, self.half, kernel=fused(self.process.kind) if self.kernel else None
-            )
+            kernel = fused(here()) if self.kernel is not None else None  # pictures lie on one device
+            self.pipeline = pipeline.Pipeline(self.base, self.family, self.encoders, {}, self.predict, self.half, kernel=kernel)
         self.pipeline.nets = {name: self.network(params, frozen, name) for name in self.learns}
         made = self.pipeline.draw(prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size)
         self.pipeline.nets = {}
