@@ -12,6 +12,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from limner import config, durable, flax
+from limner.engine import Weights
 from limner.families import FAMILIES
 from limner.family import Configs, Family
 from limner.faults import InputFault
@@ -177,7 +178,7 @@ def read(model: config.Model, family: Family) -> Base:
         if model.trained_revision is not None:
             elsewhere[family.trains] = fetch(model, model.trained_revision, [f"{family.trains}/*.json"]) / family.trains
     index = read_index(folder, family)  # a model of another family is refused before weights are fetched or converted
-    if flax.is_flax(read_json(folder / INDEX)):
+    if flax.is_flax(index):
         if commit is not None:
             fetch(model, commit, [f"{name}/{file}" for name, file in flax.WEIGHTS.items()], tqdm)
         folder, commit = flax.convert(folder), None
@@ -256,6 +257,23 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputFault(f"{path}: a JSON object is expected. Fetch or save the model again.")
     return value
+
+
+def kind_of(weights: Weights) -> str:
+    """The pipeline class that a model's index names.
+
+    Raises:
+        InputFault: when there is none.
+        HubFault: when the Hub refuses or cannot be reached.
+    """
+    import huggingface_hub
+
+    folder = Path(weights.model)
+    if not folder.is_dir():
+        with hub_errors(weights.model, weights.revision):
+            found = huggingface_hub.hf_hub_download(weights.model, INDEX, revision=weights.revision, cache_dir=weights.cache_dir, endpoint=endpoint())
+        folder = Path(found).parent
+    return str(read_json(folder / INDEX).get("_class_name"))
 
 
 def read_index(folder: Path, family: Family) -> dict[str, Any]:

@@ -39,12 +39,13 @@ class JaxParts:
         found: dict[str, jax.Array] = self.loaded[name]
         return found
 
-    def run(self, key: Any, function: Any, name: str, *arguments: np.ndarray) -> Any:
-        """A jitted function of a component's arrays and some of numpy's."""
-        if key not in self.compiled:
-            self.compiled[key] = jax.jit(lambda arrays, *given: function(Params(arrays), *given))
+    def run(self, key: Any, function: Any, name: str, *arguments: np.ndarray, net: Params | None = None) -> Any:
+        """A jitted function of a component's arrays, or of those of ``net``, and some of numpy's; compiled once, however often it is run."""
+        scale = 1.0 if net is None else net.scale  # what is kept must not hold the arrays
+        if (key, scale) not in self.compiled:
+            self.compiled[key, scale] = jax.jit(lambda arrays, *given: function(Params(arrays, scale=scale), *given))
         with jax.default_matmul_precision(HIGHEST), jax.default_device(here()):
-            return jax.device_get(self.compiled[key](self.arrays(name), *arguments))
+            return jax.device_get(self.compiled[key, scale](self.arrays(name) if net is None else net.arrays, *arguments))
 
     def vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See ``family.Parts``."""
@@ -57,11 +58,11 @@ class JaxParts:
         config, kind = self.base.configs[name], self.half.get(name, jnp.float32)
         return np.asarray(self.run((name, "decode"), lambda p, z: vae.decode(p, config, z.astype(kind)), name, latents), np.float32)
 
-    def text(self, name: str, ids: np.ndarray, skip: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """See ``family.Encoders``."""
+    def text(self, name: str, ids: np.ndarray, skip: int = 0, net: Params | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """See ``family.Encoders``; with the arrays of ``net`` in place of the base's, where it is given."""
         hear = partial(clip.text, config=self.base.configs[name], skip=skip, projection=projects(self.base, name))
-        states, pooled = self.run((name, skip), lambda p, ids: hear(p, ids=ids), name, ids.astype(np.int32))
-        return states, pooled
+        states, pooled = self.run((name, skip), lambda p, ids: hear(p, ids=ids), name, ids.astype(np.int32), net=net)
+        return np.asarray(states, np.float32), np.asarray(pooled, np.float32)
 
     def beside(self, arrays: list[np.ndarray]) -> np.ndarray:
         """See ``family.Encoders``."""

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from limner import config, rng, sampler
-from limner.base import Base, open_base, read_json
+from limner.base import Base, kind_of, open_base
 from limner.engine import Weights
-from limner.engines.jax import clip, weights
+from limner.engines.jax import weights
 from limner.engines.jax.attention import Kernel, fused
 from limner.engines.jax.nn import Array, Params
-from limner.engines.jax.parts import JaxParts, projects
+from limner.engines.jax.parts import JaxParts
 from limner.engines.jax.unet import unet
 from limner.engines.jax.world import choose, here
-from limner.families import FAMILIES
+from limner.families import FAMILIES, drawn_by
 from limner.family import Family, tokenize, told
 from limner.faults import InputFault
 from limner.snapshot import LORA
@@ -49,20 +49,7 @@ class Pipeline:
 
     def text(self, name: str, ids: np.ndarray, skip: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """See ``family.Encoders``: with the text encoders that have learned, where some have."""
-        if name not in self.nets:
-            return self.parts.text(name, ids, skip)
-        net, known, projection = self.nets[name], self.base.configs[name], projects(self.base, name)
-        scale = net.scale  # what is kept must not hold the arrays
-        hear = self.once((name, skip, scale), lambda arrays, ids: clip.text(Params(arrays, scale=scale), known, ids, skip, projection))
-        with jax.default_matmul_precision("highest"):
-            states, pooled = jax.device_get(hear(net.arrays, ids.astype(np.int32)))
-        return np.asarray(states, np.float32), np.asarray(pooled, np.float32)
-
-    def once(self, key: Any, function: Any, **how: Any) -> Any:
-        """A function under jit: it is compiled once, however often pictures are drawn."""
-        if key not in self.compiled:
-            self.compiled[key] = jax.jit(function, **how)
-        return self.compiled[key]
+        return self.parts.text(name, ids, skip, self.nets.get(name))
 
     def beside(self, arrays: list[np.ndarray]) -> np.ndarray:
         """See ``family.Encoders``."""
@@ -112,19 +99,17 @@ class Pipeline:
         table = sampler.table(self.base.configs["scheduler"], steps, self.scheduler, self.predict)
         net, known, kind = self.nets[self.family.trains], self.base.configs[self.family.trains], self.half or jnp.float32
         told_of = features | {"cut": np.tile(np.array([size, size, 0, 0, size, size], np.float32), (len(next(iter(features.values()))), 1))}
-        run = self.once(
-            ("denoise", net.scale),
-            partial(sampled, config=known, scale=net.scale, family=self.family, kind=kind, kernel=self.kernel),
-            static_argnames=("guided",),
-        )
+        if net.scale not in self.compiled:
+            how = {"config": known, "scale": net.scale, "family": self.family, "kind": kind, "kernel": self.kernel}
+            self.compiled[net.scale] = jax.jit(partial(sampled, **how), static_argnames=("guided",))
         with jax.default_matmul_precision("highest" if self.half is None else None):
-            made = run(net.arrays, table.timesteps, table.weights, noise, told_of, np.float32(guidance), guided=guidance > 1)
+            made = self.compiled[net.scale](net.arrays, table.timesteps, table.weights, noise, told_of, np.float32(guidance), guided=guidance > 1)
         return np.asarray(made, np.float32)
 
 
 def sampled(
     arrays: dict[str, Array], timesteps: Array, weights: Array, noise: Array, features: dict[str, Array], guidance: Array, *, config: dict[str, Any],
-    scale: float, family: Family, kind: Any, guided: bool, kernel: Kernel | None = None,
+    scale: float, family: Family, kind: Any, guided: bool, kernel: Kernel | None,
 ) -> Array:  # fmt: skip
     """One scan over a table: each step mixes the noise and what was said so far, and asks the network; see ``sampler``."""
     inputs = family.inputs(features)
@@ -184,18 +169,8 @@ def family_of_folder(found: Weights) -> Family:
     Raises:
         InputFault: when the JAX engine does not draw with it.
     """
-    import huggingface_hub
-
-    from limner.base import INDEX, Path
-    from limner.hub import endpoint, hub_errors
-
-    folder = Path(found.model)
-    if not folder.is_dir():
-        with hub_errors(found.model, found.revision):
-            place = huggingface_hub.hf_hub_download(found.model, INDEX, revision=found.revision, cache_dir=found.cache_dir, endpoint=endpoint())
-        folder = Path(place).parent
-    kind = str(read_json(folder / INDEX).get("_class_name")).removeprefix("Flax")  # old bases are turned into plain ones when they are opened
-    family = next((f for f in FAMILIES.values() if f.pipeline == kind and f.stage is None), None)
+    kind = kind_of(found).removeprefix("Flax")  # old bases are turned into plain ones when they are opened
+    family = drawn_by(kind)
     if family is None:
         raise InputFault(f"{found.model} is of a {kind}; the JAX engine draws with {', '.join(f.pipeline for f in FAMILIES.values() if f.stage is None)}")
     return family

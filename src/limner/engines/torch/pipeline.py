@@ -9,13 +9,12 @@ import numpy as np
 import torch
 
 from limner import config
-from limner.base import INDEX, Base, open_base, read_json
+from limner.base import Base, kind_of, open_base
 from limner.engine import Weights
 from limner.engines.torch.parts import TorchParts, quiet
-from limner.families import FAMILIES
+from limner.families import FAMILIES, drawn_by
 from limner.family import Family
 from limner.faults import Fault, InputFault
-from limner.hub import endpoint, hub_errors
 
 SCHEDULERS = {  # latents are never clipped, which some classes do unless they are told
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}), "ddpm": ("DDPMScheduler", {"clip_sample": False}),
@@ -72,8 +71,8 @@ def of_flax(weights: Weights) -> Weights | None:
         kind = kind_of(weights)
     except Fault:
         return None
-    family = next((family for family in FAMILIES.values() if kind == f"Flax{family.pipeline}"), None)
-    if family is None:
+    family = drawn_by(kind)
+    if family is None or not kind.startswith("Flax"):
         return None
     model = config.Model(weights.model, family.name, revision=weights.revision, cache_dir=weights.cache_dir)
     return Weights(str(open_base(model, family).folder), weights.lora, weights.family)
@@ -87,23 +86,6 @@ def lonely(weights: Weights) -> str:
         return ""
     hint = f". A {kind} makes pictures together with its other stage; name that too, with --partner"
     return hint if any(kind == family.pipeline for family in FAMILIES.values() if family.stage) else ""
-
-
-def kind_of(weights: Weights) -> str:
-    """The pipeline class that a model's index names.
-
-    Raises:
-        InputFault: when there is none.
-        HubFault: when the Hub refuses or cannot be reached.
-    """
-    import huggingface_hub
-
-    folder = Path(weights.model)
-    if not folder.is_dir():
-        with hub_errors(weights.model, weights.revision):
-            found = huggingface_hub.hf_hub_download(weights.model, INDEX, revision=weights.revision, cache_dir=weights.cache_dir, endpoint=endpoint())
-        folder = Path(found).parent
-    return str(read_json(folder / INDEX).get("_class_name"))
 
 
 def put_lora(pipeline: Any, folder: Path, family: Family | None) -> None:
