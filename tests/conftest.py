@@ -100,12 +100,5 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-LONGEST = ("test_jax", "test_guide", "test_resume", "test_kandinsky", "test_world_size")  # files that begin first, so that no worker is left with one
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=10, help="how many times the resume tests kill a run (10)")
