@@ -189,9 +189,12 @@ def test_a_scaler_overflow_is_no_fault_and_its_state_is_saved(sd):
         {k: v for k, v in after.items() if not k.startswith(("scaler", "optimizer"))},
     )
     assert after["scaler/scale"] == 2.0**25
+    trained = {name: array for name, array in before.items() if name.startswith("model")}
     for step in range(1, 16):
         steps(engine, state, 1, first=step, ema=0.5)
-    assert not same({k: v for k, v in before.items() if k.startswith("model")}, {k: v for k, v in weights(engine, state).items() if k.startswith("model")})
+        if moved := not same(trained, {name: array for name, array in weights(engine, state).items() if name in trained}):
+            break
+    assert moved
     twin = engine.init(1)
     groups = dict(engine.snapshot(state))
     engine.restore(twin, groups.__getitem__)

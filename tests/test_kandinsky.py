@@ -484,8 +484,13 @@ def test_the_card_says_how_the_stages_go_together(result):
         assert ('load_lora_adapter("path/to/this/folder", prefix=' in card) == (kind == "lora"), family
 
 
-@pytest.mark.parametrize("name", ["prior", "decoder", "lora_prior", "lora_decoder"])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "processes"),
+    [
+        *(("decoder", 2), ("lora_prior", 2)),  # test_guide has the others in one process
+        *(pytest.param(*case, marks=pytest.mark.soak) for case in (("prior", 2), ("lora_decoder", 2), ("lora_prior", 1))),
+    ],
+)
 def test_scripts_under_a_launcher(name, processes, kandinsky, wide, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--num_machines=1", "--dynamo_backend=no", "--mixed_precision=no", f"--num_processes={processes}"]
     launch += ["--multi_gpu", "--main_process_port=0"] if processes == 2 else []
