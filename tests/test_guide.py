@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import worker
 from hub_server import Hub
 
 import limner
 from limner import generate
 from limner.compat import diffusers as scripts
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS, SOURCE = Path(__file__).parent.parent / "scripts", str(Path(limner.__file__).parent.parent)
 MODEL, DATA = "stable-diffusion-v1-5/stable-diffusion-v1-5", "lambdalabs/naruto-blip-captions"
 TOKEN = "hf_thisIsASecret"
 HERE = {"512": "32", "15000": "2", '"/sddata/finetune/lora/naruto"': '"lora/naruto"', "wandb": "tensorboard"}
@@ -46,12 +47,12 @@ def place(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def type_in(command: str, hub: Hub, place: Path) -> str:
-    """Run a guide's command in a shell; returns what it said."""
-    for theirs, ours in HERE.items():
+def type_in(command: str, hub: Hub, place: Path, precision: str = "no") -> str:
+    """Run a guide's command in a shell; returns what it said. Halves are slow without a GPU."""
+    for theirs, ours in {**HERE, "fp16": precision}.items():
         command = command.replace(theirs, ours)
     environment = hub.environment(place / "home", token=TOKEN)
-    environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}", "PYTHONPATH": str(Path(limner.__file__).parent.parent)}
+    environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}", "PYTHONPATH": SOURCE}
     done = subprocess.run(["bash", "-ec", command], env=environment, cwd=place, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and TOKEN not in done.stdout + done.stderr
@@ -70,7 +71,7 @@ def loss(run: Path) -> float:
 
 
 def test_the_guide_s_command_and_its_snippet(hub: Hub, place: Path) -> None:
-    said = type_in(FULL, hub, place)
+    said = type_in(FULL, hub, place, "fp16")
     run = place / "sd-naruto-model"
     assert "xFormers cannot run here" in said and "PyTorch's own" in said
     settings = json.loads((run / "config.json").read_text())
@@ -96,7 +97,7 @@ def test_the_guide_s_command_and_its_snippet(hub: Hub, place: Path) -> None:
 
 
 def test_the_lora_guide_s_command_and_its_snippet(hub: Hub, place: Path, base: Path) -> None:
-    type_in(LORA.replace('"fp16"', '"no"'), hub, place)
+    type_in(LORA, hub, place)
     run = place / "lora" / "naruto"
     assert not (run / "checkpoint-2" / "scaler.safetensors").exists()
     assert len(list((run / "previews").rglob("*.png"))) == 4
@@ -138,13 +139,13 @@ def test_the_other_commands(base: Path, pictures: Path, tmp_path: Path, monkeypa
     assert weighed < loss(tmp_path / "plain") * 0.99, "Min-SNR lowers the weight of what is easy"
 
 
-def flax_inference(model: Path, picture: Path, environment: dict[str, str]) -> np.ndarray:
-    """What the Flax guide draws, where PyTorch, diffusers and transformers cannot be imported."""
+def flax_inference(model: str, place: Path, environment: dict[str, str]) -> np.ndarray:
+    """What the Flax guide draws when its snippet is typed in a folder, where PyTorch, diffusers and transformers cannot be imported."""
     code = "import sys; sys.modules.update(torch=None, diffusers=None, transformers=None)\n" + (GUIDES / "flax_inference.py").read_text()
-    environment |= {"PYTHONPATH": str(Path(limner.__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code, model, picture], env=environment, capture_output=True, text=True, timeout=200, check=False)
+    command, environment = [sys.executable, "-c", code, model, "yoda-flax.png"], environment | {"PYTHONPATH": SOURCE}
+    done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    return generate.read_picture(picture)
+    return generate.read_picture(place / "yoda-flax.png")
 
 
 def test_the_flax_guide_s_commands_and_their_snippet(hub: Hub, place: Path, base: Path, tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_the_flax_guide_s_commands_and_their_snippet(hub: Hub, place: Path, base
     hub.add("runwayml/stable-diffusion-v1-5", base)
     hub.add("duongna/stable-diffusion-v1-4-flax", old)
     for name, mine in (("flax", "flax-torch-model"), ("readme_flax", "flax-msgpack-model")):
-        command = (GUIDES / f"{name}.sh").read_text().replace("sd-naruto-model", mine).replace('"fp16"', '"no"').replace("--max_grad_norm=1", "--from_pt")
+        command = (GUIDES / f"{name}.sh").read_text().replace("sd-naruto-model", mine).replace("--max_grad_norm=1", "--from_pt")
         said = type_in(command, hub, place)
         assert "--from_pt: weights are read from safetensors files as they are" in said
         settings = json.loads((place / mine / "config.json").read_text())
@@ -167,13 +168,12 @@ def test_the_flax_guide_s_commands_and_their_snippet(hub: Hub, place: Path, base
     assert losses[0] == losses[1]
     assert "unet/diffusion_pytorch_model.safetensors" in hub.received("tester/flax-torch-model")
     told_nowhere(place / "flax-torch-model")
-    assert flax_inference(place / "flax-torch-model", place / "yoda-naruto-flax.png", hub.environment(place / "home", token=TOKEN)).std() > 1
+    assert flax_inference("flax-torch-model", place, hub.environment(place / "home", token=TOKEN)).std() > 1
 
 
 def test_the_flax_guide_s_snippet_on_eight_devices(base: Path, tmp_path: Path) -> None:
     """Weights on every device, prompts and keys divided, one compiled call."""
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    assert flax_inference(base, tmp_path / "yoda-naruto.png", {**os.environ, **eight}).std() > 1
+    assert flax_inference(str(base), tmp_path, {**os.environ, **worker.devices(8)}).std() > 1
 
 
 KANDINSKY = "kandinsky-community/kandinsky-2-2"
@@ -208,9 +208,9 @@ def test_kandinsky_s_guide(hub: Hub, kandinsky: Path, place: Path, tmp_path: Pat
     (decoder / "README.md").write_text(f"---\nprior:\n- {KANDINSKY}-prior\ntags:\n- kandinsky\nlicense: apache-2.0\n---\n")
     hub.add(f"{KANDINSKY}-decoder", decoder)
     hub.add(f"{KANDINSKY}-prior", kandinsky / "prior")
-    for name in ("kandinsky_decoder", "kandinsky_prior", "kandinsky_lora_decoder"):
+    for name, precision in (("kandinsky_decoder", "fp16"), ("kandinsky_prior", "no"), ("kandinsky_lora_decoder", "no")):
         command = (GUIDES / f"{name}.sh").read_text().replace("768", "32").replace("=1e-0", "=3e-0").replace("--num_train_epochs=100", "--max_train_steps=2")
-        type_in(command if name == "kandinsky_decoder" else command.replace('"fp16"', '"no"'), hub, place)  # halves are slow without a GPU
+        type_in(command, hub, place, precision)
     card = hub.received("tester/kandi2-decoder-naruto-model")["README.md"].decode()
     assert f"prior:\n- {KANDINSKY}-prior" in card and f"base_model: {KANDINSKY}-decoder" in card
     assert "pytorch_lora_weights.safetensors" in hub.received("tester/kandi22-decoder-naruto-lora")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import worker
 
 import limner
 from limner import checkpoint, config, engines, generate, training
@@ -46,7 +47,7 @@ def float32_products():
 
 @contextlib.contextmanager
 def in_haste() -> Iterator[None]:
-    """For programs that run once or twice: compiled in half the time, and slow."""
+    """For programs that run a few times: compiled in half the time, and slow."""
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
@@ -69,7 +70,6 @@ def tensors(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-@in_haste()
 def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
     import torch
 
@@ -370,8 +370,8 @@ def test_a_picture_is_the_stock_pipeline_s(family: str, kind: str, pair: Any) ->
         own = engines.open_pipeline(found, None, "jax", scheduler=name, precision="no", device="cpu")
         made = np.stack(own.draw(prompts, [0, 1], steps=4, guidance_scale=5.0, size=32, latents=noise))
         assert np.abs(made - want).max() <= 2 and made.std() > 1
-    again = np.stack(own.draw([*prompts, *prompts], [0, 1, 0, 1], steps=4, guidance_scale=5.0, size=32, batch=3))
-    np.testing.assert_array_equal(again[:2], again[2:])
+        again = np.stack(own.draw([*prompts, *prompts], [0, 1, 0, 1], steps=4, guidance_scale=5.0, size=32, batch=3))
+        np.testing.assert_array_equal(again[:2], again[2:])
 
 
 def test_the_command_draws_with_jax(pair: Any, tmp_path: Path) -> None:
@@ -479,10 +479,6 @@ def done(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, said
 
 
-def devices(count: int) -> dict[str, str]:
-    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
-
-
 def rows(run: Path, name: str = "loss") -> list[float]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row[name] for row in found if name in row]
@@ -493,7 +489,7 @@ def together(folder: Path, jobs: list[config.Config]) -> list[subprocess.Popen[s
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    how = {"LIMNER_PROCESSES": "2", "LIMNER_COORDINATOR": f"127.0.0.1:{port}", **devices(2)}
+    how = {"LIMNER_PROCESSES": "2", "LIMNER_COORDINATOR": f"127.0.0.1:{port}", **worker.devices(2)}
     return [started(folder / f"p{rank}", jobs, LIMNER_RANK=str(rank), **how) for rank in (0, 1)]
 
 
@@ -512,7 +508,7 @@ def test_eight_devices_two_processes_and_back(again: bool, pictures: Path, tmp_p
     one = trained(job("one", {}))
     trained(job("moving", {}, 2))
     wide = [job("wide", {"fsdp": 4}), job("wide again", {"fsdp": 4}, 3), job("wide again", {"fsdp": 4})] if again else []
-    done(started(tmp_path / "eight", [job("moving", {"fsdp": 4}, 4), *wide], **devices(8)))
+    done(started(tmp_path / "eight", [job("moving", {"fsdp": 4}, 4), *wide], **worker.devices(8)))
     trained(job("moving", {}))
     drawn = {"preview": {"prompts": ["a red circle"], "steps": 2}}
     two = [job("two", {"fsdp": 2}, micro=4, **drawn)]

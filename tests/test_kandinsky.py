@@ -487,8 +487,10 @@ def test_the_card_says_how_the_stages_go_together(result):
 @pytest.mark.parametrize(
     ("name", "processes"),
     [
-        *(("decoder", 2), ("lora_prior", 2)),  # test_guide has the others in one process
-        *(pytest.param(*case, marks=pytest.mark.soak) for case in (("prior", 2), ("lora_decoder", 2), ("lora_prior", 1))),
+        ("decoder", 2),
+        ("lora_prior", 2),
+        *(pytest.param(name, 2, marks=pytest.mark.soak) for name in ("prior", "lora_decoder")),
+        *(pytest.param(name, 1, marks=pytest.mark.soak) for name in ("prior", "decoder", "lora_prior", "lora_decoder")),
     ],
 )
 def test_scripts_under_a_launcher(name, processes, kandinsky, wide, tmp_path):

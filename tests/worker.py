@@ -24,6 +24,11 @@ def context() -> ForkServerContext:
     return made
 
 
+def devices(count: int) -> dict[str, str]:
+    """For the environment of a process in which JAX is to see so many."""
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+
+
 def start(ctx: ForkServerContext, raw: dict[str, Any], die_at_write: int | None = None) -> ForkServerProcess:
     process = ctx.Process(target=run, args=(raw, die_at_write))
     process.start()
