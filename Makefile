@@ -35,5 +35,6 @@ soak: install
 	$(BIN)/python -m pytest tests/test_resume.py --kills 100 -m "soak or not soak"
 	$(BIN)/python -m pytest tests/test_kandinsky.py -k launcher -m soak
 	CURVE_STEPS=100 $(BIN)/python -m pytest tests/test_jax.py tests/test_flax.py -m "soak or not soak"
+	$(BIN)/python -m pytest tests/test_gpu_check.py -m soak
 
 .PHONY: install test lint demo check-jax soak
