@@ -1,9 +1,13 @@
-"""A recipe's step at full size, compiled for a slice of TPUs that need not be there: memory and arithmetic of each chip.
+"""A recipe's step at full size, compiled for a slice of TPUs that need not be there: memory and
+arithmetic of each chip.
 
-    pip install "limner[jax]" libtpu          # the libtpu that the installed jax asks for: see pip install "jax[tpu]"
-    python benchmarks/tpu.py recipes/sd15-full.toml --slice v5e:2x2 train.batch=32 train.micro=8 engine.fsdp=4 optim.ema=none
+    pip install "limner[jax]" libtpu          # the libtpu that the installed jax asks for: see pip
+    install "jax[tpu]"
+    python benchmarks/tpu.py recipes/sd15-full.toml --slice v5e:2x2 train.batch=32 train.micro=8
+    engine.fsdp=4 optim.ema=none
 
-Nothing is computed and no weight is made: the arrays are descriptions. Stable Diffusion 1.5 takes an hour of one core; docs/log.md.
+Nothing is computed and no weight is made: the arrays are descriptions. Stable Diffusion 1.5 takes
+an hour of one core; docs/log.md.
 """
 
 import argparse
@@ -15,7 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 import jax
 import numpy as np
@@ -34,7 +43,8 @@ GIB = 2**30
 
 @dataclass
 class Slice:
-    """A TPU slice in the place of ``limner.engines.jax.world.World``: one process that has all chips of it."""
+    """A TPU slice in the place of ``limner.engines.jax.world.World``: one process that has all
+    chips of it."""
 
     mesh: Mesh
     precision: str
@@ -45,30 +55,43 @@ class Slice:
 
 
 def described(engine: JaxEngine, batch: dict[str, np.ndarray]) -> tuple[Any, Any, Any]:
-    """State, rows and scalars of a step as shapes that lie on the mesh; those of frozen weights are left with the engine."""
+    """State, rows and scalars of a step as shapes that lie on the mesh; those of frozen weights are
+    left with the engine."""
 
     def like(path: Any, array: Any, kind: Any = None) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(array.shape, kind or array.dtype, sharding=engine.sharding(path[-1].key, array.shape))
+        return jax.ShapeDtypeStruct(
+            array.shape, kind or array.dtype, sharding=engine.sharding(path[-1].key, array.shape)
+        )
 
     name, cfg = engine.family.trains, engine.cfg
     shapes = weights.expected(engine.base.kind(name)[1], engine.base.configs[name])
     arrays = {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()}
     if cfg.adapt.kind == "lora":
-        engine.frozen = {name: jax.tree_util.tree_map_with_path(partial(like, kind=engine.half), arrays)}  # type: ignore[dict-item]
+        engine.frozen = {
+            name: jax.tree_util.tree_map_with_path(partial(like, kind=engine.half), arrays)
+        }  # type: ignore[dict-item]
         arrays = adapters({name: shapes}, cfg.adapt, engine.family, 0)  # type: ignore[assignment]
     engine.layout = Layout({key: a.shape for key, a in arrays.items()})
-    state = jax.tree_util.tree_map_with_path(like, jax.eval_shape(lambda named: engine.fresh(engine.layout.pack(named)), arrays))
+    state = jax.tree_util.tree_map_with_path(
+        like, jax.eval_shape(lambda named: engine.fresh(engine.layout.pack(named)), arrays)
+    )
     rows = NamedSharding(engine.mesh, PartitionSpec(None, ("data", "fsdp")))
     pieces = len(batch["t"]) // engine.micro
     given = {
-        key: jax.ShapeDtypeStruct((pieces, len(a) // pieces, *a.shape[1:]), np.int32 if a.dtype == np.int64 else a.dtype, sharding=rows)
+        key: jax.ShapeDtypeStruct(
+            (pieces, len(a) // pieces, *a.shape[1:]),
+            np.int32 if a.dtype == np.int64 else a.dtype,
+            sharding=rows,
+        )
         for key, a in batch.items()
     }
     return state, given, numbers(0, cfg.optim.learning_rate, cfg.optim.ema, 0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--slice", default="v5e:2x2", help="kind and shape of the TPUs (v5e:2x2)")
@@ -77,7 +100,11 @@ def main() -> None:
     cfg = config.load(given.recipe, ['engine.kind="jax"', *given.overrides])
     family = family_of(cfg)
     chips = topologies.get_topology_desc(given.slice, platform="tpu").devices
-    mesh = Mesh(np.array(chips).reshape(-1, cfg.engine.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    mesh = Mesh(
+        np.array(chips).reshape(-1, cfg.engine.fsdp),
+        ("data", "fsdp"),
+        axis_types=(AxisType.Auto,) * 2,
+    )
     known = bench.STAND_INS[family.name]
     base = Base(Path(), {}, family.trains, known["model_index"]["_name"], None, None, known)
     world = Slice(mesh, cfg.engine.precision or "no", len(chips))
@@ -88,10 +115,17 @@ def main() -> None:
     made = engine.compile(state, rows, scalars)
     took, memory, cost = time.monotonic() - began, made.memory_analysis(), made.cost_analysis()
     figures = {
-        "slice": given.slice, "chips": len(chips), "images_per_chip": division.micro // len(chips), "compile_seconds": took, "jax": jax.__version__,
-        "peak_gib": getattr(memory, "peak_memory_in_bytes", 0) / GIB, "arguments_gib": memory.argument_size_in_bytes / GIB,
-        "temporaries_gib": memory.temp_size_in_bytes / GIB, "aliased_gib": memory.alias_size_in_bytes / GIB, "tflop_per_chip": cost["flops"] / 1e12,
-    }  # fmt: skip
+        "slice": given.slice,
+        "chips": len(chips),
+        "images_per_chip": division.micro // len(chips),
+        "compile_seconds": took,
+        "jax": jax.__version__,
+        "peak_gib": getattr(memory, "peak_memory_in_bytes", 0) / GIB,
+        "arguments_gib": memory.argument_size_in_bytes / GIB,
+        "temporaries_gib": memory.temp_size_in_bytes / GIB,
+        "aliased_gib": memory.alias_size_in_bytes / GIB,
+        "tflop_per_chip": cost["flops"] / 1e12,
+    }
     print(json.dumps(figures, indent=1))
     if given.json is not None:
         given.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,4 +1,5 @@
-"""Fine-tune the whole network of a Stable Diffusion, with the flags of diffusers' script of this name."""
+"""Fine-tune the whole network of a Stable Diffusion, with the flags of diffusers' script of this
+name."""
 
 from limner.compat.diffusers import main
 

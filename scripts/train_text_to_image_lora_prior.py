@@ -1,4 +1,5 @@
-"""Fine-tune the prior of Kandinsky 2.2 with LoRA, with the flags of diffusers' script of this name."""
+"""Fine-tune the prior of Kandinsky 2.2 with LoRA, with the flags of diffusers' script of this
+name."""
 
 from limner.compat.diffusers import main
 

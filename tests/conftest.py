@@ -1,4 +1,5 @@
-"""What every test stands on: one thread, no network, a cache and an environment of its own, and two small folders that are built once."""
+"""What every test stands on: one thread, no network, a cache and an environment of its own, and two
+small folders that are built once."""
 
 import os
 import tempfile
@@ -20,7 +21,18 @@ LAUNCHERS = (
     "MASTER_PORT",
     "CUDA_VISIBLE_DEVICES",
 )
-PREFIXES = ("ACCELERATE_", "FSDP_", "DEEPSPEED_", "TORCHELASTIC_", "OMPI_", "PMI_", "MV2_", "WANDB_", "COMET_", "LIMNER_")
+PREFIXES = (
+    "ACCELERATE_",
+    "FSDP_",
+    "DEEPSPEED_",
+    "TORCHELASTIC_",
+    "OMPI_",
+    "PMI_",
+    "MV2_",
+    "WANDB_",
+    "COMET_",
+    "LIMNER_",
+)
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT")
 
 
@@ -31,10 +43,25 @@ def stranger(name: str) -> bool:
 
 for name in filter(stranger, list(os.environ)):
     del os.environ[name]
-os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # read when torch and tokenizers are imported
-compiled = tempfile.TemporaryDirectory(prefix="limner-compiled-")  # what JAX has compiled once, no test and no process of this worker compiles again
-os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5", "JAX_PLATFORMS": "cpu"}
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}  # read when torch and tokenizers are imported
+compiled = tempfile.TemporaryDirectory(
+    prefix="limner-compiled-"
+)  # what JAX has compiled once, no test and no process of this worker compiles again
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": compiled.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    "JAX_PLATFORMS": "cpu",
+}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -89,16 +116,24 @@ def sd_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in half precision, only as variant fp16, its UNet in several files."""
     import torch
 
-    return tiny.stable_diffusion(tmp_path_factory.mktemp("sd16") / "model", dtype=torch.float16, variant="fp16", shard="700KB")
+    return tiny.stable_diffusion(
+        tmp_path_factory.mktemp("sd16") / "model",
+        dtype=torch.float16,
+        variant="fp16",
+        shard="700KB",
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Equal numbers need an equal number of threads; torch has read it if it was imported before this file."""
+    """Equal numbers need an equal number of threads; torch has read it if it was imported before
+    this file."""
     import torch
 
     torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=10, help="how many times the resume tests kill a run (10)")
+    parser.addoption(
+        "--kills", type=int, default=10, help="how many times the resume tests kill a run (10)"
+    )

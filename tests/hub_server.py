@@ -1,4 +1,5 @@
-"""A Hub on the loopback interface, for tests: serves local folders as model and data set repositories and keeps what is pushed."""
+"""A Hub on the loopback interface, for tests: serves local folders as model and data set
+repositories and keeps what is pushed."""
 
 import base64
 import hashlib
@@ -20,7 +21,9 @@ CODES = {401: "", 403: "", 404: "RepoNotFound", 429: "", 500: ""}
 class Repo:
     """The files of one repository: revision -> name -> path on disk or bytes."""
 
-    def __init__(self, revisions: dict[str, dict[str, Path | bytes]], kind: str, private: bool = False) -> None:
+    def __init__(
+        self, revisions: dict[str, dict[str, Path | bytes]], kind: str, private: bool = False
+    ) -> None:
         self.revisions, self.kind, self.private = revisions, kind, private
 
     def commit(self, revision: str) -> str:
@@ -32,7 +35,14 @@ class Repo:
 
     def resolve(self, revision: str) -> str | None:
         """The name of the revision that a user calls by name, ``refs/...`` or commit hash."""
-        return next((name for name in self.revisions if revision in (name, f"refs/heads/{name}", self.commit(name))), None)
+        return next(
+            (
+                name
+                for name in self.revisions
+                if revision in (name, f"refs/heads/{name}", self.commit(name))
+            ),
+            None,
+        )
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
         """Everything that a revision holds."""
@@ -44,7 +54,8 @@ def content_of(content: Path | bytes) -> bytes:
 
 
 class Hub:
-    """``with Hub() as hub: hub.add("someone/tiny-sd", folder)``; then run something with ``hub.environment(cache)``.
+    """``with Hub() as hub: hub.add("someone/tiny-sd", folder)``; then run something with
+    ``hub.environment(cache)``.
 
     Attributes:
         requests: (method, path without query, authorization header) of every request, in order.
@@ -54,7 +65,9 @@ class Hub:
         large_from: files of at least so many bytes are pushed as large files (LFS); None: none is.
     """
 
-    def __init__(self, *, token: str | None = None, user: str = "tester", large_from: int | None = None) -> None:
+    def __init__(
+        self, *, token: str | None = None, user: str = "tester", large_from: int | None = None
+    ) -> None:
         self.token, self.user, self.large_from = token, user, large_from
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[tuple[str, str, str]] = []
@@ -68,7 +81,9 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self.thread = threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
         self.thread.start()
         return self
 
@@ -77,22 +92,45 @@ class Hub:
         self.server.server_close()
         self.thread.join()
 
-    def add(self, name: str, folder: Path, *, kind: str = "model", revision: str = "main", private: bool = False) -> None:
+    def add(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        kind: str = "model",
+        revision: str = "main",
+        private: bool = False,
+    ) -> None:
         """Serve a folder under a name of the Hub's form; ``kind`` is model or dataset."""
-        files: dict[str, Path | bytes] = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")}
+        files: dict[str, Path | bytes] = {
+            p.relative_to(folder).as_posix(): p
+            for p in sorted(folder.rglob("*"))
+            if p.is_file() and not p.name.startswith(".")
+        }
         self.repos.setdefault((kind, name), Repo({}, kind, private)).revisions[revision] = files
 
-    def answer(self, pattern: str, status: int, *, code: str | None = None, times: int = 10**9) -> None:
-        """Answer requests whose ``METHOD /path`` matches ``pattern`` with an error status, so many times; ``code``: the Hub's error code, e.g. GatedRepo."""
-        self.faults.append((re.compile(pattern), status, CODES.get(status, "") if code is None else code, [times]))
+    def answer(
+        self, pattern: str, status: int, *, code: str | None = None, times: int = 10**9
+    ) -> None:
+        """Answer requests whose ``METHOD /path`` matches ``pattern`` with an error status, so many
+        times; ``code``: the Hub's error code, e.g. GatedRepo."""
+        self.faults.append(
+            (re.compile(pattern), status, CODES.get(status, "") if code is None else code, [times])
+        )
 
     def received(self, name: str, kind: str = "model") -> dict[str, bytes]:
         """The files of a repository after all pushes."""
         return self.repos[(kind, name)].files()
 
     def environment(self, home: Path, *, token: str | None = None) -> dict[str, str]:
-        """What a process needs in its environment to take this server for the Hub and ``home`` for its cache; no other credentials."""
-        mine = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE")) and k not in ("TRANSFORMERS_CACHE", "XDG_CACHE_HOME")}
+        """What a process needs in its environment to take this server for the Hub and ``home`` for
+        its cache; no other credentials."""
+        mine = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("HF_", "HUGGING_FACE"))
+            and k not in ("TRANSFORMERS_CACHE", "XDG_CACHE_HOME")
+        }
         hub = {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
@@ -133,7 +171,10 @@ class Handler(BaseHTTPRequestHandler):
             method = "GET" if self.command == "HEAD" else self.command
             for wanted, route, action in self.routes:
                 if method == wanted and (match := route.fullmatch(path)):
-                    return action(self, **{k: unquote(v) for k, v in match.groupdict().items() if v is not None})
+                    return action(
+                        self,
+                        **{k: unquote(v) for k, v in match.groupdict().items() if v is not None},
+                    )
         self.refuse(404, "EntryNotFound")
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do
@@ -149,10 +190,20 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return out
 
-    def reply(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None, kind: str = "application/json") -> None:
+    def reply(
+        self,
+        body: bytes,
+        status: int = 200,
+        headers: dict[str, str] | None = None,
+        kind: str = "application/json",
+    ) -> None:
         """Send; to HEAD only the headers."""
         self.send_response(status)
-        for key, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
+        for key, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            **(headers or {}),
+        }.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -164,8 +215,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status: int, code: str = "", message: str = "") -> None:
         """Send an error as the Hub words it."""
-        headers = ({"X-Error-Code": code} if code else {}) | ({"X-Error-Message": message} if message else {})
-        self.reply(json.dumps({"error": message or code or f"status {status}"}).encode(), status, headers)
+        headers = ({"X-Error-Code": code} if code else {}) | (
+            {"X-Error-Message": message} if message else {}
+        )
+        self.reply(
+            json.dumps({"error": message or code or f"status {status}"}).encode(), status, headers
+        )
 
     def find(self, kind: str | None, name: str, revision: str = "main") -> tuple[Repo, str] | None:
         """The repository and the name of its revision, or None after having refused."""
@@ -183,7 +238,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def route(method: str, path: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register an answer: ``{name}`` stands for a repository's, ``{rev}`` for one path segment, ``{file}`` for the rest."""
+    """Register an answer: ``{name}`` stands for a repository's, ``{rev}`` for one path segment,
+    ``{file}`` for the rest."""
     pieces = {
         "{kind}": "(?P<kind>models|datasets)",
         "{name}": "(?P<name>[^/]+/[^/]+)",
@@ -225,7 +281,17 @@ def repo_info(self: Handler, kind: str, name: str, rev: str = "main") -> None:
             "private": repo.private,
             "gated": False,
         }
-        self.json(common | {"disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": files, "modelId": name})
+        self.json(
+            common
+            | {
+                "disabled": False,
+                "downloads": 0,
+                "likes": 0,
+                "tags": [],
+                "siblings": files,
+                "modelId": name,
+            }
+        )
 
 
 @route("GET", "/api/{kind}/{name}/tree/{rev}(?:/{file})?")
@@ -233,14 +299,21 @@ def tree(self: Handler, kind: str, name: str, rev: str, file: str = "") -> None:
     if found := self.find(kind, name, rev):
         repo, known = found
         deep = self.query.get("recursive", ["false"])[0].lower() == "true"
-        inside = {n: c for n, c in sorted(repo.revisions[known].items()) if not file or n.startswith(f"{file}/")}
+        inside = {
+            n: c
+            for n, c in sorted(repo.revisions[known].items())
+            if not file or n.startswith(f"{file}/")
+        }
         if file and not inside:
             return self.refuse(404, "EntryNotFound")
         start = len(file) + 1 if file else 0
-        folders = {n[: start + i] for n in inside for i, letter in enumerate(n[start:]) if letter == "/"}
-        entries = [{"type": "directory", "path": f, "oid": git_digest(f.encode()), "size": 0} for f in sorted(folders)] + [
-            entry(n, c) for n, c in inside.items()
-        ]
+        folders = {
+            n[: start + i] for n in inside for i, letter in enumerate(n[start:]) if letter == "/"
+        }
+        entries = [
+            {"type": "directory", "path": f, "oid": git_digest(f.encode()), "size": 0}
+            for f in sorted(folders)
+        ] + [entry(n, c) for n, c in inside.items()]
         self.json([e for e in entries if deep or "/" not in e["path"][start:]])
 
 
@@ -248,13 +321,19 @@ def tree(self: Handler, kind: str, name: str, rev: str, file: str = "") -> None:
 def paths_info(self: Handler, kind: str, name: str, rev: str) -> None:
     if found := self.find(kind, name, rev):
         repo, known = found
-        sent = json.loads(self.body) if self.body.lstrip().startswith(b"{") else parse_qs(self.body.decode())
+        sent = (
+            json.loads(self.body)
+            if self.body.lstrip().startswith(b"{")
+            else parse_qs(self.body.decode())
+        )
         paths, files, out = sent.get("paths", []), repo.revisions[known], []
         for path in [paths] if isinstance(paths, str) else paths:
             if path in files:
                 out.append(entry(path, files[path]))
             elif any(n.startswith(f"{path}/") for n in files):
-                out.append({"type": "directory", "path": path, "oid": git_digest(path.encode()), "size": 0})
+                out.append(
+                    {"type": "directory", "path": path, "oid": git_digest(path.encode()), "size": 0}
+                )
         self.json(out)
 
 
@@ -271,7 +350,12 @@ def resolve(self: Handler, name: str, rev: str, file: str, kind: str = "models")
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", ""))
         if wanted and self.command == "GET":
             first, last = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
-            return self.reply(data[first : last + 1], 206, headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"}, "application/octet-stream")
+            return self.reply(
+                data[first : last + 1],
+                206,
+                headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"},
+                "application/octet-stream",
+            )
         self.reply(data, 200, headers, "application/octet-stream")
 
 
@@ -286,7 +370,10 @@ def whoami(self: Handler) -> None:
             "name": self.hub.user,
             "fullname": self.hub.user,
             "orgs": [],
-            "auth": {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}},
+            "auth": {
+                "type": "access_token",
+                "accessToken": {"displayName": "test", "role": "write"},
+            },
         }
     )
 
@@ -295,11 +382,18 @@ def whoami(self: Handler) -> None:
 def create(self: Handler) -> None:
     if self.allowed():
         wanted = json.loads(self.body)
-        name, kind = f"{wanted.get('organization') or self.hub.user}/{wanted['name']}", wanted.get("type") or "model"
+        name, kind = (
+            f"{wanted.get('organization') or self.hub.user}/{wanted['name']}",
+            wanted.get("type") or "model",
+        )
         url = f"{self.hub.url}/{'datasets/' if kind == 'dataset' else ''}{name}"
         if (kind, name) in self.hub.repos:
-            return self.json({"error": "You already created this model repo", "url": url, "id": name}, 409)
-        self.hub.repos[(kind, name)] = Repo({"main": {}}, kind, wanted.get("visibility") == "private" or bool(wanted.get("private")))
+            return self.json(
+                {"error": "You already created this model repo", "url": url, "id": name}, 409
+            )
+        self.hub.repos[(kind, name)] = Repo(
+            {"main": {}}, kind, wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        )
         self.json({"url": url, "name": name, "id": name})
 
 
@@ -323,8 +417,21 @@ def preupload(self: Handler, kind: str, name: str, rev: str) -> None:
             large = self.hub.large_from is not None and file["size"] >= self.hub.large_from
             old = repo.revisions[known].get(file["path"])
             data = None if old is None else content_of(old)
-            oid = None if data is None else hashlib.sha256(data).hexdigest() if large else git_digest(data)
-            out.append({"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid})
+            oid = (
+                None
+                if data is None
+                else hashlib.sha256(data).hexdigest()
+                if large
+                else git_digest(data)
+            )
+            out.append(
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if large else "regular",
+                    "shouldIgnore": False,
+                    "oid": oid,
+                }
+            )
         self.json({"files": out})
 
 
@@ -332,11 +439,24 @@ def preupload(self: Handler, kind: str, name: str, rev: str) -> None:
 def large_batch(self: Handler, name: str) -> None:
     if self.allowed():
         objects = json.loads(self.body)["objects"]
-        actions = {"upload": lambda oid: {"href": f"{self.hub.url}/large/{oid}"}, "verify": lambda oid: {"href": f"{self.hub.url}/large/{oid}/verify"}}
+        actions = {
+            "upload": lambda oid: {"href": f"{self.hub.url}/large/{oid}"},
+            "verify": lambda oid: {"href": f"{self.hub.url}/large/{oid}/verify"},
+        }
         self.json(
             {
                 "transfer": "basic",
-                "objects": [{**o, **({} if o["oid"] in self.hub.large else {"actions": {k: f(o["oid"]) for k, f in actions.items()}})} for o in objects],
+                "objects": [
+                    {
+                        **o,
+                        **(
+                            {}
+                            if o["oid"] in self.hub.large
+                            else {"actions": {k: f(o["oid"]) for k, f in actions.items()}}
+                        ),
+                    }
+                    for o in objects
+                ],
             }
         )
 
@@ -351,7 +471,9 @@ def large_put(self: Handler, oid: str) -> None:
 
 @route("POST", "/large/{oid}/verify")
 def large_verify(self: Handler, oid: str) -> None:
-    self.json({}) if len(self.hub.large.get(oid, b"")) == json.loads(self.body)["size"] else self.refuse(400)
+    self.json({}) if len(self.hub.large.get(oid, b"")) == json.loads(self.body)[
+        "size"
+    ] else self.refuse(400)
 
 
 @route("POST", "/api/{kind}/{name}/commit/{rev}")
@@ -372,13 +494,23 @@ def commit(self: Handler, kind: str, name: str, rev: str) -> None:
                 names.append(value["path"])
         repo.revisions[known] = files
         self.hub.pushed.setdefault(name, []).append(names)
-        self.json({"commitUrl": f"{self.hub.url}/{name}/commit/{repo.commit(known)}", "commitOid": repo.commit(known), "success": True})
+        self.json(
+            {
+                "commitUrl": f"{self.hub.url}/{name}/commit/{repo.commit(known)}",
+                "commitOid": repo.commit(known),
+                "success": True,
+            }
+        )
 
 
 if __name__ == "__main__":
     with Hub() as served:
         for argument in sys.argv[1:]:
             title, _, place = argument.partition("=")
-            served.add(title.removeprefix("datasets/"), Path(place), kind="dataset" if title.startswith("datasets/") else "model")
+            served.add(
+                title.removeprefix("datasets/"),
+                Path(place),
+                kind="dataset" if title.startswith("datasets/") else "model",
+            )
         print(served.url, flush=True)
         served.thread.join()

@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-CHANGES: list[tuple[Any, str]] = [(os, name) for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")] + [(io, "open"), (builtins, "open")]
+CHANGES: list[tuple[Any, str]] = [
+    (os, name) for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
+] + [(io, "open"), (builtins, "open")]
 CALLS = [*CHANGES, (os, "open"), (os, "scandir"), (os, "stat")]
 
 
 @contextmanager
-def at_call(n: int, happen: Callable[[str], NoReturn], calls: list[tuple[Any, str]] = CALLS) -> Iterator[list[int]]:
+def at_call(
+    n: int, happen: Callable[[str], NoReturn], calls: list[tuple[Any, str]] = CALLS
+) -> Iterator[list[int]]:
     """``happen`` in place of the n-th call; gives the number of calls made so far."""
     count = [0]
 
@@ -49,7 +53,8 @@ def failing(n: int, number: int) -> Any:
 
 
 def dies_at(n: int, action: Callable[[], object]) -> bool:
-    """Run ``action`` in a child that is gone, without a word, at its n-th call that may change the disk; False where it came to its end before."""
+    """Run ``action`` in a child that is gone, without a word, at its n-th call that may change the
+    disk; False where it came to its end before."""
 
     def mortal() -> None:
         with at_call(n, lambda name: os._exit(9), CHANGES):
@@ -61,7 +66,8 @@ def dies_at(n: int, action: Callable[[], object]) -> bool:
 
 
 def dies_writing(size: int, action: Callable[[], object]) -> bool:
-    """Run ``action`` in a child that the system kills when a file would grow beyond ``size`` bytes; False where none did."""
+    """Run ``action`` in a child that the system kills when a file would grow beyond ``size`` bytes;
+    False where none did."""
 
     def mortal() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -75,9 +81,12 @@ def dies_writing(size: int, action: Callable[[], object]) -> bool:
 
 
 def in_child(action: Callable[[], object]) -> int:
-    """The exit status of a child that runs ``action`` and nothing after it; the negative number of the signal that killed it."""
+    """The exit status of a child that runs ``action`` and nothing after it; the negative number of
+    the signal that killed it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer Pythons warn of fork beside threads; the child only writes files
+        warnings.simplefilter(
+            "ignore"
+        )  # newer Pythons warn of fork beside threads; the child only writes files
         child = os.fork()
     if not child:
         try:

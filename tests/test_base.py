@@ -50,11 +50,18 @@ def test_a_local_folder_is_opened(sd: Path) -> None:
 
 
 def test_the_fingerprint_is_of_the_bytes(sd: Path, tmp_path: Path) -> None:
-    here, there = open_base(Model(base=str(sd)), SD), open_base(Model(base=str(copied(sd, tmp_path))), SD)
+    here, there = (
+        open_base(Model(base=str(sd)), SD),
+        open_base(Model(base=str(copied(sd, tmp_path))), SD),
+    )
     known = {c: here.fingerprint(c) for c in SD.components}
     assert len(set(known.values())) == len(known)
     assert {c: there.fingerprint(c) for c in SD.components} == known
-    assert here.fingerprint("vae") != here.fingerprint("vae", "unet") == there.fingerprint("vae", "unet")
+    assert (
+        here.fingerprint("vae")
+        != here.fingerprint("vae", "unet")
+        == there.fingerprint("vae", "unet")
+    )
 
     edit(there.folder / "unet" / "config.json", _name_or_path="/somebody/else")
     edit(there.folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
@@ -65,13 +72,19 @@ def test_the_fingerprint_is_of_the_bytes(sd: Path, tmp_path: Path) -> None:
     tokens = there.folder / "tokenizer" / "merges.txt"
     tokens.write_text(tokens.read_text() + "x y\n")
     changed = open_base(Model(base=str(there.folder)), SD)
-    assert {c for c in SD.components if changed.fingerprint(c) != known[c]} == {"vae", "scheduler", "tokenizer"}
+    assert {c for c in SD.components if changed.fingerprint(c) != known[c]} == {
+        "vae",
+        "scheduler",
+        "tokenizer",
+    }
 
 
 def test_variants_and_shards(sd: Path, sd_fp16: Path, tmp_path: Path) -> None:
     assert "only variants: fp16. Pass model.variant=fp16" in refusal(sd_fp16)
     base = open_base(Model(base=str(sd_fp16), variant="fp16"), SD)
-    assert [p.name for p in base.weight_files("vae")] == ["diffusion_pytorch_model.fp16.safetensors"]
+    assert [p.name for p in base.weight_files("vae")] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
     shards = base.weight_files("unet")
     assert len(shards) == int(shards[0].name.split("-of-")[1][:5]) > 1
     assert "no weights of variant 'fp16'" in refusal(sd, variant="fp16")
@@ -79,12 +92,17 @@ def test_variants_and_shards(sd: Path, sd_fp16: Path, tmp_path: Path) -> None:
     mixed = copied(sd, tmp_path)
     shutil.copy(sd_fp16 / "vae" / "diffusion_pytorch_model.fp16.safetensors", mixed / "vae")
     both = open_base(Model(base=str(mixed), variant="fp16"), SD)
-    assert [p.name for c in ("vae", "text_encoder") for p in both.weight_files(c)] == ["diffusion_pytorch_model.fp16.safetensors", "model.safetensors"]
+    assert [p.name for c in ("vae", "text_encoder") for p in both.weight_files(c)] == [
+        "diffusion_pytorch_model.fp16.safetensors",
+        "model.safetensors",
+    ]
     assert both.fingerprint("vae") != open_base(Model(base=str(mixed)), SD).fingerprint("vae")
 
     short = Path(shutil.copytree(sd_fp16, tmp_path / "short"))
     (short / "unet" / shards[1].name).unlink()
-    assert f"unet: {len(shards) - 1} of {len(shards)} weight files" in refusal(short, variant="fp16")
+    assert f"unet: {len(shards) - 1} of {len(shards)} weight files" in refusal(
+        short, variant="fp16"
+    )
 
 
 def unlink(name: str) -> Callable[[Path], None]:
@@ -96,11 +114,15 @@ def change(name: str, **changes: object) -> Callable[[Path], None]:
 
 
 def pickled(folder: Path) -> None:
-    (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.bin")
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(
+        folder / "vae" / "diffusion_pytorch_model.bin"
+    )
 
 
 def quantized(folder: Path) -> None:
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "unet-q4.gguf")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(
+        folder / "unet" / "unet-q4.gguf"
+    )
 
 
 def cut(folder: Path) -> None:
@@ -114,7 +136,9 @@ def cut_header(folder: Path) -> None:
 
 
 def pointer(folder: Path) -> None:
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,25 +147,52 @@ def pointer(folder: Path) -> None:
         (unlink("model_index.json"), ["has no model_index.json", "diffusers layout"]),
         (
             change("model_index.json", _class_name="StableDiffusionXLPipeline"),
-            ["is of a StableDiffusionXLPipeline", "'sd' needs a StableDiffusionPipeline", "model.family"],
+            [
+                "is of a StableDiffusionXLPipeline",
+                "'sd' needs a StableDiffusionPipeline",
+                "model.family",
+            ],
         ),
-        (change("model_index.json", unet=["diffusers", "UNet3DConditionModel"]), ["unet is UNet3DConditionModel", "UNet2DConditionModel is expected"]),
-        (change("model_index.json", text_encoder=["transformers", "FlaxCLIPTextModel"]), ["text_encoder is FlaxCLIPTextModel", "CLIPTextModel is expected"]),
+        (
+            change("model_index.json", unet=["diffusers", "UNet3DConditionModel"]),
+            ["unet is UNet3DConditionModel", "UNet2DConditionModel is expected"],
+        ),
+        (
+            change("model_index.json", text_encoder=["transformers", "FlaxCLIPTextModel"]),
+            ["text_encoder is FlaxCLIPTextModel", "CLIPTextModel is expected"],
+        ),
         (change("model_index.json", unet=["my_unet", "MyUNet"]), ["my_unet.MyUNet", "never run"]),
         (change("model_index.json", _class_name=["pipeline", "Mine"]), ["StableDiffusionPipeline"]),
-        (change("text_encoder/config.json", auto_map={"AutoModel": "evil.Model"}), ["auto_map", "never run"]),
-        (change("model_index.json", vae=[None, None]), ["vae is missing", "AutoencoderKL is expected"]),
+        (
+            change("text_encoder/config.json", auto_map={"AutoModel": "evil.Model"}),
+            ["auto_map", "never run"],
+        ),
+        (
+            change("model_index.json", vae=[None, None]),
+            ["vae is missing", "AutoencoderKL is expected"],
+        ),
         (change("model_index.json", scheduler=[None, None]), ["scheduler is missing"]),
-        (change("unet/config.json", in_channels=9), ["in_channels is 9", "latent_channels is 4", "inpainting"]),
-        (change("unet/config.json", cross_attention_dim=768), ["cross_attention_dim is 768", "hidden_size is 32"]),
+        (
+            change("unet/config.json", in_channels=9),
+            ["in_channels is 9", "latent_channels is 4", "inpainting"],
+        ),
+        (
+            change("unet/config.json", cross_attention_dim=768),
+            ["cross_attention_dim is 768", "hidden_size is 32"],
+        ),
         (change("unet/config.json", addition_embed_type="text_time"), ["addition_embed_type"]),
-        (lambda folder: (folder / "model_index.json").write_text("{"), ["model_index.json: not JSON"]),
+        (
+            lambda folder: (folder / "model_index.json").write_text("{"),
+            ["model_index.json: not JSON"],
+        ),
         (unlink("vae/config.json"), ["vae/config.json", "complete?"]),
         (unlink("scheduler/scheduler_config.json"), ["scheduler_config.json"]),
         (unlink("unet/diffusion_pytorch_model.safetensors"), ["unet: no safetensors weights"]),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), ["tokenizer/tokenizer_config.json"]),
         (
-            lambda folder: [(folder / "tokenizer" / n).unlink() for n in ("tokenizer.json", "merges.txt")],
+            lambda folder: [
+                (folder / "tokenizer" / n).unlink() for n in ("tokenizer.json", "merges.txt")
+            ],
             ["neither tokenizer.json nor vocab.json and merges.txt"],
         ),
         (pickled, ["vae", "diffusion_pytorch_model.bin", "Pickles are not read", "safetensors"]),
@@ -151,26 +202,39 @@ def pointer(folder: Path) -> None:
         (pointer, ["Git LFS pointer", "git lfs pull"]),
     ],
 )
-def test_refusals(sd: Path, tmp_path: Path, spoil: Callable[[Path], object], expected: list[str]) -> None:
+def test_refusals(
+    sd: Path, tmp_path: Path, spoil: Callable[[Path], object], expected: list[str]
+) -> None:
     folder = copied(sd, tmp_path)
     spoil(folder)
     said = refusal(folder)
     assert [part for part in expected if part not in said] == []
-    assert said.endswith(".") or said.endswith("?") or "none of this family" in said or "same model" in said or "text-to-image base" in said
+    assert (
+        said.endswith(".")
+        or said.endswith("?")
+        or "none of this family" in said
+        or "same model" in said
+        or "text-to-image base" in said
+    )
 
 
 def test_names_that_cannot_be_a_base(sd: Path, tmp_path: Path) -> None:
     assert "no such folder, and not a name on the Hub" in refusal(tmp_path / "nowhere")
     assert "no such folder" in refusal("plain-word")
     (tmp_path / "model.ckpt").write_bytes(b"x")
-    assert "from_single_file" in (said := refusal(tmp_path / "model.ckpt")) and "save_pretrained" in said
+    assert (
+        "from_single_file" in (said := refusal(tmp_path / "model.ckpt"))
+        and "save_pretrained" in said
+    )
     (tmp_path / "model.gguf").write_bytes(b"x")
     assert "quantized" in refusal(tmp_path / "model.gguf")
     assert "model.revision" in refusal(sd, revision="fp16")
     assert "model.trained_revision" in refusal(sd, trained_revision="fp16")
 
 
-def test_a_hub_repository_is_fetched_once_and_only_what_is_needed(sd: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_repository_is_fetched_once_and_only_what_is_needed(
+    sd: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = copied(sd, tmp_path)
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"other variant")
@@ -182,8 +246,14 @@ def test_a_hub_repository_is_fetched_once_and_only_what_is_needed(sd: Path, hub:
     commit = hub.repos[("model", "someone/tiny-sd")].commit("main")
     assert (base.name, base.commit, base.folder.name) == ("someone/tiny-sd", commit, commit)
     assert base.card() == {"license": "creativeml-openrail-m"}
-    assert base.fingerprint(*SD.components) == open_base(Model(base=str(sd)), SD).fingerprint(*SD.components)
-    fetched = {path.split(f"/{commit}/")[1] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path}
+    assert base.fingerprint(*SD.components) == open_base(Model(base=str(sd)), SD).fingerprint(
+        *SD.components
+    )
+    fetched = {
+        path.split(f"/{commit}/")[1]
+        for method, path, _ in hub.requests
+        if method == "GET" and "/resolve/" in path
+    }
     there = {p.relative_to(sd).as_posix() for p in sd.rglob("*") if p.is_file()}
     assert fetched == there | {"README.md"}
     before = len(hub.requests)
@@ -194,11 +264,15 @@ def test_a_hub_repository_is_fetched_once_and_only_what_is_needed(sd: Path, hub:
     assert open_base(model, SD).commit == commit
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     assert open_base(model, SD).fingerprint("unet") == base.fingerprint("unet")
-    with pytest.raises(HubFault, match=r"cannot be reached at http://127.0.0.1:9, .*local cache does not have"):
+    with pytest.raises(
+        HubFault, match=r"cannot be reached at http://127.0.0.1:9, .*local cache does not have"
+    ):
         open_base(Model(base="someone/tiny-sd", cache_dir=str(tmp_path / "empty")), SD)
 
 
-def test_revisions_and_variants_of_a_repository(sd: Path, sd_fp16: Path, hub: Hub, tmp_path: Path) -> None:
+def test_revisions_and_variants_of_a_repository(
+    sd: Path, sd_fp16: Path, hub: Hub, tmp_path: Path
+) -> None:
     other = copied(sd, tmp_path)
     weights = other / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
@@ -212,12 +286,17 @@ def test_revisions_and_variants_of_a_repository(sd: Path, sd_fp16: Path, hub: Hu
     assert main.commit == mixed.commit != moved.commit
     assert mixed.fingerprint("unet") == moved.fingerprint("unet") != main.fingerprint("unet")
     assert mixed.fingerprint("vae") == main.fingerprint("vae")
-    assert open_base(Model(base="someone/tiny-sd", revision=str(moved.commit), **cache), SD).folder == moved.folder
+    assert (
+        open_base(Model(base="someone/tiny-sd", revision=str(moved.commit), **cache), SD).folder
+        == moved.folder
+    )
     with pytest.raises(HubFault, match="no revision nowhere"):
         open_base(Model(base="someone/tiny-sd", revision="nowhere", **cache), SD)
 
     half = open_base(Model(base="someone/half", variant="fp16", **cache), SD)
-    assert half.fingerprint("unet") == open_base(Model(base=str(sd_fp16), variant="fp16"), SD).fingerprint("unet")
+    assert half.fingerprint("unet") == open_base(
+        Model(base=str(sd_fp16), variant="fp16"), SD
+    ).fingerprint("unet")
     before = len(hub.requests)
     assert "Pass model.variant=fp16" in refusal("someone/half", cache_dir=str(tmp_path / "second"))
     assert not [path for _, path, _ in hub.requests[before:] if path.endswith(".safetensors")]
@@ -234,15 +313,23 @@ def test_revisions_and_variants_of_a_repository(sd: Path, sd_fp16: Path, hub: Hu
         (500, "", "500"),
     ],
 )
-def test_the_hub_refuses(sd: Path, hub: Hub, tmp_path: Path, status: int, code: str, expected: str) -> None:
+def test_the_hub_refuses(
+    sd: Path, hub: Hub, tmp_path: Path, status: int, code: str, expected: str
+) -> None:
     hub.add("someone/tiny-sd", sd)
     hub.answer("GET /api/models/someone/tiny-sd", status, code=code)
     with pytest.raises(HubFault) as caught:
         open_base(Model(base="someone/tiny-sd", cache_dir=str(tmp_path)), SD)
-    assert expected in str(caught.value) and "someone/tiny-sd" in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        expected in str(caught.value)
+        and "someone/tiny-sd" in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
-def test_a_wrong_model_is_refused_before_its_weights_are_fetched(sd: Path, hub: Hub, tmp_path: Path) -> None:
+def test_a_wrong_model_is_refused_before_its_weights_are_fetched(
+    sd: Path, hub: Hub, tmp_path: Path
+) -> None:
     folder = copied(sd, tmp_path)
     edit(folder / "unet" / "config.json", in_channels=9)
     hub.add("someone/inpaint", folder)
@@ -253,21 +340,42 @@ def test_a_wrong_model_is_refused_before_its_weights_are_fetched(sd: Path, hub: 
     assert not [path for _, path, _ in hub.requests if path.endswith(".safetensors")]
 
 
-def test_another_autoencoder_on_the_hub(sdxl: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A repository that is an autoencoder, or one that has one in ``vae/``; of either the configuration and the weights are fetched, nothing else."""
+def test_another_autoencoder_on_the_hub(
+    sdxl: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository that is an autoencoder, or one that has one in ``vae/``; of either the
+    configuration and the weights are fetched, nothing else."""
     alone = shutil.copytree(sdxl / "vae", tmp_path / "alone")
     (alone / "sdxl_vae.safetensors").write_bytes(b"a single file for other programs")
     hub.add("someone/vae", alone)
     hub.add("someone/xl", sdxl)
     for name, inner in (("someone/vae", ""), ("someone/xl", "vae/")):
         before = len(hub.requests)
-        base = open_base(Model(base=str(sdxl), family="sdxl", vae=name, cache_dir=str(tmp_path / "cache")), FAMILIES["sdxl"])
-        fetched = {path.split("/", 5)[5] for method, path, _ in hub.requests[before:] if method == "GET" and "/resolve/" in path}
-        assert fetched == {f"{inner}config.json", f"{inner}diffusion_pytorch_model.safetensors"}, fetched
+        base = open_base(
+            Model(base=str(sdxl), family="sdxl", vae=name, cache_dir=str(tmp_path / "cache")),
+            FAMILIES["sdxl"],
+        )
+        fetched = {
+            path.split("/", 5)[5]
+            for method, path, _ in hub.requests[before:]
+            if method == "GET" and "/resolve/" in path
+        }
+        assert fetched == {f"{inner}config.json", f"{inner}diffusion_pytorch_model.safetensors"}, (
+            fetched
+        )
         assert base.part("vae") != sdxl / "vae" and base.part("unet") == sdxl / "unet"
-        assert base.fingerprint("vae") == open_base(Model(base=str(sdxl), family="sdxl"), FAMILIES["sdxl"]).fingerprint("vae")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there: the cache serves
-    again = open_base(Model(base=str(sdxl), family="sdxl", vae="someone/vae", cache_dir=str(tmp_path / "cache")), FAMILIES["sdxl"])
+        assert base.fingerprint("vae") == open_base(
+            Model(base=str(sdxl), family="sdxl"), FAMILIES["sdxl"]
+        ).fingerprint("vae")
+    monkeypatch.setenv(
+        "HF_ENDPOINT", "http://127.0.0.1:9"
+    )  # nobody listens there: the cache serves
+    again = open_base(
+        Model(base=str(sdxl), family="sdxl", vae="someone/vae", cache_dir=str(tmp_path / "cache")),
+        FAMILIES["sdxl"],
+    )
     assert again.weight_files("vae")[0].name == "diffusion_pytorch_model.safetensors"
-    with pytest.raises(InputFault, match=r"model.vae: no/such/place: no such folder, and not a name on the Hub"):
+    with pytest.raises(
+        InputFault, match=r"model.vae: no/such/place: no such folder, and not a name on the Hub"
+    ):
         open_base(Model(base=str(sdxl), family="sdxl", vae="no/such/place"), FAMILIES["sdxl"])

@@ -1,4 +1,5 @@
-"""The bench verb: its figures against counts made by hand, the recipe's settings in them, and no trace of it left on the disk."""
+"""The bench verb: its figures against counts made by hand, the recipe's settings in them, and no
+trace of it left on the disk."""
 
 import json
 import shutil
@@ -43,7 +44,8 @@ def measured(cfg: config.Config, **options) -> tuple[dict, str]:
 
 
 def count(base: Path, rows: int, *, size: int = 16, train: str = "all") -> float:
-    """Operations of one real step with plain attention, whose products the counter knows on every device."""
+    """Operations of one real step with plain attention, whose products the counter knows on every
+    device."""
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -51,7 +53,9 @@ def count(base: Path, rows: int, *, size: int = 16, train: str = "all") -> float
     net.set_attn_processor(AttnProcessor())
     net.requires_grad_(train == "all")
     with FlopCounterMode(display=False) as counter:
-        out = net(torch.randn(rows, 4, size, size), torch.arange(rows), torch.randn(rows, 77, 32)).sample
+        out = net(
+            torch.randn(rows, 4, size, size), torch.arange(rows), torch.randn(rows, 77, 32)
+        ).sample
         if train == "all":
             out.sum().backward()
     return counter.get_total_flops()
@@ -59,17 +63,34 @@ def count(base: Path, rows: int, *, size: int = 16, train: str = "all") -> float
 
 def test_the_figures_of_a_recipe(sd, tmp_path):
     engine = {"device": "cpu", "precision": "no", "gradient_checkpointing": True}
-    cfg = recipe(str(sd), train={"steps": 9, "micro": 2, "accumulate": 2}, optim={"ema": 0.99}, engine=engine)
+    cfg = recipe(
+        str(sd), train={"steps": 9, "micro": 2, "accumulate": 2}, optim={"ema": 0.99}, engine=engine
+    )
     figures, text = measured(cfg, steps=3, json_file=tmp_path / "figures.json")
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
-    assert (figures["batch"], figures["micro"], figures["accumulate"], figures["processes"]) == (4, 2, 2, 1)
-    assert figures["tflop_per_step"] * 1e12 == pytest.approx(count(sd, 4), rel=1e-12)  # checkpointing recomputes; none of that is useful
+    assert (figures["batch"], figures["micro"], figures["accumulate"], figures["processes"]) == (
+        4,
+        2,
+        2,
+        1,
+    )
+    assert figures["tflop_per_step"] * 1e12 == pytest.approx(
+        count(sd, 4), rel=1e-12
+    )  # checkpointing recomputes; none of that is useful
     times = figures["step_seconds"]
     assert 0 < times["p10"] <= times["median"] <= times["p90"]
     assert figures["images_per_second"] == pytest.approx(4 / times["median"])
-    assert figures["mfu_of_matmul"] == pytest.approx(figures["tflop_per_step"] / times["median"] / figures["matmul_tflops"])
+    assert figures["mfu_of_matmul"] == pytest.approx(
+        figures["tflop_per_step"] / times["median"] / figures["matmul_tflops"]
+    )
     assert figures["peak_memory"]["process"] > 50e6 and figures["published_tflops"] is None
-    for words in ("batch 4 = 1 x 2 x 2, EMA, gradient checkpointing, sdpa attention", "(3 steps after 2)", str(sd), f"torch {torch.__version__}", "float32"):
+    for words in (
+        "batch 4 = 1 x 2 x 2, EMA, gradient checkpointing, sdpa attention",
+        "(3 steps after 2)",
+        str(sd),
+        f"torch {torch.__version__}",
+        "float32",
+    ):
         assert words in text
 
 
@@ -84,23 +105,36 @@ def test_frozen_weights_need_no_gradient_and_are_counted_so(sd):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_jax_counts_the_same_arithmetic(family, kind, sd, sdxl):
-    """Its traced program has the products that PyTorch's kernels were counted to have; recomputing changes nothing about that."""
+    """Its traced program has the products that PyTorch's kernels were counted to have; recomputing
+    changes nothing about that."""
     pytest.importorskip("jax")
     base, record = str({"sd": sd, "sdxl": sdxl}[family]), FAMILIES[family]
     counts = []
-    for engine in ({"kind": "torch"}, {"kind": "jax", "gradient_checkpointing": True, "precision": "bf16"}):
+    for engine in (
+        {"kind": "torch"},
+        {"kind": "jax", "gradient_checkpointing": True, "precision": "bf16"},
+    ):
         cfg = recipe(base, family, adapt={"kind": kind}, engine=engine)
         found, process = open_base(cfg.model, record), engines.join(cfg.engine)
-        measure = engines.open_gauge(cfg.engine.kind, engines.open_engine(cfg, found, record, process, 2, print))
+        measure = engines.open_gauge(
+            cfg.engine.kind, engines.open_engine(cfg, found, record, process, 2, print)
+        )
         counts.append(measure.flops(bench.stand_in(cfg, found.configs, record, 4), 2))
     assert counts[0] > 1e9 and counts[1] == pytest.approx(counts[0], rel=1e-12)
 
 
 def test_a_step_in_jax_is_measured(sd):
     pytest.importorskip("jax")
-    figures, text = measured(recipe(str(sd), adapt={"kind": "lora"}, engine={"kind": "jax"}), steps=2)
-    assert figures["images_per_second"] == pytest.approx(4 / figures["step_seconds"]["median"]) and figures["peak_memory"]["process"] > 50e6
-    assert figures["mfu_of_matmul"] == pytest.approx(figures["tflop_per_step"] / figures["step_seconds"]["median"] / figures["matmul_tflops"])
+    figures, text = measured(
+        recipe(str(sd), adapt={"kind": "lora"}, engine={"kind": "jax"}), steps=2
+    )
+    assert (
+        figures["images_per_second"] == pytest.approx(4 / figures["step_seconds"]["median"])
+        and figures["peak_memory"]["process"] > 50e6
+    )
+    assert figures["mfu_of_matmul"] == pytest.approx(
+        figures["tflop_per_step"] / figures["step_seconds"]["median"] / figures["matmul_tflops"]
+    )
     assert "batch 4 = 1 x 1 x 4" in text and "jax 0." in text
 
 
@@ -112,7 +146,9 @@ def test_random_weights_have_one_set_of_names(sd, sdxl):
 
 
 def test_arithmetic_grows_with_the_batch_and_not_with_the_micro_batch(sd):
-    engine = TorchEngine(recipe(str(sd)), open_base(config.Model(base=str(sd)), SD), SD, World("cpu", "no"), 2)
+    engine = TorchEngine(
+        recipe(str(sd)), open_base(config.Model(base=str(sd)), SD), SD, World("cpu", "no"), 2
+    )
     four, eight = (bench.stand_in(engine.cfg, engine.base.configs, SD, rows) for rows in (4, 8))
     measure = gauge.Gauge(engine).flops
     assert measure(four, 2) == measure(four, 4) == measure(eight, 2) / 2
@@ -123,12 +159,19 @@ def test_features_have_the_shapes_that_the_configs_promise(sd):
     batch = bench.stand_in(recipe(str(sd)), configs, SD, 3)
     shapes = {"x0": (3, 4, 16, 16), "noise": (3, 4, 16, 16), "context": (3, 77, 32), "t": (3,)}
     assert {name: batch[name].shape for name in shapes} == shapes
-    assert abs(batch["x0"].std() - 1) < 0.1  # noise in the place of latents, not zeros: arithmetic on zeros is faster on some devices
+    assert (
+        abs(batch["x0"].std() - 1) < 0.1
+    )  # noise in the place of latents, not zeros: arithmetic on zeros is faster on some devices
     at_512 = bench.stand_in(config.Config(), bench.STAND_INS["sd"], SD, 1)
     assert at_512["x0"].shape == (1, 4, 64, 64) and at_512["context"].shape == (1, 77, 768)
 
 
-PUBLISHED = {"sd": 859_520_964, "sdxl": 2_567_463_684, "kandinsky22-prior": 1_026_225_920, "kandinsky22-decoder": 1_253_057_288}
+PUBLISHED = {
+    "sd": 859_520_964,
+    "sdxl": 2_567_463_684,
+    "kandinsky22-prior": 1_026_225_920,
+    "kandinsky22-decoder": 1_253_057_288,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,17 +182,32 @@ def test_the_stand_ins_are_the_published_networks(family):
 
 
 def test_what_a_batch_of_kandinsky_looks_like():
-    prior, decoder = (bench.stand_in(config.Config(), bench.STAND_INS[name], FAMILIES[name], 2) for name in ("kandinsky22-prior", "kandinsky22-decoder"))
+    prior, decoder = (
+        bench.stand_in(config.Config(), bench.STAND_INS[name], FAMILIES[name], 2)
+        for name in ("kandinsky22-prior", "kandinsky22-decoder")
+    )
     assert {name: prior[name].shape for name in ("x0", "context", "pooled", "mask")} == {
-        "x0": (2, 1280), "context": (2, 77, 1280), "pooled": (2, 1280), "mask": (2, 77)
-    }  # fmt: skip
-    assert {name: decoder[name].shape for name in ("x0", "noise", "embedding")} == {"x0": (2, 4, 64, 64), "noise": (2, 4, 64, 64), "embedding": (2, 1280)}
+        "x0": (2, 1280),
+        "context": (2, 77, 1280),
+        "pooled": (2, 1280),
+        "mask": (2, 77),
+    }
+    assert {name: decoder[name].shape for name in ("x0", "noise", "embedding")} == {
+        "x0": (2, 4, 64, 64),
+        "noise": (2, 4, 64, 64),
+        "embedding": (2, 1280),
+    }
     assert "context" not in decoder and prior["mask"].dtype == bool
 
 
 def test_random_weights_where_the_base_is_not_at_hand(sd, tmp_path, monkeypatch):
     unet = open_base(config.Model(base=str(sd)), SD).configs["unet"]
-    small = {**bench.STAND_INS["sd"], "unet": unet, "text_encoder": {"hidden_size": 32}, "vae": {"latent_channels": 4, "block_out_channels": [1, 1]}}
+    small = {
+        **bench.STAND_INS["sd"],
+        "unet": unet,
+        "text_encoder": {"hidden_size": 32},
+        "vae": {"latent_channels": 4, "block_out_channels": [1, 1]},
+    }
     monkeypatch.setitem(bench.STAND_INS, "sd", small)
     figures, text = measured(recipe("nobody/has-this"), steps=1)
     assert figures["weights"] == "random" and figures["base"] == "Stable Diffusion 1.5"
@@ -174,7 +232,9 @@ def test_random_weights_are_drawn_as_layers_start(sd, tmp_path):
     bench.write_random(tmp_path / "unet", open_base(config.Model(base=str(sd)), SD).configs["unet"])
     arrays, _ = read_arrays(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     whole = arrays["mid_block.resnets.0.conv1.weight"]
-    assert abs(whole).max() <= 1 / np.sqrt(64 * 9) and whole.std() == pytest.approx(1 / np.sqrt(3 * 64 * 9), rel=0.02)
+    assert abs(whole).max() <= 1 / np.sqrt(64 * 9) and whole.std() == pytest.approx(
+        1 / np.sqrt(3 * 64 * 9), rel=0.02
+    )
     assert (arrays["conv_norm_out.weight"] == 1).all() and (arrays["conv_norm_out.bias"] == 0).all()
 
 
@@ -190,7 +250,9 @@ def test_fewer_than_one_step_is_refused(sd):
 
 
 def test_published_peaks_by_device_and_precision(sd, monkeypatch):
-    engine = TorchEngine(recipe(str(sd)), open_base(config.Model(base=str(sd)), SD), SD, World("cpu", "no"), 4)
+    engine = TorchEngine(
+        recipe(str(sd)), open_base(config.Model(base=str(sd)), SD), SD, World("cpu", "no"), 4
+    )
     measure = gauge.Gauge(engine)
     assert measure.published() is None
     measure.cuda = True

@@ -9,8 +9,11 @@ from limner.data import buckets
 from limner.data.buckets import TooSmall, fit, shapes
 from limner.faults import InputFault
 
-HALF = """512x2048 512x1984 512x1920 512x1856 576x1792 576x1728 576x1664 640x1600 640x1536 704x1472 704x1408 704x1344 768x1344 768x1280 832x1216
-832x1152 896x1152 896x1088 960x1088 960x1024""".split()  # noqa: SIM905 - height x width, of the table in appendix I of arXiv:2307.01952
+# Height x width, of the table in appendix I of arXiv:2307.01952.
+HALF = """
+512x2048 512x1984 512x1920 512x1856 576x1792 576x1728 576x1664 640x1600 640x1536 704x1472 704x1408
+704x1344 768x1344 768x1280 832x1216 832x1152 896x1152 896x1088 960x1088 960x1024
+""".split()  # noqa: SIM905
 
 
 def data(size: int = 1024, **settings) -> config.Data:
@@ -22,46 +25,93 @@ def test_the_sizes_of_the_paper_and_their_areas():
     paper = {(int(a), int(b)) for a, b in (name.split("x") for name in HALF)}
     paper |= {(w, h) for h, w in paper} | {(1024, 1024)}
     near = [min(max(abs(h - a), abs(w - b)) for a, b in found) for h, w in paper]
-    assert (len(paper), near.count(0), max(near)) == (41, 21, 64)  # the same sizes, or neighbours by one step
-    assert found == tuple(sorted(set(found))) and (1024, 1024) in found and {(w, h) for h, w in found} == set(found)
+    assert (len(paper), near.count(0), max(near)) == (
+        41,
+        21,
+        64,
+    )  # the same sizes, or neighbours by one step
+    assert (
+        found == tuple(sorted(set(found)))
+        and (1024, 1024) in found
+        and {(w, h) for h, w in found} == set(found)
+    )
     assert all(h % 64 == w % 64 == 0 and 512 <= h <= 2048 and 512 <= w <= 2048 for h, w in found)
     assert max(abs(h * w / 1024**2 - 1) for h, w in found) <= 64 / (2 * 512)
 
 
-@pytest.mark.parametrize(("size", "step"), [(512, 64), (512, 8), (768, 64), (1024, 8), (64, 8), (65, 8), (100, 64)])
+@pytest.mark.parametrize(
+    ("size", "step"), [(512, 64), (512, 8), (768, 64), (1024, 8), (64, 8), (65, 8), (100, 64)]
+)
 def test_areas_are_near_whatever_the_size(size, step):
     found = shapes(size, config.Buckets(step))
     shortest = min(min(shape) for shape in found)
-    assert max(abs(h * w / size**2 - 1) for h, w in found) <= max(step / (2 * shortest), 0.7 if size == 100 else 0)
+    assert max(abs(h * w / size**2 - 1) for h, w in found) <= max(
+        step / (2 * shortest), 0.7 if size == 100 else 0
+    )
 
 
 def test_bounds_are_kept():
     assert shapes(1024, config.Buckets(64, smallest=1024, largest=1024)) == ((1024, 1024),)
-    assert all(700 <= side <= 1500 for shape in shapes(1024, config.Buckets(64, smallest=700, largest=1500)) for side in shape)
-    with pytest.raises(InputFault, match="no size of about 1024x1024 pixels has sides that are multiples of 64, at least 1280 and at most 1280"):
+    assert all(
+        700 <= side <= 1500
+        for shape in shapes(1024, config.Buckets(64, smallest=700, largest=1500))
+        for side in shape
+    )
+    with pytest.raises(
+        InputFault,
+        match="no size of about 1024x1024 pixels has sides that are multiples of 64, at least "
+        "1280 and at most 1280",
+    ):
         shapes(1024, config.Buckets(64, smallest=1280, largest=1300))
 
 
 def test_the_nearest_proportions_win():
     settings = data()
-    for original in [(3000, 4000), (4000, 3000), (1000, 1000), (500, 3000), (1080, 1920), (1, 5000)]:
+    for original in [
+        (3000, 4000),
+        (4000, 3000),
+        (1000, 1000),
+        (500, 3000),
+        (1080, 1920),
+        (1, 5000),
+    ]:
         chosen = fit(original, settings)
-        far = {shape: abs(math.log(original[0] / original[1] * shape[1] / shape[0])) for shape in shapes(1024, settings.buckets)}
+        far = {
+            shape: abs(math.log(original[0] / original[1] * shape[1] / shape[0]))
+            for shape in shapes(1024, settings.buckets)
+        }
         assert far[chosen] == min(far.values())
-    assert fit((3000, 4000), settings) == (896, 1152) and fit((1080, 1920), settings) == (768, 1344) and fit((9, 9), settings) == (1024, 1024)
+    assert (
+        fit((3000, 4000), settings) == (896, 1152)
+        and fit((1080, 1920), settings) == (768, 1344)
+        and fit((9, 9), settings) == (1024, 1024)
+    )
     assert fit((3000, 4000), config.Data(size=512)) == (512, 512)
 
 
 def test_several_resolutions_take_the_largest_that_is_filled():
     settings = data(resolutions=[512, 1024, 768])
     assert [fit((side, side), settings) for side in (2000, 1024, 1023, 768, 767, 512, 100)] == [
-        (1024, 1024), (1024, 1024), (768, 768), (768, 768), (512, 512), (512, 512), (512, 512),
-    ]  # fmt: skip
-    assert fit((1100, 700), settings) == (960, 640)  # of 768, which it fills; for 1024 it would be 1280x832
+        (1024, 1024),
+        (1024, 1024),
+        (768, 768),
+        (768, 768),
+        (512, 512),
+        (512, 512),
+        (512, 512),
+    ]
+    assert fit((1100, 700), settings) == (
+        960,
+        640,
+    )  # of 768, which it fills; for 1024 it would be 1280x832
 
 
 def test_too_small_is_said_in_width_and_height():
-    with pytest.raises(TooSmall, match=r"300x200 pixels are too small for its bucket of 640x384 \(data.buckets.upscale = false\)"):
+    with pytest.raises(
+        TooSmall,
+        match=r"300x200 pixels are too small for its bucket of 640x384 \(data.buckets.upscale "
+        r"= false\)",
+    ):
         fit((200, 300), data(512, upscale=False))
     assert fit((384, 640), data(512, upscale=False)) == (384, 640) == fit((200, 300), data(512))
     assert buckets.fit((512, 512), data(1024, upscale=False, resolutions=[512, 1024])) == (512, 512)

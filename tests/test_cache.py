@@ -1,4 +1,5 @@
-"""Shards are whole or absent, verified, safe for several writers; whatever is damaged is named, left out and encoded again."""
+"""Shards are whole or absent, verified, safe for several writers; whatever is damaged is named,
+left out and encoded again."""
 
 import errno
 import os
@@ -19,7 +20,10 @@ from limner.faults import DiskFault, IntegrityFault
 def rows(keys: list[str]) -> dict[str, np.ndarray]:
     """Two arrays whose rows are functions of their keys."""
     numbers = np.array([int(key.split()[-1]) for key in keys], np.float32)
-    return {"mean": numbers[:, None, None] + np.arange(6, dtype=np.float32).reshape(2, 3), "mask": numbers.astype(np.int64)}
+    return {
+        "mean": numbers[:, None, None] + np.arange(6, dtype=np.float32).reshape(2, 3),
+        "mask": numbers.astype(np.int64),
+    }
 
 
 def keys(*numbers: int) -> list[str]:
@@ -36,7 +40,11 @@ def filled(folder: Path, *parts: tuple[int, ...]) -> Store:
 def assert_holds(store: Store, *numbers: int) -> None:
     found = store.get(keys(*numbers))
     for name, array in rows(keys(*numbers)).items():
-        assert found[name].dtype == array.dtype and found[name].shape == array.shape and found[name].tobytes() == array.tobytes()
+        assert (
+            found[name].dtype == array.dtype
+            and found[name].shape == array.shape
+            and found[name].tobytes() == array.tobytes()
+        )
 
 
 def test_rows_come_back_in_the_order_asked(tmp_path: Path) -> None:
@@ -54,7 +62,8 @@ def test_get_gives_what_may_be_changed(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_found_and_the_rows_encoded_again(tmp_path: Path) -> None:
-    """All bits of a shard: length, header (where a flip may turn the keys, a shape or an offset into others) and data."""
+    """All bits of a shard: length, header (where a flip may turn the keys, a shape or an offset
+    into others) and data."""
     folder = tmp_path / "caption-1"
     filled(folder, (0, 1), (2,))
     path = next(p for p in folder.iterdir() if p.name == cache.shard_name(keys(0, 1)))
@@ -71,7 +80,12 @@ def test_every_flipped_bit_is_found_and_the_rows_encoded_again(tmp_path: Path) -
             assert_holds(store, 0, 1)  # e.g. in the name of an entry that is not used
             harmless += 1
         else:
-            assert len(told) == 1 and str(path) in told[0] and "its captions are encoded again" in told[0] and not path.exists()
+            assert (
+                len(told) == 1
+                and str(path) in told[0]
+                and "its captions are encoded again" in told[0]
+                and not path.exists()
+            )
         assert_holds(store, 2)
     assert harmless < 8 * header / 10 and header < len(whole) - 40
     path.write_bytes(whole)
@@ -90,7 +104,10 @@ def test_truncated_and_foreign_files(tmp_path: Path) -> None:
         assert "its pictures are encoded again" in told[0]
     told.clear()
     path.write_bytes(whole.replace(b'"version": "2"', b'"version": "1"'))
-    assert keys(0)[0] not in Store(folder, told.append) and "another version of Limner wrote it, 1 and not 2" in told[0]
+    assert (
+        keys(0)[0] not in Store(folder, told.append)
+        and "another version of Limner wrote it, 1 and not 2" in told[0]
+    )
     path.write_bytes(whole)
     path.rename(path.with_name("renamed.safetensors"))
     assert keys(0)[0] not in Store(folder, told.append)
@@ -109,8 +126,11 @@ def test_a_damaged_shard_is_replaced_by_the_next_put(tmp_path: Path) -> None:
     assert len(told) == 1
 
 
-def test_a_damaged_shard_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read-only cache: the damage is told once, the other rows serve, and there is no traceback."""
+def test_a_damaged_shard_that_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only cache: the damage is told once, the other rows serve, and there is no
+    traceback."""
     folder = tmp_path / "c"
     filled(folder, (0, 1), (2,))
     path = folder / cache.shard_name(keys(0, 1))
@@ -130,10 +150,13 @@ def test_a_damaged_shard_that_cannot_be_removed(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, number: int) -> None:
-    """At any call: the fault names the folder, nothing half-written is left in it, and what it holds still serves."""
+    """At any call: the fault names the folder, nothing half-written is left in it, and what it
+    holds still serves."""
     folder = tmp_path / "c"
     filled(folder, (0, 1))
-    store = Store(folder, lambda text: None)  # what was just written and then cannot be read is told, and encoded again when it is needed
+    store = Store(
+        folder, lambda text: None
+    )  # what was just written and then cannot be read is told, and encoded again when it is needed
     faults = 0
     for n in range(1, 100):
         with moments.failing(n, number) as count:
@@ -151,16 +174,23 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, number: int) -
         Store(tmp_path / "new" / "deep")
 
 
-def test_a_cache_that_may_not_be_written_says_so_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_may_not_be_written_says_so_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = filled(tmp_path, (0,))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(DiskFault, match=f"{tmp_path}: it cannot be written, and does not hold all that is needed. Set data.cache to another"):
+    with pytest.raises(
+        DiskFault,
+        match=f"{tmp_path}: it cannot be written, and does not hold all that is needed. Set "
+        "data.cache to another",
+    ):
         store.check_room(1)
     assert_holds(store, 0)
 
 
 def test_two_stores_write_at_once(tmp_path: Path) -> None:
-    """Different rows and the same rows, from two threads with a store each; both see all of it after a refresh."""
+    """Different rows and the same rows, from two threads with a store each; both see all of it
+    after a refresh."""
     stores = [Store(tmp_path / "c", lambda text: pytest.fail(text)) for _ in range(2)]
     start = threading.Barrier(2)
 
@@ -208,10 +238,15 @@ def test_leavings_of_the_dead_go_after_a_day(tmp_path: Path) -> None:
 
 
 def test_no_file_stays_open(tmp_path: Path) -> None:
-    """A large data set has more shards than a process may have open files: none of them may count as damaged."""
+    """A large data set has more shards than a process may have open files: none of them may count
+    as damaged."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     filled(tmp_path, *((i,) for i in range(80)))
-    used = max(int(fd) for fd in os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 200
+    used = (
+        max(int(fd) for fd in os.listdir("/proc/self/fd"))
+        if os.path.isdir("/proc/self/fd")
+        else 200
+    )
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, before[1]))
         store = Store(tmp_path, lambda text: pytest.fail(text))
@@ -227,15 +262,23 @@ def test_a_row_that_changes_during_the_run_is_found_when_it_is_read(tmp_path: Pa
     content[-1] ^= 4  # of the second row
     path.write_bytes(content)
     assert_holds(store, 0)
-    with pytest.raises(IntegrityFault, match=f"{path}: this part of the cache has been removed or changed during the run .a row's digest differs.. Run"):
+    with pytest.raises(
+        IntegrityFault,
+        match=f"{path}: this part of the cache has been removed or changed during the run .a "
+        "row's digest differs.. Run",
+    ):
         store.get(keys(0, 1))
     assert not path.exists()  # so that the next run encodes it
 
 
-def test_rows_that_are_not_asked_for_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_not_asked_for_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     filled(tmp_path, (0, 1), (2, 3))
     read = []
-    monkeypatch.setattr(Store, "read", lambda self, key, whole=Store.read: [read.append(key), whole(self, key)][1])
+    monkeypatch.setattr(
+        Store, "read", lambda self, key, whole=Store.read: [read.append(key), whole(self, key)][1]
+    )
     store = Store(tmp_path)
     assert read == [] and store.missing(keys(1, 7)) == keys(7) and read == keys(1)
 
@@ -253,5 +296,8 @@ def test_a_shard_that_vanishes_during_the_run(tmp_path: Path) -> None:
     store = filled(tmp_path, (0,))
     (path,) = tmp_path.iterdir()
     path.unlink()
-    with pytest.raises(IntegrityFault, match=f"{path}: this part of the cache has been removed or changed during the run"):
+    with pytest.raises(
+        IntegrityFault,
+        match=f"{path}: this part of the cache has been removed or changed during the run",
+    ):
         store.get(keys(0))

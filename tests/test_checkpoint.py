@@ -1,4 +1,5 @@
-"""A checkpoint is whole or absent at every moment, every damage is found and named, and the last good one is never removed."""
+"""A checkpoint is whole or absent at every moment, every damage is found and named, and the last
+good one is never removed."""
 
 import errno
 import itertools
@@ -19,7 +20,11 @@ from limner.faults import DiskFault, InputFault, IntegrityFault
 def arrays(step: int) -> dict[str, np.ndarray]:
     """One of each dtype and kind of shape that a state has."""
     draws = np.random.default_rng(step)
-    made = {"weight": draws.standard_normal((40, 30), np.float32), "half": draws.standard_normal(7).astype(np.float16), "count": np.array(step, np.int64)}
+    made = {
+        "weight": draws.standard_normal((40, 30), np.float32),
+        "half": draws.standard_normal(7).astype(np.float16),
+        "count": np.array(step, np.int64),
+    }
     made |= {
         "turned": draws.standard_normal((5, 3), np.float32).T,
         "none": np.zeros((0, 4), np.float32),
@@ -30,7 +35,10 @@ def arrays(step: int) -> dict[str, np.ndarray]:
 
 
 def save(root: Path, step: int, **settings: Any) -> Path:
-    files = ((name, arrays(step + i), {"which": name}) for i, name in enumerate(["unet/weights.safetensors", "optimizer.safetensors"]))
+    files = (
+        (name, arrays(step + i), {"which": name})
+        for i, name in enumerate(["unet/weights.safetensors", "optimizer.safetensors"])
+    )
     return checkpoint.save(root, step, files, {"seed": 5, "step_of": step}, **settings)
 
 
@@ -56,12 +64,25 @@ def is_good(path: Path) -> bool:
 def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
-        assert (array.shape, array.dtype) == (theirs[name].shape, theirs[name].dtype) and array.tobytes() == theirs[name].tobytes(), name
+        assert (array.shape, array.dtype) == (
+            theirs[name].shape,
+            theirs[name].dtype,
+        ) and array.tobytes() == theirs[name].tobytes(), name
 
 
 def test_what_is_read_is_what_was_saved(tmp_path: Path) -> None:
-    found = checkpoint.read(save(tmp_path, 12, finish=lambda path: (path / "unet" / "config.json").write_text("{}") and None))
-    assert (found.step, found.state, found.folder) == (12, {"step": 12, "seed": 5, "step_of": 12}, tmp_path / "checkpoint-12")
+    found = checkpoint.read(
+        save(
+            tmp_path,
+            12,
+            finish=lambda path: (path / "unet" / "config.json").write_text("{}") and None,
+        )
+    )
+    assert (found.step, found.state, found.folder) == (
+        12,
+        {"step": 12, "seed": 5, "step_of": 12},
+        tmp_path / "checkpoint-12",
+    )
     same(arrays(12), dict(found.arrays("unet/weights.safetensors")))
     same(arrays(13), dict(found.arrays("optimizer.safetensors")))
     assert "unet/config.json" in json.loads((found.folder / "MANIFEST.json").read_text())["files"]
@@ -78,10 +99,17 @@ def test_files_are_stock_safetensors(tmp_path: Path) -> None:
 
 
 def test_there_is_no_pickle(tmp_path: Path) -> None:
-    """Only safetensors and JSON; the bytes of neither begin like a pickle or a zip, and no reader of these modules can unpickle."""
+    """Only safetensors and JSON; the bytes of neither begin like a pickle or a zip, and no reader
+    of these modules can unpickle."""
     for path in (p for p in save(tmp_path, 1).rglob("*") if p.is_file()):
         assert path.suffix in (".safetensors", ".json")
-        assert path.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")
+        assert path.read_bytes()[:2] not in (
+            b"\x80\x02",
+            b"\x80\x03",
+            b"\x80\x04",
+            b"\x80\x05",
+            b"PK",
+        )
     source = Path(checkpoint.__file__).read_text() + Path(durable.__file__).read_text()
     assert "import pickle" not in source and "import torch" not in source
 
@@ -89,7 +117,14 @@ def test_there_is_no_pickle(tmp_path: Path) -> None:
 def test_listed_knows_its_own(tmp_path: Path) -> None:
     for step in (5, 10, 100):
         save(tmp_path, step)
-    for name in ("checkpoint-best", "checkpoint-7x", "checkpoint-", "my-checkpoint-3", "checkpoint-1-old", ".checkpoint-20.1.tmp"):
+    for name in (
+        "checkpoint-best",
+        "checkpoint-7x",
+        "checkpoint-",
+        "my-checkpoint-3",
+        "checkpoint-1-old",
+        ".checkpoint-20.1.tmp",
+    ):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-50").write_text("a file")
     assert steps(tmp_path) == [100, 10, 5]
@@ -107,7 +142,9 @@ def test_an_exception_in_the_middle_leaves_the_previous(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="the engine failed"):
         checkpoint.save(tmp_path, 2, files(), {}, keep=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"] and is_good(tmp_path / "checkpoint-1")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"] and is_good(
+        tmp_path / "checkpoint-1"
+    )
 
 
 def test_keep_removes_the_oldest(tmp_path: Path) -> None:
@@ -117,7 +154,8 @@ def test_keep_removes_the_oldest(tmp_path: Path) -> None:
 
 
 def test_keep_does_not_count_on_damaged_newer_ones(tmp_path: Path) -> None:
-    """Gone on from 10 because 20 and 30 are damaged: the new 15 must not fall to "keep the newest one", nor must it leave 30 alone as the last."""
+    """Gone on from 10 because 20 and 30 are damaged: the new 15 must not fall to "keep the newest
+    one", nor must it leave 30 alone as the last."""
     for step in (10, 20, 30):
         save(tmp_path, step)
     damage(tmp_path / "checkpoint-20")
@@ -132,8 +170,11 @@ def test_keep_does_not_count_on_damaged_newer_ones(tmp_path: Path) -> None:
     assert steps(tmp_path) == [30] and is_good(tmp_path / "checkpoint-30")
 
 
-def test_keep_removes_nothing_when_the_new_one_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that writes other bits than it was given: found by reading back, before an older checkpoint is touched."""
+def test_keep_removes_nothing_when_the_new_one_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that writes other bits than it was given: found by reading back, before an older
+    checkpoint is touched."""
     save(tmp_path, 1, keep=1)
     real = durable.seal
 
@@ -148,20 +189,28 @@ def test_keep_removes_nothing_when_the_new_one_is_damaged(tmp_path: Path, monkey
 
 
 def test_every_damage_is_found_named_and_passed_over(tmp_path: Path) -> None:
-    """A bit in many places of each file, cuts, and missing files: ``latest`` falls back to the earlier one and says why."""
+    """A bit in many places of each file, cuts, and missing files: ``latest`` falls back to the
+    earlier one and says why."""
     save(tmp_path, 1)
     path = save(tmp_path, 2)
     told: list[str] = []
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         whole = file.read_bytes()
         places = np.linspace(0, len(whole) * 8 - 1, 60).astype(int)
-        flipped = [whole[: b // 8] + bytes([whole[b // 8] ^ 1 << b % 8]) + whole[b // 8 + 1 :] for b in places]
+        flipped = [
+            whole[: b // 8] + bytes([whole[b // 8] ^ 1 << b % 8]) + whole[b // 8 + 1 :]
+            for b in places
+        ]
         for damaged in [*flipped, b"", whole[:-1], whole[: len(whole) // 2], None]:
             file.write_bytes(damaged) if damaged is not None else file.unlink()
             told.clear()
             found = checkpoint.latest(tmp_path, told.append)
             assert found is not None and found.step == 1
-            assert len(told) == 1 and told[0].startswith("checkpoint-2 is not usable and is passed over: ") and str(file) in told[0]
+            assert (
+                len(told) == 1
+                and told[0].startswith("checkpoint-2 is not usable and is passed over: ")
+                and str(file) in told[0]
+            )
         file.write_bytes(whole)
     found = checkpoint.latest(tmp_path, told.append)
     assert found is not None and found.step == 2
@@ -173,7 +222,10 @@ def test_when_none_is_good_there_is_none(tmp_path: Path) -> None:
     told: list[str] = []
     assert checkpoint.latest(tmp_path, told.append) is None
     assert [text.split()[0] for text in told] == ["checkpoint-9", "checkpoint-1"]
-    assert checkpoint.find(tmp_path, "latest", told.append) is None and checkpoint.latest(tmp_path / "none") is None
+    assert (
+        checkpoint.find(tmp_path, "latest", told.append) is None
+        and checkpoint.latest(tmp_path / "none") is None
+    )
 
 
 def test_find_takes_what_a_user_writes(tmp_path: Path) -> None:
@@ -181,23 +233,33 @@ def test_find_takes_what_a_user_writes(tmp_path: Path) -> None:
     save(root, 5)
     save(root, 50)
     save(other, 7)
-    assert [getattr(checkpoint.find(root, which), "step", None) for which in ("latest", "checkpoint-5", "checkpoint-5/", str(other / "checkpoint-7"))] == [
+    assert [
+        getattr(checkpoint.find(root, which), "step", None)
+        for which in ("latest", "checkpoint-5", "checkpoint-5/", str(other / "checkpoint-7"))
+    ] == [
         50,
         5,
         5,
         7,
     ]
     for which in ("checkpoint-6", str(other / "checkpoint-8"), "lastest"):
-        with pytest.raises(InputFault, match=f"{which}: no such checkpoint. In {root} there are: checkpoint-50, checkpoint-5. Pass one of these"):
+        with pytest.raises(
+            InputFault,
+            match=f"{which}: no such checkpoint. In {root} there are: checkpoint-50, checkpoint-5. "
+            "Pass one of these",
+        ):
             checkpoint.find(root, which)
     damage(root / "checkpoint-5")
-    with pytest.raises(IntegrityFault, match=r"checkpoint-5/optimizer\.safetensors: changed since it was written"):
+    with pytest.raises(
+        IntegrityFault, match=r"checkpoint-5/optimizer\.safetensors: changed since it was written"
+    ):
         checkpoint.find(root, "checkpoint-5")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_a_disk_that_fails_at_any_call_leaves_a_good_one(tmp_path: Path, number: int) -> None:
-    """The n-th call fails, for n = 1, 2, ... until none does; keep=1 leaves no room for mistakes."""
+    """The n-th call fails, for n = 1, 2, ... until none does; keep=1 leaves no room for
+    mistakes."""
     faults = 0
     for n in itertools.count(1):
         root = tmp_path / str(n)
@@ -240,14 +302,21 @@ def test_death_at_any_call_leaves_a_good_one(tmp_path: Path) -> None:
 def test_death_inside_a_file_leaves_a_good_one(tmp_path: Path) -> None:
     save(tmp_path, 1)
     sizes = [0, 7, 100, 1500, 5000]
-    assert [moments.dies_writing(size, lambda: save(tmp_path, 2, keep=1)) for size in sizes] == [True] * len(sizes)
-    assert [p.name for p in checkpoint.listed(tmp_path)] == ["checkpoint-1"] and len(list(tmp_path.glob(".*.tmp"))) == len(sizes)
+    assert [moments.dies_writing(size, lambda: save(tmp_path, 2, keep=1)) for size in sizes] == [
+        True
+    ] * len(sizes)
+    assert [p.name for p in checkpoint.listed(tmp_path)] == ["checkpoint-1"] and len(
+        list(tmp_path.glob(".*.tmp"))
+    ) == len(sizes)
     durable.sweep(tmp_path)
-    assert is_good(tmp_path / "checkpoint-1") and sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
+    assert is_good(tmp_path / "checkpoint-1") and sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-1"
+    ]
 
 
 def test_a_disk_that_is_full_inside_a_file_is_named(tmp_path: Path) -> None:
-    """The system's own refusal in the middle of the arrays: which file, how much is needed, and that nothing is lost."""
+    """The system's own refusal in the middle of the arrays: which file, how much is needed, and
+    that nothing is lost."""
     save(tmp_path, 1)
     heard, say = os.pipe()
 
@@ -265,5 +334,11 @@ def test_a_disk_that_is_full_inside_a_file_is_named(tmp_path: Path) -> None:
     os.close(say)
     message = os.read(heard, 10_000).decode()
     os.close(heard)
-    assert "checkpoint-2" in message and "unet/weights.safetensors: File too large; 0 MiB are needed" in message and "whole still" in message
-    assert is_good(tmp_path / "checkpoint-1") and sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
+    assert (
+        "checkpoint-2" in message
+        and "unet/weights.safetensors: File too large; 0 MiB are needed" in message
+        and "whole still" in message
+    )
+    assert is_good(tmp_path / "checkpoint-1") and sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-1"
+    ]

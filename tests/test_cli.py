@@ -1,4 +1,5 @@
-"""The command line: words and options in any order, the user's home, what is not installed, and what an installed package brings along."""
+"""The command line: words and options in any order, the user's home, what is not installed, and
+what an installed package brings along."""
 
 import subprocess
 import sys
@@ -56,8 +57,18 @@ def test_overrides_and_options_mix(called: list[Any], recipe: Path, order: str) 
     assert cfg.train.batch == 2 and settings["steps"] == 5
 
 
-@pytest.mark.parametrize("line", [["generate", "RUN", "--sed", "3", "a"], ["export", "RUN", "more"], ["train", "r.toml", "--steps", "5"], ["demo", "x"]])
-def test_an_unknown_option_or_word_is_still_refused(called: list[Any], capsys: pytest.CaptureFixture[str], line: list[str]) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["generate", "RUN", "--sed", "3", "a"],
+        ["export", "RUN", "more"],
+        ["train", "r.toml", "--steps", "5"],
+        ["demo", "x"],
+    ],
+)
+def test_an_unknown_option_or_word_is_still_refused(
+    called: list[Any], capsys: pytest.CaptureFixture[str], line: list[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(line)
     assert "unrecognized arguments: " in capsys.readouterr().err and not called
@@ -65,33 +76,64 @@ def test_an_unknown_option_or_word_is_still_refused(called: list[Any], capsys: p
 
 def test_private_needs_push(called: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export", "RUN", "--private"]) == 2 and not called
-    assert capsys.readouterr().err == "limner: --private: nothing is pushed without --push REPOSITORY; give both, or neither\n"
+    assert (
+        capsys.readouterr().err
+        == "limner: --private: nothing is pushed without --push REPOSITORY; give both, or neither\n"
+    )
     assert cli.main(["export", "RUN", "--private", "--push", "me/it"]) == 0
     assert called == [(Path("RUN"), {"push_to": "me/it", "private": True})]
 
 
-def test_the_users_home_is_meant_wherever_a_path_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, called: list[Any]) -> None:
+def test_the_users_home_is_meant_wherever_a_path_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, called: list[Any]
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.toml").write_text(GOOD.replace('"f"', '"~/pictures"'))
-    paths = ["run", "model.base", "model.cache_dir", "data.cache", "data.cache_dir", "data.hub_files", "checkpoint.resume"]
-    cfg = config.load(Path("~/mine.toml"), [*(f"{name}=~/{name}" for name in paths), "data.caption=~/text"])
+    paths = [
+        "run",
+        "model.base",
+        "model.cache_dir",
+        "data.cache",
+        "data.cache_dir",
+        "data.hub_files",
+        "checkpoint.resume",
+    ]
+    cfg = config.load(
+        Path("~/mine.toml"), [*(f"{name}=~/{name}" for name in paths), "data.caption=~/text"]
+    )
     assert [cfg[name] for name in paths] == [str(tmp_path / name) for name in paths]
     assert cfg.data.folder == str(tmp_path / "pictures") and cfg.data.caption == "~/text"
     assert config.load(Path("~/mine.toml"), ["data.cache=~"]).data.cache == str(tmp_path)
-    assert cli.main(["bench", "~/mine.toml", "--json=~/figures.json"]) == 0 and called[0][1]["json_file"] == tmp_path / "figures.json"
+    assert (
+        cli.main(["bench", "~/mine.toml", "--json=~/figures.json"]) == 0
+        and called[0][1]["json_file"] == tmp_path / "figures.json"
+    )
 
 
-@pytest.mark.parametrize(("missing", "code"), [*((name, 2) for name in cli.TORCH), ("numpy", 1), ("torchx", 1)])
+@pytest.mark.parametrize(
+    ("missing", "code"), [*((name, 2) for name in cli.TORCH), ("numpy", 1), ("torchx", 1)]
+)
 def test_a_missing_framework_is_one_message(missing: str, code: int) -> None:
     """In a process of its own: here they are all imported already."""
-    script = f"import sys; from limner.cli import guard; sys.modules[{missing!r}] = None; sys.exit(guard(lambda: __import__({missing!r})))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "src")}, check=False)
+    script = (
+        f"import sys; from limner.cli import guard; sys.modules[{missing!r}] = None; "
+        f"sys.exit(guard(lambda: __import__({missing!r})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT / "src")},
+        check=False,
+    )
     assert done.returncode == code, done.stderr
     message = f'limner: {missing} is missing; install it with: pip install "limner[torch]"\n'
     assert done.stderr == message if code == 2 else "Traceback" in done.stderr
 
 
-def test_own_recipes_are_found_from_anywhere_and_never_instead_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_recipes_are_found_from_anywhere_and_never_instead_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert config.load(Path("recipes/sd15-lora.toml")).run == "runs/sd15-lora"
     for other in ("sd15-lora.toml", "my/recipes/sd15-lora.toml", "recipes/none.toml"):
@@ -100,7 +142,9 @@ def test_own_recipes_are_found_from_anywhere_and_never_instead_of_a_file(tmp_pat
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "sd15-lora.toml").write_text(GOOD)
     assert config.load(Path("recipes/sd15-lora.toml")).run == "r"
-    monkeypatch.setattr(config, "__file__", str(tmp_path / "site" / "limner" / "config.py"))  # an installed package has them inside
+    monkeypatch.setattr(
+        config, "__file__", str(tmp_path / "site" / "limner" / "config.py")
+    )  # an installed package has them inside
     (tmp_path / "site" / "limner" / "recipes").mkdir(parents=True)
     (tmp_path / "site" / "limner" / "recipes" / "other.toml").write_text(GOOD)
     assert config.load(Path("recipes/other.toml")).run == "r"
@@ -110,11 +154,19 @@ def test_the_package_brings_all_its_parts_along() -> None:
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     source, packages = ROOT / "src", known["packages"]
     parts = {".".join(p.parent.relative_to(source).parts) for p in source.rglob("__init__.py")}
-    assert set(packages) == parts | {"limner.recipes"} and known["package-dir"]["limner.recipes"] == "recipes"
+    assert (
+        set(packages) == parts | {"limner.recipes"}
+        and known["package-dir"]["limner.recipes"] == "recipes"
+    )
     folders = {"limner.bundled": source / "limner" / "bundled", "limner.recipes": ROOT / "recipes"}
     for package, folder in folders.items():
         wanted = {p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
-        taken = {p for pattern in known["package-data"][package] for p in folder.glob(f"{pattern}/*" if pattern.endswith("**") else pattern) if p.is_file()}
+        taken = {
+            p
+            for pattern in known["package-data"][package]
+            for p in folder.glob(f"{pattern}/*" if pattern.endswith("**") else pattern)
+            if p.is_file()
+        }
         assert taken == wanted and wanted
 
 

@@ -1,4 +1,5 @@
-"""The scripts take exactly the flags of their namesakes, and each flag reaches its place in the config, is refused, or is named as needless."""
+"""The scripts take exactly the flags of their namesakes, and each flag reaches its place in the
+config, is refused, or is named as needless."""
 
 import importlib
 import json
@@ -25,7 +26,9 @@ REFERENCE = json.loads((HERE / "data" / "diffusers_flags.json").read_text())
 BASE = ["--pretrained_model_name_or_path=base", "--train_data_dir=pictures"]
 FULL, LORA, XL, XL_LORA, PRIOR, DECODER, PRIOR_LORA, DECODER_LORA, FLAX = SCRIPTS
 STAGES = (PRIOR, DECODER, PRIOR_LORA, DECODER_LORA)
-BESIDES = {"--caption_column": {"type": "str", "default": None, "choices": None}}  # the guide gives it to the decoders, whose originals know no such flag
+BESIDES = {
+    "--caption_column": {"type": "str", "default": None, "choices": None}
+}  # the guide gives it to the decoders, whose originals know no such flag
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "jax", "numpy")
 
 
@@ -35,7 +38,9 @@ def surroundings(monkeypatch):
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN", "")
-    monkeypatch.setattr(importlib.import_module("limner.log"), "installed", lambda: ("tensorboard", "wandb"))
+    monkeypatch.setattr(
+        importlib.import_module("limner.log"), "installed", lambda: ("tensorboard", "wandb")
+    )
 
 
 def config(script, *argv, base=None):
@@ -48,13 +53,20 @@ def settings(cfg):
 
 
 def remarks(script, *argv):
-    return diffusers.remarks(script, diffusers.parser(script).parse_args([*(BASE[1:] if script in STAGES else BASE), *argv]))
+    return diffusers.remarks(
+        script,
+        diffusers.parser(script).parse_args([*(BASE[1:] if script in STAGES else BASE), *argv]),
+    )
 
 
 def written(action):
     """An argparse action as the reference file describes flags."""
     switch = type(action).__name__ == "_StoreTrueAction"
-    out = {"type": "bool" if switch else action.type.__name__, "default": action.default, "choices": None if action.choices is None else list(action.choices)}
+    out = {
+        "type": "bool" if switch else action.type.__name__,
+        "default": action.default,
+        "choices": None if action.choices is None else list(action.choices),
+    }
     return (
         out
         | ({"action": "store_true"} if switch else {})
@@ -65,13 +77,33 @@ def written(action):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_flags_are_those_of_the_namesake(script):
-    ours = {action.option_strings[0]: written(action) for action in diffusers.parser(script)._actions if action.dest != "help"}
-    assert ours == REFERENCE[f"{script}.py"] | (BESIDES if script in (DECODER, DECODER_LORA) else {})
-    assert [action.option_strings for action in diffusers.parser(script)._actions if len(action.option_strings) > 1] == [["-h", "--help"]]
+    ours = {
+        action.option_strings[0]: written(action)
+        for action in diffusers.parser(script)._actions
+        if action.dest != "help"
+    }
+    assert ours == REFERENCE[f"{script}.py"] | (
+        BESIDES if script in (DECODER, DECODER_LORA) else {}
+    )
+    assert [
+        action.option_strings
+        for action in diffusers.parser(script)._actions
+        if len(action.option_strings) > 1
+    ] == [["-h", "--help"]]
 
 
 def test_the_reference_lists_have_the_size_that_was_read_from_diffusers():
-    assert [len(REFERENCE[f"{script}.py"]) for script in SCRIPTS] == [57, 51, 59, 55, 42, 43, 42, 42, 34]
+    assert [len(REFERENCE[f"{script}.py"]) for script in SCRIPTS] == [
+        57,
+        51,
+        59,
+        55,
+        42,
+        43,
+        42,
+        42,
+        34,
+    ]
 
 
 def test_a_flag_may_be_shortened_as_long_as_it_is_the_only_one():
@@ -82,22 +114,53 @@ def test_a_flag_may_be_shortened_as_long_as_it_is_the_only_one():
 
 
 CATS = {"preview.prompts": ["cat"]}
-BESIDE = {"model.partner": "kandinsky-community/kandinsky-2-2-decoder"}  # previews of a prior are drawn by a decoder, and only they
-PRIOR_NAME, DECODER_NAME = (f"pretrained_{stage}_model_name_or_path" for stage in ("prior", "decoder"))
+BESIDE = {
+    "model.partner": "kandinsky-community/kandinsky-2-2-decoder"
+}  # previews of a prior are drawn by a decoder, and only they
+PRIOR_NAME, DECODER_NAME = (
+    f"pretrained_{stage}_model_name_or_path" for stage in ("prior", "decoder")
+)
 SPELT = {
-    ("validation_epochs", FULL): ("--validation_prompts cat --validation_epochs=9", CATS | {"preview.every_epochs": 9.0}),
-    ("validation_epochs", PRIOR): ("--validation_prompts cat --validation_epochs=9", CATS | BESIDE | {"preview.every_epochs": 9.0}),
-    ("validation_epochs", DECODER): ("--validation_prompts cat --validation_epochs=9", CATS | {"preview.every_epochs": 9.0}),
-    ("validation_prompts", PRIOR): ("--validation_prompts cat", CATS | BESIDE | {"preview.every_epochs": 5.0}),
-    ("validation_prompt", PRIOR_LORA): ("--validation_prompt=cat", CATS | BESIDE | {"preview.count": 4, "preview.every_epochs": 1.0}),
-    ("validation_epochs", PRIOR_LORA): ("--validation_prompt=cat --validation_epochs=9", CATS | BESIDE | {"preview.count": 4, "preview.every_epochs": 9.0}),
+    ("validation_epochs", FULL): (
+        "--validation_prompts cat --validation_epochs=9",
+        CATS | {"preview.every_epochs": 9.0},
+    ),
+    ("validation_epochs", PRIOR): (
+        "--validation_prompts cat --validation_epochs=9",
+        CATS | BESIDE | {"preview.every_epochs": 9.0},
+    ),
+    ("validation_epochs", DECODER): (
+        "--validation_prompts cat --validation_epochs=9",
+        CATS | {"preview.every_epochs": 9.0},
+    ),
+    ("validation_prompts", PRIOR): (
+        "--validation_prompts cat",
+        CATS | BESIDE | {"preview.every_epochs": 5.0},
+    ),
+    ("validation_prompt", PRIOR_LORA): (
+        "--validation_prompt=cat",
+        CATS | BESIDE | {"preview.count": 4, "preview.every_epochs": 1.0},
+    ),
+    ("validation_epochs", PRIOR_LORA): (
+        "--validation_prompt=cat --validation_epochs=9",
+        CATS | BESIDE | {"preview.count": 4, "preview.every_epochs": 9.0},
+    ),
     ("num_validation_images", PRIOR_LORA): (
         "--validation_prompt=cat --num_validation_images=2",
         CATS | BESIDE | {"preview.count": 2, "preview.every_epochs": 1.0},
     ),
-    **{(PRIOR_NAME, script): (f"--{PRIOR_NAME}=me/prior", {"model.base": "me/prior"}) for script in (PRIOR, PRIOR_LORA)},
-    **{(PRIOR_NAME, script): (f"--{PRIOR_NAME}=me/prior", {"model.partner": "me/prior"}) for script in (DECODER, DECODER_LORA)},
-    **{(DECODER_NAME, script): (f"--{DECODER_NAME}=me/decoder", {"model.base": "me/decoder"}) for script in (DECODER, DECODER_LORA)},
+    **{
+        (PRIOR_NAME, script): (f"--{PRIOR_NAME}=me/prior", {"model.base": "me/prior"})
+        for script in (PRIOR, PRIOR_LORA)
+    },
+    **{
+        (PRIOR_NAME, script): (f"--{PRIOR_NAME}=me/prior", {"model.partner": "me/prior"})
+        for script in (DECODER, DECODER_LORA)
+    },
+    **{
+        (DECODER_NAME, script): (f"--{DECODER_NAME}=me/decoder", {"model.base": "me/decoder"})
+        for script in (DECODER, DECODER_LORA)
+    },
     (DECODER_NAME, PRIOR): (
         f"--validation_prompts cat --{DECODER_NAME}=me/decoder",
         CATS | {"model.partner": "me/decoder", "preview.every_epochs": 5.0},
@@ -106,16 +169,27 @@ SPELT = {
         f"--validation_prompt=cat --{DECODER_NAME}=me/decoder",
         CATS | {"model.partner": "me/decoder", "preview.count": 4, "preview.every_epochs": 1.0},
     ),
-    ("scale_lr", FLAX): ("--scale_lr --train_batch_size=2", {"train.micro": 2, "optim.learning_rate": 2e-4}),
+    ("scale_lr", FLAX): (
+        "--scale_lr --train_batch_size=2",
+        {"train.micro": 2, "optim.learning_rate": 2e-4},
+    ),
     ("seed", FLAX): ("--seed=7", {"train.seed": 7}),
     ("mixed_precision", FLAX): ("--mixed_precision=bf16", {"engine.precision": "bf16"}),
     ("from_pt", FLAX): ("--from_pt", {}),
-    **{("adam_weight_decay", script): ("--adam_weight_decay=0.1", {"optim.weight_decay": 0.1}) for script in STAGES},
-    **{("caption_column", script): ("--caption_column=words", {}) for script in (DECODER, DECODER_LORA)},
+    **{
+        ("adam_weight_decay", script): ("--adam_weight_decay=0.1", {"optim.weight_decay": 0.1})
+        for script in STAGES
+    },
+    **{
+        ("caption_column", script): ("--caption_column=words", {})
+        for script in (DECODER, DECODER_LORA)
+    },
 }
 
 
-@pytest.mark.parametrize(("script", "name"), [(script, name) for script in SCRIPTS for name in SCRIPTS[script].flags])
+@pytest.mark.parametrize(
+    ("script", "name"), [(script, name) for script in SCRIPTS for name in SCRIPTS[script].flags]
+)
 def test_every_flag_has_a_place(script, name):
     line, expected = SPELT[name, script] if (name, script) in SPELT else REACHED[name]
     before, after = settings(config(script)), settings(config(script, *line.split()))
@@ -128,7 +202,9 @@ def test_every_flag_has_a_place(script, name):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_place_exists(script):
     known = {"run", *settings(Config())}
-    places = {place for flag in SCRIPTS[script].flags.values() for place in flag.places.split()} | set(SCRIPTS[script].settings)
+    places = {
+        place for flag in SCRIPTS[script].flags.values() for place in flag.places.split()
+    } | set(SCRIPTS[script].settings)
     assert places <= known
     assert set(SCRIPTS[script].settings["checkpoint.allow"]) <= known
 
@@ -144,7 +220,18 @@ PLAIN = {  # what differs from a recipe's defaults when only a model and a folde
     "train.micro": 16,
     "train.accumulate": 1,
     "checkpoint.resume": "never",
-    "checkpoint.allow": [f"optim.{k}" for k in ("learning_rate", "schedule", "warmup", "betas", "weight_decay", "eps", "max_grad_norm")],
+    "checkpoint.allow": [
+        f"optim.{k}"
+        for k in (
+            "learning_rate",
+            "schedule",
+            "warmup",
+            "betas",
+            "weight_decay",
+            "eps",
+            "max_grad_norm",
+        )
+    ],
     "preview.steps": 20,
     "log.to": ["tensorboard"],
     "log.project": "text2image-fine-tune",
@@ -156,7 +243,9 @@ PLAIN_XL = PLAIN | {
     "data.empty_caption": "encoded",
     "log.project": "text2image-fine-tune-sdxl",
 }
-PLAIN_XL = {k: v for k, v in PLAIN_XL.items() if k != "preview.steps"} | {"preview.guidance_scale": 5.0}
+PLAIN_XL = {k: v for k, v in PLAIN_XL.items() if k != "preview.steps"} | {
+    "preview.guidance_scale": 5.0
+}
 PLAIN_LORA = PLAIN | {"run": "sd-model-finetuned-lora", "adapt.kind": "lora", "preview.steps": 30}
 
 
@@ -170,31 +259,60 @@ def test_without_further_flags_the_run_is_what_diffusers_runs():
     assert changed(config(LORA)) == PLAIN_LORA
     assert changed(config(XL)) == PLAIN_XL
     assert changed(config(XL_LORA)) == PLAIN_XL | {
-        "run": "sd-model-finetuned-lora", "adapt.kind": "lora", "preview.steps": 50, "log.project": "text2image-fine-tune"
-    }  # fmt: skip
+        "run": "sd-model-finetuned-lora",
+        "adapt.kind": "lora",
+        "preview.steps": 50,
+        "log.project": "text2image-fine-tune",
+    }
 
 
 def test_kandinsky_runs_what_diffusers_runs():
     plain = {k: v for k, v in PLAIN.items() if k not in ("data.crop", "model.base")} | {
-        "run": "kandi_2_2-model-finetuned", "data.resample": "bicubic", "optim.weight_decay": 0.0, "train.micro": 1, "preview.guidance_scale": 4.0
-    }  # fmt: skip
-    prior, decoder = ("kandinsky-community/kandinsky-2-2-" + stage for stage in ("prior", "decoder"))
+        "run": "kandi_2_2-model-finetuned",
+        "data.resample": "bicubic",
+        "optim.weight_decay": 0.0,
+        "train.micro": 1,
+        "preview.guidance_scale": 4.0,
+    }
+    prior, decoder = (
+        "kandinsky-community/kandinsky-2-2-" + stage for stage in ("prior", "decoder")
+    )
     lora = {"run": "kandi_2_2-model-finetuned-lora", "adapt.kind": "lora", "preview.steps": 30}
-    assert changed(config(PRIOR)) == plain | {"model.family": "kandinsky22-prior", "model.base": prior}
-    assert changed(config(DECODER)) == plain | {"model.family": "kandinsky22-decoder", "model.base": decoder, "model.partner": prior}
+    assert changed(config(PRIOR)) == plain | {
+        "model.family": "kandinsky22-prior",
+        "model.base": prior,
+    }
+    assert changed(config(DECODER)) == plain | {
+        "model.family": "kandinsky22-decoder",
+        "model.base": decoder,
+        "model.partner": prior,
+    }
     assert changed(config(PRIOR_LORA)) == changed(config(PRIOR)) | lora
     assert changed(config(DECODER_LORA)) == changed(config(DECODER)) | lora
 
 
 def test_the_flax_script_trains_in_jax():
-    plain = {k: v for k, v in PLAIN.items() if k not in ("data.threads", "optim.warmup", "checkpoint.resume", "preview.steps", "log.project")}
-    assert changed(config(FLAX)) == plain | {"engine.kind": "jax", "engine.precision": "no", "data.resample": "bilinear", "train.seed": 0}
+    plain = {
+        k: v
+        for k, v in PLAIN.items()
+        if k
+        not in ("data.threads", "optim.warmup", "checkpoint.resume", "preview.steps", "log.project")
+    }
+    assert changed(config(FLAX)) == plain | {
+        "engine.kind": "jax",
+        "engine.precision": "no",
+        "data.resample": "bilinear",
+        "train.seed": 0,
+    }
     assert config(FLAX, "--lr_scheduler=cosine").optim.schedule == "cosine"
 
 
 def launched(guide):
     """A guide's commands in a shell: the script they start, and the config of it."""
-    variables, words = {}, shlex.split((HERE / "data" / "guides" / guide).read_text().replace("\\\n", " "))
+    variables, words = (
+        {},
+        shlex.split((HERE / "data" / "guides" / guide).read_text().replace("\\\n", " ")),
+    )
     for word in words[: words.index("accelerate")]:
         if word != "export":
             name, _, variables[name] = word.partition("=")
@@ -204,7 +322,11 @@ def launched(guide):
     return script, config(script, *argv, base=[])
 
 
-SD14, SD15, NARUTO = "CompVis/stable-diffusion-v1-4", "stable-diffusion-v1-5/stable-diffusion-v1-5", "lambdalabs/naruto-blip-captions"
+SD14, SD15, NARUTO = (
+    "CompVis/stable-diffusion-v1-4",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "lambdalabs/naruto-blip-captions",
+)
 
 
 def without(expected, *names):
@@ -228,7 +350,10 @@ GUIDE_FULL = without(PLAIN, "data.crop", "optim.warmup", "train.epochs", "data.f
 def test_the_text_to_image_guide_word_for_word():
     script, cfg = launched("text2image.sh")
     assert script == FULL
-    assert changed(cfg) == GUIDE_FULL | {"engine.attention": "xformers", "export.hub": "sd-naruto-model"}
+    assert changed(cfg) == GUIDE_FULL | {
+        "engine.attention": "xformers",
+        "export.hub": "sd-naruto-model",
+    }
 
 
 def test_the_readme_on_many_gpus_word_for_word():
@@ -238,13 +363,18 @@ def test_the_readme_on_many_gpus_word_for_word():
 
 def test_the_readme_with_a_local_folder_word_for_word():
     _, cfg = launched("readme_folder.sh")
-    assert changed(cfg) == without(GUIDE_FULL, "data.hub") | {"model.base": SD14, "data.folder": "path_to_your_dataset"}
+    assert changed(cfg) == without(GUIDE_FULL, "data.hub") | {
+        "model.base": SD14,
+        "data.folder": "path_to_your_dataset",
+    }
 
 
 def test_the_lora_guide_word_for_word():
     script, cfg = launched("lora.sh")
     assert script == LORA
-    assert changed(cfg) == without(PLAIN_LORA, "data.crop", "optim.warmup", "train.epochs", "data.folder") | {
+    assert changed(cfg) == without(
+        PLAIN_LORA, "data.crop", "optim.warmup", "train.epochs", "data.folder"
+    ) | {
         "run": "/sddata/finetune/lora/naruto",
         "model.base": SD15,
         "data.hub": NARUTO,
@@ -295,11 +425,22 @@ def test_train_data_dir_beside_a_data_set_is_a_folder_inside_it():
 
 
 def test_previews_without_prompt_or_with_no_pictures_are_none():
-    assert changed(config(LORA, "--num_validation_images=0")) == PLAIN_LORA  # as diffusers' own example tests pass it
-    assert changed(config(LORA, "--num_validation_images=0", "--validation_prompt=a cat")) == PLAIN_LORA
+    assert (
+        changed(config(LORA, "--num_validation_images=0")) == PLAIN_LORA
+    )  # as diffusers' own example tests pass it
+    assert (
+        changed(config(LORA, "--num_validation_images=0", "--validation_prompt=a cat"))
+        == PLAIN_LORA
+    )
     assert changed(config(FULL, "--validation_epochs=0")) == PLAIN
     preview = config(FULL, "--validation_prompts", "a cat", "a dog").preview
-    assert (preview.prompts, preview.count, preview.every_epochs, preview.steps, preview.guidance_scale) == (("a cat", "a dog"), 1, 5.0, 20, 7.5)
+    assert (
+        preview.prompts,
+        preview.count,
+        preview.every_epochs,
+        preview.steps,
+        preview.guidance_scale,
+    ) == (("a cat", "a dog"), 1, 5.0, 20, 7.5)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +455,9 @@ def test_previews_without_prompt_or_with_no_pictures_are_none():
 def test_trackers(monkeypatch, asked, installed, expected):
     monkeypatch.setattr(sys.modules["limner.log"], "installed", lambda: installed)
     assert config(FULL, f"--report_to={asked}").log.to == expected
-    assert any("TensorBoard is not installed" in line for line in remarks(FULL, f"--report_to={asked}")) == (asked == "tensorboard")
+    assert any(
+        "TensorBoard is not installed" in line for line in remarks(FULL, f"--report_to={asked}")
+    ) == (asked == "tensorboard")
 
 
 def test_resume_takes_what_diffusers_takes_and_paths_elsewhere(tmp_path):
@@ -329,19 +472,40 @@ def test_resume_takes_what_diffusers_takes_and_paths_elsewhere(tmp_path):
         f"{other}/checkpoint-6": f"{other}/checkpoint-6",
         "nowhere/checkpoint-8": "nowhere/checkpoint-8",
     }.items():
-        assert config(FULL, f"--output_dir={run}", f"--resume_from_checkpoint={given}").checkpoint.resume == expected
+        assert (
+            config(
+                FULL, f"--output_dir={run}", f"--resume_from_checkpoint={given}"
+            ).checkpoint.resume
+            == expected
+        )
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--prediction_type=sample"], "--prediction_type: 'sample' was given, epsilon or v_prediction is expected"),
-        (["--lr_scheduler=piecewise_constant"], "--lr_scheduler: piecewise_constant needs step rules"),
+        (
+            ["--prediction_type=sample"],
+            "--prediction_type: 'sample' was given, epsilon or v_prediction is expected",
+        ),
+        (
+            ["--lr_scheduler=piecewise_constant"],
+            "--lr_scheduler: piecewise_constant needs step rules",
+        ),
         (["--lr_scheduler=cosin"], "optim.schedule (--lr_scheduler): 'cosin' was given"),
-        (["--report_to=mlflow"], "--report_to: 'mlflow' was given, one of tensorboard, wandb, comet_ml, all, none is expected"),
+        (
+            ["--report_to=mlflow"],
+            "--report_to: 'mlflow' was given, one of tensorboard, wandb, comet_ml, all, none is "
+            "expected",
+        ),
         (["--report_to=wandb", "--hub_token=x"], "trackers store the command line"),
-        (["--learning_rate=0"], "optim.learning_rate (--learning_rate, --scale_lr): 0.0 is not above 0"),
-        (["--checkpoints_total_limit=0"], "checkpoint.keep (--checkpoints_total_limit): 0 is not above 0"),
+        (
+            ["--learning_rate=0"],
+            "optim.learning_rate (--learning_rate, --scale_lr): 0.0 is not above 0",
+        ),
+        (
+            ["--checkpoints_total_limit=0"],
+            "checkpoint.keep (--checkpoints_total_limit): 0 is not above 0",
+        ),
         (["--seed=-1"], "train.seed (--seed): -1 is not within"),
     ],
 )
@@ -363,13 +527,18 @@ def test_no_data_at_all_is_refused_naming_both_flags():
 
 def test_flags_that_change_nothing_are_named():
     assert remarks(FULL) == []
-    assert remarks(FULL, "--max_train_steps=5", "--num_train_epochs=3") == ["--num_train_epochs gives way to --max_train_steps"]
+    assert remarks(FULL, "--max_train_steps=5", "--num_train_epochs=3") == [
+        "--num_train_epochs gives way to --max_train_steps"
+    ]
     assert remarks(FULL, "--offload_ema", "--hub_model_id=x", "--dream_detail_preservation=2") == [
         "--hub_model_id does nothing without --push_to_hub",
         "--dream_detail_preservation does nothing without --dream_training",
         "--offload_ema does nothing without --use_ema",
     ]
-    assert remarks(FULL, "--lr_warmup_steps=9") == ["--lr_warmup_steps does nothing with --lr_scheduler=constant; constant_with_warmup has a warm-up"]
+    assert remarks(FULL, "--lr_warmup_steps=9") == [
+        "--lr_warmup_steps does nothing with --lr_scheduler=constant; constant_with_warmup has a "
+        "warm-up"
+    ]
     assert remarks(FULL, "--lr_warmup_steps=9", "--lr_scheduler=linear") == []
 
 
@@ -377,7 +546,9 @@ def test_flags_that_change_nothing_are_named():
 def trained(monkeypatch):
     """Stands for training: the configs it was called with."""
     seen = []
-    monkeypatch.setattr(importlib.import_module("limner.training"), "run", lambda cfg, tell: seen.append(cfg))
+    monkeypatch.setattr(
+        importlib.import_module("limner.training"), "run", lambda cfg, tell: seen.append(cfg)
+    )
     return seen
 
 
@@ -399,7 +570,9 @@ def test_only_the_first_process_speaks(trained, capsys, monkeypatch):
     assert len(trained) == 2
 
 
-def test_a_folder_with_checkpoints_is_refused_unless_resume_is_asked_for(tmp_path, capsys, monkeypatch):
+def test_a_folder_with_checkpoints_is_refused_unless_resume_is_asked_for(
+    tmp_path, capsys, monkeypatch
+):
     train = importlib.import_module("limner.training")
     (tmp_path / "checkpoint-4").mkdir()
     with pytest.raises(InputFault, match="--resume_from_checkpoint latest"):
@@ -409,13 +582,18 @@ def test_a_folder_with_checkpoints_is_refused_unless_resume_is_asked_for(tmp_pat
 def test_what_training_says_names_the_flags(monkeypatch, capsys):
     def refuse(cfg, tell):
         tell("finished; ask for more with train.steps.")
-        raise InputFault("data.size: 100 is not a multiple of 8; see data.sizes, /tmp/data.size and data.size=64")
+        raise InputFault(
+            "data.size: 100 is not a multiple of 8; see data.sizes, /tmp/data.size and data.size=64"
+        )
 
     monkeypatch.setattr(importlib.import_module("limner.training"), "run", refuse)
     assert diffusers.main(FULL, BASE) == 2
     said = "".join(capsys.readouterr())
     assert "ask for more with train.steps (--max_train_steps).\n" in said
-    assert "data.size (--resolution): 100 is not a multiple of 8; see data.sizes, /tmp/data.size and data.size=64" in said
+    assert (
+        "data.size (--resolution): 100 is not a multiple of 8; see data.sizes, /tmp/data.size and "
+        "data.size=64" in said
+    )
     assert "Traceback" not in said
 
 
@@ -429,7 +607,9 @@ def test_bad_flags_end_with_one_message_and_code_2(trained, capsys):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_script_files_start_their_namesake(script, trained, monkeypatch):
     path = HERE.parent / "scripts" / f"{script}.py"
-    monkeypatch.setattr(sys, "argv", [str(path), *(BASE[1:] if script in STAGES else BASE), "--max_train_steps=3"])
+    monkeypatch.setattr(
+        sys, "argv", [str(path), *(BASE[1:] if script in STAGES else BASE), "--max_train_steps=3"]
+    )
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(path), run_name="__main__")
     assert stop.value.code == 0
@@ -438,20 +618,33 @@ def test_the_script_files_start_their_namesake(script, trained, monkeypatch):
 
 def test_help_is_quick_and_loads_no_framework():
     code = (
-        "import sys\nfrom limner.compat.diffusers import main\ntry:\n    main('train_text_to_image', ['--help'])\n"
+        "import sys\nfrom limner.compat.diffusers import main\ntry:\n    "
+        "main('train_text_to_image', ['--help'])\n"
         f"finally:\n    print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
     )
-    path = os.pathsep.join([str(Path(limner.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(Path(limner.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200"}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stderr == "[]\n"
     assert "--resolution RESOLUTION" in done.stdout and "[data.size]" in done.stdout
-    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 0.5  # seconds of processor time
+    assert (after.ru_utime + after.ru_stime) - (
+        before.ru_utime + before.ru_stime
+    ) < 0.5  # seconds of processor time
 
 
 def test_the_flag_table_of_the_docs_is_what_the_code_says():
     page = (HERE.parent / "docs" / "coming-from-diffusers.md").read_text(encoding="utf-8")
-    assert diffusers.refresh(page) == page, "run: python -m limner.compat.diffusers docs/coming-from-diffusers.md"
+    assert diffusers.refresh(page) == page, (
+        "run: python -m limner.compat.diffusers docs/coming-from-diffusers.md"
+    )
     for name in {name for script in SCRIPTS for name in REFERENCE[f"{script}.py"]}:
         assert page.count(f"| `{name}` |") == 1

@@ -1,4 +1,5 @@
-"""A recipe is typed and complete; strangers and values of another kind are refused in words, at second zero."""
+"""A recipe is typed and complete; strangers and values of another kind are refused in words, at
+second zero."""
 
 import dataclasses
 import json
@@ -12,7 +13,11 @@ from limner.config import Config, build, flat, load, override, plain
 from limner.faults import InputFault
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
-GOOD: dict[str, Any] = {"model": {"base": "b"}, "data": {"folder": "f"}, "train": {"steps": 1, "batch": 1}}
+GOOD: dict[str, Any] = {
+    "model": {"base": "b"},
+    "data": {"folder": "f"},
+    "train": {"steps": 1, "batch": 1},
+}
 
 
 def refusal(raw: dict[str, Any]) -> str:
@@ -24,7 +29,9 @@ def refusal(raw: dict[str, Any]) -> str:
 def wrong(*overrides: str, raw: dict[str, Any] = GOOD, own_records: bool = False) -> str:
     """What ``check`` says about a good recipe with some settings changed."""
     with pytest.raises(InputFault) as caught:
-        build(Config, override(json.loads(json.dumps(raw)), overrides)).check(own_records=own_records)
+        build(Config, override(json.loads(json.dumps(raw)), overrides)).check(
+            own_records=own_records
+        )
     return str(caught.value)
 
 
@@ -32,9 +39,19 @@ def wrong(*overrides: str, raw: dict[str, Any] = GOOD, own_records: bool = False
     ("raw", "message"),
     [
         ({"trian": {}}, "trian: no such setting; did you mean train?"),
-        ({"optim": {"learningrate": 1.0}}, "optim.learningrate: no such setting; did you mean optim.learning_rate?"),
-        ({"objective": {"timestep_bias": {"portoin": 0.5}}}, "objective.timestep_bias.portoin: no such setting; did you mean objective.timestep_bias.portion?"),
-        ({"watch": {"zzz": 1}}, "watch.zzz: no such setting; known here: hold_out, every, timesteps"),
+        (
+            {"optim": {"learningrate": 1.0}},
+            "optim.learningrate: no such setting; did you mean optim.learning_rate?",
+        ),
+        (
+            {"objective": {"timestep_bias": {"portoin": 0.5}}},
+            "objective.timestep_bias.portoin: no such setting; did you mean "
+            "objective.timestep_bias.portion?",
+        ),
+        (
+            {"watch": {"zzz": 1}},
+            "watch.zzz: no such setting; known here: hold_out, every, timesteps",
+        ),
     ],
 )
 def test_unknown_keys(raw: dict, message: str) -> None:
@@ -48,20 +65,52 @@ def test_unknown_keys(raw: dict, message: str) -> None:
         ({"train": {"steps": 1.5}}, "train.steps: 1.5 was given, a whole number is expected"),
         ({"train": {"steps": True}}, "train.steps: True was given, a whole number is expected"),
         ({"data": {"flip": 1}}, "data.flip: 1 was given, true or false is expected"),
-        ({"data": {"drop_caption": False}}, "data.drop_caption: False was given, a number is expected"),
-        ({"optim": {"learning_rate": float("nan")}}, "optim.learning_rate: nan was given, a number is expected"),
-        ({"optim": {"max_grad_norm": float("inf")}}, "optim.max_grad_norm: inf was given, a number is expected"),
+        (
+            {"data": {"drop_caption": False}},
+            "data.drop_caption: False was given, a number is expected",
+        ),
+        (
+            {"optim": {"learning_rate": float("nan")}},
+            "optim.learning_rate: nan was given, a number is expected",
+        ),
+        (
+            {"optim": {"max_grad_norm": float("inf")}},
+            "optim.max_grad_norm: inf was given, a number is expected",
+        ),
         ({"optim": {"eps": 10**400}}, f"optim.eps: {10**400} was given, a number is expected"),
         ({"run": 5}, "run: 5 was given, a text is expected"),
-        ({"data": {"crop": "middle"}}, "data.crop: 'middle' was given, one of 'center', 'random' is expected"),
-        ({"engine": {"precision": "fp8"}}, "engine.precision: 'fp8' was given, one of 'no', 'fp16', 'bf16' is expected"),
-        ({"optim": {"betas": [0.9]}}, "optim.betas: [0.9] was given, a list of 2, each a number is expected"),
+        (
+            {"data": {"crop": "middle"}},
+            "data.crop: 'middle' was given, one of 'center', 'random' is expected",
+        ),
+        (
+            {"engine": {"precision": "fp8"}},
+            "engine.precision: 'fp8' was given, one of 'no', 'fp16', 'bf16' is expected",
+        ),
+        (
+            {"optim": {"betas": [0.9]}},
+            "optim.betas: [0.9] was given, a list of 2, each a number is expected",
+        ),
         ({"optim": {"betas": [0.9, "x"]}}, "optim.betas[1]: 'x' was given, a number is expected"),
-        ({"preview": {"prompts": "a cat"}}, "preview.prompts: 'a cat' was given, a list, each a text is expected"),
+        (
+            {"preview": {"prompts": "a cat"}},
+            "preview.prompts: 'a cat' was given, a list, each a text is expected",
+        ),
         ({"preview": {"prompts": [1]}}, "preview.prompts[0]: 1 was given, a text is expected"),
-        ({"log": {"to": ["tensorbord"]}}, "log.to[0]: 'tensorbord' was given, one of 'tensorboard', 'wandb', 'comet_ml' is expected"),
-        ({"train": 5}, "train: 5 was given, a table with steps, epochs, batch, micro, accumulate, seed is expected"),
-        ({"objective": {"timestep_bias": "later"}}, "a table with strategy, multiplier, portion, begin, end is expected"),
+        (
+            {"log": {"to": ["tensorbord"]}},
+            "log.to[0]: 'tensorbord' was given, one of 'tensorboard', 'wandb', 'comet_ml' is "
+            "expected",
+        ),
+        (
+            {"train": 5},
+            "train: 5 was given, a table with steps, epochs, batch, micro, accumulate, seed is "
+            "expected",
+        ),
+        (
+            {"objective": {"timestep_bias": "later"}},
+            "a table with strategy, multiplier, portion, begin, end is expected",
+        ),
     ],
 )
 def test_types(raw: dict, message: str) -> None:
@@ -70,9 +119,18 @@ def test_types(raw: dict, message: str) -> None:
 
 def test_values_take_their_declared_type() -> None:
     cfg = build(
-        Config, {"optim": {"learning_rate": 1, "betas": [0, 0.5]}, "preview": {"prompts": ["a", "b"]}, "objective": {"timestep_bias": {"strategy": "range"}}}
+        Config,
+        {
+            "optim": {"learning_rate": 1, "betas": [0, 0.5]},
+            "preview": {"prompts": ["a", "b"]},
+            "objective": {"timestep_bias": {"strategy": "range"}},
+        },
     )
-    assert type(cfg.optim.learning_rate) is float and cfg.optim.betas == (0.0, 0.5) and cfg.preview.prompts == ("a", "b")
+    assert (
+        type(cfg.optim.learning_rate) is float
+        and cfg.optim.betas == (0.0, 0.5)
+        and cfg.preview.prompts == ("a", "b")
+    )
     assert cfg.objective.timestep_bias == config.TimestepBias(strategy="range")
     assert cfg["objective.timestep_bias.end"] == 1000 and cfg["train.steps"] is None
 
@@ -94,10 +152,26 @@ def test_overrides() -> None:
         'data.caption="true"',
         "data.background=#ffffff",
     ]
-    cfg = build(Config, override({"train": {"steps": 1, "seed": 3}, "data": {"flip": False}}, wanted))
-    assert (cfg.train.steps, cfg.train.seed, cfg.optim.learning_rate, cfg.data.flip) == (7, None, 3e-5, True)
-    assert (cfg.preview.prompts, cfg.log.to, cfg.data.folder, cfg.run) == (("a, b", "c=d"), (), "my/pictures", "2024-01-01")
-    assert (cfg.model.base, cfg.data.caption, cfg.data.background) == ("stable-diffusion-v1-5/stable-diffusion-v1-5", "true", "#ffffff")
+    cfg = build(
+        Config, override({"train": {"steps": 1, "seed": 3}, "data": {"flip": False}}, wanted)
+    )
+    assert (cfg.train.steps, cfg.train.seed, cfg.optim.learning_rate, cfg.data.flip) == (
+        7,
+        None,
+        3e-5,
+        True,
+    )
+    assert (cfg.preview.prompts, cfg.log.to, cfg.data.folder, cfg.run) == (
+        ("a, b", "c=d"),
+        (),
+        "my/pictures",
+        "2024-01-01",
+    )
+    assert (cfg.model.base, cfg.data.caption, cfg.data.background) == (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "true",
+        "#ffffff",
+    )
     assert cfg.objective.timestep_bias == config.TimestepBias(multiplier=2.0)
 
 
@@ -123,12 +197,24 @@ def test_wrong_overrides(item: str, message: str) -> None:
 
 
 def test_plain_and_build_are_inverse() -> None:
-    cfg = build(Config, {**GOOD, "objective": {"timestep_bias": {"portion": 0.5}}, "checkpoint": {"allow": ["optim.warmup"]}, "optim": {"ema": 0.99}})
+    cfg = build(
+        Config,
+        {
+            **GOOD,
+            "objective": {"timestep_bias": {"portion": 0.5}},
+            "checkpoint": {"allow": ["optim.warmup"]},
+            "optim": {"ema": 0.99},
+        },
+    )
     again = json.loads(json.dumps(plain(cfg)))
     assert build(Config, again) == cfg
     assert plain(build(Config, plain(Config()))) == plain(Config())
     names = flat(again)
-    assert names["optim.ema"] == 0.99 and names["objective.timestep_bias.portion"] == 0.5 and names["checkpoint.allow"] == ["optim.warmup"]
+    assert (
+        names["optim.ema"] == 0.99
+        and names["objective.timestep_bias.portion"] == 0.5
+        and names["checkpoint.allow"] == ["optim.warmup"]
+    )
 
 
 def test_config_is_frozen() -> None:
@@ -140,12 +226,19 @@ def test_config_is_frozen() -> None:
     ("overrides", "message"),
     [
         (["model.base="], "model.base: give a folder or a Hub repository"),
-        (["data.hub=x/y"], "give exactly one of data.folder, data.hub and data.sets; data.folder=none takes the recipe's away"),
+        (
+            ["data.hub=x/y"],
+            "give exactly one of data.folder, data.hub and data.sets; data.folder=none takes the "
+            "recipe's away",
+        ),
         (["data.folder=none"], "give exactly one of data.folder, data.hub and data.sets"),
         (["train.steps=none"], "give exactly one of train.steps and train.epochs"),
         (["train.epochs=2"], "give exactly one of train.steps and train.epochs"),
         (["train.accumulate=2"], "give train.batch (global) or train.accumulate, not both"),
-        (["train.batch=none"], "give train.batch (global: what one optimizer step sees), or train.micro"),
+        (
+            ["train.batch=none"],
+            "give train.batch (global: what one optimizer step sees), or train.micro",
+        ),
         (["data.crops=2"], "data.crops: only a random crop comes in several"),
         (["train.seed=-1"], "train.seed: -1 is not within 0 to 2**63 - 1"),
         ([f"train.seed={2**63}"], f"train.seed: {2**63} is not within"),
@@ -154,7 +247,10 @@ def test_config_is_frozen() -> None:
         (["optim.betas=[0.9, 1.0]"], "optim.betas: (0.9, 1.0) are not both"),
         (["objective.min_snr=0"], "objective.min_snr: 0.0 is not above 0"),
         (["adapt.dropout=1.0"], "adapt.dropout: 1.0 is not within 0 to below 1"),
-        (["preview.every=1", "preview.every_epochs=1"], "give preview.every (steps) or preview.every_epochs"),
+        (
+            ["preview.every=1", "preview.every_epochs=1"],
+            "give preview.every (steps) or preview.every_epochs",
+        ),
         (["train.steps=0"], "train.steps: 0 is not above 0"),
         (["optim.learning_rate=-1e-4"], "optim.learning_rate: -0.0001 is not above 0"),
         (["checkpoint.keep=0"], "checkpoint.keep: 0 is not above 0"),
@@ -173,11 +269,15 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 
 def test_good_recipes_pass() -> None:
     build(Config, GOOD).check()
-    build(Config, {"model": {"base": "b"}, "train": {"epochs": 0.5, "micro": 2, "accumulate": 4}}).check(own_records=True)
+    build(
+        Config, {"model": {"base": "b"}, "train": {"epochs": 0.5, "micro": 2, "accumulate": 4}}
+    ).check(own_records=True)
 
 
 def test_a_missing_recipe_and_one_that_is_not_toml(tmp_path: Path) -> None:
-    with pytest.raises(InputFault, match=r"none\.toml: No such file or directory\. Give the path of a recipe"):
+    with pytest.raises(
+        InputFault, match=r"none\.toml: No such file or directory\. Give the path of a recipe"
+    ):
         load(tmp_path / "none.toml")
     with pytest.raises(InputFault, match="Is a directory"):
         load(tmp_path)
@@ -201,7 +301,8 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads(path: Path) -> None:
-    """It holds for what its header says: command, hardware, time, memory and loss are all spoken of."""
+    """It holds for what its header says: command, hardware, time, memory and loss are all spoken
+    of."""
     load(path).check()
     header = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert all(f"# {word}:" in header for word in ("command", "hardware", "time", "memory", "loss"))

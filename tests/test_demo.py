@@ -26,7 +26,9 @@ def test_the_model_is_small_complete_and_loads_in_stock_diffusers():
 
     folder = demo.BUNDLED / "model"
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 20 * 2**20
-    assert re.search(r"Noto Emoji.*Apache|Apache.*Noto Emoji", (folder / "README.md").read_text(), re.DOTALL)
+    assert re.search(
+        r"Noto Emoji.*Apache|Apache.*Noto Emoji", (folder / "README.md").read_text(), re.DOTALL
+    )
     pipeline = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     picture = np.asarray(pipeline("an emoji of a red apple", num_inference_steps=4).images[0])
@@ -35,7 +37,13 @@ def test_the_model_is_small_complete_and_loads_in_stock_diffusers():
 
 def test_the_demo_trains_and_ends_with_a_picture(tmp_path, capsys):
     output = tmp_path / "before-after.png"
-    small = ["train.steps=2", "train.batch=4", "watch.every=2", "watch.timesteps=1", "optim.warmup=0"]
+    small = [
+        "train.steps=2",
+        "train.batch=4",
+        "watch.every=2",
+        "watch.timesteps=1",
+        "optim.warmup=0",
+    ]
     assert demo.run(tmp_path / "run", output, small) == output
     with Image.open(output) as sheet:
         assert sheet.size == (200 + 2 * 134 + 6, 28 + len(demo.PROMPTS) * 134)
@@ -46,11 +54,16 @@ def test_the_demo_trains_and_ends_with_a_picture(tmp_path, capsys):
     assert demo.held_out(tmp_path / "run")[0] == pytest.approx(before)
 
 
-def test_again_it_is_finished_and_draws_and_another_bundle_gets_another_folder(base, pictures, tmp_path, monkeypatch, capsys):
+def test_again_it_is_finished_and_draws_and_another_bundle_gets_another_folder(
+    base, pictures, tmp_path, monkeypatch, capsys
+):
     bundle, run = tmp_path / "bundle", tmp_path / "here"
     shutil.copytree(base, bundle / "model")
     shutil.copytree(pictures, bundle / "pictures")
-    recipe = '[data]\nsize = 32\n[train]\nsteps = {}\nbatch = 2\nseed = 0\n[engine]\ndevice = "cpu"\n[watch]\nhold_out = 2\ntimesteps = 1\n'
+    recipe = (
+        "[data]\nsize = 32\n[train]\nsteps = {}\nbatch = 2\nseed = 0\n[engine]\ndevice = "
+        '"cpu"\n[watch]\nhold_out = 2\ntimesteps = 1\n'
+    )
     (bundle / "demo.toml").write_text(recipe.format(2))
     run.mkdir()
     monkeypatch.chdir(run)
@@ -58,7 +71,13 @@ def test_again_it_is_finished_and_draws_and_another_bundle_gets_another_folder(b
     monkeypatch.setattr(demo, "STEPS", 1)
     monkeypatch.setattr(demo, "PROMPTS", ("a red circle",))
     folders = []
-    for changed in (None, None, bundle / "demo.toml", bundle / "pictures" / "metadata.jsonl", bundle / "model" / "README.md"):
+    for changed in (
+        None,
+        None,
+        bundle / "demo.toml",
+        bundle / "pictures" / "metadata.jsonl",
+        bundle / "model" / "README.md",
+    ):
         if changed is not None:
             changed.write_text(changed.read_text() + "\n" if changed.exists() else "another")
             Path("before-after.png").unlink()

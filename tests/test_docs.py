@@ -8,7 +8,11 @@ import pytest
 from limner import checkpoint, log
 
 DOCS = Path(__file__).parent.parent / "docs"
-BLOCKS = [(path.name, block) for path in sorted(DOCS.glob("*.md")) for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)]
+BLOCKS = [
+    (path.name, block)
+    for path in sorted(DOCS.glob("*.md"))
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+]
 
 
 @pytest.mark.parametrize(("name", "block"), BLOCKS, ids=[name for name, _ in BLOCKS])
@@ -16,8 +20,13 @@ def test_the_block_runs(base, tmp_path, monkeypatch, name, block):
     recipes = DOCS.parent / "recipes"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(recipes)
-    smaller = '"train.steps=3", "data.size=32", "train.batch=4", "train.micro=4", "engine.precision=no", "log.every=1", "preview.prompts=[]"'
-    block = block.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(base)).replace('"train.steps=100"', smaller)
+    smaller = (
+        '"train.steps=3", "data.size=32", "train.batch=4", "train.micro=4", '
+        '"engine.precision=no", "log.every=1", "preview.prompts=[]"'
+    )
+    block = block.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(base)).replace(
+        '"train.steps=100"', smaller
+    )
     exec(compile(block, name, "exec"), {"__name__": name})
     [run] = (tmp_path / "runs").iterdir()
     assert checkpoint.latest(run).step == 3

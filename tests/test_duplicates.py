@@ -1,4 +1,5 @@
-"""Pictures that look alike are found by a few bits of difference, without comparing all with all, and flat ones look like nothing."""
+"""Pictures that look alike are found by a few bits of difference, without comparing all with all,
+and flat ones look like nothing."""
 
 import io
 
@@ -32,13 +33,17 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_copy_is_found_and_others_are_not(name: str) -> None:
-    hashes = [duplicates.look(scene(i)) for i in range(30)] + [duplicates.look(CHANGES[name](scene(i))) for i in range(30)]
+    hashes = [duplicates.look(scene(i)) for i in range(30)] + [
+        duplicates.look(CHANGES[name](scene(i))) for i in range(30)
+    ]
     found = duplicates.groups(hashes)
     assert len(found) >= 29 and all(group == [group[0], group[0] + 30] for group in found)
 
 
 def test_flat_pictures_are_in_no_group() -> None:
-    flat = [duplicates.look(Image.new("RGB", (90, 70), colour)) for colour in ("white", "black", "red")]
+    flat = [
+        duplicates.look(Image.new("RGB", (90, 70), colour)) for colour in ("white", "black", "red")
+    ]
     assert flat == [duplicates.FLAT] * 3 and duplicates.groups(flat) == []
 
 
@@ -46,7 +51,11 @@ def test_flat_pictures_are_in_no_group() -> None:
 def test_groups_are_those_of_comparing_all_with_all(distance: int) -> None:
     draws = np.random.default_rng(distance)
     seeds = draws.integers(1, 2**63, 40, np.uint64)
-    hashes = [int(seeds[draws.integers(40)]) ^ sum(1 << int(b) for b in set(draws.integers(0, 64, draws.integers(0, 5)))) for _ in range(300)]
+    hashes = [
+        int(seeds[draws.integers(40)])
+        ^ sum(1 << int(b) for b in set(draws.integers(0, 64, draws.integers(0, 5))))
+        for _ in range(300)
+    ]
     near = [[(a ^ b).bit_count() <= distance for b in hashes] for a in hashes]
     seen: set[int] = set()
     wanted = []

@@ -1,4 +1,5 @@
-"""Files and folders are whole or absent, whatever fails at whatever moment; damage is found and named; one writer at a time."""
+"""Files and folders are whole or absent, whatever fails at whatever moment; damage is found and
+named; one writer at a time."""
 
 import contextlib
 import errno
@@ -70,7 +71,8 @@ def test_without_manifest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
 def test_every_call_can_fail(tmp_path: Path, number: int) -> None:
-    """For n = 1, 2, ... until none fails: each time a whole folder is there, and the message names the path and the reason."""
+    """For n = 1, 2, ... until none fails: each time a whole folder is there, and the message names
+    the path and the reason."""
     final = made(tmp_path / "final", "old")
     faults = 0
     for n in itertools.count(1):
@@ -89,7 +91,8 @@ def test_every_call_can_fail(tmp_path: Path, number: int) -> None:
 
 
 def test_death_at_every_call_loses_nothing(tmp_path: Path) -> None:
-    """What was whole before is whole after the sweep, even when the death falls between the two renames of a replacement."""
+    """What was whole before is whole after the sweep, even when the death falls between the two
+    renames of a replacement."""
     final, n, seen = tmp_path / "final", 0, set()
     while True:
         n += 1
@@ -130,7 +133,9 @@ def test_write_text_is_whole_or_the_old(tmp_path: Path) -> None:
     for n in itertools.count(1):
         with moments.failing(n, errno.ENOSPC) as count, contextlib.suppress(DiskFault):
             durable.write_text(file, "new ä" * 1000)
-        assert file.read_text(encoding="utf-8") in ("old ä", "new ä" * 1000) and names(file.parent) == ["config.json"]
+        assert file.read_text(encoding="utf-8") in ("old ä", "new ä" * 1000) and names(
+            file.parent
+        ) == ["config.json"]
         if count[0] < n:
             break
     for n in itertools.count(1):
@@ -147,12 +152,18 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     final = made(tmp_path / "final")
     for file in (final / "a.txt", final / "inner" / "b.bin", final / "MANIFEST.json"):
         whole = file.read_bytes()
-        bits = range(0, len(whole) * 8, 3) if file.name == "MANIFEST.json" else [i * 8 + i % 8 for i in range(len(whole))]
+        bits = (
+            range(0, len(whole) * 8, 3)
+            if file.name == "MANIFEST.json"
+            else [i * 8 + i % 8 for i in range(len(whole))]
+        )
         for bit in bits:
             damaged = bytearray(whole)
             damaged[bit // 8] ^= 1 << bit % 8
             file.write_bytes(damaged)
-            with pytest.raises(IntegrityFault, match=file.name if file.name != "MANIFEST.json" else "final"):
+            with pytest.raises(
+                IntegrityFault, match=file.name if file.name != "MANIFEST.json" else "final"
+            ):
                 durable.verify(final)
         file.write_bytes(whole)
     durable.verify(final)
@@ -174,7 +185,9 @@ def test_truncated_longer_missing_and_unreadable_files_are_named(tmp_path: Path,
         durable.verify(final)
 
 
-def test_a_disk_that_cannot_read_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_read_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     final = made(tmp_path / "final")
 
     def fail(path: Path) -> str:
@@ -185,7 +198,17 @@ def test_a_disk_that_cannot_read_is_no_traceback(tmp_path: Path, monkeypatch: py
         durable.verify(final)
 
 
-@pytest.mark.parametrize("manifest", ["[]", "{}", '{"files": 5, "digest": "x"}', '{"files": {"a.txt": 5}, "digest": "x"}', "null", "\xff"])
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[]",
+        "{}",
+        '{"files": 5, "digest": "x"}',
+        '{"files": {"a.txt": 5}, "digest": "x"}',
+        "null",
+        "\xff",
+    ],
+)
 def test_a_manifest_of_another_kind(tmp_path: Path, manifest: str) -> None:
     final = made(tmp_path / "final")
     (final / "MANIFEST.json").write_bytes(manifest.encode("latin-1"))
@@ -204,7 +227,10 @@ def test_a_place_that_is_no_folder(tmp_path: Path, place: str) -> None:
 
 
 def test_space_is_named(tmp_path: Path) -> None:
-    words = r"No space left on device; 3 MiB are needed, \d+ MiB are free\. What was whole before is whole still"
+    words = (
+        r"No space left on device; 3 MiB are needed, \d+ MiB are free\. What was whole "
+        r"before is whole still"
+    )
     with pytest.raises(DiskFault, match=words), durable.disk_errors(tmp_path / "x", 3 << 20):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -224,7 +250,12 @@ with durable.lock(Path(sys.argv[1])):
 @contextlib.contextmanager
 def holder(root: Path) -> Iterator[subprocess.Popen]:
     """Another process that holds the lock until its input ends."""
-    with subprocess.Popen([sys.executable, "-c", HOLDER, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(root)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         yield process
         process.kill()
@@ -234,18 +265,29 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     """The second is refused at once, naming the first; a SIGKILL of the first frees the lock."""
     root = tmp_path / "run"
     with holder(root) as process:
-        with pytest.raises(Locked, match=f"{root}: another run is writing here \\(process {process.pid} on "), durable.lock(root):
+        with (
+            pytest.raises(
+                Locked, match=f"{root}: another run is writing here \\(process {process.pid} on "
+            ),
+            durable.lock(root),
+        ):
             pass
         process.send_signal(signal.SIGKILL)
         process.wait()
-        with durable.lock(root), pytest.raises(Locked, match=f"process {os.getpid()} on "), durable.lock(root):
+        with (
+            durable.lock(root),
+            pytest.raises(Locked, match=f"process {os.getpid()} on "),
+            durable.lock(root),
+        ):
             pass
     with durable.lock(root):
         pass
 
 
 @pytest.mark.parametrize("call", ["ftruncate", "write", "open"])
-def test_a_full_disk_at_the_lock_is_said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_full_disk_at_the_lock_is_said_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     def fail(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -258,7 +300,11 @@ def test_a_full_disk_at_the_lock_is_said_in_words(tmp_path: Path, monkeypatch: p
 
 
 def test_digest_json_looks_at_values_not_at_order() -> None:
-    assert durable.digest_json({"a": 1, "b": [1, 2]}) == durable.digest_json({"b": (1, 2), "a": 1}) != durable.digest_json({"a": 1, "b": [2, 1]})
+    assert (
+        durable.digest_json({"a": 1, "b": [1, 2]})
+        == durable.digest_json({"b": (1, 2), "a": 1})
+        != durable.digest_json({"a": 1, "b": [2, 1]})
+    )
 
 
 def test_user_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

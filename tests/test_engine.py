@@ -1,4 +1,5 @@
-"""The torch engine against independent computations with diffusers' own classes, and its own promises: nothing non-finite, nothing moved by looking."""
+"""The torch engine against independent computations with diffusers' own classes, and its own
+promises: nothing non-finite, nothing moved by looking."""
 
 import copy
 from dataclasses import replace
@@ -21,9 +22,14 @@ from limner.objective import Objective
 
 
 def make(base: Path, micro: int = 4, precision: str = "no", **sections) -> TorchEngine:
-    cfg = config.build(config.Config, {"model": {"base": str(base)}, "train": {"steps": 10, "batch": 4}, **sections})
+    cfg = config.build(
+        config.Config,
+        {"model": {"base": str(base)}, "train": {"steps": 10, "batch": 4}, **sections},
+    )
     said: list[str] = []
-    engine = TorchEngine(cfg, open_base(cfg.model, SD), SD, World("cpu", precision), micro, said.append)
+    engine = TorchEngine(
+        cfg, open_base(cfg.model, SD), SD, World("cpu", precision), micro, said.append
+    )
     engine.said = said
     return engine
 
@@ -33,32 +39,57 @@ def batch(engine: TorchEngine, seed: int = 0, rows: int = 4) -> Batch:
     objective = Objective.of(engine.base.configs["scheduler"], engine.cfg.objective)
     numbers = vars(objective.at(g.random(rows)))
     normal = lambda *shape: g.standard_normal((rows, *shape)).astype(np.float32)  # noqa: E731
-    return {"x0": normal(4, 16, 16), "noise": normal(4, 16, 16), "context": normal(77, 32), **numbers}
+    return {
+        "x0": normal(4, 16, 16),
+        "noise": normal(4, 16, 16),
+        "context": normal(77, 32),
+        **numbers,
+    }
 
 
-def steps(engine: TorchEngine, state: TorchState, count: int, first: int = 0, **options) -> list[dict[str, float]]:
+def steps(
+    engine: TorchEngine, state: TorchState, count: int, first: int = 0, **options
+) -> list[dict[str, float]]:
     out = []
     for step in range(first, first + count):
-        state, metrics = engine.step(state, batch(engine, step), step=step, **{"learning_rate": 1e-3, "ema": None, "seed": 0, **options})
+        state, metrics = engine.step(
+            state,
+            batch(engine, step),
+            step=step,
+            **{"learning_rate": 1e-3, "ema": None, "seed": 0, **options},
+        )
         out.append(metrics)
     return engine.fetch(state, out)
 
 
 def weights(engine: TorchEngine, state: TorchState) -> dict[str, np.ndarray]:
-    return {f"{group}/{name}": array.copy() for group, arrays in engine.snapshot(state) for name, array in arrays.items()}
+    return {
+        f"{group}/{name}": array.copy()
+        for group, arrays in engine.snapshot(state)
+        for name, array in arrays.items()
+    }
 
 
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
-    return one.keys() == other.keys() and all(one[k].dtype == other[k].dtype and np.array_equal(one[k], other[k]) for k in one)
+    return one.keys() == other.keys() and all(
+        one[k].dtype == other[k].dtype and np.array_equal(one[k], other[k]) for k in one
+    )
 
 
-def reference(base: Path, b: Batch, prediction: str, gamma: float | None) -> tuple[UNet2DConditionModel, torch.Tensor]:
-    """The network after one backward pass, and the loss, as diffusers' scheduler and training utilities make them."""
+def reference(
+    base: Path, b: Batch, prediction: str, gamma: float | None
+) -> tuple[UNet2DConditionModel, torch.Tensor]:
+    """The network after one backward pass, and the loss, as diffusers' scheduler and training
+    utilities make them."""
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet").train()
     scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
     x0, noise, t, context = (torch.from_numpy(b[k]) for k in ("x0", "noise", "t", "context"))
     target = noise if prediction == "epsilon" else scheduler.get_velocity(x0, noise, t)
-    each = (unet(scheduler.add_noise(x0, noise, t), t, context).sample - target).square().mean((1, 2, 3))
+    each = (
+        (unet(scheduler.add_noise(x0, noise, t), t, context).sample - target)
+        .square()
+        .mean((1, 2, 3))
+    )
     if gamma is not None:
         snr = compute_snr(scheduler, t)
         each = each * snr.clamp(max=gamma) / (snr + (prediction == "v_prediction"))
@@ -67,9 +98,16 @@ def reference(base: Path, b: Batch, prediction: str, gamma: float | None) -> tup
     return unet, loss.detach()
 
 
-@pytest.mark.parametrize(("prediction", "gamma"), [("epsilon", None), ("epsilon", 5.0), ("v_prediction", 5.0)])
+@pytest.mark.parametrize(
+    ("prediction", "gamma"), [("epsilon", None), ("epsilon", 5.0), ("v_prediction", 5.0)]
+)
 def test_a_step_is_diffusers_objective_then_clipped_adamw(sd, prediction, gamma):
-    engine = make(sd, micro=2, objective={"predict": prediction, "min_snr": gamma}, optim={"max_grad_norm": 0.5, "eps": 1e-3})
+    engine = make(
+        sd,
+        micro=2,
+        objective={"predict": prediction, "min_snr": gamma},
+        optim={"max_grad_norm": 0.5, "eps": 1e-3},
+    )
     state, b = engine.init(0), batch(engine)
     unet, loss = reference(sd, b, prediction, gamma)
     norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 0.5)
@@ -80,15 +118,23 @@ def test_a_step_is_diffusers_objective_then_clipped_adamw(sd, prediction, gamma)
     assert values["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     ours = dict(engine.snapshot(state))["model"]
     for name, p in unet.named_parameters():
-        np.testing.assert_allclose(ours[name], p.detach().numpy(), rtol=0, atol=1e-6, err_msg=name)  # with this eps Adam is smooth where a gradient is tiny
+        np.testing.assert_allclose(
+            ours[name], p.detach().numpy(), rtol=0, atol=1e-6, err_msg=name
+        )  # with this eps Adam is smooth where a gradient is tiny
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_update_after_clipping_has_the_norm_that_was_asked_for(sd, kind):
-    engine = make(sd, adapt={"kind": kind}, optim={"max_grad_norm": 1e-3, "betas": [0.0, 0.0], "eps": 1e3, "weight_decay": 0.0})
+    engine = make(
+        sd,
+        adapt={"kind": kind},
+        optim={"max_grad_norm": 1e-3, "betas": [0.0, 0.0], "eps": 1e3, "weight_decay": 0.0},
+    )
     state = engine.init(0)
     before = state.arena.flat.detach().clone()
-    [values] = steps(engine, state, 1, learning_rate=1e6)  # with such an epsilon Adam's update is the clipped gradient itself, times lr / eps
+    [values] = steps(
+        engine, state, 1, learning_rate=1e6
+    )  # with such an epsilon Adam's update is the clipped gradient itself, times lr / eps
     assert values["grad_norm"] > 0.01
     update = (before - state.arena.flat.detach()) / 1e3
     assert update.norm().item() == pytest.approx(1e-3, rel=1e-2)
@@ -113,7 +159,12 @@ def test_gradient_checkpointing_gives_equal_gradients(sd):
         steps(engine, state, 1, learning_rate=0.0)
         gradients.append(state.arena.flat.grad.clone())
     assert gradients[0].norm() > 0
-    np.testing.assert_allclose(gradients[1].numpy(), gradients[0].numpy(), rtol=1e-6, atol=1e-6 * gradients[0].abs().max().item())
+    np.testing.assert_allclose(
+        gradients[1].numpy(),
+        gradients[0].numpy(),
+        rtol=1e-6,
+        atol=1e-6 * gradients[0].abs().max().item(),
+    )
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -127,7 +178,9 @@ def test_the_average_is_diffusers_emamodel(sd, offload):
         steps(engine, state, 1, first=step, ema=ema_decay(step, 0.5))
         average.step([torch.nn.Parameter(state.arena.flat.detach().clone())])
     assert not torch.equal(state.ema, state.arena.flat)
-    np.testing.assert_allclose(state.ema.numpy(), average.shadow_params[0].detach().numpy(), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        state.ema.numpy(), average.shadow_params[0].detach().numpy(), rtol=1e-6, atol=1e-7
+    )
 
 
 def test_dream_is_diffusers_dream(sd):
@@ -136,7 +189,9 @@ def test_dream_is_diffusers_dream(sd):
     scheduler = DDPMScheduler.from_pretrained(sd, subfolder="scheduler")
     x0, noise, t, context = (torch.from_numpy(b[k]) for k in ("x0", "noise", "t", "context"))
     unet = UNet2DConditionModel.from_pretrained(sd, subfolder="unet").train()
-    noisy, target = compute_dream_and_update_latents(unet, scheduler, t, noise, scheduler.add_noise(x0, noise, t), noise, context, 2.0)
+    noisy, target = compute_dream_and_update_latents(
+        unet, scheduler, t, noise, scheduler.add_noise(x0, noise, t), noise, context, 2.0
+    )
     want = (unet(noisy, t, context).sample - target).square().mean((1, 2, 3))
     plain = engine.losses(state, b, average=False)  # what is watched is the plain loss
     state, metrics = engine.step(state, b, step=0, learning_rate=0.0, ema=None, seed=0)
@@ -171,7 +226,9 @@ def test_half_precision_keeps_float32_masters_and_learns(sd, kind, precision):
     reference_state = exact.init(0)
     ours, theirs = steps(engine, state, 4, ema=0.5), steps(exact, reference_state, 4)
     np.testing.assert_allclose([m["loss"] for m in ours], [m["loss"] for m in theirs], rtol=3e-2)
-    np.testing.assert_allclose([m["grad_norm"] for m in ours], [m["grad_norm"] for m in theirs], rtol=0.1)
+    np.testing.assert_allclose(
+        [m["grad_norm"] for m in ours], [m["grad_norm"] for m in theirs], rtol=0.1
+    )
     assert state.arena.flat.dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in state.net.parameters() if p.requires_grad)
     assert ours[0]["loss"] != theirs[0]["loss"]  # it really was computed in another precision
@@ -192,7 +249,10 @@ def test_a_scaler_overflow_is_no_fault_and_its_state_is_saved(sd):
     trained = {name: array for name, array in before.items() if name.startswith("model")}
     for step in range(1, 16):
         steps(engine, state, 1, first=step, ema=0.5)
-        if moved := not same(trained, {name: array for name, array in weights(engine, state).items() if name in trained}):
+        if moved := not same(
+            trained,
+            {name: array for name, array in weights(engine, state).items() if name in trained},
+        ):
             break
     assert moved
     twin = engine.init(1)
@@ -203,7 +263,9 @@ def test_a_scaler_overflow_is_no_fault_and_its_state_is_saved(sd):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_restore_is_the_inverse_of_snapshot_and_refuses_strangers(sd, kind):
-    engine = make(sd, adapt={"kind": kind, "dropout": 0.1 if kind == "lora" else 0.0}, optim={"ema": 0.9})
+    engine = make(
+        sd, adapt={"kind": kind, "dropout": 0.1 if kind == "lora" else 0.0}, optim={"ema": 0.9}
+    )
     state = engine.init(0)
     steps(engine, state, 3, ema=0.5)
     groups = copy.deepcopy(dict(engine.snapshot(state)))
@@ -212,9 +274,16 @@ def test_restore_is_the_inverse_of_snapshot_and_refuses_strangers(sd, kind):
     steps(engine, state, 2, first=3, ema=0.5), steps(engine, twin, 2, first=3, ema=0.5)
     assert same(weights(engine, state), weights(engine, twin))
     name = next(iter(groups["model"]))
-    for change in ({name: groups["model"][name][..., :1]}, {name: groups["model"][name].astype(np.float64)}, {"stranger": np.zeros(1, np.float32)}):
+    for change in (
+        {name: groups["model"][name][..., :1]},
+        {name: groups["model"][name].astype(np.float64)},
+        {"stranger": np.zeros(1, np.float32)},
+    ):
         with pytest.raises(IntegrityFault):
-            engine.restore(engine.init(5), lambda g, c=change: {**groups[g], **c} if g == "model" else groups[g])
+            engine.restore(
+                engine.init(5),
+                lambda g, c=change: {**groups[g], **c} if g == "model" else groups[g],
+            )
 
 
 def test_looking_moves_nothing(sd):
@@ -225,7 +294,9 @@ def test_looking_moves_nothing(sd):
         steps(engine, watched, 1, first=step, ema=0.5)
         engine.losses(watched, batch(engine, 99), average=True)
         engine.losses(watched, batch(engine, 99), average=False)
-        [picture] = engine.pictures(watched, ["red circle"], [step], steps=2, guidance_scale=3.0, size=32)
+        [picture] = engine.pictures(
+            watched, ["red circle"], [step], steps=2, guidance_scale=3.0, size=32
+        )
         assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
         dict(engine.snapshot(watched))
     assert same(weights(engine, quiet), weights(engine, watched))
@@ -237,14 +308,19 @@ def test_losses_with_the_average_use_the_average(sd):
     b = batch(engine, 7)
     first = engine.losses(state, b, average=False)
     steps(engine, state, 3, ema=0.999)
-    assert np.abs(engine.losses(state, b, average=True) - first).max() < 0.1 * np.abs(engine.losses(state, b, average=False) - first).max()
+    assert (
+        np.abs(engine.losses(state, b, average=True) - first).max()
+        < 0.1 * np.abs(engine.losses(state, b, average=False) - first).max()
+    )
 
 
 def test_lora_starts_from_the_base_and_from_the_same_values_everywhere(sd):
     full, lora = make(sd), make(sd, adapt={"kind": "lora", "rank": 2, "alpha": 6.0})
     b = batch(full)
     state = lora.init(11)
-    np.testing.assert_array_equal(full.losses(full.init(0), b, average=False), lora.losses(state, b, average=False))
+    np.testing.assert_array_equal(
+        full.losses(full.init(0), b, average=False), lora.losses(state, b, average=False)
+    )
     assert same(weights(lora, state), weights(lora, lora.init(11)))
     assert not same(weights(lora, state), weights(lora, lora.init(12)))
     names = list(dict(lora.snapshot(state))["model"])
@@ -263,7 +339,10 @@ def test_what_cannot_run_is_refused_or_said(sd):
     state = engine.init(0)
     assert len(engine.said) == 1 and "xFormers cannot run here" in engine.said[0]
     plain = make(sd)
-    np.testing.assert_array_equal(engine.losses(state, batch(engine), average=False), plain.losses(plain.init(0), batch(plain), average=False))
+    np.testing.assert_array_equal(
+        engine.losses(state, batch(engine), average=False),
+        plain.losses(plain.init(0), batch(plain), average=False),
+    )
 
 
 def test_dropout_is_addressed_by_the_step(sd):
@@ -282,11 +361,23 @@ def test_an_input_noise_of_its_own_is_what_the_network_sees(sd):
     state, b = engine.init(0), batch(engine)
     same_noise = engine.losses(state, {**b, "input_noise": b["noise"]}, average=False)
     np.testing.assert_array_equal(same_noise, engine.losses(state, b, average=False))
-    assert not np.allclose(same_noise, engine.losses(state, {**b, "input_noise": b["noise"] * 2}, average=False))
+    assert not np.allclose(
+        same_noise, engine.losses(state, {**b, "input_noise": b["noise"] * 2}, average=False)
+    )
 
 
 def test_the_batch_weights_multiply_the_loss(sd):
     engine = make(sd)
     state, b = engine.init(0), batch(engine)
-    half = {**b, "w": replace(Objective.of(engine.base.configs["scheduler"], engine.cfg.objective)).at(np.zeros(4)).w * 0.5}
-    np.testing.assert_allclose(engine.losses(state, half, average=False), 0.5 * engine.losses(state, b, average=False), rtol=1e-6)
+    half = {
+        **b,
+        "w": replace(Objective.of(engine.base.configs["scheduler"], engine.cfg.objective))
+        .at(np.zeros(4))
+        .w
+        * 0.5,
+    }
+    np.testing.assert_allclose(
+        engine.losses(state, half, average=False),
+        0.5 * engine.losses(state, b, average=False),
+        rtol=1e-6,
+    )

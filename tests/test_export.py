@@ -1,4 +1,5 @@
-"""The result loads in stock pipelines with the weights that were trained, is whole or absent, and only it is pushed."""
+"""The result loads in stock pipelines with the weights that were trained, is whole or absent, and
+only it is pushed."""
 
 import ast
 import json
@@ -35,7 +36,10 @@ def opened(sd: Path) -> Base:
 @pytest.fixture(scope="module")
 def trained(sd: Path) -> dict[str, np.ndarray]:
     draws = np.random.default_rng(1)
-    return {k: v + draws.normal(0, 0.01, v.shape).astype(v.dtype) for k, v in load_file(sd / UNET).items()}
+    return {
+        k: v + draws.normal(0, 0.01, v.shape).astype(v.dtype)
+        for k, v in load_file(sd / UNET).items()
+    }
 
 
 @pytest.fixture
@@ -53,93 +57,176 @@ def pipeline(folder: Path, **settings: Any) -> Any:
     from diffusers import StableDiffusionPipeline
 
     torch.set_num_threads(1)
-    made = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True, safety_checker=None, **settings)
+    made = StableDiffusionPipeline.from_pretrained(
+        folder, use_safetensors=True, safety_checker=None, **settings
+    )
     made.set_progress_bar_config(disable=True)
     return made
 
 
 def everything(folder: Path) -> bytes:
-    return b"\n".join(str(p.relative_to(folder)).encode() + p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file())
+    return b"\n".join(
+        str(p.relative_to(folder)).encode() + p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    )
 
 
-def test_a_stock_pipeline_loads_the_trained_weights(sd: Path, opened: Base, trained: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_a_stock_pipeline_loads_the_trained_weights(
+    sd: Path, opened: Base, trained: dict[str, np.ndarray], tmp_path: Path
+) -> None:
     for name in ("unet", "vae"):
         opened.configs[name]["_name_or_path"] = str(sd)
-    for left in ("unet/diffusion_pytorch_model.safetensors.index.json", "vae/model-00001-of-00002.safetensors"):  # of an export that died, or of another model
+    for left in (
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "vae/model-00001-of-00002.safetensors",
+    ):  # of an export that died, or of another model
         (tmp_path / left).parent.mkdir()
         (tmp_path / left).write_text("{}")
     export.write_full(opened, SD, tmp_path, trained, "epsilon", 7)
     loaded = pipeline(tmp_path)
     assert all(np.array_equal(v.numpy(), trained[k]) for k, v in loaded.unet.state_dict().items())
-    for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"):
+    for part in (
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "scheduler/scheduler_config.json",
+    ):
         new, old = tmp_path / part, sd / part
-        assert json.loads(new.read_text()) == json.loads(old.read_text()) if part.endswith("json") else new.read_bytes() == old.read_bytes()
-    assert loaded("a red circle", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+        assert (
+            json.loads(new.read_text()) == json.loads(old.read_text())
+            if part.endswith("json")
+            else new.read_bytes() == old.read_bytes()
+        )
+    assert loaded("a red circle", num_inference_steps=2, output_type="np").images.shape == (
+        1,
+        32,
+        32,
+        3,
+    )
     found = json.loads((tmp_path / "result.json").read_text())
     assert (found["step"], found["kind"]) == (7, "full")
     written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    assert written == {*found["files"], "result.json"} and not [n for n in written if "MANIFEST" in n]
+    assert written == {*found["files"], "result.json"} and not [
+        n for n in written if "MANIFEST" in n
+    ]
     assert str(sd).encode() not in everything(tmp_path) and export.result_is_whole(tmp_path, 7)
 
 
-def test_variants_shards_and_extras_of_the_base(sd_fp16: Path, trained: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_variants_shards_and_extras_of_the_base(
+    sd_fp16: Path, trained: dict[str, np.ndarray], tmp_path: Path
+) -> None:
     folder, run = Path(shutil.copytree(sd_fp16, tmp_path / "base")), tmp_path / "run"
     shutil.rmtree(folder / "vae")
-    shutil.copytree(folder / "unet", folder / "vae")  # a frozen part in several files: only their names matter here
-    extras = {"safety_checker": "StableDiffusionSafetyChecker", "feature_extractor": "CLIPImageProcessor", "image_encoder": "CLIPVisionModelWithProjection"}
+    shutil.copytree(
+        folder / "unet", folder / "vae"
+    )  # a frozen part in several files: only their names matter here
+    extras = {
+        "safety_checker": "StableDiffusionSafetyChecker",
+        "feature_extractor": "CLIPImageProcessor",
+        "image_encoder": "CLIPVisionModelWithProjection",
+    }
     index = json.loads((folder / "model_index.json").read_text())
-    index |= {name: ["stable_diffusion" if name == "safety_checker" else "transformers", cls] for name, cls in extras.items()}
+    index |= {
+        name: ["stable_diffusion" if name == "safety_checker" else "transformers", cls]
+        for name, cls in extras.items()
+    }
     (folder / "model_index.json").write_text(json.dumps(index))
-    for name, file in (("safety_checker", "model.fp16.safetensors"), ("image_encoder", "pytorch_model.bin")):
+    for name, file in (
+        ("safety_checker", "model.fp16.safetensors"),
+        ("image_encoder", "pytorch_model.bin"),
+    ):
         (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps({"_name_or_path": "/home/someone/models"}))
+        (folder / name / "config.json").write_text(
+            json.dumps({"_name_or_path": "/home/someone/models"})
+        )
         shutil.copy(folder / "text_encoder" / "model.fp16.safetensors", folder / name / file)
     (folder / "feature_extractor").mkdir()
     (folder / "feature_extractor" / "preprocessor_config.json").write_text('{"size": 224}')
 
-    half = open_base(config.Model(base=str(folder), variant="fp16"), replace(SD, misfits=lambda configs: []))
+    half = open_base(
+        config.Model(base=str(folder), variant="fp16"), replace(SD, misfits=lambda configs: [])
+    )
     export.write_full(half, SD, run, trained, "epsilon", 1)
     names = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
     assert not [n for n in names if "fp16" in n] and UNET in names
     shards = sorted(n for n in names if n.startswith("vae/") and "-of-" in n)
     merged = {k: v for n in shards for k, v in load_file(run / n).items()}
-    mapped = json.loads((run / "vae" / "diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]
-    assert len(shards) > 1 and {"vae/" + n for n in mapped.values()} == set(shards) and set(mapped) == set(merged)
-    assert (run / "text_encoder" / "model.safetensors").read_bytes() == (folder / "text_encoder" / "model.fp16.safetensors").read_bytes()
+    mapped = json.loads(
+        (run / "vae" / "diffusion_pytorch_model.safetensors.index.json").read_text()
+    )["weight_map"]
+    assert (
+        len(shards) > 1
+        and {"vae/" + n for n in mapped.values()} == set(shards)
+        and set(mapped) == set(merged)
+    )
+    assert (run / "text_encoder" / "model.safetensors").read_bytes() == (
+        folder / "text_encoder" / "model.fp16.safetensors"
+    ).read_bytes()
     out = json.loads((run / "model_index.json").read_text())
     assert out["image_encoder"] == [None, None] and "image_encoder/config.json" not in names
-    assert {"safety_checker/config.json", "safety_checker/model.safetensors", "feature_extractor/preprocessor_config.json"} <= names
+    assert {
+        "safety_checker/config.json",
+        "safety_checker/model.safetensors",
+        "feature_extractor/preprocessor_config.json",
+    } <= names
     assert b"/home/someone" not in everything(run)
 
 
-@pytest.mark.parametrize(("predict", "cls"), [("v_prediction", "PNDMScheduler"), ("sample", "DDIMScheduler")])
-def test_the_scheduler_says_what_was_trained(opened: Base, trained: dict[str, np.ndarray], tmp_path: Path, predict: str, cls: str) -> None:
+@pytest.mark.parametrize(
+    ("predict", "cls"), [("v_prediction", "PNDMScheduler"), ("sample", "DDIMScheduler")]
+)
+def test_the_scheduler_says_what_was_trained(
+    opened: Base, trained: dict[str, np.ndarray], tmp_path: Path, predict: str, cls: str
+) -> None:
     export.write_full(opened, SD, tmp_path, trained, predict, 1)
     loaded = pipeline(tmp_path)
-    assert (loaded.scheduler.config.prediction_type, type(loaded.scheduler).__name__) == (predict, cls)
-    assert np.allclose(loaded.scheduler.betas.numpy(), np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    assert (loaded.scheduler.config.prediction_type, type(loaded.scheduler).__name__) == (
+        predict,
+        cls,
+    )
+    assert np.allclose(
+        loaded.scheduler.betas.numpy(), np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    )
     assert np.isfinite(loaded("a red circle", num_inference_steps=2, output_type="np").images).all()
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 10.0), (3, 1.5)])
-def test_lora_keeps_rank_and_alpha(sd: Path, opened: Base, tmp_path: Path, rank: int, alpha: float) -> None:
+def test_lora_keeps_rank_and_alpha(
+    sd: Path, opened: Base, tmp_path: Path, rank: int, alpha: float
+) -> None:
     loaded, draws = pipeline(sd), np.random.default_rng(0)
     targets = ("to_q", "to_out.0")
     arrays, wanted = {}, {}
     for name, module in loaded.unet.named_modules():
         if name.endswith(targets):
             out, into = module.weight.shape
-            down, up = draws.normal(0, 0.1, (rank, into)).astype(np.float32), draws.normal(0, 0.1, (out, rank)).astype(np.float32)
+            down, up = (
+                draws.normal(0, 0.1, (rank, into)).astype(np.float32),
+                draws.normal(0, 0.1, (out, rank)).astype(np.float32),
+            )
             arrays |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
             wanted[name] = module.weight.detach().numpy() + alpha / rank * up @ down
-    export.write_lora(opened, SD, tmp_path, arrays, config.Adapt("lora", rank, alpha, targets=targets), 3)
+    export.write_lora(
+        opened, SD, tmp_path, arrays, config.Adapt("lora", rank, alpha, targets=targets), 3
+    )
     assert set(load_file(tmp_path / export.LORA)) == set(arrays)
     loaded.load_lora_weights(tmp_path)
-    scales = {module.scaling["default_0"] for module in loaded.unet.modules() if hasattr(module, "scaling")}
+    scales = {
+        module.scaling["default_0"]
+        for module in loaded.unet.modules()
+        if hasattr(module, "scaling")
+    }
     assert scales == {alpha / rank} and loaded.unet.peft_config["default_0"].r == rank
     loaded.fuse_lora()
-    fused = {n: m.base_layer.weight.detach().numpy() for n, m in loaded.unet.named_modules() if n in wanted}
-    assert len(fused) == len(wanted) > 4 and all(np.allclose(fused[n], w, atol=1e-6) for n, w in wanted.items())
+    fused = {
+        n: m.base_layer.weight.detach().numpy()
+        for n, m in loaded.unet.named_modules()
+        if n in wanted
+    }
+    assert len(fused) == len(wanted) > 4 and all(
+        np.allclose(fused[n], w, atol=1e-6) for n, w in wanted.items()
+    )
     assert export.result_is_whole(tmp_path, 3) and not export.result_is_whole(tmp_path, 4)
 
 
@@ -163,7 +250,8 @@ def dying(action):
     return act
 
 base, run = open_base(config.Model(base=sys.argv[1]), SD), Path(sys.argv[2])
-arrays = {k: v * np.float32(sys.argv[4]) for k, v in load_file(base.weight_files("unet")[0]).items()}
+arrays = load_file(base.weight_files("unet")[0])
+arrays = {k: v * np.float32(sys.argv[4]) for k, v in arrays.items()}
 for name in ("rename", "replace", "unlink", "fsync"):
     setattr(os, name, dying(getattr(os, name)))
 export.write_full(base, SD, run, arrays, "v_prediction", int(sys.argv[5]))
@@ -171,20 +259,36 @@ print(count)
 """
 
 
-def dying(sd: Path, run: Path, moment: int, factor: float, step: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", DYING, str(sd), str(run), str(moment), str(factor), str(step)], capture_output=True, text=True)
+def dying(
+    sd: Path, run: Path, moment: int, factor: float, step: int
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", DYING, str(sd), str(run), str(moment), str(factor), str(step)],
+        capture_output=True,
+        text=True,
+    )
 
 
 def digests(run: Path) -> dict[str, str]:
-    return {p.relative_to(run).as_posix(): durable.digest(p) for p in sorted(run.rglob("*")) if p.is_file() and not p.relative_to(run).parts[0].startswith(".")}
+    return {
+        p.relative_to(run).as_posix(): durable.digest(p)
+        for p in sorted(run.rglob("*"))
+        if p.is_file() and not p.relative_to(run).parts[0].startswith(".")
+    }
 
 
-def test_killed_at_any_moment_it_is_never_a_mixture_and_completes(sd: Path, opened: Base, tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_is_never_a_mixture_and_completes(
+    sd: Path, opened: Base, tmp_path: Path
+) -> None:
     dying(sd, tmp_path / "old", 0, 1.0, 4)
     shutil.copytree(tmp_path / "old", tmp_path / "new")
     moments = int(dying(sd, tmp_path / "new", 0, 2.0, 8).stdout)
     old, new = digests(tmp_path / "old"), digests(tmp_path / "new")
-    assert export.result_is_whole(tmp_path / "new", 8) and old.keys() == new.keys() and old[UNET] != new[UNET]
+    assert (
+        export.result_is_whole(tmp_path / "new", 8)
+        and old.keys() == new.keys()
+        and old[UNET] != new[UNET]
+    )
     arrays = {k: v * np.float32(2) for k, v in load_file(sd / UNET).items()}
     for moment in (1, 2, 3, 4, *range(5, moments - 3, 9), moments - 2, moments - 1, moments):
         run = Path(shutil.copytree(tmp_path / "old", tmp_path / f"run{moment}"))
@@ -192,7 +296,9 @@ def test_killed_at_any_moment_it_is_never_a_mixture_and_completes(sd: Path, open
         left = digests(run)
         assert export.result_is_whole(run, 8) == (left == new)
         if "model_index.json" in left:
-            assert {k: v for k, v in old.items() if k != "result.json"} == {k: v for k, v in left.items() if k != "result.json"} or left.items() <= new.items()
+            assert {k: v for k, v in old.items() if k != "result.json"} == {
+                k: v for k, v in left.items() if k != "result.json"
+            } or left.items() <= new.items()
         export.write_full(opened, SD, run, arrays, "v_prediction", 8)
         durable.sweep(run)
         assert export.result_is_whole(run, 8) and digests(run) == new
@@ -233,33 +339,62 @@ def test_the_card_tells_no_secrets_and_runs_nothing(opened: Base, tmp_path: Path
             "preview": {"prompts": [HOSTILE]},
         },
     )
-    text = export.model_card(config.plain(cfg), local, SD, 12, prompts=[HOSTILE], repo="someone/red-things", grid=True)
+    text = export.model_card(
+        config.plain(cfg), local, SD, 12, prompts=[HOSTILE], repo="someone/red-things", grid=True
+    )
     assert "somebody" not in text and str(tmp_path) not in text
     matter = yaml.safe_load(text.split("---\n")[1])
-    assert matter["license"] == "creativeml-openrail-m" and "base_model" not in matter and "datasets" not in matter
-    assert {"stable-diffusion", "text-to-image", "diffusers", "diffusers-training", "lora"} <= set(matter["tags"]) and matter["library_name"] == "diffusers"
-    before, code, rest = text.split("```python\n")[0], *text.split("```python\n")[1].split("\n```\n", 1)
-    assert "<script>" not in before + rest and "<i>" not in before + rest and "\n## title" not in text
+    assert (
+        matter["license"] == "creativeml-openrail-m"
+        and "base_model" not in matter
+        and "datasets" not in matter
+    )
+    assert {"stable-diffusion", "text-to-image", "diffusers", "diffusers-training", "lora"} <= set(
+        matter["tags"]
+    ) and matter["library_name"] == "diffusers"
+    before, code, rest = (
+        text.split("```python\n")[0],
+        *text.split("```python\n")[1].split("\n```\n", 1),
+    )
+    assert (
+        "<script>" not in before + rest and "<i>" not in before + rest and "\n## title" not in text
+    )
     assert "## title ```" not in before + rest and "](http" not in before + rest
     tree = ast.parse(code)
-    strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    strings = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
     assert HOSTILE in strings and "someone/red-things" in strings
-    assert "| optim\\.learning\\_rate | 0\\.0001 |" in text and "12 steps" in text and "](preview.png)" in text
+    assert (
+        "| optim\\.learning\\_rate | 0\\.0001 |" in text
+        and "12 steps" in text
+        and "](preview.png)" in text
+    )
 
     on_hub = replace(local, name="someone/base", commit="0" * 40)
     plain = config.plain(config.Config(data=config.Data(hub="someone/pictures")))
     matter = yaml.safe_load(export.model_card(plain, on_hub, SD, 1).split("---\n")[1])
-    assert (matter["base_model"], matter["base_model_relation"], matter["datasets"]) == ("someone/base", "finetune", ["someone/pictures"])
+    assert (matter["base_model"], matter["base_model_relation"], matter["datasets"]) == (
+        "someone/base",
+        "finetune",
+        ["someone/pictures"],
+    )
     elsewhere = config.plain(config.Config(data=config.Data(hub="/home/somebody/table")))
     assert "somebody" not in export.model_card(elsewhere, on_hub, SD, 1)
-    assert "license" not in yaml.safe_load(export.model_card(plain, opened, SD, 1).split("---\n")[1])
+    assert "license" not in yaml.safe_load(
+        export.model_card(plain, opened, SD, 1).split("---\n")[1]
+    )
 
 
 def filled(opened: Base, trained: dict[str, np.ndarray], run: Path) -> Path:
     """A run's folder with all that must stay at home."""
     export.write_full(opened, SD, run, trained, "epsilon", 5)
     plain = config.plain(config.Config(export=config.Export(hub="red")))
-    durable.write_text(run / "README.md", export.model_card(plain, opened, SD, 5, repo="tester/red", grid=True))
+    durable.write_text(
+        run / "README.md", export.model_card(plain, opened, SD, 5, repo="tester/red", grid=True)
+    )
     (run / "preview.png").write_bytes(b"png")
     for name in (
         "checkpoint-5/optimizer.safetensors",
@@ -276,21 +411,39 @@ def filled(opened: Base, trained: dict[str, np.ndarray], run: Path) -> Path:
     return run
 
 
-def test_only_the_result_is_pushed_and_the_token_is_written_nowhere(opened: Base, trained: dict[str, np.ndarray], hub: Hub, tmp_path: Path) -> None:
+def test_only_the_result_is_pushed_and_the_token_is_written_nowhere(
+    opened: Base, trained: dict[str, np.ndarray], hub: Hub, tmp_path: Path
+) -> None:
     run, told = filled(opened, trained, tmp_path / "run"), []
     assert export.check_push("red", private=True) == "tester/red"
     address = export.push(run, "red", True, told.append)
     assert address == f"{hub.url}/tester/red" and hub.repos[("model", "tester/red")].private
     allowed = {*export.read_result(run)["files"], "README.md", "preview.png"}
-    assert len(hub.pushed["tester/red"]) == 1 and sorted(hub.pushed["tester/red"][0]) == sorted(allowed)
+    assert len(hub.pushed["tester/red"]) == 1 and sorted(hub.pushed["tester/red"][0]) == sorted(
+        allowed
+    )
     received = hub.received("tester/red")
-    assert set(received) == allowed and all(data == (run / name).read_bytes() for name, data in received.items())
-    assert {sent for _, path, sent in hub.requests if path.startswith("/api/")} == {f"Bearer {CANARY}"}
+    assert set(received) == allowed and all(
+        data == (run / name).read_bytes() for name, data in received.items()
+    )
+    assert {sent for _, path, sent in hub.requests if path.startswith("/api/")} == {
+        f"Bearer {CANARY}"
+    }
     assert all(name in told[0] for name in allowed) and CANARY not in "".join(told)
-    assert CANARY.encode() not in everything(tmp_path) and not [n for n, data in received.items() if CANARY.encode() in data]
+    assert CANARY.encode() not in everything(tmp_path) and not [
+        n for n, data in received.items() if CANARY.encode() in data
+    ]
 
 
-@pytest.mark.parametrize("request_", ["GET /api/whoami", "POST /api/repos/create", "POST /api/models/.*/preupload", "POST /api/models/.*/commit"])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        "GET /api/whoami",
+        "POST /api/repos/create",
+        "POST /api/models/.*/preupload",
+        "POST /api/models/.*/commit",
+    ],
+)
 def test_a_failed_push_leaves_a_whole_result_and_says_how_to_try_again(
     opened: Base, trained: dict[str, np.ndarray], hub: Hub, tmp_path: Path, request_: str
 ) -> None:
@@ -299,13 +452,23 @@ def test_a_failed_push_leaves_a_whole_result_and_says_how_to_try_again(
     hub.answer(request_, 403, times=1)
     with pytest.raises(HubFault) as caught:
         export.push(run, "tester/red", False, lambda text: None)
-    assert "(403)" in str(caught.value) and f"limner export '{run}' --push tester/red" in str(caught.value) and CANARY not in str(caught.value)
-    assert everything(run) == before and export.result_is_whole(run, 5) and "tester/red" not in hub.pushed
+    assert (
+        "(403)" in str(caught.value)
+        and f"limner export '{run}' --push tester/red" in str(caught.value)
+        and CANARY not in str(caught.value)
+    )
+    assert (
+        everything(run) == before
+        and export.result_is_whole(run, 5)
+        and "tester/red" not in hub.pushed
+    )
     export.push(run, "tester/red", False, lambda text: None)
     assert len(hub.pushed["tester/red"]) == 1
 
 
-def test_what_would_fail_at_the_end_is_found_before_training(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_would_fail_at_the_end_is_found_before_training(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputFault, match=r"'a/b/c' is no name of a repository"):
         export.check_push("a/b/c")
     for request_, status, expected in [
@@ -332,5 +495,12 @@ def test_what_would_fail_at_the_end_is_found_before_training(hub: Hub, monkeypat
 
 def test_nothing_heavy_is_imported() -> None:
     heavy = ("torch", "diffusers", "transformers", "datasets", "huggingface_hub", "yaml")
-    code = f"import sys, limner.base, limner.export; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)).stdout.strip() == "[]"
+    code = (
+        f"import sys, limner.base, limner.export; print([m for m in {heavy} if m in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
+        ).stdout.strip()
+        == "[]"
+    )

@@ -25,22 +25,34 @@ def test_clean_is_a_scaled_draw_from_the_posterior() -> None:
     made = SD.clean({"mean": mean, "std": np.abs(std)}, CONFIGS, normal)
     assert made.dtype == np.float32
     np.testing.assert_allclose(made, (mean + np.abs(std) * normal) * 0.18215, rtol=1e-6)
-    np.testing.assert_allclose(SD.clean({"mean": mean, "std": std * 0}, {"vae": {}}, normal), mean * 0.18215, rtol=1e-6)
-    assert set(SD.latent) == {"mean", "std"} and SD.inputs({"context": 3, "x0": 1}) == {"encoder_hidden_states": 3}
+    np.testing.assert_allclose(
+        SD.clean({"mean": mean, "std": std * 0}, {"vae": {}}, normal), mean * 0.18215, rtol=1e-6
+    )
+    assert set(SD.latent) == {"mean", "std"} and SD.inputs({"context": 3, "x0": 1}) == {
+        "encoder_hidden_states": 3
+    }
 
 
 def test_a_plain_base_fits() -> None:
     assert SD.misfits(CONFIGS) == []
-    assert SD.misfits(CONFIGS | {"unet": {"in_channels": 4, "cross_attention_dim": [768, 768]}}) == []
+    assert (
+        SD.misfits(CONFIGS | {"unet": {"in_channels": 4, "cross_attention_dim": [768, 768]}}) == []
+    )
 
 
 @pytest.mark.parametrize(
     ("unet", "words"),
     [
         ({"in_channels": 9}, "in_channels is 9, the autoencoder's latent_channels is 4"),
-        ({"cross_attention_dim": 1024}, "cross_attention_dim is 1024, the text encoder's hidden_size is 768"),
+        (
+            {"cross_attention_dim": 1024},
+            "cross_attention_dim is 1024, the text encoder's hidden_size is 768",
+        ),
         ({"cross_attention_dim": [768, 1024]}, "not from the same model"),
-        ({"addition_embed_type": "text_time"}, "conditioned on more than the caption (addition_embed_type)"),
+        (
+            {"addition_embed_type": "text_time"},
+            "conditioned on more than the caption (addition_embed_type)",
+        ),
     ],
 )
 def test_misfits_are_named(unet: dict, words: str) -> None:
@@ -50,39 +62,78 @@ def test_misfits_are_named(unet: dict, words: str) -> None:
 
 def test_every_fault_has_an_exit_code_of_its_own() -> None:
     codes = {cls.__name__: cls.code for cls in Fault.__subclasses__()}
-    assert codes == {"InputFault": 2, "Stopped": 3, "NonFinite": 4, "DiskFault": 5, "HubFault": 6, "IntegrityFault": 7, "Locked": 8}
+    assert codes == {
+        "InputFault": 2,
+        "Stopped": 3,
+        "NonFinite": 4,
+        "DiskFault": 5,
+        "HubFault": 6,
+        "IntegrityFault": 7,
+        "Locked": 8,
+    }
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("ema", [False, True])
-def test_a_snapshot_comes_back_and_lies_where_diffusers_looks(tmp_path: Path, kind: str, ema: bool) -> None:
+def test_a_snapshot_comes_back_and_lies_where_diffusers_looks(
+    tmp_path: Path, kind: str, ema: bool
+) -> None:
     draws = np.random.default_rng(0)
     name = "unet.down.attn.to_q.lora_A.weight" if kind == "lora" else "conv_in.weight"
-    groups = {group: {name: draws.standard_normal((3, 2), np.float32)} for group in ("model", "ema", "optimizer")}
+    groups = {
+        group: {name: draws.standard_normal((3, 2), np.float32)}
+        for group in ("model", "ema", "optimizer")
+    }
     groups["optimizer"]["step"] = np.array(7.0, np.float32)
     if not ema:
         del groups["ema"]
     cfg = config.build(config.Config, {"adapt": {"kind": kind, "rank": 3}})
-    path = snapshot.save(tmp_path, 9, iter(groups.items()), {"seed": 1}, cfg, SD, {"_class_name": "UNet2DConditionModel"})
+    path = snapshot.save(
+        tmp_path,
+        9,
+        iter(groups.items()),
+        {"seed": 1},
+        cfg,
+        SD,
+        {"_class_name": "UNet2DConditionModel"},
+    )
     found = checkpoint.read(path)
     read = snapshot.reader(found, cfg.adapt, SD)
     for group, arrays in groups.items():
         assert read(group).keys() == arrays.keys()
         for key, array in arrays.items():
-            assert read(group)[key].tobytes() == array.tobytes() and read(group)[key].shape == array.shape
+            assert (
+                read(group)[key].tobytes() == array.tobytes()
+                and read(group)[key].shape == array.shape
+            )
     assert snapshot.result_group(found, cfg.adapt, SD) == ("ema" if ema else "model")
     names = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
     if kind == "lora":
-        expected = {"pytorch_lora_weights.safetensors"} | ({"ema/pytorch_lora_weights.safetensors"} if ema else set())
+        expected = {"pytorch_lora_weights.safetensors"} | (
+            {"ema/pytorch_lora_weights.safetensors"} if ema else set()
+        )
         assert list(found.arrays("pytorch_lora_weights.safetensors")) == [name]
     else:
         folders = ["unet", "unet_ema"] if ema else ["unet"]
-        expected = {f"{folder}/{file}" for folder in folders for file in ("config.json", "diffusion_pytorch_model.safetensors")}
-        assert json.loads((path / "unet" / "config.json").read_text()) == {"_class_name": "UNet2DConditionModel"}
+        expected = {
+            f"{folder}/{file}"
+            for folder in folders
+            for file in ("config.json", "diffusion_pytorch_model.safetensors")
+        }
+        assert json.loads((path / "unet" / "config.json").read_text()) == {
+            "_class_name": "UNet2DConditionModel"
+        }
     assert names == expected | {"optimizer.safetensors", "state.json", "MANIFEST.json"}
 
 
 def test_lora_metadata_says_rank_and_alpha() -> None:
-    for adapt, alpha in ((config.Adapt(kind="lora", rank=8), 8), (config.Adapt(kind="lora", rank=8, alpha=16.0), 16.0)):
+    for adapt, alpha in (
+        (config.Adapt(kind="lora", rank=8), 8),
+        (config.Adapt(kind="lora", rank=8, alpha=16.0), 16.0),
+    ):
         said = json.loads(snapshot.lora_metadata(adapt, SD)["lora_adapter_metadata"])
-        assert (said["unet.r"], said["unet.lora_alpha"], said["unet.target_modules"]) == (8, alpha, ["to_k", "to_out.0", "to_q", "to_v"])
+        assert (said["unet.r"], said["unet.lora_alpha"], said["unet.target_modules"]) == (
+            8,
+            alpha,
+            ["to_k", "to_out.0", "to_q", "to_v"],
+        )

@@ -1,4 +1,5 @@
-"""A cache may save time; it may never change a number: cached equals uncached to the bit, although encoders feel the shape of a batch."""
+"""A cache may save time; it may never change a number: cached equals uncached to the bit, although
+encoders feel the shape of a batch."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ SD = FAMILIES["sd"]
 
 
 class Sensitive:
-    """Encoders whose last bits depend on how many examples they see, like those of every framework."""
+    """Encoders whose last bits depend on how many examples they see, like those of every
+    framework."""
 
     def __init__(self) -> None:
         self.shapes: list[tuple[str, int]] = []
@@ -45,19 +47,34 @@ def square(i: int) -> np.ndarray:
     return np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
 
 
-def requests(numbers: Sequence[int], cached: Callable[[int], bool] = lambda i: True) -> list[Picture]:
-    return [Picture(f"key {i}" if cached(i) else None, (8, 8), lambda i=i: [square(i)]) for i in numbers]
+def requests(
+    numbers: Sequence[int], cached: Callable[[int], bool] = lambda i: True
+) -> list[Picture]:
+    return [
+        Picture(f"key {i}" if cached(i) else None, (8, 8), lambda i=i: [square(i)]) for i in numbers
+    ]
 
 
 def encoded(folder: Path | None, parts: Sensitive, batch: int = 4) -> Encoded:
-    stores = (None, None) if folder is None else (Store(folder / "picture-x", lambda text: None), Store(folder / "caption-x", lambda text: None))
+    stores = (
+        (None, None)
+        if folder is None
+        else (
+            Store(folder / "picture-x", lambda text: None),
+            Store(folder / "caption-x", lambda text: None),
+        )
+    )
     return Encoded(SD, lambda: parts, *stores, batch, text_batch=batch)
 
 
 def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        assert a[name].dtype == b[name].dtype == np.float32 and a[name].shape == b[name].shape and a[name].tobytes() == b[name].tobytes()
+        assert (
+            a[name].dtype == b[name].dtype == np.float32
+            and a[name].shape == b[name].shape
+            and a[name].tobytes() == b[name].tobytes()
+        )
 
 
 CAPTIONS = ["a red circle", "", "ein grüner Kreis", "x"]
@@ -76,7 +93,11 @@ def test_cached_equals_uncached_to_the_bit(tmp_path: Path, numbers: list[int]) -
     again = encoded(tmp_path, used)
     equal(again.images(requests(numbers)), images)
     equal(again.texts([CAPTIONS[i % 4] for i in numbers]), texts)
-    assert used.shapes == [] and not again.lacks(requests(numbers), CAPTIONS) and again.lacks(requests([77]), CAPTIONS)
+    assert (
+        used.shapes == []
+        and not again.lacks(requests(numbers), CAPTIONS)
+        and again.lacks(requests([77]), CAPTIONS)
+    )
 
 
 def test_encoders_see_one_batch_shape_only(tmp_path: Path) -> None:
@@ -87,7 +108,10 @@ def test_encoders_see_one_batch_shape_only(tmp_path: Path) -> None:
     for count in (1, 4, 5, 6, 11):
         made.images(requests(range(20, 20 + count)))
         made.texts([f"new {i}" for i in range(count)])
-    assert {size for _, size in parts.shapes} == {5} and {name for name, _ in parts.shapes} == {"vae", "text_encoder"}
+    assert {size for _, size in parts.shapes} == {5} and {name for name, _ in parts.shapes} == {
+        "vae",
+        "text_encoder",
+    }
 
 
 def test_a_batch_with_rows_that_are_not_cached(tmp_path: Path) -> None:
@@ -98,7 +122,10 @@ def test_a_batch_with_rows_that_are_not_cached(tmp_path: Path) -> None:
     assert "key 1" in made.image_store and len(made.image_store.rows) == 3  # type: ignore[operator, union-attr]
     equal(made.images(requests([4, 1, 7, 2], cached=lambda i: i != 7)), expected)
     equal(made.images(requests([4, 1, 7, 2])), expected)
-    equal(made.images(requests([7], cached=lambda i: False)), encoded(None, Sensitive()).images(requests([7])))
+    equal(
+        made.images(requests([7], cached=lambda i: False)),
+        encoded(None, Sensitive()).images(requests([7])),
+    )
 
 
 def test_each_is_encoded_once(tmp_path: Path) -> None:
@@ -121,13 +148,20 @@ def test_a_damaged_shard_is_named_and_encoded_again(tmp_path: Path) -> None:
     equal(made.images(requests([5, 0])), encoded(None, Sensitive()).images(requests([5, 0])))
 
 
-def test_filling_goes_on_after_death_between_and_inside_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filling_goes_on_after_death_between_and_inside_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(features, "SHARD", 3)
     expected = encoded(None, Sensitive()).images(requests(range(10)))
     for n in range(1, 100):
         folder = tmp_path / str(n)
         encoded(folder, Sensitive())
-        died = moments.dies_at(n, lambda folder=folder: encoded(folder, Sensitive()).fill_images(requests(range(10)), lambda: None))
+        died = moments.dies_at(
+            n,
+            lambda folder=folder: encoded(folder, Sensitive()).fill_images(
+                requests(range(10)), lambda: None
+            ),
+        )
         parts = Sensitive()
         made = encoded(folder, parts)
         before = len(made.image_store.rows)  # type: ignore[union-attr]
@@ -140,7 +174,9 @@ def test_filling_goes_on_after_death_between_and_inside_shards(tmp_path: Path, m
     assert n > 10
 
 
-def test_a_stop_is_looked_at_between_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_is_looked_at_between_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(features, "SHARD", 3)
     asked: list[int] = []
 
@@ -166,7 +202,9 @@ def test_other_processes_rows_are_seen_after_a_refresh(tmp_path: Path) -> None:
 
 def test_rounding_is_the_same_cached_or_not(tmp_path: Path) -> None:
     plain, parts = Encoded(SD, Sensitive, None, None, 4, text_batch=4, dtype="float16"), Sensitive()
-    made = Encoded(SD, lambda: parts, Store(tmp_path / "p"), Memory(), 4, text_batch=4, dtype="float16")
+    made = Encoded(
+        SD, lambda: parts, Store(tmp_path / "p"), Memory(), 4, text_batch=4, dtype="float16"
+    )
     made.fill_images(requests(range(6)), lambda: None)
     made.fill_texts(CAPTIONS, lambda: None)
     parts.shapes.clear()
@@ -179,32 +217,66 @@ def test_rounding_is_the_same_cached_or_not(tmp_path: Path) -> None:
         plain.texts(["\U0010ffff"])
 
 
-@pytest.mark.parametrize(("data", "batch"), [({"size": 64}, 8), ({"size": 512}, 8), ({"size": 768}, 3), ({"size": 1024}, 2), ({"size": 4096}, 1)])
+@pytest.mark.parametrize(
+    ("data", "batch"),
+    [
+        ({"size": 64}, 8),
+        ({"size": 512}, 8),
+        ({"size": 768}, 3),
+        ({"size": 1024}, 2),
+        ({"size": 4096}, 1),
+    ],
+)
 def test_large_pictures_are_encoded_few_at_once(data: dict, batch: int) -> None:
     assert encoding.picture_batch(config.build(config.Config, {"data": data})) == batch
-    assert encoding.picture_batch(config.build(config.Config, {"data": {"size": 64, "buckets": {"resolutions": [64, 1024]}}})) == 2
-    assert encoding.picture_batch(config.build(config.Config, {"data": data, "engine": {"encode_batch": 5}})) == 5
+    assert (
+        encoding.picture_batch(
+            config.build(
+                config.Config, {"data": {"size": 64, "buckets": {"resolutions": [64, 1024]}}}
+            )
+        )
+        == 2
+    )
+    assert (
+        encoding.picture_batch(
+            config.build(config.Config, {"data": data, "engine": {"encode_batch": 5}})
+        )
+        == 5
+    )
 
 
 def test_shapes_are_encoded_and_kept_apart(tmp_path: Path) -> None:
     parts = Sensitive()
     sizes = {i: (8, 8) if i % 3 else (4, 12) for i in range(10)}
-    asked = [Picture(f"key {i}", sizes[i], lambda i=i: [np.resize(square(i), (*sizes[i], 3))]) for i in range(10)]
+    asked = [
+        Picture(f"key {i}", sizes[i], lambda i=i: [np.resize(square(i), (*sizes[i], 3))])
+        for i in range(10)
+    ]
     made = encoded(tmp_path, parts)
     made.fill_images(asked, lambda: None)
-    assert len(list((tmp_path / "picture-x").iterdir())) == 2 and {size for _, size in parts.shapes} == {4} and len(parts.shapes) == 3
+    assert (
+        len(list((tmp_path / "picture-x").iterdir())) == 2
+        and {size for _, size in parts.shapes} == {4}
+        and len(parts.shapes) == 3
+    )
     parts.shapes.clear()
     for i in range(10):
         equal(made.images([asked[i]]), encoded(None, Sensitive()).images([asked[i]]))
     assert parts.shapes == []
 
 
-def test_too_little_room_is_known_after_the_first_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_room_is_known_after_the_first_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made, free = encoded(tmp_path, parts := Sensitive()), SimpleNamespace(free=2 * 200 * 96 - 1)
     monkeypatch.setattr(features, "SHARD", 3)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     made.world = 2
-    with pytest.raises(DiskFault, match=f"{tmp_path}/picture-x: 0 MiB are needed for what is not encoded yet, 0 MiB are free. Make room, set data.cache"):
+    with pytest.raises(
+        DiskFault,
+        match=f"{tmp_path}/picture-x: 0 MiB are needed for what is not encoded yet, 0 MiB are "
+        "free. Make room, set data.cache",
+    ):
         made.fill_images(requests(range(200)), lambda: None)
     assert len(parts.shapes) == 1 and not list((tmp_path / "picture-x").iterdir())
     free.free += 1
@@ -217,19 +289,26 @@ def test_a_loader_s_fault_comes_out_as_it_is(tmp_path: Path) -> None:
         raise InputFault("picture 7 is gone")
 
     with pytest.raises(InputFault, match=r"^picture 7 is gone$"):
-        encoded(tmp_path, Sensitive()).fill_images([*requests(range(7)), Picture("key 7", (8, 8), fail)], lambda: None)
+        encoded(tmp_path, Sensitive()).fill_images(
+            [*requests(range(7)), Picture("key 7", (8, 8), fail)], lambda: None
+        )
 
 
 def test_real_encoders_do_not_feel_place_or_neighbours(base: Path) -> None:
-    """What the fixed shape rests on: a row's bits are the same wherever in the batch it stands, whatever stands beside it."""
+    """What the fixed shape rests on: a row's bits are the same wherever in the batch it stands,
+    whatever stands beside it."""
     from limner.base import open_base
     from limner.config import Model
     from limner.engines.torch.parts import TorchParts
 
     parts = TorchParts(open_base(Model(base=str(base)), SD), _cpu())
     made = Encoded(SD, lambda: parts, None, None, 3, text_batch=3)
-    alone = [made.encode_images([[np.kron(square(i), np.ones((4, 4, 1), np.uint8))]]) for i in range(3)]
-    together = made.encode_images([[np.kron(square(i), np.ones((4, 4, 1), np.uint8))] for i in (2, 0, 1)])
+    alone = [
+        made.encode_images([[np.kron(square(i), np.ones((4, 4, 1), np.uint8))]]) for i in range(3)
+    ]
+    together = made.encode_images(
+        [[np.kron(square(i), np.ones((4, 4, 1), np.uint8))] for i in (2, 0, 1)]
+    )
     for place, i in enumerate((2, 0, 1)):
         equal({name: array[place : place + 1] for name, array in together.items()}, alone[i])
     words = ["a red circle", "", "a blue circle of a photo"]

@@ -1,4 +1,5 @@
-"""Pictures from a run: what training previews, what ``limner generate`` draws and what stock diffusers draws are the same."""
+"""Pictures from a run: what training previews, what ``limner generate`` draws and what stock
+diffusers draws are the same."""
 
 import json
 from pathlib import Path
@@ -27,19 +28,33 @@ def runs(base, pictures, tmp_path_factory) -> dict[str, Path]:
             "objective": {"predict": "v_prediction"} if kind == "full" else {},
             "optim": {"learning_rate": 3e-3, "ema": 0.5},
             "train": {"steps": 4, "batch": 4, "seed": 5},
-            "preview": {"prompts": ["a red circle", "a blue square"], "count": 2, "every": 4, "steps": 4, "guidance_scale": 3.0},
+            "preview": {
+                "prompts": ["a red circle", "a blue square"],
+                "count": 2,
+                "every": 4,
+                "steps": 4,
+                "guidance_scale": 3.0,
+            },
         }
         made[kind] = training.run(config.build(config.Config, raw), tell=lambda text: None)
     return made
 
 
 def drawn(run: str, prompts: list[str], folder: Path, **settings) -> list[np.ndarray]:
-    paths = generate.run(run, prompts, output=folder, **{"steps": 4, "guidance_scale": 3.0, "seed": 5, "device": "cpu", **settings})
+    paths = generate.run(
+        run,
+        prompts,
+        output=folder,
+        **{"steps": 4, "guidance_scale": 3.0, "seed": 5, "device": "cpu", **settings},
+    )
     return [np.asarray(Image.open(path)) for path in paths]
 
 
 def previews(run: Path) -> list[np.ndarray]:
-    return [np.asarray(Image.open(path)) for path in sorted((run / "previews" / "step-000004").glob("*.png"))]
+    return [
+        np.asarray(Image.open(path))
+        for path in sorted((run / "previews" / "step-000004").glob("*.png"))
+    ]
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -50,12 +65,22 @@ def test_previews_generate_and_stock_diffusers_draw_the_same(runs, base, tmp_pat
     ours = drawn(str(run), ["a red circle", "a blue square"], tmp_path, count=2)
     assert len(ours) == 4 and ours[0].shape == (32, 32, 3)
     assert np.abs(ours[0].astype(int) - ours[1]).max() > 10  # another seed, another picture
-    stock = StableDiffusionPipeline.from_pretrained(run if kind == "full" else base, use_safetensors=True)
+    stock = StableDiffusionPipeline.from_pretrained(
+        run if kind == "full" else base, use_safetensors=True
+    )
     if kind == "lora":
         stock.load_lora_weights(run)
     stock.set_progress_bar_config(disable=True)
-    for i, (prompt, seed) in enumerate([("a red circle", 5), ("a red circle", 6), ("a blue square", 5), ("a blue square", 6)]):
-        picture = stock(prompt, generator=torch.Generator().manual_seed(seed), num_inference_steps=4, guidance_scale=3.0, output_type="np").images[0]
+    for i, (prompt, seed) in enumerate(
+        [("a red circle", 5), ("a red circle", 6), ("a blue square", 5), ("a blue square", 6)]
+    ):
+        picture = stock(
+            prompt,
+            generator=torch.Generator().manual_seed(seed),
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            output_type="np",
+        ).images[0]
         assert np.abs((picture * 255).round() - ours[i]).max() <= 1, i
         assert np.abs(previews(run)[i].astype(int) - ours[i]).max() <= 1, i
 
@@ -63,21 +88,34 @@ def test_previews_generate_and_stock_diffusers_draw_the_same(runs, base, tmp_pat
 def test_a_tuned_model_draws_another_picture_than_its_base(runs, base, tmp_path):
     before = drawn(str(base), ["a red circle"], tmp_path / "base")
     for kind, run in runs.items():
-        assert np.abs(drawn(str(run), ["a red circle"], tmp_path / kind)[0].astype(int) - before[0]).mean() > 1, kind
+        assert (
+            np.abs(
+                drawn(str(run), ["a red circle"], tmp_path / kind)[0].astype(int) - before[0]
+            ).mean()
+            > 1
+        ), kind
 
 
 def test_a_picture_depends_on_its_seed_alone_not_on_the_batch(runs, tmp_path):
-    one = drawn(str(runs["full"]), ["a red circle", "a blue square", "red"], tmp_path / "one", batch_size=1)
-    many = drawn(str(runs["full"]), ["a red circle", "a blue square", "red"], tmp_path / "many", batch_size=3)
+    one = drawn(
+        str(runs["full"]), ["a red circle", "a blue square", "red"], tmp_path / "one", batch_size=1
+    )
+    many = drawn(
+        str(runs["full"]), ["a red circle", "a blue square", "red"], tmp_path / "many", batch_size=3
+    )
     for a, b in zip(one, many, strict=True):
         assert np.abs(a.astype(int) - b).max() <= 1
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm++", "euler", "euler-a", "heun", "pndm", "unipc"])
+@pytest.mark.parametrize(
+    "name", ["ddim", "ddpm", "dpm++", "euler", "euler-a", "heun", "pndm", "unipc"]
+)
 def test_schedulers_by_name(runs, name):
     from limner.engines.torch import pipeline
 
-    made = pipeline.open_pipeline(Weights(str(runs["full"])), None, scheduler=name, precision="no", device="cpu")
+    made = pipeline.open_pipeline(
+        Weights(str(runs["full"])), None, scheduler=name, precision="no", device="cpu"
+    )
     assert type(made.scheduler).__name__ == pipeline.SCHEDULERS[name][0]
     assert made.scheduler.config.prediction_type == "v_prediction"  # the recipe's, not the base's
     [picture] = pipeline.draw(made, ["red"], [0], steps=4, guidance_scale=2.0, size=None)
@@ -87,11 +125,43 @@ def test_schedulers_by_name(runs, name):
 def test_the_command_reads_prompts_and_writes_a_grid(runs, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\na blue square\n")
-    arguments = ["generate", str(runs["lora"]), "red", "--prompt-file", str(prompts), "--steps", "2", "--count", "2", "--device", "cpu"]
-    assert cli.main([*arguments, "--output", str(tmp_path / "out"), "--grid", str(tmp_path / "grid.png"), "--negative-prompt", "blue", "--size", "32"]) == 0
+    arguments = [
+        "generate",
+        str(runs["lora"]),
+        "red",
+        "--prompt-file",
+        str(prompts),
+        "--steps",
+        "2",
+        "--count",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    assert (
+        cli.main(
+            [
+                *arguments,
+                "--output",
+                str(tmp_path / "out"),
+                "--grid",
+                str(tmp_path / "grid.png"),
+                "--negative-prompt",
+                "blue",
+                "--size",
+                "32",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out.splitlines()
     assert [Path(line).name for line in said] == [
-        *(f"{i:03d}-{name}-{i % 2}.png" for i, name in enumerate(["red", "red", "a-red-circle", "a-red-circle", "a-blue-square", "a-blue-square"])),
+        *(
+            f"{i:03d}-{name}-{i % 2}.png"
+            for i, name in enumerate(
+                ["red", "red", "a-red-circle", "a-red-circle", "a-blue-square", "a-blue-square"]
+            )
+        ),
         "grid.png",
     ]
     with Image.open(tmp_path / "grid.png") as grid:
@@ -115,7 +185,9 @@ def test_what_cannot_be_drawn_is_said_in_one_message(runs, tmp_path, capsys, arg
 
 
 def test_a_lora_without_its_base_asks_for_it(runs, tmp_path):
-    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes((runs["lora"] / "pytorch_lora_weights.safetensors").read_bytes())
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(
+        (runs["lora"] / "pytorch_lora_weights.safetensors").read_bytes()
+    )
     with pytest.raises(InputFault, match="--base"):
         generate.run(str(tmp_path), ["red"])
 
@@ -127,8 +199,14 @@ def test_a_lora_takes_its_base_from_where_the_run_kept_it(tmp_path, monkeypatch)
     (run / "pytorch_lora_weights.safetensors").touch()
     model = {"base": "owner/name", "variant": "fp16", "revision": "abc", "cache_dir": "/downloads"}
     (run / "config.json").write_text(json.dumps({"model": model}))
-    assert generate.locate("~/run", None) == (Weights("owner/name", run, None, "fp16", "abc", "/downloads"), None)
-    assert generate.locate("~/run", "~/other") == (Weights(str(tmp_path / "other"), run, cache_dir="/downloads"), None)
+    assert generate.locate("~/run", None) == (
+        Weights("owner/name", run, None, "fp16", "abc", "/downloads"),
+        None,
+    )
+    assert generate.locate("~/run", "~/other") == (
+        Weights(str(tmp_path / "other"), run, cache_dir="/downloads"),
+        None,
+    )
     (run / "model_index.json").touch()
     assert generate.locate("~/run", None) == (Weights(str(run)), None)
 
@@ -146,8 +224,19 @@ def test_the_pipeline_is_fetched_into_the_folder_that_is_given(tmp_path, monkeyp
 
     monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", refuse)
     with pytest.raises(InputFault, match="not there"):
-        engines.open_pipeline(Weights("owner/name", cache_dir="/downloads", revision="abc"), None, scheduler=None, precision="no", device="cpu")
-    assert (given["model"], given["cache_dir"], given["revision"], given["variant"]) == ("owner/name", "/downloads", "abc", None)
+        engines.open_pipeline(
+            Weights("owner/name", cache_dir="/downloads", revision="abc"),
+            None,
+            scheduler=None,
+            precision="no",
+            device="cpu",
+        )
+    assert (given["model"], given["cache_dir"], given["revision"], given["variant"]) == (
+        "owner/name",
+        "/downloads",
+        "abc",
+        None,
+    )
 
 
 @pytest.mark.parametrize("text", ["\N{ARTIST PALETTE} é", 'a "b" \\ c\td\x7f', ""])
@@ -162,7 +251,10 @@ def test_show_writes_any_text_as_toml(text):
 
 def test_show_prints_settings_and_arithmetic(pictures, tmp_path, capsys, monkeypatch):
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(f'[model]\nbase = "x"\n[data]\nfolder = "{pictures}"\n[train]\nepochs = 3\nbatch = 8\nmicro = 2\n[watch]\nhold_out = 2\n')
+    recipe.write_text(
+        f'[model]\nbase = "x"\n[data]\nfolder = "{pictures}"\n[train]\nepochs = 3\nbatch = 8\n'
+        "micro = 2\n[watch]\nhold_out = 2\n"
+    )
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["show", str(recipe), "optim.learning_rate=2e-5"]) == 0
     said = capsys.readouterr().out
@@ -172,5 +264,7 @@ def test_show_prints_settings_and_arithmetic(pictures, tmp_path, capsys, monkeyp
     assert "one epoch: 1.25 steps; the run: 4 steps" in said  # ceil(3 * 10 / 8)
     import tomllib
 
-    assert config.build(config.Config, tomllib.loads(said)) == config.load(recipe, ["optim.learning_rate=2e-5"])
+    assert config.build(config.Config, tomllib.loads(said)) == config.load(
+        recipe, ["optim.learning_rate=2e-5"]
+    )
     assert json.loads(json.dumps(tomllib.loads(said)))["train"]["batch"] == 8

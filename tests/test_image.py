@@ -13,7 +13,10 @@ from PIL import Image, ImageFile
 from limner.data import image
 from limner.faults import InputFault
 
-MARK = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[10, 20, 30], [250, 240, 230], [128, 127, 126]]], np.uint8)  # no symmetry: all 8 orientations differ
+MARK = np.array(
+    [[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[10, 20, 30], [250, 240, 230], [128, 127, 126]]],
+    np.uint8,
+)  # no symmetry: all 8 orientations differ
 UPRIGHT_OF_STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -50,7 +53,13 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 def png(width: int, height: int, depth: int, colour: int, data: bytes, extra: bytes = b"") -> bytes:
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + extra
+        + chunk(b"IDAT", zlib.compress(data))
+        + chunk(b"IEND", b"")
+    )
 
 
 def icc(kind: bytes, space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
@@ -61,15 +70,37 @@ def icc(kind: bytes, space: bytes, connection: bytes, tags: dict[bytes, bytes]) 
         table += name + struct.pack(">II", at + len(body), len(data))
         body += data
     d50 = struct.pack(">3i", *(round(v * 65536) for v in (0.9642, 1.0, 0.8249)))
-    header = struct.pack(">I4sI", at + len(body), b"lcms", 0x02100000) + kind + space + connection + b"\0" * 12 + b"acsp" + b"\0" * 28 + d50
+    header = (
+        struct.pack(">I4sI", at + len(body), b"lcms", 0x02100000)
+        + kind
+        + space
+        + connection
+        + b"\0" * 12
+        + b"acsp"
+        + b"\0" * 28
+        + d50
+    )
     return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
 
 
 def rgb_profile(curve: bytes) -> bytes:
     """sRGB's primaries and another curve from value to light."""
-    xyz = {b"rXYZ": (0.4361, 0.2225, 0.0139), b"gXYZ": (0.3851, 0.7169, 0.0971), b"bXYZ": (0.1431, 0.0606, 0.7141), b"wtpt": (0.9642, 1.0, 0.8249)}
-    tags = {name: b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(v * 65536) for v in value)) for name, value in xyz.items()}
-    return icc(b"mntr", b"RGB ", b"XYZ ", tags | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), b"curv\0\0\0\0" + curve))
+    xyz = {
+        b"rXYZ": (0.4361, 0.2225, 0.0139),
+        b"gXYZ": (0.3851, 0.7169, 0.0971),
+        b"bXYZ": (0.1431, 0.0606, 0.7141),
+        b"wtpt": (0.9642, 1.0, 0.8249),
+    }
+    tags = {
+        name: b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(v * 65536) for v in value))
+        for name, value in xyz.items()
+    }
+    return icc(
+        b"mntr",
+        b"RGB ",
+        b"XYZ ",
+        tags | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), b"curv\0\0\0\0" + curve),
+    )
 
 
 def linear_profile() -> bytes:
@@ -85,13 +116,31 @@ def tabled_srgb_profile() -> bytes:
 
 
 def cmyk_profile() -> bytes:
-    """A press whose cyan ink is a mid grey, key is black, and whose other inks do nothing: no plain conversion comes near."""
+    """A press whose cyan ink is a mid grey, key is black, and whose other inks do nothing: no plain
+    conversion comes near."""
     line = struct.pack(">2H", 0, 65535)
-    white, grey, black = (struct.pack(">3H", light, 0x8000, 0x8000) for light in (0xFF00, 0x7F80, 0))  # L* = 100, 50 and 0 in Lab of 16 bits
-    nodes = b"".join(black if node & 1 else grey if node & 8 else white for node in range(16))  # cyan varies slowest
+    white, grey, black = (
+        struct.pack(">3H", light, 0x8000, 0x8000) for light in (0xFF00, 0x7F80, 0)
+    )  # L* = 100, 50 and 0 in Lab of 16 bits
+    nodes = b"".join(
+        black if node & 1 else grey if node & 8 else white for node in range(16)
+    )  # cyan varies slowest
     unity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
-    lut = b"mft2\0\0\0\0" + struct.pack(">4B", 4, 3, 2, 0) + unity + struct.pack(">2H", 2, 2) + line * 4 + nodes + line * 3
-    return icc(b"prtr", b"CMYK", b"Lab ", {b"A2B0": lut, b"wtpt": b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)})
+    lut = (
+        b"mft2\0\0\0\0"
+        + struct.pack(">4B", 4, 3, 2, 0)
+        + unity
+        + struct.pack(">2H", 2, 2)
+        + line * 4
+        + nodes
+        + line * 3
+    )
+    return icc(
+        b"prtr",
+        b"CMYK",
+        b"Lab ",
+        {b"A2B0": lut, b"wtpt": b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)},
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -109,13 +158,24 @@ def test_each_orientation_of_a_jpeg(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     blocks = MARK.repeat(16, 0).repeat(16, 1)
-    upright = decoded(encode(Image.fromarray(blocks), "JPEG", quality=100, subsampling=0, exif=exif))
+    upright = decoded(
+        encode(Image.fromarray(blocks), "JPEG", quality=100, subsampling=0, exif=exif)
+    )
     wanted = UPRIGHT_OF_STORED[orientation](blocks)
     assert upright.shape == wanted.shape
     assert np.abs(upright.astype(int) - wanted).max() <= 4
 
 
-@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("WEBP", {"lossless": True}),
+    ],
+)
 def test_lossless_formats_keep_every_number(kind: str, options: dict, tmp_path: Path) -> None:
     data = encode(Image.fromarray(MARK), kind, **options)
     np.testing.assert_array_equal(decoded(data), MARK)
@@ -132,9 +192,17 @@ def test_avif_where_pillow_reads_it() -> None:
     assert np.abs(decoded(data).astype(int) - (200, 40, 90)).max() <= 4
 
 
-@pytest.mark.parametrize(("background", "ground"), [("white", (255, 255, 255)), ("#102030", (16, 32, 48)), ("red", (255, 0, 0))])
+@pytest.mark.parametrize(
+    ("background", "ground"),
+    [("white", (255, 255, 255)), ("#102030", (16, 32, 48)), ("red", (255, 0, 0))],
+)
 def test_alpha_shows_the_background(background: str, ground: tuple[int, int, int]) -> None:
-    rgba = np.dstack([np.broadcast_to(np.array([200, 100, 0], np.uint8), (1, 256, 3)), np.arange(256, dtype=np.uint8)[None, :, None]])
+    rgba = np.dstack(
+        [
+            np.broadcast_to(np.array([200, 100, 0], np.uint8), (1, 256, 3)),
+            np.arange(256, dtype=np.uint8)[None, :, None],
+        ]
+    )
     share = np.arange(256)[None, :, None] / 255
     wanted = np.array([200, 100, 0]) * share + np.array(ground) * (1 - share)
     for picture in (encode(Image.fromarray(rgba)), rgba, Image.fromarray(rgba)):
@@ -148,16 +216,28 @@ def test_palettes_with_and_without_transparency() -> None:
     plain.putpalette([9, 8, 7, 200, 100, 50, 0, 0, 255])
     plain.putdata([0, 1, 2])
     assert decoded(encode(plain)).tolist() == [[[9, 8, 7], [200, 100, 50], [0, 0, 255]]]
-    assert decoded(encode(plain, transparency=1), "#00ff00").tolist() == [[[9, 8, 7], [0, 255, 0], [0, 0, 255]]]
+    assert decoded(encode(plain, transparency=1), "#00ff00").tolist() == [
+        [[9, 8, 7], [0, 255, 0], [0, 0, 255]]
+    ]
     half = decoded(encode(plain, transparency=bytes([255, 0, 128])), "black")
     assert half.tolist() == [[[9, 8, 7], [0, 0, 0], [0, 0, 128]]]
-    assert decoded(encode(plain, "GIF", transparency=2), "yellow").tolist() == [[[9, 8, 7], [200, 100, 50], [255, 255, 0]]]
+    assert decoded(encode(plain, "GIF", transparency=2), "yellow").tolist() == [
+        [[9, 8, 7], [200, 100, 50], [255, 255, 0]]
+    ]
 
 
 def test_grey_with_alpha_and_key_colours() -> None:
-    la = Image.merge("LA", (Image.fromarray(np.array([[40, 90]], np.uint8)), Image.fromarray(np.array([[255, 0]], np.uint8))))
+    la = Image.merge(
+        "LA",
+        (
+            Image.fromarray(np.array([[40, 90]], np.uint8)),
+            Image.fromarray(np.array([[255, 0]], np.uint8)),
+        ),
+    )
     assert decoded(encode(la), "#010203").tolist() == [[[40, 40, 40], [1, 2, 3]]]
-    assert decoded(encode(Image.fromarray(MARK), transparency=(10, 20, 30)), "#010203")[1].tolist() == [[1, 2, 3], [250, 240, 230], [128, 127, 126]]
+    assert decoded(encode(Image.fromarray(MARK), transparency=(10, 20, 30)), "#010203")[
+        1
+    ].tolist() == [[1, 2, 3], [250, 240, 230], [128, 127, 126]]
     grey = Image.fromarray(np.array([[40, 90]], np.uint8))
     assert decoded(encode(grey, transparency=90), "#010203").tolist() == [[[40, 40, 40], [1, 2, 3]]]
 
@@ -166,7 +246,14 @@ def test_key_colours_of_16_bits() -> None:
     rows = b"\0" + struct.pack(">6H", 1000, 2000, 3000, 65535, 0, 0)
     data = png(2, 1, 16, 2, rows, chunk(b"tRNS", struct.pack(">3H", 1000, 2000, 3000)))
     assert decoded(data, "#010203").tolist() == [[[1, 2, 3], [255, 0, 0]]]
-    grey = png(2, 1, 16, 0, b"\0" + struct.pack(">2H", 1000, 65535), chunk(b"tRNS", struct.pack(">H", 1000)))
+    grey = png(
+        2,
+        1,
+        16,
+        0,
+        b"\0" + struct.pack(">2H", 1000, 65535),
+        chunk(b"tRNS", struct.pack(">H", 1000)),
+    )
     assert decoded(grey, "#010203").tolist() == [[[1, 2, 3], [255, 255, 255]]]
 
 
@@ -187,7 +274,9 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
         png(256, 256, 16, 0, b"".join(b"\0" + row.astype(">u2").tobytes() for row in ramp)),
     ):
         np.testing.assert_array_equal(decoded(data)[..., 1], wanted)
-    np.testing.assert_array_equal(decoded(encode(Image.fromarray(ramp.astype(np.int32)), "TIFF"))[..., 0], wanted)
+    np.testing.assert_array_equal(
+        decoded(encode(Image.fromarray(ramp.astype(np.int32)), "TIFF"))[..., 0], wanted
+    )
     assert "70000" in reason(Image.fromarray(np.array([[0, 70000]], np.int32)))
     big_endian = Image.frombytes("I;16B", (2, 1), struct.pack(">2H", 257 * 7, 65535))
     assert decoded(big_endian).tolist() == [[[7] * 3, [255] * 3]]
@@ -199,14 +288,22 @@ def test_sixteen_bit_colour() -> None:
 
 
 def test_float_grey() -> None:
-    assert decoded(Image.fromarray(np.array([[0, 0.5, 1]], np.float32)))[0, :, 0].tolist() == [0, 128, 255]
-    assert decoded(encode(Image.fromarray(np.array([[0, 100.4, 255]], np.float32)), "TIFF"))[0, :, 0].tolist() == [0, 100, 255]
+    assert decoded(Image.fromarray(np.array([[0, 0.5, 1]], np.float32)))[0, :, 0].tolist() == [
+        0,
+        128,
+        255,
+    ]
+    assert decoded(encode(Image.fromarray(np.array([[0, 100.4, 255]], np.float32)), "TIFF"))[
+        0, :, 0
+    ].tolist() == [0, 100, 255]
     for bad in (np.nan, np.inf, -0.5, 256.0):
         assert "float grey values" in reason(Image.fromarray(np.array([[0, bad]], np.float32)))
 
 
 def test_cmyk_without_profile() -> None:
-    inks = np.array([[[0, 0, 0, 0], [255, 0, 0, 0], [0, 255, 0, 0], [0, 0, 255, 0], [0, 0, 0, 255]]], np.uint8)
+    inks = np.array(
+        [[[0, 0, 0, 0], [255, 0, 0, 0], [0, 255, 0, 0], [0, 0, 255, 0], [0, 0, 0, 255]]], np.uint8
+    )
     plain = Image.frombytes("CMYK", (5, 1), inks.tobytes())
     wanted = [[255, 255, 255], [0, 255, 255], [255, 0, 255], [255, 255, 0], [0, 0, 0]]
     assert decoded(encode(plain, "TIFF")).tolist() == [wanted]
@@ -218,13 +315,20 @@ def test_cmyk_goes_through_its_profile() -> None:
     plain = Image.frombytes("CMYK", (3, 1), bytes([0, 0, 0, 0, 255, 0, 0, 0, 0, 255, 255, 0]))
     white, cyan, other = decoded(encode(plain, "TIFF", icc_profile=cmyk_profile()))[0].astype(int)
     assert white.min() >= 253 and other.min() >= 253  # by the plain conversion the third is red
-    assert np.abs(cyan - 119).max() <= 3  # L* = 50 is 119 in sRGB; the plain conversion gives (0, 255, 255)
+    assert (
+        np.abs(cyan - 119).max() <= 3
+    )  # L* = 50 is 119 in sRGB; the plain conversion gives (0, 255, 255)
 
 
 def test_rgb_goes_through_its_profile() -> None:
     middle = np.full((1, 1, 3), 128, np.uint8)
     profile = linear_profile()
-    assert np.abs(decoded(encode(Image.fromarray(middle), icc_profile=profile)).astype(int) - 188).max() <= 1
+    assert (
+        np.abs(
+            decoded(encode(Image.fromarray(middle), icc_profile=profile)).astype(int) - 188
+        ).max()
+        <= 1
+    )
     half = Image.fromarray(np.dstack([middle.repeat(2, 1), np.array([[255, 0]], np.uint8)]))
     with_alpha = decoded(encode(half, icc_profile=profile), "#010203")[0].astype(int)
     assert np.abs(with_alpha[0] - 188).max() <= 1 and with_alpha[1].tolist() == [1, 2, 3]
@@ -238,8 +342,16 @@ def test_an_srgb_profile_or_a_useless_one_changes_no_number() -> None:
     ramp = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert np.any(np.asarray(image._through(Image.fromarray(ramp), tabled_srgb_profile())) != ramp)
-    for profile in (srgb, tabled_srgb_profile(), b"no profile", linear_profile()[:150], cmyk_profile()):
-        np.testing.assert_array_equal(decoded(encode(Image.fromarray(ramp), icc_profile=profile)), ramp)
+    for profile in (
+        srgb,
+        tabled_srgb_profile(),
+        b"no profile",
+        linear_profile()[:150],
+        cmyk_profile(),
+    ):
+        np.testing.assert_array_equal(
+            decoded(encode(Image.fromarray(ramp), icc_profile=profile)), ramp
+        )
 
 
 def test_animations_show_their_first_frame() -> None:
@@ -265,7 +377,9 @@ def test_thousands_of_damaged_files_raise_one_kind_of_fault() -> None:
     noise = Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
-    files = [encode(noise, kind, exif=exif) for kind in ("PNG", "JPEG", "WEBP", "TIFF")] + [encode(noise, kind) for kind in ("GIF", "BMP")]
+    files = [encode(noise, kind, exif=exif) for kind in ("PNG", "JPEG", "WEBP", "TIFF")] + [
+        encode(noise, kind) for kind in ("GIF", "BMP")
+    ]
     refused = 0
     for i in range(3000):
         data = bytearray(files[i % len(files)])
@@ -281,16 +395,28 @@ def test_thousands_of_damaged_files_raise_one_kind_of_fault() -> None:
 
 def test_a_bomb_is_refused_by_its_header() -> None:
     header_only = png(20000, 20000, 1, 0, b"")
-    assert reason(header_only, max_pixels=178_956_970) == "20000x20000 pixels are more than data.max_pixels = 178956970: a decompression bomb?"
+    assert (
+        reason(header_only, max_pixels=178_956_970)
+        == "20000x20000 pixels are more than data.max_pixels = 178956970: a decompression bomb?"
+    )
     assert "39000x39000" in reason(
-        encode(Image.new("1", (1, 1)), "BMP").replace(struct.pack("<ii", 1, 1), struct.pack("<ii", 39000, 39000)), max_pixels=178_956_970
+        encode(Image.new("1", (1, 1)), "BMP").replace(
+            struct.pack("<ii", 1, 1), struct.pack("<ii", 39000, 39000)
+        ),
+        max_pixels=178_956_970,
     )
     assert decoded(encode(Image.new("L", (10, 10))), max_pixels=100).shape == (10, 10, 3)
-    for big in (encode(Image.new("L", (101, 1))), np.zeros((101, 1), np.uint8), Image.new("L", (101, 1))):
+    for big in (
+        encode(Image.new("L", (101, 1))),
+        np.zeros((101, 1), np.uint8),
+        Image.new("L", (101, 1)),
+    ):
         assert "data.max_pixels = 100" in reason(big, max_pixels=100)
 
 
-def test_a_limit_above_pillows_own_is_honoured_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_above_pillows_own_is_honoured_without_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     for kind in ("PNG", "JPEG", "GIF", "BMP"):
         assert decoded(encode(Image.new("L", (20, 20)), kind)).shape == (20, 20, 3)
@@ -309,7 +435,9 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
     assert reason(tmp_path / "none.png") == "no such file"
     assert reason(tmp_path) == "not a regular file"
     assert reason(b"") == "the file is empty"
-    assert reason(b"<html>not found</html>").startswith("not a picture in a known format (PNG, JPEG")
+    assert reason(b"<html>not found</html>").startswith(
+        "not a picture in a known format (PNG, JPEG"
+    )
     assert "not a picture" in reason(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     assert "this is int" in reason(5)
 
@@ -318,7 +446,12 @@ def test_arrays() -> None:
     np.testing.assert_array_equal(decoded(MARK), MARK)
     np.testing.assert_array_equal(decoded(MARK[:, ::-1]), MARK[:, ::-1])
     np.testing.assert_array_equal(decoded(MARK[..., 0]), np.dstack([MARK[..., 0]] * 3))
-    for wrong, words in ((MARK.astype(np.float32), "float32"), (MARK[..., :2], "(2, 3, 2)"), (MARK[0, 0], "(3,)"), (MARK.astype(np.uint16), "uint16")):
+    for wrong, words in (
+        (MARK.astype(np.float32), "float32"),
+        (MARK[..., :2], "(2, 3, 2)"),
+        (MARK[0, 0], "(3,)"),
+        (MARK.astype(np.uint16), "uint16"),
+    ):
         assert "an array must be uint8" in reason(wrong) and words in reason(wrong)
     assert "empty picture" in reason(np.zeros((0, 4, 3), np.uint8))
 
@@ -326,7 +459,10 @@ def test_arrays() -> None:
 def test_threads_decode_the_same_as_one(tmp_path: Path) -> None:
     linear, exif = linear_profile(), Image.Exif()
     exif[0x0112] = 6
-    files = [encode(Image.fromarray(MARK.repeat(20, 0)), kind, icc_profile=linear, exif=exif) for kind in ("PNG", "JPEG", "TIFF", "WEBP")]
+    files = [
+        encode(Image.fromarray(MARK.repeat(20, 0)), kind, icc_profile=linear, exif=exif)
+        for kind in ("PNG", "JPEG", "TIFF", "WEBP")
+    ]
     files.append(encode(Image.fromarray(np.dstack([MARK, MARK[..., :1]]))))
     alone = [decoded(data) for data in files]
     with ThreadPoolExecutor(8) as pool:
@@ -343,9 +479,18 @@ def test_an_unknown_background_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("original", "wanted"),
-    [((300, 400), (64, 85)), ((400, 300), (85, 64)), ((64, 64), (64, 64)), ((10, 37), (64, 236)), ((1000, 999), (64, 64)), ((77, 50), (98, 64))],
+    [
+        ((300, 400), (64, 85)),
+        ((400, 300), (85, 64)),
+        ((64, 64), (64, 64)),
+        ((10, 37), (64, 236)),
+        ((1000, 999), (64, 64)),
+        ((77, 50), (98, 64)),
+    ],
 )
-def test_the_shorter_side_is_resized_and_the_longer_rounded_down(original: tuple[int, int], wanted: tuple[int, int]) -> None:
+def test_the_shorter_side_is_resized_and_the_longer_rounded_down(
+    original: tuple[int, int], wanted: tuple[int, int]
+) -> None:
     shape = image.geometry(original, (64, 64))
     assert (shape.height, shape.width) == wanted
     assert (shape.top, shape.left) == (round((wanted[0] - 64) / 2), round((wanted[1] - 64) / 2))
@@ -353,15 +498,31 @@ def test_the_shorter_side_is_resized_and_the_longer_rounded_down(original: tuple
 
 
 def test_centre_crops_round_halves_to_even() -> None:
-    assert [image.geometry((64, 64 + extra), (64, 64)).left for extra in range(8)] == [0, 0, 1, 2, 2, 2, 3, 4]
+    assert [image.geometry((64, 64 + extra), (64, 64)).left for extra in range(8)] == [
+        0,
+        0,
+        1,
+        2,
+        2,
+        2,
+        3,
+        4,
+    ]
 
 
 def test_random_crops_reach_every_place_and_no_further() -> None:
-    lefts = [image.geometry((10, 13), (10, 10), 0.5, u, False, "random").left for u in np.linspace(0, 1, 4001)[:-1]]
+    lefts = [
+        image.geometry((10, 13), (10, 10), 0.5, u, False, "random").left
+        for u in np.linspace(0, 1, 4001)[:-1]
+    ]
     assert np.bincount(lefts).tolist() == [1000] * 4
     edge = image.geometry((13, 10), (10, 10), np.nextafter(1, 0), 0.0, True, "random")
-    assert edge == image.Geometry(13, 10, 3, 0, 10, 10, True) and all(type(v) is int for v in (edge.top, edge.left))
-    assert image.geometry((10, 13), (10, 10), 0.99, 0.99, False, "center") == image.Geometry(10, 13, 0, 2, 10, 10, False)
+    assert edge == image.Geometry(13, 10, 3, 0, 10, 10, True) and all(
+        type(v) is int for v in (edge.top, edge.left)
+    )
+    assert image.geometry((10, 13), (10, 10), 0.99, 0.99, False, "center") == image.Geometry(
+        10, 13, 0, 2, 10, 10, False
+    )
 
 
 @pytest.mark.parametrize("resample", sorted(image.RESAMPLE))
@@ -370,9 +531,15 @@ def test_cut_is_resize_then_crop_then_flip(resample: str) -> None:
     picture = Image.fromarray(rgb)
     kind = Image.Resampling["NEAREST" if resample == "nearest_exact" else resample.upper()]
     wanted = np.asarray(picture.resize((25, 16), kind).crop((5, 0, 21, 16)))
-    straight, flipped = (image.cut(picture, image.Geometry(16, 25, 0, 5, 16, 16, flip), resample) for flip in (False, True))
+    straight, flipped = (
+        image.cut(picture, image.Geometry(16, 25, 0, 5, 16, 16, flip), resample)
+        for flip in (False, True)
+    )
     if resample in image.KERNELS:  # of noise, the hardest that can be resized
-        assert np.abs(straight.astype(int) - wanted).max() <= 10 and np.abs(straight.astype(float) - wanted).mean() < 0.75
+        assert (
+            np.abs(straight.astype(int) - wanted).max() <= 10
+            and np.abs(straight.astype(float) - wanted).mean() < 0.75
+        )
     else:
         np.testing.assert_array_equal(straight, wanted)
     np.testing.assert_array_equal(flipped, straight[:, ::-1])
@@ -381,14 +548,18 @@ def test_cut_is_resize_then_crop_then_flip(resample: str) -> None:
 
 def test_a_picture_of_the_right_size_is_not_resampled() -> None:
     rgb = np.random.default_rng(3).integers(0, 256, (8, 8, 3), np.uint8)
-    np.testing.assert_array_equal(image.cut(Image.fromarray(rgb), image.geometry((8, 8), (8, 8)), "lanczos"), rgb)
+    np.testing.assert_array_equal(
+        image.cut(Image.fromarray(rgb), image.geometry((8, 8), (8, 8)), "lanczos"), rgb
+    )
 
 
 def test_pixels_are_what_to_tensor_and_normalize_give() -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(1, 8, 32, 1).repeat(3, 3)
     levels[..., 1] = 255 - levels[..., 1]
     result = image.pixels(levels)
-    assert result.shape == (1, 3, 8, 32) and result.dtype == np.float32 and result.flags.c_contiguous
+    assert (
+        result.shape == (1, 3, 8, 32) and result.dtype == np.float32 and result.flags.c_contiguous
+    )
     exact = (levels.astype(np.float64).transpose(0, 3, 1, 2) / 255 - 0.5) / 0.5
     np.testing.assert_allclose(result, exact, rtol=0, atol=1.2e-7)
     assert result.min() == -1 and result.max() == 1
@@ -407,11 +578,23 @@ def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
     draws, whole = np.random.default_rng(seed), np.zeros((height, width, 3), np.float32)
     for level in range(2, 9):
         small = draws.standard_normal((2**level, 2**level, 3)).astype(np.float32)
-        whole += 0.6**level * np.stack([np.asarray(Image.fromarray(small[..., c]).resize((width, height), Image.Resampling.BICUBIC)) for c in range(3)], -1)
-    picture = Image.fromarray(((whole - whole.min()) / (whole.max() - whole.min()) * 255).astype(np.uint8))
+        whole += 0.6**level * np.stack(
+            [
+                np.asarray(
+                    Image.fromarray(small[..., c]).resize((width, height), Image.Resampling.BICUBIC)
+                )
+                for c in range(3)
+            ],
+            -1,
+        )
+    picture = Image.fromarray(
+        ((whole - whole.min()) / (whole.max() - whole.min()) * 255).astype(np.uint8)
+    )
     for _ in range(6):
         left, top = (int(v) for v in draws.integers(0, min(height, width) - 20, 2))
-        picture.paste(tuple(int(v) for v in draws.integers(0, 255, 3)), (left, top, left + 20, top + 9))
+        picture.paste(
+            tuple(int(v) for v in draws.integers(0, 255, 3)), (left, top, left + 20, top + 9)
+        )
     return picture
 
 
@@ -425,30 +608,46 @@ OPTIONS = {"background": "white", "max_pixels": 10**8}
 
 
 @pytest.mark.parametrize("resample", sorted(image.RESAMPLE))
-@pytest.mark.parametrize("kind", ["420", "444", "progressive", "grey", "cmyk", "turned", "profile", "png"])
+@pytest.mark.parametrize(
+    "kind", ["420", "444", "progressive", "grey", "cmyk", "turned", "profile", "png"]
+)
 def test_loading_is_cutting_what_is_decoded_whatever_the_way(resample: str, kind: str) -> None:
-    """The fast way and the other give the same bits, so that a cached picture does not depend on which was taken."""
+    """The fast way and the other give the same bits, so that a cached picture does not depend on
+    which was taken."""
     picture = smooth(210, 317)
     exif = Image.Exif()
     exif[0x0112] = 6
     content = {
-        "420": lambda: jpeg(picture, subsampling=2), "444": lambda: jpeg(picture, subsampling=0), "progressive": lambda: jpeg(picture, progressive=True),
-        "grey": lambda: jpeg(picture.convert("L")), "cmyk": lambda: jpeg(picture.convert("CMYK")), "turned": lambda: jpeg(picture, exif=exif),
-        "profile": lambda: jpeg(picture, icc_profile=linear_profile()), "png": lambda: encode(picture),
-    }[kind]()  # fmt: skip
+        "420": lambda: jpeg(picture, subsampling=2),
+        "444": lambda: jpeg(picture, subsampling=0),
+        "progressive": lambda: jpeg(picture, progressive=True),
+        "grey": lambda: jpeg(picture.convert("L")),
+        "cmyk": lambda: jpeg(picture.convert("CMYK")),
+        "turned": lambda: jpeg(picture, exif=exif),
+        "profile": lambda: jpeg(picture, icc_profile=linear_profile()),
+        "png": lambda: encode(picture),
+    }[kind]()
     whole = image.decode(content, **OPTIONS)
     for shape, flip in (((64, 64), False), ((48, 80), True), ((200, 200), True)):
         cut = image.geometry((whole.height, whole.width), shape, 0.3, 0.9, flip, "random")
-        np.testing.assert_array_equal(image.load(content, [(cut, resample)], **OPTIONS)[0], image.cut(whole, cut, resample))
+        np.testing.assert_array_equal(
+            image.load(content, [(cut, resample)], **OPTIONS)[0], image.cut(whole, cut, resample)
+        )
 
 
-@pytest.mark.parametrize(("resample", "most", "mean"), [("lanczos", 12, 0.3), ("bicubic", 12, 0.3), ("bilinear", 8, 0.3)])
+@pytest.mark.parametrize(
+    ("resample", "most", "mean"), [("lanczos", 12, 0.3), ("bicubic", 12, 0.3), ("bilinear", 8, 0.3)]
+)
 def test_the_fast_filters_are_those_of_pil(resample: str, most: int, mean: float) -> None:
     picture = smooth(600, 800)
     cut = image.geometry((600, 800), (256, 256))
-    wanted = np.asarray(picture.resize((cut.width, cut.height), image.RESAMPLE[resample]), int)[:, cut.left : cut.left + 256]
+    wanted = np.asarray(picture.resize((cut.width, cut.height), image.RESAMPLE[resample]), int)[
+        :, cut.left : cut.left + 256
+    ]
     difference = np.abs(image.cut(picture, cut, resample) - wanted)
-    assert difference.max() <= most and difference.mean() < mean and np.percentile(difference, 99) <= 2
+    assert (
+        difference.max() <= most and difference.mean() < mean and np.percentile(difference, 99) <= 2
+    )
 
 
 def test_loading_is_the_same_in_many_threads() -> None:
@@ -456,7 +655,11 @@ def test_loading_is_the_same_in_many_threads() -> None:
     cut = image.geometry((300, 400), (96, 128))
     alone = [image.load(content, [(cut, "lanczos")], **OPTIONS)[0] for content in contents]
     with ThreadPoolExecutor(4) as pool:
-        for content, found in zip(contents * 8, pool.map(lambda c: image.load(c, [(cut, "lanczos")], **OPTIONS)[0], contents * 8), strict=True):
+        for content, found in zip(
+            contents * 8,
+            pool.map(lambda c: image.load(c, [(cut, "lanczos")], **OPTIONS)[0], contents * 8),
+            strict=True,
+        ):
             np.testing.assert_array_equal(found, alone[contents.index(content)])
 
 
@@ -464,6 +667,17 @@ def test_loading_is_the_same_in_many_threads() -> None:
 def test_a_damaged_jpeg_is_found_on_the_fast_way(keep: float) -> None:
     content = jpeg(smooth(300, 400))
     with pytest.raises(image.Undecodable):
-        image.load(content[: int(len(content) * keep)], [(image.geometry((300, 400), (64, 64)), "lanczos")], **OPTIONS)
-    with pytest.raises(image.Undecodable, match=r"400x300 pixels are more than data.max_pixels = 1000"):
-        image.load(content, [(image.geometry((300, 400), (64, 64)), "lanczos")], background="white", max_pixels=1000)
+        image.load(
+            content[: int(len(content) * keep)],
+            [(image.geometry((300, 400), (64, 64)), "lanczos")],
+            **OPTIONS,
+        )
+    with pytest.raises(
+        image.Undecodable, match=r"400x300 pixels are more than data.max_pixels = 1000"
+    ):
+        image.load(
+            content,
+            [(image.geometry((300, 400), (64, 64)), "lanczos")],
+            background="white",
+            max_pixels=1000,
+        )

@@ -46,9 +46,15 @@ def picture(path: Path, seed: int = 0, size: tuple[int, int] = (9, 5), **options
 def mixed(folder: Path) -> Mine:
     """Six records: good, cut short, without a file, a bomb, a bad row, good."""
     good = picture(folder / "good.png")
-    (folder / "cut.jpg").write_bytes(picture(folder / "whole.jpg", size=(64, 64)).read_bytes()[:-300])
+    (folder / "cut.jpg").write_bytes(
+        picture(folder / "whole.jpg", size=(64, 64)).read_bytes()[:-300]
+    )
     big = picture(folder / "big.png", size=(200, 200))
-    others = [Record("cut.jpg", folder / "cut.jpg", ("b",)), Record("gone.png", folder / "gone.png", ("c",)), Record("big.png", big, ("d",))]
+    others = [
+        Record("cut.jpg", folder / "cut.jpg", ("b",)),
+        Record("gone.png", folder / "gone.png", ("c",)),
+        Record("big.png", big, ("d",)),
+    ]
     return Mine(
         Record("good.png", good, ("a", "aa")),
         *others,
@@ -75,8 +81,13 @@ def test_good_records_keep_their_order_rows_and_upright_sizes(tmp_path: Path) ->
         (2, "n", ("z",), 7, 8),
         (3, "p", ("",), 6, 5),
     ]
-    assert index.entries[0].digest == index.entries[1].digest and len({e.digest for e in index.entries}) == 3
-    assert [e.key for e in index.repeated] == ["b"] and [e.key for e in index.without_caption] == ["p"]
+    assert (
+        index.entries[0].digest == index.entries[1].digest
+        and len({e.digest for e in index.entries}) == 3
+    )
+    assert [e.key for e in index.repeated] == ["b"] and [e.key for e in index.without_caption] == [
+        "p"
+    ]
     assert list(index.captions()) == [("t", "x"), ("b", "y"), ("n", "z"), ("p", "")]
 
 
@@ -84,7 +95,11 @@ def test_empty_captions_and_repeated_pictures_are_told_in_a_line_each(tmp_path: 
     told: list[str] = []
     one = picture(tmp_path / "one.png")
     other = Record("two", picture(tmp_path / "two.png", 1), ("b",))
-    source = Mine(Record("one", one, ("a", " ")), *(Record(f"again-{i}", one, ("a", "")) for i in range(4)), other)
+    source = Mine(
+        Record("one", one, ("a", " ")),
+        *(Record(f"again-{i}", one, ("a", "")) for i in range(4)),
+        other,
+    )
     look(source, config.Data(size=4), tell=told.append)
     assert told == [
         "5 of 6 records have an empty caption: one; again-0; again-1; ...",
@@ -99,7 +114,10 @@ def test_refuse_names_each_bad_record_in_one_message(tmp_path: Path) -> None:
     with pytest.raises(InputFault) as caught:
         seen(mixed(tmp_path), max_pixels=10_000)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "4 of 6 records cannot be used:" and lines[-1] == 'Mend or remove them, or set data.bad="skip" to go on without them.'
+    assert (
+        lines[0] == "4 of 6 records cannot be used:"
+        and lines[-1] == 'Mend or remove them, or set data.bad="skip" to go on without them.'
+    )
     assert lines[1].startswith("  cut.jpg: cannot be read: image file is truncated")
     assert lines[2:5] == [
         "  gone.png: no such file",
@@ -119,17 +137,27 @@ def test_skip_goes_on_without_them_and_writes_them_down(tmp_path: Path) -> None:
     run = tmp_path / "run"
     write_skipped(run, index.skipped)
     rows = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
-    assert rows == [{"path": key, "reason": reason} for key, reason in index.skipped] and list(run.iterdir()) == [run / "skipped.jsonl"]
+    assert rows == [{"path": key, "reason": reason} for key, reason in index.skipped] and list(
+        run.iterdir()
+    ) == [run / "skipped.jsonl"]
     write_skipped(run, ())
     assert list(run.iterdir()) == []
 
 
 def test_a_long_list_is_cut_after_ten() -> None:
-    source = Mine(*(BadRecord(f"{i}.png", "why") for i in range(14)), Record("g", np.zeros((4, 4), np.uint8), ("x",)))
+    source = Mine(
+        *(BadRecord(f"{i}.png", "why") for i in range(14)),
+        Record("g", np.zeros((4, 4), np.uint8), ("x",)),
+    )
     with pytest.raises(InputFault) as caught:
         seen(source)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "14 of 15 records cannot be used:" and lines[10] == "  9.png: why" and lines[11] == "  and 4 more" and len(lines) == 13
+    assert (
+        lines[0] == "14 of 15 records cannot be used:"
+        and lines[10] == "  9.png: why"
+        and lines[11] == "  and 4 more"
+        and len(lines) == 13
+    )
 
 
 def test_nothing_left_is_refused_even_when_skipping(tmp_path: Path) -> None:
@@ -140,7 +168,11 @@ def test_nothing_left_is_refused_even_when_skipping(tmp_path: Path) -> None:
 
 
 def test_a_thread_of_a_picture_is_refused() -> None:
-    with pytest.raises(InputFault, match=r"2000x1 pixels are too long and thin: 8000x4 once the shorter side is data\.size = 4"):
+    with pytest.raises(
+        InputFault,
+        match=r"2000x1 pixels are too long and thin: 8000x4 once the shorter side is "
+        r"data\.size = 4",
+    ):
         seen(Mine(Record("thin", np.zeros((1, 2000), np.uint8), ("x",))), max_pixels=10_000)
 
 
@@ -156,7 +188,14 @@ def test_an_unknown_background_is_refused_before_any_picture_is_read() -> None:
 
 def test_the_digest_is_of_content_not_of_names(tmp_path: Path) -> None:
     def digest(*parts: tuple[str, int, tuple[str, ...]]) -> str:
-        return seen(Mine(*(Record(name, picture(tmp_path / name, seed), captions) for name, seed, captions in parts))).digest
+        return seen(
+            Mine(
+                *(
+                    Record(name, picture(tmp_path / name, seed), captions)
+                    for name, seed, captions in parts
+                )
+            )
+        ).digest
 
     first = digest(("a.png", 0, ("x",)), ("b.png", 1, ("y", "z")))
     assert first == digest(("c.png", 0, ("x",)), ("d.png", 1, ("y", "z")))
@@ -188,9 +227,16 @@ def test_a_second_look_only_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     first = seen(source, known=known, bad="skip", max_pixels=10_000)
     calls: list[Any] = []
     real = image.decode
-    monkeypatch.setattr(image, "decode", lambda picture, **options: calls.append(picture) or real(picture, **options))
+    monkeypatch.setattr(
+        image,
+        "decode",
+        lambda picture, **options: calls.append(picture) or real(picture, **options),
+    )
     assert seen(source, known=known, bad="skip", max_pixels=10_000) == first
-    assert sorted(path.name for path in calls) == ["big.png", "cut.jpg"]  # bad ones are looked at again
+    assert sorted(path.name for path in calls) == [
+        "big.png",
+        "cut.jpg",
+    ]  # bad ones are looked at again
     calls.clear()
     with pytest.raises(InputFault, match=r"data\.max_pixels = 10"):
         seen(source, known=known, max_pixels=10)
@@ -199,24 +245,35 @@ def test_a_second_look_only_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "more.png" in dict(seen(source, known=known, bad="skip", max_pixels=10_000).skipped)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"pictures": []}', b'{"digest": "0", "pictures": {}}', b"\xff", b"null"])
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b"[]", b'{"pictures": []}', b'{"digest": "0", "pictures": {}}', b"\xff", b"null"],
+)
 def test_a_damaged_memory_is_as_good_as_none(tmp_path: Path, damage: bytes) -> None:
     known = tmp_path / "known.json"
     source = Mine(Record("a", picture(tmp_path / "a.png"), ("x",)))
     first = seen(source)
     known.write_bytes(damage)
     assert seen(source, known=known) == first
-    assert json.loads(known.read_text())["pictures"] == {first.entries[0].digest: [5, 9, first.entries[0].look]}
+    assert json.loads(known.read_text())["pictures"] == {
+        first.entries[0].digest: [5, 9, first.entries[0].look]
+    }
     known.write_text(known.read_text().replace("[5, 9,", "[5, 8,"))
     assert seen(source, known=known) == first
 
 
-def test_the_memory_of_another_decoder_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_another_decoder_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known, source = tmp_path / "known.json", Mine(Record("a", picture(tmp_path / "a.png"), ("x",)))
     seen(source, known=known)
     calls: list[Any] = []
     real = image.decode
-    monkeypatch.setattr(image, "decode", lambda picture, **options: calls.append(picture) or real(picture, **options))
+    monkeypatch.setattr(
+        image,
+        "decode",
+        lambda picture, **options: calls.append(picture) or real(picture, **options),
+    )
     seen(source, known=known)
     assert calls == []
     monkeypatch.setattr("limner.data.index._DECODER", "1, Pillow 0.0")
@@ -227,17 +284,34 @@ def test_the_memory_of_another_decoder_is_not_trusted(tmp_path: Path, monkeypatc
 def test_a_memory_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     told: list[str] = []
-    index = look(Mine(Record("a", picture(tmp_path / "a.png"), ("x",))), config.Data(size=4), known=tmp_path / "file" / "known.json", tell=told.append)
+    index = look(
+        Mine(Record("a", picture(tmp_path / "a.png"), ("x",))),
+        config.Data(size=4),
+        known=tmp_path / "file" / "known.json",
+        tell=told.append,
+    )
     assert len(index.entries) == 1 and len(told) == 1 and "cannot be written" in told[0]
 
 
 def test_limited_is_a_fixed_choice_in_order() -> None:
-    index = Index(tuple(Entry(i, str(i), ("x",), str(i), 4, 4) for i in range(50)), (("bad", "why"),))
+    index = Index(
+        tuple(Entry(i, str(i), ("x",), str(i), 4, 4) for i in range(50)), (("bad", "why"),)
+    )
     chosen = [entry.row for entry in index.limited(12, 5).entries]
-    assert len(set(chosen)) == 12 and chosen == sorted(chosen) and index.limited(12, 5).skipped == index.skipped
-    assert [entry.row for entry in index.limited(12, 5).entries] == chosen != [entry.row for entry in index.limited(12, 6).entries]
+    assert (
+        len(set(chosen)) == 12
+        and chosen == sorted(chosen)
+        and index.limited(12, 5).skipped == index.skipped
+    )
+    assert (
+        [entry.row for entry in index.limited(12, 5).entries]
+        == chosen
+        != [entry.row for entry in index.limited(12, 6).entries]
+    )
     assert index.limited(50, 5) is index and index.limited(99, 5) is index
-    counts = np.bincount([entry.row for seed in range(400) for entry in index.limited(5, seed).entries], minlength=50)
+    counts = np.bincount(
+        [entry.row for seed in range(400) for entry in index.limited(5, seed).entries], minlength=50
+    )
     assert counts.min() >= 15 and counts.max() <= 75
 
 
@@ -254,8 +328,17 @@ def test_captions_that_are_too_long_are_counted_and_named() -> None:
         asked.extend(texts)
         return [len(text.split()) + 2 for text in texts]
 
-    pairs = [("a", "one two"), ("b", "one two three"), ("c", "one"), ("d", "one two three"), *((f"e{i}", f"w{i}") for i in range(2500))]
+    pairs = [
+        ("a", "one two"),
+        ("b", "one two three"),
+        ("c", "one"),
+        ("d", "one two three"),
+        *((f"e{i}", f"w{i}") for i in range(2500)),
+    ]
     found = caption_report(iter(pairs), lengths, 4)
-    assert [(o.key, o.caption, o.tokens) for o in found] == [("b", "one two three", 5), ("d", "one two three", 5)]
+    assert [(o.key, o.caption, o.tokens) for o in found] == [
+        ("b", "one two three", 5),
+        ("d", "one two three", 5),
+    ]
     assert len(asked) == len(set(asked)) == 2503
     assert caption_report([], lengths, 4) == []

@@ -1,4 +1,5 @@
-"""The JAX engine computes what PyTorch does: networks, gradients, training curves and pictures; and it needs no PyTorch for it."""
+"""The JAX engine computes what PyTorch does: networks, gradients, training curves and pictures; and
+it needs no PyTorch for it."""
 
 import contextlib
 import gc
@@ -34,7 +35,9 @@ from limner.engines.jax.tokens import Words  # noqa: E402
 
 DRAWS = np.random.default_rng(0)
 TPU = SimpleNamespace(platform="tpu")
-STEPS = int(os.environ.get("CURVE_STEPS", "12"))  # of the runs that both engines make; `make soak` has 100
+STEPS = int(
+    os.environ.get("CURVE_STEPS", "12")
+)  # of the runs that both engines make; `make soak` has 100
 HALFWAY = STEPS // 2
 
 
@@ -66,7 +69,11 @@ def normal(*shape: int) -> np.ndarray:
 def tensors(value: Any) -> Any:
     import torch
 
-    return {k: torch.tensor(v) for k, v in value.items()} if isinstance(value, dict) else torch.tensor(value)
+    return (
+        {k: torch.tensor(v) for k, v in value.items()}
+        if isinstance(value, dict)
+        else torch.tensor(value)
+    )
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -76,11 +83,30 @@ def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
     from limner.engines.torch.parts import load
 
     found = opened({"sd": base, "sdxl": sdxl}[family], family)
-    known, net, arrays = found.configs["unet"], load(found, "unet").eval(), weights.read(found, "unet")
-    x, t, context, goal = normal(2, 4, 16, 16), np.array([3, 700]), normal(2, 9, known["cross_attention_dim"]), normal(2, 4, 16, 16)
-    added = {"text_embeds": normal(2, 40), "time_ids": 50 * np.abs(normal(2, 6))} if family == "sdxl" else None
+    known, net, arrays = (
+        found.configs["unet"],
+        load(found, "unet").eval(),
+        weights.read(found, "unet"),
+    )
+    x, t, context, goal = (
+        normal(2, 4, 16, 16),
+        np.array([3, 700]),
+        normal(2, 9, known["cross_attention_dim"]),
+        normal(2, 4, 16, 16),
+    )
+    added = (
+        {"text_embeds": normal(2, 40), "time_ids": 50 * np.abs(normal(2, 6))}
+        if family == "sdxl"
+        else None
+    )
     mask = np.arange(9) < np.array([[9], [5]])
-    said = net(tensors(x), tensors(t), tensors(context), added_cond_kwargs=added and tensors(added), encoder_attention_mask=tensors(mask)).sample
+    said = net(
+        tensors(x),
+        tensors(t),
+        tensors(context),
+        added_cond_kwargs=added and tensors(added),
+        encoder_attention_mask=tensors(mask),
+    ).sample
     (said - tensors(goal)).square().mean().backward()
 
     def loss(arrays: Any) -> Any:
@@ -90,13 +116,20 @@ def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
     (_, made), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
     assert np.abs(np.asarray(made) - said.detach().numpy()).max() < 1e-5
     wanted = {name: p.grad.numpy() for name, p in net.named_parameters()}
-    assert gradient.keys() == wanted.keys() and sum(np.abs(g).max() > 0 for g in wanted.values()) > len(wanted) - 4
+    assert (
+        gradient.keys() == wanted.keys()
+        and sum(np.abs(g).max() > 0 for g in wanted.values()) > len(wanted) - 4
+    )
     assert max(np.abs(np.asarray(gradient[name]) - g).max() for name, g in wanted.items()) < 1e-6
-    half = jax.jit(lambda a: unet.unet(Params(a), known, x.astype(jax.numpy.bfloat16), t, context, added))(arrays).astype(np.float32)
+    half = jax.jit(
+        lambda a: unet.unet(Params(a), known, x.astype(jax.numpy.bfloat16), t, context, added)
+    )(arrays).astype(np.float32)
     plain = jax.jit(lambda a: unet.unet(Params(a), known, x, t, context, added))(arrays)
     assert np.linalg.norm(half - plain) < 3e-2 * np.linalg.norm(plain)
     with torch.no_grad():
-        moved = np.asarray(jax.jit(lambda a: unet.unet(Params(a), known, x, t + 200, context, added))(arrays))
+        moved = np.asarray(
+            jax.jit(lambda a: unet.unet(Params(a), known, x, t + 200, context, added))(arrays)
+        )
     assert np.abs(moved - np.asarray(plain)).max() > 1e-3, "the timestep is not felt"
 
 
@@ -110,13 +143,16 @@ def test_latents_of_odd_sides(base: Path) -> None:
     x, t, context = normal(1, 4, 9, 7), np.array([500]), normal(1, 9, 32)
     with torch.no_grad():
         said = load(found, "unet").eval()(tensors(x), tensors(t), tensors(context)).sample.numpy()
-    made = jax.jit(lambda a: unet.unet(Params(a), found.configs["unet"], x, t, context))(weights.read(found, "unet"))
+    made = jax.jit(lambda a: unet.unet(Params(a), found.configs["unet"], x, t, context))(
+        weights.read(found, "unet")
+    )
     assert said.shape == (1, 4, 9, 7) and np.abs(np.asarray(made) - said).max() < 1e-5
 
 
 @pytest.mark.parametrize("tokens", [128, 200])
 def test_the_fused_kernel_for_tpus(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Emulated: as near to float32 as plain products in bfloat16 are, gradients too, and where tokens are no multiple of what the kernel takes."""
+    """Emulated: as near to float32 as plain products in bfloat16 are, gradients too, and where
+    tokens are no multiple of what the kernel takes."""
     from jax.experimental.pallas import tpu
 
     from limner.engines.jax import attention, nn
@@ -143,12 +179,17 @@ def test_the_fused_kernel_for_tpus(tokens: int, monkeypatch: pytest.MonkeyPatch)
         ours = found(kernel, half)
     assert len(served) == 1 and served[0] is not None
     for fused, plain, want in zip(ours, found(None, half), found(None, exact), strict=True):
-        assert np.linalg.norm(fused - want) < max(1.5 * np.linalg.norm(plain - want), 1e-3 * np.linalg.norm(want)) < 1e-2 * np.linalg.norm(want)
+        assert (
+            np.linalg.norm(fused - want)
+            < max(1.5 * np.linalg.norm(plain - want), 1e-3 * np.linalg.norm(want))
+            < 1e-2 * np.linalg.norm(want)
+        )
     assert attention.flash(*(a.reshape(2, tokens, 2, 24) for a in exact)) is None
 
 
 def test_the_fused_kernel_is_lowered_for_a_mesh_of_tpus() -> None:
-    """With its gradient, recomputed, in a loop over micro-batches; heads that it does not take are left to plain products."""
+    """With its gradient, recomputed, in a loop over micro-batches; heads that it does not take are
+    left to plain products."""
     from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
     from limner.engines.jax import attention
@@ -157,53 +198,104 @@ def test_the_fused_kernel_is_lowered_for_a_mesh_of_tpus() -> None:
     kernel = attention.fused(TPU, mesh)
 
     def loss(*arrays: Any) -> Any:
-        return jax.lax.map(lambda part: jax.checkpoint(lambda *a: kernel(*a).astype(jax.numpy.float32).sum())(*part), arrays).sum()
+        return jax.lax.map(
+            lambda part: jax.checkpoint(lambda *a: kernel(*a).astype(jax.numpy.float32).sum())(
+                *part
+            ),
+            arrays,
+        ).sum()
 
     rows = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
     assert kernel(*[jax.ShapeDtypeStruct((8, 1100, 2, 160), jax.numpy.bfloat16)] * 3) is None
     for width in (40, 64, 80):
         x = jax.ShapeDtypeStruct((2, 8, 1100, 2, width), jax.numpy.bfloat16, sharding=rows)
-        program = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x).lower(lowering_platforms=("tpu",)).as_text()
-        assert program.count("tpu_custom_call") == 3, "forward, and backward for queries and for keys"
+        program = (
+            jax.jit(jax.grad(loss, (0, 1, 2)))
+            .trace(x, x, x)
+            .lower(lowering_platforms=("tpu",))
+            .as_text()
+        )
+        assert program.count("tpu_custom_call") == 3, (
+            "forward, and backward for queries and for keys"
+        )
 
 
 def test_kernels_are_for_devices_that_have_them() -> None:
     from limner.engines.jax.attention import cudnn, fused
 
     def card(version: str, capability: str = "8.0") -> Any:
-        return SimpleNamespace(platform="gpu", client=SimpleNamespace(platform_version=version), compute_capability=capability)
+        return SimpleNamespace(
+            platform="gpu",
+            client=SimpleNamespace(platform_version=version),
+            compute_capability=capability,
+        )
 
-    assert fused(card("PJRT C API\ncuda 12090", "8.6")) is cudnn and fused(card("cuda 12090", "10.0")) is cudnn
-    assert fused(card("cuda 12090", "7.5")) is fused(card("rocm 60300", "gfx90a")) is fused(jax.devices()[0]) is None
+    assert (
+        fused(card("PJRT C API\ncuda 12090", "8.6")) is cudnn
+        and fused(card("cuda 12090", "10.0")) is cudnn
+    )
+    assert (
+        fused(card("cuda 12090", "7.5"))
+        is fused(card("rocm 60300", "gfx90a"))
+        is fused(jax.devices()[0])
+        is None
+    )
 
 
 def test_loras_of_others(base: Path, tmp_path: Path) -> None:
-    """Names that diffusers used to write are read; what there is no code for, does not fit or is cut short is refused."""
+    """Names that diffusers used to write are read; what there is no code for, does not fit or is
+    cut short is refused."""
     from safetensors.numpy import save_file
 
-    stem, path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", tmp_path / "pytorch_lora_weights.safetensors"
+    stem, path = (
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+        tmp_path / "pytorch_lora_weights.safetensors",
+    )
     down, up = normal(2, 64), normal(64, 2)
 
     def opened_with(arrays: dict[str, np.ndarray]) -> Any:
         save_file(arrays, path)
-        return engines.open_pipeline(generate.Weights(str(base), tmp_path), None, "jax", scheduler=None, precision="no", device=None)
+        return engines.open_pipeline(
+            generate.Weights(str(base), tmp_path),
+            None,
+            "jax",
+            scheduler=None,
+            precision="no",
+            device=None,
+        )
 
-    nets = opened_with({f"unet.{stem}.lora.down.weight": down, f"unet.{stem}.lora.up.weight": up}).nets
+    nets = opened_with(
+        {f"unet.{stem}.lora.down.weight": down, f"unet.{stem}.lora.up.weight": up}
+    ).nets
     np.testing.assert_array_equal(nets["unet"].arrays[f"{stem}.lora_B.weight"], up)
     text = "text_model.encoder.layers.0.self_attn.q_proj"
-    nets = opened_with({f"text_encoder.{text}.lora_linear_layer.{k}.weight": normal(*s) for k, s in (("down", (2, 32)), ("up", (32, 2)))}).nets
+    nets = opened_with(
+        {
+            f"text_encoder.{text}.lora_linear_layer.{k}.weight": normal(*s)
+            for k, s in (("down", (2, 32)), ("up", (32, 2)))
+        }
+    ).nets
     assert nets["text_encoder"].arrays[f"{text}.lora_A.weight"].shape == (2, 32)
     a, b = f"unet.{stem}.lora_A.weight", f"unet.{stem}.lora_B.weight"
     conv = "unet.down_blocks.0.resnets.0.conv1.lora_{}.weight"
     for arrays in (
-        {a: down}, {a: normal(2, 65), b: up}, {a: down, b: up, f"unet.{stem}.lora_magnitude_vector": normal(64)},
+        {a: down},
+        {a: normal(2, 65), b: up},
+        {a: down, b: up, f"unet.{stem}.lora_magnitude_vector": normal(64)},
         {conv.format("A"): normal(2, 32, 3, 3), conv.format("B"): normal(32, 2, 1, 1)},
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputFault, match="have no place in the unet"):
             opened_with(arrays)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputFault, match="not a whole safetensors file"):
-        engines.open_pipeline(generate.Weights(str(base), tmp_path), None, "jax", scheduler=None, precision="no", device=None)
+        engines.open_pipeline(
+            generate.Weights(str(base), tmp_path),
+            None,
+            "jax",
+            scheduler=None,
+            precision="no",
+            device=None,
+        )
 
 
 def test_sizes_that_latents_cannot_have_are_refused(base: Path) -> None:
@@ -229,7 +321,10 @@ def test_the_autoencoder(base: Path) -> None:
         shown = net.decode(posterior.mean).sample.numpy()
     mean, std = jax.jit(lambda a: vae.encode(Params(a), known, pixels))(arrays)
     drawn = jax.jit(lambda a: vae.decode(Params(a), known, posterior.mean.numpy()))(arrays)
-    assert np.abs(mean - posterior.mean.numpy()).max() < 1e-5 and np.abs(std - posterior.std.numpy()).max() < 1e-5
+    assert (
+        np.abs(mean - posterior.mean.numpy()).max() < 1e-5
+        and np.abs(std - posterior.std.numpy()).max() < 1e-5
+    )
     assert np.abs(drawn - shown).max() < 1e-5
 
 
@@ -239,27 +334,53 @@ def test_the_text_encoders(skip: int, base: Path, sdxl: Path) -> None:
 
     from limner.engines.torch.parts import hear, load
 
-    for family, name in (("sd", "text_encoder"), ("sdxl", "text_encoder"), ("sdxl", "text_encoder_2")):
+    for family, name in (
+        ("sd", "text_encoder"),
+        ("sdxl", "text_encoder"),
+        ("sdxl", "text_encoder_2"),
+    ):
         found = opened({"sd": base, "sdxl": sdxl}[family], family)
         known, arrays = found.configs[name], weights.read(found, name)
         ids = DRAWS.integers(0, known["vocab_size"] - 2, (3, 77))
         ids[0, 5:], ids[1, 70:] = known["eos_token_id"], known["eos_token_id"]
         with torch.no_grad():
             states, pooled = hear(load(found, name).eval(), torch.tensor(ids), skip)
-        made = jax.jit(lambda a, known=known, name=name, ids=ids: clip.text(Params(a), known, ids, skip, name.endswith("2")))(arrays)
-        assert np.abs(made[0] - states.numpy()).max() < 1e-5 and np.abs(made[1] - pooled.numpy()).max() < 1e-5
+        made = jax.jit(
+            lambda a, known=known, name=name, ids=ids: clip.text(
+                Params(a), known, ids, skip, name.endswith("2")
+            )
+        )(arrays)
+        assert (
+            np.abs(made[0] - states.numpy()).max() < 1e-5
+            and np.abs(made[1] - pooled.numpy()).max() < 1e-5
+        )
 
 
 def test_the_tokenizer(base: Path, sdxl: Path, tmp_path: Path) -> None:
-    """With tokenizer.json and from the two old files alone; another padding; every script of the world."""
+    """With tokenizer.json and from the two old files alone; another padding; every script of the
+    world."""
     from transformers import CLIPTokenizer
 
     chance = random.Random(0)
     ranges = ((32, 127), (160, 0x2000), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF))
-    texts = ["", "a red circle", " It's  naïve, “quotes” 12345 é́ \n tabs\t x", "<|endoftext|> inside", "THEY'LL", "a" * 500, "ﬁ İ"]
-    texts += ["".join(chr(chance.randrange(*chance.choice(ranges))) for _ in range(20)) for _ in range(200)]
+    texts = [
+        "",
+        "a red circle",
+        " It's  naïve, “quotes” 12345 é́ \n tabs\t x",
+        "<|endoftext|> inside",
+        "THEY'LL",
+        "a" * 500,
+        "ﬁ İ",
+    ]
+    texts += [
+        "".join(chr(chance.randrange(*chance.choice(ranges))) for _ in range(20))
+        for _ in range(200)
+    ]
     for i, folder in enumerate((base / "tokenizer", sdxl / "tokenizer_2")):
-        known, stock = json.loads((folder / "tokenizer_config.json").read_text()), CLIPTokenizer.from_pretrained(folder)
+        known, stock = (
+            json.loads((folder / "tokenizer_config.json").read_text()),
+            CLIPTokenizer.from_pretrained(folder),
+        )
         old = tmp_path / str(i)
         old.mkdir()
         for name in ("vocab.json", "merges.txt"):
@@ -268,7 +389,12 @@ def test_the_tokenizer(base: Path, sdxl: Path, tmp_path: Path) -> None:
         for place in (folder, old):
             words = Words(place, known)
             assert words.encode(texts) == want
-            assert (words.start, words.end, words.pad, words.limit) == (want[0][0], want[0][1], stock.pad_token_id, 77)
+            assert (words.start, words.end, words.pad, words.limit) == (
+                want[0][0],
+                want[0][1],
+                stock.pad_token_id,
+                77,
+            )
 
 
 def test_encoders_give_the_features_that_torch_gives(base: Path, sdxl: Path) -> None:
@@ -283,29 +409,68 @@ def test_encoders_give_the_features_that_torch_gives(base: Path, sdxl: Path) -> 
         found, record = opened(folder, family), FAMILIES[family]
         ours, theirs = JaxParts(found), TorchParts(found, torch.device("cpu"))
         for chunks in (1, 2):
-            a, b = (told(record, parts, tokenize(record, parts, captions, chunks)) for parts in (ours, theirs))
+            a, b = (
+                told(record, parts, tokenize(record, parts, captions, chunks))
+                for parts in (ours, theirs)
+            )
             assert a.keys() == b.keys()
-            assert all(np.abs(a[name].astype(np.float32) - b[name].astype(np.float32)).max() < 1e-5 for name in a)
+            assert all(
+                np.abs(a[name].astype(np.float32) - b[name].astype(np.float32)).max() < 1e-5
+                for name in a
+            )
         assert ours.lengths("tokenizer", captions) == theirs.lengths("tokenizer", captions)
         pixels = np.clip(normal(2, 3, 32, 32), -1, 1)
-        assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(ours.vae("vae", pixels), theirs.vae("vae", pixels), strict=True))
+        assert all(
+            np.abs(a - b).max() < 1e-5
+            for a, b in zip(ours.vae("vae", pixels), theirs.vae("vae", pixels), strict=True)
+        )
 
 
-def settings(base: Path, pictures: Path, run: Path, by: str, family: str = "sd", kind: str = "full", **sections: Any) -> config.Config:
+def settings(
+    base: Path,
+    pictures: Path,
+    run: Path,
+    by: str,
+    family: str = "sd",
+    kind: str = "full",
+    **sections: Any,
+) -> config.Config:
     raw: dict[str, Any] = {
-        "run": str(run), "model": {"base": str(base), "family": family}, "engine": {"kind": by},
-        "data": {"folder": str(pictures), "size": 32, "flip": True, "drop_caption": 0.3, "threads": 1},
-        "adapt": {"kind": kind, "text_encoders": kind == "lora" and family == "sdxl", "rank": 3, "alpha": 6.0},
-        "optim": {"learning_rate": 1e-5, "ema": 0.9}, "objective": {"min_snr": 5.0}, "train": {"steps": STEPS, "batch": 4, "micro": 2, "seed": 3},
-        "log": {"every": 1}, "watch": {"hold_out": 2, "every": HALFWAY, "timesteps": 2}, "checkpoint": {"every": HALFWAY},
-    }  # fmt: skip
-    return config.build(config.Config, {**raw, **{k: {**raw.get(k, {}), **v} for k, v in sections.items()}})
+        "run": str(run),
+        "model": {"base": str(base), "family": family},
+        "engine": {"kind": by},
+        "data": {
+            "folder": str(pictures),
+            "size": 32,
+            "flip": True,
+            "drop_caption": 0.3,
+            "threads": 1,
+        },
+        "adapt": {
+            "kind": kind,
+            "text_encoders": kind == "lora" and family == "sdxl",
+            "rank": 3,
+            "alpha": 6.0,
+        },
+        "optim": {"learning_rate": 1e-5, "ema": 0.9},
+        "objective": {"min_snr": 5.0},
+        "train": {"steps": STEPS, "batch": 4, "micro": 2, "seed": 3},
+        "log": {"every": 1},
+        "watch": {"hold_out": 2, "every": HALFWAY, "timesteps": 2},
+        "checkpoint": {"every": HALFWAY},
+    }
+    return config.build(
+        config.Config, {**raw, **{k: {**raw.get(k, {}), **v} for k, v in sections.items()}}
+    )
 
 
 def trained(cfg: config.Config) -> dict[str, list[float]]:
     run = training.run(cfg, tell=lambda line: None)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {name: [row[name] for row in rows if name in row] for name in ("loss", "grad_norm", "held_out_loss")}
+    return {
+        name: [row[name] for row in rows if name in row]
+        for name in ("loss", "grad_norm", "held_out_loss")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -328,34 +493,53 @@ def pair(base: Path, sdxl: Path, pictures: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("sd", "full"), pytest.param("sd", "lora", marks=pytest.mark.soak), pytest.param("sdxl", "full", marks=pytest.mark.soak), ("sdxl", "lora")],
+    [
+        ("sd", "full"),
+        pytest.param("sd", "lora", marks=pytest.mark.soak),
+        pytest.param("sdxl", "full", marks=pytest.mark.soak),
+        ("sdxl", "lora"),
+    ],
 )
 def test_both_engines_have_one_curve(family: str, kind: str, pair: Any) -> None:
     """With Min-SNR, an average, accumulation, and for SDXL's LoRA both text encoders too."""
     ours, theirs = pair(family, kind)[:2]
-    assert len(theirs["loss"]) == len(set(theirs["loss"])) == STEPS and len(theirs["held_out_loss"]) == 3
+    assert (
+        len(theirs["loss"]) == len(set(theirs["loss"])) == STEPS
+        and len(theirs["held_out_loss"]) == 3
+    )
     for name, rel in (("loss", 1e-5), ("held_out_loss", 1e-5), ("grad_norm", 2e-5)):
         assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=0)
 
 
 @pytest.mark.parametrize(("family", "kind"), [("sd", "full"), ("sdxl", "lora")])
-def test_both_engines_leave_the_same_checkpoints_and_results(family: str, kind: str, pair: Any) -> None:
+def test_both_engines_leave_the_same_checkpoints_and_results(
+    family: str, kind: str, pair: Any
+) -> None:
     """Names, shapes and types; and numbers, as far as Adam lets round-off be seen."""
     places = pair(family, kind)[2:]
     for name in (f"checkpoint-{HALFWAY}", f"checkpoint-{STEPS}"):
         one, two = (checkpoint.read(place / name) for place in places)
-        files = sorted(p.relative_to(one.folder).as_posix() for p in one.folder.rglob("*.safetensors"))
-        assert files == sorted(p.relative_to(two.folder).as_posix() for p in two.folder.rglob("*.safetensors"))
+        files = sorted(
+            p.relative_to(one.folder).as_posix() for p in one.folder.rglob("*.safetensors")
+        )
+        assert files == sorted(
+            p.relative_to(two.folder).as_posix() for p in two.folder.rglob("*.safetensors")
+        )
         for file in files:
             a, b = one.arrays(file), two.arrays(file)
-            assert a.keys() == b.keys() and all((a[k].shape, a[k].dtype) == (b[k].shape, b[k].dtype) for k in a)
+            assert a.keys() == b.keys() and all(
+                (a[k].shape, a[k].dtype) == (b[k].shape, b[k].dtype) for k in a
+            )
             if not file.startswith("optimizer"):
                 assert max(np.abs(a[k] - b[k]).max() for k in a) < STEPS * 1e-5
     results = [json.loads((place / "result.json").read_text())["files"].keys() for place in places]
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize(("family", "kind"), [("sd", "full"), ("sdxl", "lora"), pytest.param("sd", "lora", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("sd", "full"), ("sdxl", "lora"), pytest.param("sd", "lora", marks=pytest.mark.soak)],
+)
 def test_a_picture_is_the_stock_pipeline_s(family: str, kind: str, pair: Any) -> None:
     """Of JAX's result, in both: the same latents, within 2 of 255."""
     import torch
@@ -365,17 +549,38 @@ def test_a_picture_is_the_stock_pipeline_s(family: str, kind: str, pair: Any) ->
     for name in ("ddim", "unipc"):
         stock = engines.open_pipeline(found, None, scheduler=name, precision="no", device="cpu")
         stock.set_progress_bar_config(disable=True)
-        how = {"num_inference_steps": 4, "guidance_scale": 5.0, "height": 32, "width": 32, "output_type": "np"}
+        how = {
+            "num_inference_steps": 4,
+            "guidance_scale": 5.0,
+            "height": 32,
+            "width": 32,
+            "output_type": "np",
+        }
         want = stock(prompts, latents=torch.tensor(noise), **how).images * 255
-        own = engines.open_pipeline(found, None, "jax", scheduler=name, precision="no", device="cpu")
-        made = np.stack(own.draw(prompts, [0, 1], steps=4, guidance_scale=5.0, size=32, latents=noise))
+        own = engines.open_pipeline(
+            found, None, "jax", scheduler=name, precision="no", device="cpu"
+        )
+        made = np.stack(
+            own.draw(prompts, [0, 1], steps=4, guidance_scale=5.0, size=32, latents=noise)
+        )
         assert np.abs(made - want).max() <= 2 and made.std() > 1
-        again = np.stack(own.draw([*prompts, *prompts], [0, 1, 0, 1], steps=4, guidance_scale=5.0, size=32, batch=3))
+        again = np.stack(
+            own.draw(
+                [*prompts, *prompts], [0, 1, 0, 1], steps=4, guidance_scale=5.0, size=32, batch=3
+            )
+        )
         np.testing.assert_array_equal(again[:2], again[2:])
 
 
 def test_the_command_draws_with_jax(pair: Any, tmp_path: Path) -> None:
-    [made] = generate.run(str(pair("sd", "full")[3]), ["a red circle"], steps=2, size=32, engine="jax", output=tmp_path)
+    [made] = generate.run(
+        str(pair("sd", "full")[3]),
+        ["a red circle"],
+        steps=2,
+        size=32,
+        engine="jax",
+        output=tmp_path,
+    )
     assert generate.read_picture(made).shape == (32, 32, 3)
 
 
@@ -383,14 +588,21 @@ def test_previews_are_compiled_once(pictures: Path, tmp_path: Path) -> None:
     """Whatever the weights have become in between."""
     base = tiny.stable_diffusion(tmp_path / "base", channels=(96,))
     cfg, compiles = settings(base, pictures, tmp_path / "run", "jax", optim={"ema": None}), []
-    engine = engines.open_engine(cfg, opened(base, "sd"), FAMILIES["sd"], engines.join(cfg.engine), 2, print)
-    state, engine.kernel = engine.init(0), lambda q, k, v: None  # as where there is a fused one: that of pictures is asked for
+    engine = engines.open_engine(
+        cfg, opened(base, "sd"), FAMILIES["sd"], engines.join(cfg.engine), 2, print
+    )
+    state, engine.kernel = (
+        engine.init(0),
+        lambda q, k, v: None,
+    )  # as where there is a fused one: that of pictures is asked for
 
     def heard(event: str, seconds: float, **how: Any) -> None:
         compiles.append(event) if event.endswith("backend_compile_duration") else None
 
     def drawn() -> np.ndarray:
-        [picture] = engine.pictures(state, ["a red circle"], [0], steps=2, guidance_scale=5.0, size=32)
+        [picture] = engine.pictures(
+            state, ["a red circle"], [0], steps=2, guidance_scale=5.0, size=32
+        )
         return picture.astype(float)
 
     jax.monitoring.register_event_duration_secs_listener(heard)
@@ -399,10 +611,17 @@ def test_previews_are_compiled_once(pictures: Path, tmp_path: Path) -> None:
     count = len(compiles)
     other = drawn()
     assert count > first > 2 and len(compiles) == count and np.abs(one - other).max() > 5
-    words = {name: jax.numpy.asarray(a) for name, a in weights.read(engine.base, "text_encoder").items()}
-    engine.pipeline.nets, gone = {"text_encoder": Params(words)}, weakref.ref(next(iter(words.values())))
+    words = {
+        name: jax.numpy.asarray(a) for name, a in weights.read(engine.base, "text_encoder").items()
+    }
+    engine.pipeline.nets, gone = (
+        {"text_encoder": Params(words)},
+        weakref.ref(next(iter(words.values()))),
+    )
     states = engine.pipeline.text("text_encoder", np.zeros((1, 77), np.int64))[0]
-    np.testing.assert_allclose(states, engine.encoders.text("text_encoder", np.zeros((1, 77), np.int64))[0], atol=1e-5)
+    np.testing.assert_allclose(
+        states, engine.encoders.text("text_encoder", np.zeros((1, 77), np.int64))[0], atol=1e-5
+    )
     compiled = len(compiles)
     engine.pipeline.text("text_encoder", np.ones((1, 77), np.int64))
     jax.monitoring.unregister_event_duration_listener(heard)
@@ -413,41 +632,81 @@ def test_previews_are_compiled_once(pictures: Path, tmp_path: Path) -> None:
 
 def bits(run: Path, step: int) -> dict[str, bytes]:
     found = checkpoint.read(run / f"checkpoint-{step}")
-    files = sorted(p.relative_to(found.folder).as_posix() for p in found.folder.rglob("*.safetensors"))
-    return {f"{file}:{name}": array.tobytes() for file in files for name, array in found.arrays(file).items()}
+    files = sorted(
+        p.relative_to(found.folder).as_posix() for p in found.folder.rglob("*.safetensors")
+    )
+    return {
+        f"{file}:{name}": array.tobytes()
+        for file in files
+        for name, array in found.arrays(file).items()
+    }
 
 
 @pytest.mark.parametrize(("family", "kind"), [("sd", "full"), ("sdxl", "lora")])
-def test_a_resumed_run_ends_with_the_same_bits(family: str, kind: str, pair: Any, base: Path, sdxl: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(
+    family: str, kind: str, pair: Any, base: Path, sdxl: Path, pictures: Path, tmp_path: Path
+) -> None:
     whole = pair(family, kind)[3]
     shutil.copytree(whole / f"checkpoint-{HALFWAY}", tmp_path / "run" / f"checkpoint-{HALFWAY}")
-    training.run(settings({"sd": base, "sdxl": sdxl}[family], pictures, tmp_path / "run", "jax", family, kind), tell=lambda line: None)
+    training.run(
+        settings(
+            {"sd": base, "sdxl": sdxl}[family], pictures, tmp_path / "run", "jax", family, kind
+        ),
+        tell=lambda line: None,
+    )
     assert bits(tmp_path / "run", STEPS) == bits(whole, STEPS)
 
 
-def test_a_number_that_is_not_finite_touches_nothing(pair: Any, base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_that_is_not_finite_touches_nothing(
+    pair: Any, base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from limner.faults import NonFinite
 
     batch = training.Stream.batch
 
     def poisoned(self: Any, step: int, **how: Any) -> Any:
         found = batch(self, step, **how)
-        return found | {"noise": found["noise"] * np.float32(np.inf)} if step == HALFWAY + 2 else found
+        return (
+            found | {"noise": found["noise"] * np.float32(np.inf)} if step == HALFWAY + 2 else found
+        )
 
     whole = pair("sd", "full")[3]
     shutil.copytree(whole / f"checkpoint-{HALFWAY}", tmp_path / "run" / f"checkpoint-{HALFWAY}")
     monkeypatch.setattr(training.Stream, "batch", poisoned)
-    with pytest.raises(NonFinite, match=f"step {HALFWAY + 3}: the loss or the gradient is not a finite number"):
-        training.run(settings(base, pictures, tmp_path / "run", "jax", log={"every": STEPS}, checkpoint={"every": STEPS}), tell=lambda line: None)
+    with pytest.raises(
+        NonFinite, match=f"step {HALFWAY + 3}: the loss or the gradient is not a finite number"
+    ):
+        training.run(
+            settings(
+                base,
+                pictures,
+                tmp_path / "run",
+                "jax",
+                log={"every": STEPS},
+                checkpoint={"every": STEPS},
+            ),
+            tell=lambda line: None,
+        )
     assert [p.name for p in checkpoint.listed(tmp_path / "run")] == [f"checkpoint-{HALFWAY}"]
 
 
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.soak)])
-def test_half_precision(precision: str, pair: Any, base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_half_precision(
+    precision: str, pair: Any, base: Path, pictures: Path, tmp_path: Path
+) -> None:
     """The loss stays near float32's; fp16 scales it and remembers the scale."""
     exact = pair("sd", "full")[1]["loss"]
     with in_haste():
-        got = trained(settings(base, pictures, tmp_path / "run", "jax", train={"steps": 3, "micro": 4}, engine={"precision": precision}))
+        got = trained(
+            settings(
+                base,
+                pictures,
+                tmp_path / "run",
+                "jax",
+                train={"steps": 3, "micro": 4},
+                engine={"precision": precision},
+            )
+        )
     assert got["loss"] == pytest.approx(exact[:3], rel=3e-2)
     if precision == "fp16":
         scaler = checkpoint.read(tmp_path / "run" / "checkpoint-3").arrays("scaler.safetensors")
@@ -469,9 +728,16 @@ def started(folder: Path, jobs: list[config.Config], **environment: str) -> subp
     folder.mkdir(exist_ok=True)
     (folder / "worker.py").write_text(WORKER)
     (folder / "jobs.json").write_text(json.dumps([config.plain(job) for job in jobs]))
-    whole = {**os.environ, "PYTHONPATH": str(Path(limner.__file__).parent.parent), "JAX_PLATFORMS": "cpu", **environment}
+    whole = {
+        **os.environ,
+        "PYTHONPATH": str(Path(limner.__file__).parent.parent),
+        "JAX_PLATFORMS": "cpu",
+        **environment,
+    }
     command = [sys.executable, str(folder / "worker.py"), str(folder / "jobs.json")]
-    return subprocess.Popen(command, env=whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def done(process: subprocess.Popen[str]) -> None:
@@ -497,45 +763,79 @@ def together(folder: Path, jobs: list[config.Config]) -> list[subprocess.Popen[s
 def test_eight_devices_two_processes_and_back(again: bool, pictures: Path, tmp_path: Path) -> None:
     """Of a UNet of one level, which compiles sooner.
 
-    One curve on 1 device, on 8 with weights divided over 4 of them, on 2 processes; a run goes from 1 to 8 to 1, or on with the same bits on as many as
-    before (``again``); none of it with PyTorch."""
+    One curve on 1 device, on 8 with weights divided over 4 of them, on 2 processes; a run goes from
+    1 to 8 to 1, or on with the same bits on as many as before (``again``); none of it with
+    PyTorch."""
 
-    def job(name: str, engine: dict[str, Any], steps: int = 6, micro: int = 8, **sections: Any) -> config.Config:
-        common = {"train": {"steps": steps, "batch": 8, "micro": micro}, "checkpoint": {"every": 3}, "engine": engine}
+    def job(
+        name: str, engine: dict[str, Any], steps: int = 6, micro: int = 8, **sections: Any
+    ) -> config.Config:
+        common = {
+            "train": {"steps": steps, "batch": 8, "micro": micro},
+            "checkpoint": {"every": 3},
+            "engine": engine,
+        }
         return settings(base, pictures, tmp_path / name, "jax", **common, **sections)
 
     base = tiny.stable_diffusion(tmp_path / "base", channels=(96,))
     one = trained(job("one", {}))
     trained(job("moving", {}, 2))
-    wide = [job("wide", {"fsdp": 4}), job("wide again", {"fsdp": 4}, 3), job("wide again", {"fsdp": 4})] if again else []
+    wide = (
+        [
+            job("wide", {"fsdp": 4}),
+            job("wide again", {"fsdp": 4}, 3),
+            job("wide again", {"fsdp": 4}),
+        ]
+        if again
+        else []
+    )
     done(started(tmp_path / "eight", [job("moving", {"fsdp": 4}, 4), *wide], **worker.devices(8)))
     trained(job("moving", {}))
     drawn = {"preview": {"prompts": ["a red circle"], "steps": 2}}
     two = [job("two", {"fsdp": 2}, micro=4, **drawn)]
-    for process in together(tmp_path, [*two, *(job("two again", {"fsdp": 2}, steps, micro=4) for steps in (3, 6) if again)]):
+    for process in together(
+        tmp_path,
+        [*two, *(job("two again", {"fsdp": 2}, steps, micro=4) for steps in (3, 6) if again)],
+    ):
         done(process)
     for name in ("moving", "two", *(["wide"] if again else [])):
         assert rows(tmp_path / name) == pytest.approx(one["loss"], rel=1e-6, abs=0), name
-        assert rows(tmp_path / name, "held_out_loss")[-1] == pytest.approx(one["held_out_loss"][-1], rel=1e-6)
+        assert rows(tmp_path / name, "held_out_loss")[-1] == pytest.approx(
+            one["held_out_loss"][-1], rel=1e-6
+        )
     for name in ("wide", "two") if again else ():
         assert bits(tmp_path / name, 6) == bits(tmp_path / f"{name} again", 6), name
     [shown] = (tmp_path / "two" / "previews" / "step-000006").glob("*.png")
     found, _ = generate.locate(str(tmp_path / "two"), None)
-    pipeline = engines.open_pipeline(found, None, "jax", scheduler=None, precision="no", device="cpu")
+    pipeline = engines.open_pipeline(
+        found, None, "jax", scheduler=None, precision="no", device="cpu"
+    )
     [picture] = pipeline.draw(["a red circle"], [3], steps=2, guidance_scale=7.5, size=32)
     assert np.abs(generate.read_picture(shown).astype(int) - picture).max() <= 1
     state = checkpoint.read(tmp_path / "two" / "checkpoint-6")
     assert state.state["world"] == 2
     file = "unet/diffusion_pytorch_model.safetensors"
-    ours, theirs = state.arrays(file), checkpoint.read(tmp_path / "one" / "checkpoint-6").arrays(file)
+    ours, theirs = (
+        state.arrays(file),
+        checkpoint.read(tmp_path / "one" / "checkpoint-6").arrays(file),
+    )
     assert max(np.abs(ours[name] - theirs[name]).max() for name in ours) < 1e-5
 
 
-def test_what_one_of_two_processes_finds_is_said_once(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_what_one_of_two_processes_finds_is_said_once(
+    base: Path, pictures: Path, tmp_path: Path
+) -> None:
     """A refusal of the first one reaches the second, and nobody waits for ever."""
     pictures = shutil.copytree(pictures, tmp_path / "pictures")
     (pictures / "003.png").write_bytes(b"no picture")
-    both = together(tmp_path, [settings(base, pictures, tmp_path / "run", "jax", train={"steps": 2, "batch": 4, "micro": 2})])
+    both = together(
+        tmp_path,
+        [
+            settings(
+                base, pictures, tmp_path / "run", "jax", train={"steps": 2, "batch": 4, "micro": 2}
+            )
+        ],
+    )
     said = [process.communicate(timeout=200)[0] for process in both]
     assert all(process.returncode == 1 for process in both)
     assert all("InputFault" in text and "003.png" in text for text in said)
@@ -544,40 +844,79 @@ def test_what_one_of_two_processes_finds_is_said_once(base: Path, pictures: Path
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"engine": {"devices": 4}}, r"engine\.devices: 4 devices are asked for, 1 are there \(cpu\)"),
+        (
+            {"engine": {"devices": 4}},
+            r"engine\.devices: 4 devices are asked for, 1 are there \(cpu\)",
+        ),
         ({"engine": {"fsdp": 2}}, r"engine\.fsdp: 2 does not divide the 1 devices"),
         ({"engine": {"device": "tpu"}}, r"engine\.device: 'tpu' is not there"),
-        ({"engine": {"compile_cache": "/proc/nowhere"}}, r"engine\.compile_cache: /proc/nowhere cannot be written"),
+        (
+            {"engine": {"compile_cache": "/proc/nowhere"}},
+            r"engine\.compile_cache: /proc/nowhere cannot be written",
+        ),
         ({"optim": {"kind": "adamw8bit"}}, r"optim\.kind: adamw8bit is bitsandbytes'"),
-        ({"adapt": {"kind": "lora", "targets": ["nothing"]}}, r"adapt\.targets: the unet has no module named nothing"),
-        ({"optim": {"ema": 0.9, "ema_offload": True}}, r"optim\.ema_offload: the JAX engine divides the average"),
-        ({"adapt": {"kind": "lora", "targets": ["conv1"]}}, r"adapt\.targets: .*conv1 is no linear layer"),
+        (
+            {"adapt": {"kind": "lora", "targets": ["nothing"]}},
+            r"adapt\.targets: the unet has no module named nothing",
+        ),
+        (
+            {"optim": {"ema": 0.9, "ema_offload": True}},
+            r"optim\.ema_offload: the JAX engine divides the average",
+        ),
+        (
+            {"adapt": {"kind": "lora", "targets": ["conv1"]}},
+            r"adapt\.targets: .*conv1 is no linear layer",
+        ),
     ],
 )
-def test_what_cannot_be_done_is_said(sections: dict[str, Any], message: str, base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_said(
+    sections: dict[str, Any], message: str, base: Path, pictures: Path, tmp_path: Path
+) -> None:
     with pytest.raises(InputFault, match=message):
         training.run(settings(base, pictures, tmp_path, "jax", **sections), tell=lambda line: None)
 
 
-def test_rows_that_a_mesh_cannot_divide_are_refused(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_rows_that_a_mesh_cannot_divide_are_refused(
+    base: Path, pictures: Path, tmp_path: Path
+) -> None:
     cfg = settings(base, pictures, tmp_path, "jax")
     process = engines.join(cfg.engine)
     process.mesh = SimpleNamespace(size=3)  # type: ignore[attr-defined]
-    with pytest.raises(InputFault, match=r"train\.micro: a micro-batch of 2 rows \(2 for each of 1 processes\) cannot be divided among 3 devices"):
+    with pytest.raises(
+        InputFault,
+        match=r"train\.micro: a micro-batch of 2 rows \(2 for each of 1 processes\) cannot be "
+        r"divided among 3 devices",
+    ):
         engines.open_engine(cfg, opened(base, "sd"), FAMILIES["sd"], process, 2, print)
 
 
-def test_large_arrays_are_divided_and_the_small_ones_lie_together_everywhere(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_large_arrays_are_divided_and_the_small_ones_lie_together_everywhere(
+    base: Path, pictures: Path, tmp_path: Path
+) -> None:
     from jax.sharding import AbstractMesh
 
     from limner.engines.jax.learnt import SMALL
 
     cfg = settings(base, pictures, tmp_path, "jax")
-    engine = engines.open_engine(cfg, opened(base, "sd"), FAMILIES["sd"], engines.join(cfg.engine), 2, print)
+    engine = engines.open_engine(
+        cfg, opened(base, "sd"), FAMILIES["sd"], engines.join(cfg.engine), 2, print
+    )
     engine.mesh = AbstractMesh((2, 4), ("data", "fsdp"))
-    shapes = {"long": (96, 1024), "odd": (8192, 9), "none": (255, 1023), "little": (32, 64), SMALL: (1 << 20,)}
+    shapes = {
+        "long": (96, 1024),
+        "odd": (8192, 9),
+        "none": (255, 1023),
+        "little": (32, 64),
+        SMALL: (1 << 20,),
+    }
     specs = {name: tuple(engine.sharding(name, shape).spec) for name, shape in shapes.items()}
-    assert specs == {"long": (None, "fsdp"), "odd": ("fsdp", None), "none": (None, None), "little": (None, None), SMALL: (None,)}
+    assert specs == {
+        "long": (None, "fsdp"),
+        "odd": ("fsdp", None),
+        "none": (None, None),
+        "little": (None, None),
+        SMALL: (None,),
+    }
 
 
 def test_half_a_compiled_program_is_swept_away(tmp_path: Path) -> None:
@@ -595,7 +934,11 @@ def programs(tmp_path: Path) -> Any:
     """The programs on disk, in a folder of their own."""
     from limner.engines.jax import programs
 
-    names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size", "jax_persistent_cache_min_compile_time_secs")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_compilation_cache_max_size",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
     before = {name: jax.config.values[name] for name in names}
     programs.compilation_cache.reset_cache()
     programs.remember(str(tmp_path / "programs"))
@@ -605,7 +948,9 @@ def programs(tmp_path: Path) -> Any:
     programs.compilation_cache.reset_cache()
 
 
-def test_a_compiled_step_is_found_without_tracing(programs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_step_is_found_without_tracing(
+    programs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Made once for one meaning; a damaged one is made again, and kept."""
     monkeypatch.setattr(programs, "WORTH", 0.0)
     calls = []
@@ -615,11 +960,20 @@ def test_a_compiled_step_is_found_without_tracing(programs: Any, tmp_path: Path,
             calls.append(factor)
             return jax.jit(lambda given: {"y": factor * given["x"]}).lower({"x": x}).compile()
 
-        return programs.kept(make, jax.devices()[:1], {"factor": factor}, {"x": x})({"x": x})["y"].tolist()
+        return programs.kept(make, jax.devices()[:1], {"factor": factor}, {"x": x})({"x": x})[
+            "y"
+        ].tolist()
 
     x = np.arange(3, dtype=np.float32)
-    assert [got(2.0, x), got(2.0, x + 1), got(3.0, x), got(2.0, x[:2])] == [[0, 2, 4], [2, 4, 6], [0, 3, 6], [0, 2]] and calls == [2.0, 3.0, 2.0]
-    assert programs.named(jax.devices()[:1], {}, x) != programs.named(jax.devices()[:1], {}, x.astype(np.int32))
+    assert [got(2.0, x), got(2.0, x + 1), got(3.0, x), got(2.0, x[:2])] == [
+        [0, 2, 4],
+        [2, 4, 6],
+        [0, 3, 6],
+        [0, 2],
+    ] and calls == [2.0, 3.0, 2.0]
+    assert programs.named(jax.devices()[:1], {}, x) != programs.named(
+        jax.devices()[:1], {}, x.astype(np.int32)
+    )
     paths = sorted((tmp_path / "programs").glob("limner-*-cache"))
     assert len(paths) == 3
     for path in paths:
@@ -627,14 +981,21 @@ def test_a_compiled_step_is_found_without_tracing(programs: Any, tmp_path: Path,
     assert [got(3.0, x), got(3.0, x)] == [[0, 3, 6], [0, 3, 6]] and calls == [2.0, 3.0, 2.0, 3.0]
 
 
-def test_a_program_that_comes_out_of_jax_s_cache_is_not_written_again(programs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after an edit that leaves the program as it was: written once more it would lack functions, and fail where it is run."""
+def test_a_program_that_comes_out_of_jax_s_cache_is_not_written_again(
+    programs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an edit that leaves the program as it was: written once more it would lack
+    functions, and fail where it is run."""
     monkeypatch.setattr(programs, "WORTH", 0.0)
     x, made = normal(64, 64), []
 
     def make() -> Any:
         jax.clear_caches()
-        made.append(jax.jit(lambda x: jax.nn.softmax(jax.numpy.sin(x @ x)) * jax.numpy.exp(x)).lower(x).compile())
+        made.append(
+            jax.jit(lambda x: jax.nn.softmax(jax.numpy.sin(x @ x)) * jax.numpy.exp(x))
+            .lower(x)
+            .compile()
+        )
         return made[-1]
 
     def got(meaning: dict[str, int]) -> Any:
@@ -647,9 +1008,15 @@ def test_a_program_that_comes_out_of_jax_s_cache_is_not_written_again(programs: 
 
 
 def test_kandinsky_is_not_trained_yet(kandinsky: Path, pictures: Path, tmp_path: Path) -> None:
-    raw = {"run": str(tmp_path), "model": {"base": str(kandinsky / "prior"), "family": "kandinsky22-prior"}, "data": {"folder": str(pictures)}}
+    raw = {
+        "run": str(tmp_path),
+        "model": {"base": str(kandinsky / "prior"), "family": "kandinsky22-prior"},
+        "data": {"folder": str(pictures)},
+    }
     raw |= {"train": {"steps": 1, "batch": 1}, "engine": {"kind": "jax"}}
-    with pytest.raises(InputFault, match="does not train a PriorTransformer of family 'kandinsky22-prior' yet"):
+    with pytest.raises(
+        InputFault, match="does not train a PriorTransformer of family 'kandinsky22-prior' yet"
+    ):
         training.run(config.build(config.Config, raw), tell=lambda line: None)
 
 
@@ -662,14 +1029,26 @@ def test_strange_and_missing_arrays_are_listed(base: Path, tmp_path: Path) -> No
     arrays = load_file(path)
     moved = arrays.pop("conv_in.weight")
     save_file(arrays | {"conv_inn.weight": moved}, path)
-    with pytest.raises(InputFault, match=r"1 arrays are missing: conv_in\.weight; 1 arrays have no place in the model: conv_inn\.weight"):
+    with pytest.raises(
+        InputFault,
+        match=r"1 arrays are missing: conv_in\.weight; 1 arrays have no place in the model: "
+        r"conv_inn\.weight",
+    ):
         weights.read(opened(folder, "sd"), "unet")
     save_file(arrays | {"conv_in.weight": moved[:, :3].copy()}, path)
-    with pytest.raises(InputFault, match=r"conv_in\.weight is \[32, 3, 3, 3\], \[32, 4, 3, 3\] is expected"):
+    with pytest.raises(
+        InputFault, match=r"conv_in\.weight is \[32, 3, 3, 3\], \[32, 4, 3, 3\] is expected"
+    ):
         weights.read(opened(folder, "sd"), "unet")
     known = json.loads((folder / "unet" / "config.json").read_text())
-    (folder / "unet" / "config.json").write_text(json.dumps(known | {"resnet_time_scale_shift": "scale_shift"}))
-    with pytest.raises(InputFault, match="no code for this UNet2DConditionModel: resnet_time_scale_shift is 'scale_shift', 'default' is expected"):
+    (folder / "unet" / "config.json").write_text(
+        json.dumps(known | {"resnet_time_scale_shift": "scale_shift"})
+    )
+    with pytest.raises(
+        InputFault,
+        match="no code for this UNet2DConditionModel: resnet_time_scale_shift is 'scale_shift', "
+        "'default' is expected",
+    ):
         weights.read(opened(folder, "sd"), "unet")
 
 
@@ -682,24 +1061,41 @@ def test_half_and_sharded_weights_are_read(base: Path, sd_fp16: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_the_old_pipeline_draws_what_the_stock_one_draws(family: str, base: Path, sdxl: Path) -> None:
+def test_the_old_pipeline_draws_what_the_stock_one_draws(
+    family: str, base: Path, sdxl: Path
+) -> None:
     import torch
     from diffusers import AutoPipelineForText2Image
 
     from limner.compat import flax
 
     folder = {"sd": base, "sdxl": sdxl}[family]
-    pipe, params = {"sd": flax.FlaxStableDiffusionPipeline, "sdxl": flax.FlaxStableDiffusionXLPipeline}[family].from_pretrained(str(folder))
+    pipe, params = {
+        "sd": flax.FlaxStableDiffusionPipeline,
+        "sdxl": flax.FlaxStableDiffusionXLPipeline,
+    }[family].from_pretrained(str(folder))
     noise, prompts = normal(2, 4, 16, 16), ["a red circle", "blue"]
     stock = AutoPipelineForText2Image.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
     how = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 32, "width": 32}
     want = stock(prompts, latents=torch.tensor(noise), output_type="np", **how).images
-    made = pipe(pipe.prepare_inputs(prompts), params, jax.random.PRNGKey(0), latents=noise, **how).images
+    made = pipe(
+        pipe.prepare_inputs(prompts), params, jax.random.PRNGKey(0), latents=noise, **how
+    ).images
     assert made.shape == (2, 32, 32, 3) and np.abs(np.asarray(made) - want).max() < 2 / 255
     against = pipe.prepare_inputs(["green"] * 2)
-    other = pipe(pipe.prepare_inputs(prompts), params, jax.random.PRNGKey(0), latents=noise, neg_prompt_ids=against, **how).images
+    other = pipe(
+        pipe.prepare_inputs(prompts),
+        params,
+        jax.random.PRNGKey(0),
+        latents=noise,
+        neg_prompt_ids=against,
+        **how,
+    ).images
     assert np.abs(np.asarray(other) - np.asarray(made)).max() > 1e-3
-    with pytest.raises(InputFault, match="3 rows cannot be divided among 2 devices"), pytest.MonkeyPatch.context() as patch:
+    with (
+        pytest.raises(InputFault, match="3 rows cannot be divided among 2 devices"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(jax, "device_count", lambda: 2)
         flax.shard(np.zeros((3, 77)))

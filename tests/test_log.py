@@ -1,4 +1,5 @@
-"""Every number arrives in every sink, once, also after a resume; no secret is written; no sink stops training or moves its random numbers."""
+"""Every number arrives in every sink, once, also after a resume; no secret is written; no sink
+stops training or moves its random numbers."""
 
 import errno
 import json
@@ -71,7 +72,10 @@ def test_rows_are_exact_and_equal_runs_give_equal_lines(tmp_path: Path) -> None:
         sinks.close()
     text = (tmp_path / "a" / "metrics.jsonl").read_text()
     assert text == (tmp_path / "b" / "metrics.jsonl").read_text()
-    assert text.splitlines()[0] == '{"step": 1, "loss": 0.30000000000000004, "grad_norm": 0.10000000149011612, "count": 3}'
+    assert (
+        text.splitlines()[0]
+        == '{"step": 1, "loss": 0.30000000000000004, "grad_norm": 0.10000000149011612, "count": 3}'
+    )
     assert text.splitlines()[1] == '{"step": 2, "loss": null, "grad_norm": null, "count": 4}'
     assert log.read(tmp_path / "a" / "metrics.jsonl") == rows(tmp_path / "a")
 
@@ -92,7 +96,9 @@ def test_resume_drops_later_rows_and_half_a_line(tmp_path: Path) -> None:
     assert path.read_text() == "", "a fresh start begins with no rows"
 
 
-def test_rows_that_a_full_disk_refused_are_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_a_full_disk_refused_are_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[str] = []
     sinks = log.open_sinks(recipe(), tmp_path, 0, told.append)
     sinks.write(1, {"loss": 1.0})
@@ -112,10 +118,17 @@ def test_rows_that_a_full_disk_refused_are_written_later(tmp_path: Path, monkeyp
     assert len(told) == 1 and "No space left" in told[0] and "training goes on" in told[0]
     sinks.write(4, {"loss": 4.0})
     sinks.close()
-    assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.0),
+        (4, 4.0),
+    ]
 
 
-def test_previews_are_whole_folders_of_exact_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_previews_are_whole_folders_of_exact_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[str] = []
     sinks = log.open_sinks(recipe(), tmp_path, 0, told.append)
     sinks.images(500, "validation", [("a red apple", PICTURE), ("ein grüner Apfel", PICTURE[::-1])])
@@ -125,7 +138,10 @@ def test_previews_are_whole_folders_of_exact_pictures(tmp_path: Path, monkeypatc
         assert np.array_equal(np.asarray(second), PICTURE[::-1])
         assert second.text["caption"] == "ein grüner Apfel"  # type: ignore[attr-defined]
     sinks.images(600, "test", [("x", PICTURE)])
-    assert sorted(p.name for p in (tmp_path / "previews").iterdir()) == ["step-000500", "step-000600-test"]
+    assert sorted(p.name for p in (tmp_path / "previews").iterdir()) == [
+        "step-000500",
+        "step-000600-test",
+    ]
     sinks.images(700, "validation", [("x", PICTURE), ("not a picture", np.zeros((2, 2, 7)))])
     assert len(told) == 1 and not (tmp_path / "previews" / "step-000700").exists()
 
@@ -148,7 +164,10 @@ def test_tensorboard_holds_the_numbers_pictures_and_settings(tmp_path: Path) -> 
     assert events.Scalars("learning_rate")[0].value == pytest.approx(1e-4)
     [shown] = events.Images("validation")
     assert (shown.step, shown.width * shown.height) == (2, 2 * 4 * 6)
-    assert b"train.steps" in events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert (
+        b"train.steps"
+        in events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    )
     sinks.close()
 
 
@@ -161,10 +180,20 @@ def test_tensorboard_after_resume_shows_each_step_once(tmp_path: Path) -> None:
     for step in (3, 4, 5):
         second.write(step, {"loss": step / 8})
     second.close()
-    files = sorted((tmp_path / "logs" / "stars").glob("events*"), key=lambda p: p.stat().st_mtime_ns)
-    for number, file in enumerate(files):  # read in the order of writing, though both were made within a second
+    files = sorted(
+        (tmp_path / "logs" / "stars").glob("events*"), key=lambda p: p.stat().st_mtime_ns
+    )
+    for number, file in enumerate(
+        files
+    ):  # read in the order of writing, though both were made within a second
         file.rename(file.with_name(f"events.out.tfevents.{number:010d}.host"))
-    assert [(e.step, e.value) for e in accumulated(tmp_path).Scalars("loss")] == [(1, 0.25), (2, 0.5), (3, 0.375), (4, 0.5), (5, 0.625)]
+    assert [(e.step, e.value) for e in accumulated(tmp_path).Scalars("loss")] == [
+        (1, 0.25),
+        (2, 0.5),
+        (3, 0.375),
+        (4, 0.5),
+        (5, 0.625),
+    ]
 
 
 def test_wandb(tmp_path: Path, stub: Any) -> None:
@@ -174,8 +203,14 @@ def test_wandb(tmp_path: Path, stub: Any) -> None:
     sinks.images(3, "validation", [("a star", PICTURE)])
     sinks.close()
     [(_, start)] = wandb.named("init")
-    assert (start["project"], start["config"]["train.steps"], start["resume"]) == ("stars", 7, "allow")
-    assert wandb.named("Settings") == [((), {"x_disable_meta": True})], "the command line stays here"
+    assert (start["project"], start["config"]["train.steps"], start["resume"]) == (
+        "stars",
+        7,
+        "allow",
+    )
+    assert wandb.named("Settings") == [((), {"x_disable_meta": True})], (
+        "the command line stays here"
+    )
     (values,), _ = wandb.named("log")[0]
     assert values == {"loss": 0.5, "step": 3}
     (pictures,), _ = wandb.named("log")[1]
@@ -196,7 +231,9 @@ def test_comet(tmp_path: Path, stub: Any) -> None:
     sinks.close()
     [(_, start)] = comet.named("start")
     assert start["project_name"] == "stars" and len(start["experiment_key"]) == 32
-    assert comet.named("ExperimentConfig") == [((), {"parse_args": False, "log_env_details": False})], "the command line stays here"
+    assert comet.named("ExperimentConfig") == [
+        ((), {"parse_args": False, "log_env_details": False})
+    ], "the command line stays here"
     assert comet.named("log_parameters")[0][0][0]["train.steps"] == 7
     assert comet.named("log_metrics") == [(({"loss": 0.5},), {"step": 3})]
     [((array,), named)] = comet.named("log_image")
@@ -212,18 +249,25 @@ def test_a_failing_sink_is_told_of_once_and_dropped(tmp_path: Path, stub: Any) -
         sinks.write(step, {"loss": 1.0})
     sinks.images(3, "validation", [("x", PICTURE)])
     sinks.close()
-    assert told == ["wandb failed and is left out from now on; metrics.jsonl has all numbers: ConnectionError: no network for [redacted]"]
+    assert told == [
+        "wandb failed and is left out from now on; metrics.jsonl has all numbers: "
+        "ConnectionError: no network for [redacted]"
+    ]
     assert len(rows(tmp_path)) == len(comet.named("log_metrics")) == 3
     comet.start = lambda **kwargs: 1 // 0
     log.open_sinks(recipe("comet_ml"), tmp_path, 0, told.append).write(1, {"loss": 1.0})
     assert len(told) == 2 and told[1].startswith("comet_ml failed") and len(rows(tmp_path)) == 1
 
 
-def test_a_missing_package_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: Any) -> None:
+def test_a_missing_package_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: Any
+) -> None:
     for name in ("tensorboard", "tensorboardX", "wandb", "comet_ml"):
         monkeypatch.setitem(sys.modules, name, None)
     assert log.installed() == ()
-    with pytest.raises(InputFault, match=r"wandb, comet_ml is not installed\. Run `pip install wandb comet-ml`"):
+    with pytest.raises(
+        InputFault, match=r"wandb, comet_ml is not installed\. Run `pip install wandb comet-ml`"
+    ):
         log.open_sinks(recipe("wandb", "comet_ml"), tmp_path / "run", 0)
     assert not (tmp_path / "run").exists()
     stub("wandb")
@@ -239,7 +283,10 @@ def test_redact(monkeypatch: pytest.MonkeyPatch) -> None:
         "hub_token": "anything",
         "Token": None,
         "use_token": True,
-        "deep": [{"api_key": 5, "url": f"https://user:{CANARY}@host/x"}, ("abcdef0123456789!", "x", "text")],
+        "deep": [
+            {"api_key": 5, "url": f"https://user:{CANARY}@host/x"},
+            ("abcdef0123456789!", "x", "text"),
+        ],
         f"key {CANARY}": 1.5,
         "short": "hf_short",
     }
@@ -247,7 +294,10 @@ def test_redact(monkeypatch: pytest.MonkeyPatch) -> None:
         "hub_token": "[redacted]",
         "Token": None,
         "use_token": True,
-        "deep": [{"api_key": "[redacted]", "url": "https://user:[redacted]@host/x"}, ["[redacted]!", "[redacted]", "text"]],
+        "deep": [
+            {"api_key": "[redacted]", "url": "https://user:[redacted]@host/x"},
+            ["[redacted]!", "[redacted]", "text"],
+        ],
         "key [redacted]": 1.5,
         "short": "hf_short",
     }
@@ -255,7 +305,9 @@ def test_redact(monkeypatch: pytest.MonkeyPatch) -> None:
     assert log.redact(plain) == plain, "no setting is taken for a secret"
 
 
-def test_no_byte_of_the_run_holds_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: Any) -> None:
+def test_no_byte_of_the_run_holds_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: Any
+) -> None:
     secret = "canary-of-the-environment"
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", secret)
     wandb, comet = stub("wandb"), stub("comet_ml")
@@ -266,7 +318,9 @@ def test_no_byte_of_the_run_holds_a_token(tmp_path: Path, monkeypatch: pytest.Mo
     sinks.images(1, "validation", [(f"a {CANARY} {secret}", PICTURE)])
     sinks.close()
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} >= {".jsonl", ".png", ".json"} and any("tfevents" in p.name for p in files)
+    assert {p.suffix for p in files} >= {".jsonl", ".png", ".json"} and any(
+        "tfevents" in p.name for p in files
+    )
     for path in files:
         content = path.read_bytes()
         assert CANARY.encode() not in content and secret.encode() not in content, path

@@ -1,4 +1,5 @@
-"""Nothing of the size of the model is held twice: five flat buffers are all that full fine-tuning needs, whatever is done with them."""
+"""Nothing of the size of the model is held twice: five flat buffers are all that full fine-tuning
+needs, whatever is done with them."""
 
 import gc
 import weakref
@@ -34,12 +35,20 @@ class Largest(TorchDispatchMode):
 
 
 def started(base: Path) -> tuple[TorchEngine, TorchState]:
-    cfg = config.build(config.Config, {"model": {"base": str(base)}, "train": {"steps": 2, "batch": 2}, "optim": {"ema": 0.9}})
+    cfg = config.build(
+        config.Config,
+        {"model": {"base": str(base)}, "train": {"steps": 2, "batch": 2}, "optim": {"ema": 0.9}},
+    )
     engine = TorchEngine(cfg, open_base(cfg.model, SD), SD, World("cpu", "no"), 2)
     state = engine.init(0)
     normal = np.random.default_rng(0).standard_normal
     numbers = {"t": np.array([3, 700]), **{name: np.ones(2, np.float32) for name in "aspqwd"}}
-    batch = {"x0": normal((2, 4, 16, 16), np.float32), "noise": normal((2, 4, 16, 16), np.float32), "context": normal((2, 77, 32), np.float32), **numbers}
+    batch = {
+        "x0": normal((2, 4, 16, 16), np.float32),
+        "noise": normal((2, 4, 16, 16), np.float32),
+        "context": normal((2, 77, 32), np.float32),
+        **numbers,
+    }
     state, metrics = engine.step(state, batch, step=0, learning_rate=1e-3, ema=0.5, seed=0)
     engine.fetch(state, [metrics])
     return engine, state
@@ -58,8 +67,13 @@ def test_weights_and_average_change_places_a_piece_at_a_time(sd, monkeypatch):
 
 def test_the_network_lives_in_the_flat_buffers(sd):
     _, state = started(sd)
-    for flat, tensors in ((state.arena.flat, [p.data for p in state.net.parameters()]), (state.arena.flat.grad, [p.grad for p in state.net.parameters()])):
-        assert {t.untyped_storage().data_ptr() for t in tensors} == {flat.untyped_storage().data_ptr()}
+    for flat, tensors in (
+        (state.arena.flat, [p.data for p in state.net.parameters()]),
+        (state.arena.flat.grad, [p.grad for p in state.net.parameters()]),
+    ):
+        assert {t.untyped_storage().data_ptr() for t in tensors} == {
+            flat.untyped_storage().data_ptr()
+        }
 
 
 def test_a_snapshot_on_the_cpu_copies_nothing_of_size(sd):
@@ -73,11 +87,16 @@ def test_a_snapshot_on_the_cpu_copies_nothing_of_size(sd):
 
 def test_restoring_reads_a_parameter_at_a_time(sd):
     engine, state = started(sd)
-    groups = {name: {key: array.copy() for key, array in arrays.items()} for name, arrays in engine.snapshot(state)}
+    groups = {
+        name: {key: array.copy() for key, array in arrays.items()}
+        for name, arrays in engine.snapshot(state)
+    }
     fresh = engine.init(0)
     with Largest() as most:
         engine.restore(fresh, groups.__getitem__)
-    assert most.numbers == fresh.arena.flat.numel()  # each moment's own buffer, and nothing beside it
+    assert (
+        most.numbers == fresh.arena.flat.numel()
+    )  # each moment's own buffer, and nothing beside it
     assert torch.equal(fresh.arena.flat, state.arena.flat)
 
 

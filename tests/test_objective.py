@@ -1,4 +1,5 @@
-"""The numbers of the objective are those of diffusers' schedulers and training scripts, at every timestep."""
+"""The numbers of the objective are those of diffusers' schedulers and training scripts, at every
+timestep."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +26,12 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 
 def of_diffusers(scheduler: dict[str, Any], predict: str = "epsilon") -> Any:
-    """diffusers' scheduler, with the rescaling and the cumulative product of its betas done in float64.
+    """diffusers' scheduler, with the rescaling and the cumulative product of its betas done in
+    float64.
 
-    In float32 these are only exact to about 1e-5 (1000 factors, and 1 - alpha_bar loses digits at small t), which would hide an error of
-    1e-6 of ours; the betas are exact to float32, and the code that rescales, adds noise and makes targets is diffusers' own.
+    In float32 these are only exact to about 1e-5 (1000 factors, and 1 - alpha_bar loses digits at
+    small t), which would hide an error of 1e-6 of ours; the betas are exact to float32, and the
+    code that rescales, adds noise and makes targets is diffusers' own.
     """
     import torch
     from diffusers import DDPMScheduler
@@ -37,7 +40,9 @@ def of_diffusers(scheduler: dict[str, Any], predict: str = "epsilon") -> Any:
     plain = {name: value for name, value in scheduler.items() if name != "rescale_betas_zero_snr"}
     made = DDPMScheduler(prediction_type=predict, **plain)
     betas = made.betas.double()
-    made.alphas_cumprod = torch.cumprod(1.0 - (rescale_zero_terminal_snr(betas) if scheduler != plain else betas), 0)
+    made.alphas_cumprod = torch.cumprod(
+        1.0 - (rescale_zero_terminal_snr(betas) if scheduler != plain else betas), 0
+    )
     return made
 
 
@@ -61,20 +66,32 @@ def test_input_and_target_equal_diffusers(name: str, predict: str) -> None:
     n = objective(scheduler, predict=predict).at(everywhere(scheduler))
     t = torch.arange(len(n.t))
     assert n.t.tolist() == t.tolist() and n.t.dtype == np.int64
-    x0, noise = torch.randn(2, len(t), 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    targets = {"epsilon": lambda: noise, "v_prediction": lambda: reference.get_velocity(x0, noise, t), "sample": lambda: x0}
+    x0, noise = torch.randn(
+        2, len(t), 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    targets = {
+        "epsilon": lambda: noise,
+        "v_prediction": lambda: reference.get_velocity(x0, noise, t),
+        "sample": lambda: x0,
+    }
 
     def mix(of_clean: np.ndarray, of_noise: np.ndarray) -> np.ndarray:
-        return of_clean.astype(np.float64)[:, None] * x0.numpy() + of_noise.astype(np.float64)[:, None] * noise.numpy()
+        return (
+            of_clean.astype(np.float64)[:, None] * x0.numpy()
+            + of_noise.astype(np.float64)[:, None] * noise.numpy()
+        )
 
-    np.testing.assert_allclose(mix(n.a, n.s), reference.add_noise(x0, noise, t).numpy(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        mix(n.a, n.s), reference.add_noise(x0, noise, t).numpy(), rtol=0, atol=1e-6
+    )
     np.testing.assert_allclose(mix(n.p, n.q), targets[predict]().numpy(), rtol=0, atol=1e-6)
     assert (n.w == 1).all() and (n.d == 0).all()
     assert {str(x.dtype) for name, x in vars(n).items() if name != "t"} == {"float32"}
 
 
 def test_stock_scheduler_agrees_in_float32() -> None:
-    """Without any change to it, diffusers' scheduler differs by no more than its float32 product explains."""
+    """Without any change to it, diffusers' scheduler differs by no more than its float32 product
+    explains."""
     import torch
     from diffusers import DDPMScheduler
 
@@ -87,19 +104,31 @@ def test_stock_scheduler_agrees_in_float32() -> None:
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 5.0, 20.0])
-@pytest.mark.parametrize("name", ["defaults", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "trained_betas"])
+@pytest.mark.parametrize(
+    "name", ["defaults", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "trained_betas"]
+)
 def test_min_snr_weights_equal_diffusers(name: str, gamma: float) -> None:
-    """min(SNR, gamma) over SNR, over SNR + 1, or over nothing, as the scripts have it on top of ``compute_snr``.
+    """min(SNR, gamma) over SNR, over SNR + 1, or over nothing, as the scripts have it on top of
+    ``compute_snr``.
 
-    Relative, but for weights below 1e-8: the last beta of the cosine schedule is 0.999 in float32, which leaves 1 - beta five digits.
+    Relative, but for weights below 1e-8: the last beta of the cosine schedule is 0.999 in float32,
+    which leaves 1 - beta five digits.
     """
     import torch
     from diffusers.training_utils import compute_snr
 
     scheduler = SCHEDULES[name]
-    snr = compute_snr(of_diffusers(scheduler), torch.arange(len(everywhere(scheduler)))).double().numpy()
+    snr = (
+        compute_snr(of_diffusers(scheduler), torch.arange(len(everywhere(scheduler))))
+        .double()
+        .numpy()
+    )
     capped = np.minimum(snr, gamma)
-    for predict, expected in {"epsilon": capped / snr, "v_prediction": capped / (snr + 1), "sample": capped}.items():
+    for predict, expected in {
+        "epsilon": capped / snr,
+        "v_prediction": capped / (snr + 1),
+        "sample": capped,
+    }.items():
         weights = objective(scheduler, predict=predict, min_snr=gamma).at(everywhere(scheduler)).w
         np.testing.assert_allclose(weights, expected, rtol=1e-6, atol=1e-13)
 
@@ -125,13 +154,29 @@ def test_prediction_type_is_the_base_s_unless_overridden() -> None:
     [
         ({"prediction_type": "flow"}, {}, "'flow' is not one of epsilon, v_prediction, sample"),
         ({"beta_schedule": "exponential"}, {}, "beta_schedule 'exponential' is not one of linear"),
-        ({}, {"dream": 1.0, "predict": "v_prediction"}, "DREAM is defined for epsilon prediction, this run predicts v_prediction"),
+        (
+            {},
+            {"dream": 1.0, "predict": "v_prediction"},
+            "DREAM is defined for epsilon prediction, this run predicts v_prediction",
+        ),
         ({"prediction_type": "sample"}, {"dream": 1.0}, "this run predicts sample"),
-        ({}, {"timestep_bias": {"strategy": "range", "begin": 500, "end": 1001}}, "timesteps 500 to 1001 are not within 0 to 1000"),
-        ({}, {"timestep_bias": {"strategy": "range", "begin": 500, "end": 400}}, "timesteps 500 to 400 are not within"),
+        (
+            {},
+            {"timestep_bias": {"strategy": "range", "begin": 500, "end": 1001}},
+            "timesteps 500 to 1001 are not within 0 to 1000",
+        ),
+        (
+            {},
+            {"timestep_bias": {"strategy": "range", "begin": 500, "end": 400}},
+            "timesteps 500 to 400 are not within",
+        ),
         ({}, {"timestep_bias": {"portion": 1.5}}, "are not within 0 to 1000"),
         ({}, {"timestep_bias": {"portion": -0.5}}, "are not within 0 to 1000"),
-        ({}, {"timestep_bias": {"multiplier": 0.0}}, "timestep_bias.multiplier: 0.0 is not above 0"),
+        (
+            {},
+            {"timestep_bias": {"multiplier": 0.0}},
+            "timestep_bias.multiplier: 0.0 is not above 0",
+        ),
     ],
 )
 def test_refusals(scheduler: dict, settings: dict, words: str) -> None:
@@ -139,11 +184,18 @@ def test_refusals(scheduler: dict, settings: dict, words: str) -> None:
         objective(scheduler, **settings)
 
 
-def reference_weights(strategy: str, multiplier: float, portion: float = 0.25, begin: int = 0, end: int = 1000) -> np.ndarray:
-    """Section 2.2 of the reference: ones; the last, first or chosen timesteps times the multiplier; normalised."""
+def reference_weights(
+    strategy: str, multiplier: float, portion: float = 0.25, begin: int = 0, end: int = 1000
+) -> np.ndarray:
+    """Section 2.2 of the reference: ones; the last, first or chosen timesteps times the multiplier;
+    normalised."""
     weights = np.ones(1000)
     biased = int(portion * 1000)
-    chosen = {"later": range(1000 - biased, 1000), "earlier": range(biased), "range": range(begin, end)}[strategy]
+    chosen = {
+        "later": range(1000 - biased, 1000),
+        "earlier": range(biased),
+        "range": range(begin, end),
+    }[strategy]
     for t in chosen:
         weights[t] *= multiplier
     return weights / weights.sum()
@@ -163,7 +215,8 @@ def reference_weights(strategy: str, multiplier: float, portion: float = 0.25, b
     ],
 )
 def test_timestep_bias(settings: dict[str, Any]) -> None:
-    """A fine grid of uniform numbers hits each timestep in proportion to its weight; a portion of none biases nothing."""
+    """A fine grid of uniform numbers hits each timestep in proportion to its weight; a portion of
+    none biases nothing."""
     made = objective({}, timestep_bias=settings)
     expected = reference_weights(**settings)
     assert made.weights is not None
@@ -181,7 +234,8 @@ def test_timesteps_are_uniform_and_within_range() -> None:
 
 @pytest.mark.parametrize("preservation", [0.5, 1.0, 2.0])
 def test_dream_equals_diffusers(preservation: float) -> None:
-    """Input, target and loss through the torch engine's own code, with a toy network, against ``compute_dream_and_update_latents``."""
+    """Input, target and loss through the torch engine's own code, with a toy network, against
+    ``compute_dream_and_update_latents``."""
     import torch
     from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_dream_and_update_latents
@@ -193,7 +247,11 @@ def test_dream_equals_diffusers(preservation: float) -> None:
 
         def forward(self, x: Any, t: Any, encoder_hidden_states: Any) -> Any:
             self.seen = x
-            return Output(0.7 * x.roll(1, -1) + 0.001 * t.view(-1, 1, 1, 1) + encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1))
+            return Output(
+                0.7 * x.roll(1, -1)
+                + 0.001 * t.view(-1, 1, 1, 1)
+                + encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1)
+            )
 
     class Output(tuple):
         def __new__(cls, sample: Any) -> "Output":
@@ -207,15 +265,24 @@ def test_dream_equals_diffusers(preservation: float) -> None:
     x0, noise = torch.randn(2, 4, 4, 8, 8, generator=draws)
     context = torch.randn(4, 5, 3, generator=draws)
     reference, t, toy = DDPMScheduler(**scheduler), torch.from_numpy(n.t), Toy()
-    noisy, target = compute_dream_and_update_latents(toy, reference, t, noise, reference.add_noise(x0, noise, t), noise, context, preservation)
+    noisy, target = compute_dream_and_update_latents(
+        toy, reference, t, noise, reference.add_noise(x0, noise, t), noise, context, preservation
+    )
     expected = (toy(noisy, t, context).sample - target).square().flatten(1).mean(1)
 
     settings = SimpleNamespace(objective=config.Objective(dream=preservation))
     engine = SimpleNamespace(
-        cfg=settings, half=None, device=torch.device("cpu"), family=SimpleNamespace(inputs=lambda b: {"encoder_hidden_states": b["context"]})
+        cfg=settings,
+        half=None,
+        device=torch.device("cpu"),
+        family=SimpleNamespace(inputs=lambda b: {"encoder_hidden_states": b["context"]}),
     )
-    batch = {"x0": x0, "noise": noise, "context": context} | {name: torch.from_numpy(x) for name, x in vars(n).items()}
+    batch = {"x0": x0, "noise": noise, "context": context} | {
+        name: torch.from_numpy(x) for name, x in vars(n).items()
+    }
     losses = TorchEngine.example_losses(engine, toy, batch)  # type: ignore[arg-type]
-    np.testing.assert_allclose(toy.seen, noisy, atol=1e-5)  # diffusers' float32 alpha_bar, see test_stock_scheduler_agrees_in_float32
+    np.testing.assert_allclose(
+        toy.seen, noisy, atol=1e-5
+    )  # diffusers' float32 alpha_bar, see test_stock_scheduler_agrees_in_float32
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     np.testing.assert_allclose(n.d, n.s.astype(np.float64) ** preservation, rtol=1e-6)

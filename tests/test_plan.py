@@ -1,4 +1,5 @@
-"""The global batch is the unit: how it divides, what a resumed run may change, and what is refused by name."""
+"""The global batch is the unit: how it divides, what a resumed run may change, and what is refused
+by name."""
 
 import json
 from typing import Any, get_args
@@ -10,10 +11,15 @@ from limner.faults import InputFault
 
 
 def recipe(**train: Any) -> config.Config:
-    return config.build(config.Config, {"model": {"base": "b"}, "data": {"folder": "f"}, "train": {"steps": 100, **train}})
+    return config.build(
+        config.Config,
+        {"model": {"base": "b"}, "data": {"folder": "f"}, "train": {"steps": 100, **train}},
+    )
 
 
-def saved_of(cfg: config.Config, made: plan.Plan, data: str = "d", base: str = "m") -> dict[str, Any]:
+def saved_of(
+    cfg: config.Config, made: plan.Plan, data: str = "d", base: str = "m"
+) -> dict[str, Any]:
     """What a checkpoint of this run says, through JSON."""
     return json.loads(json.dumps(plan.identity(cfg, made, data, base)))
 
@@ -34,7 +40,12 @@ def saved_of(cfg: config.Config, made: plan.Plan, data: str = "d", base: str = "
 def test_arithmetic(train: dict, world: int, expected: tuple[int, int, int]) -> None:
     made = plan.make(recipe(**train), world, 100, None, 5)
     assert (made.batch, made.micro, made.accumulate) == expected
-    assert made.batch == made.micro * made.accumulate * world and (made.world, made.seed, made.records, made.steps) == (world, 5, 100, 100)
+    assert made.batch == made.micro * made.accumulate * world and (
+        made.world,
+        made.seed,
+        made.records,
+        made.steps,
+    ) == (world, 5, 100, 100)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +56,8 @@ def test_arithmetic(train: dict, world: int, expected: tuple[int, int, int]) -> 
         (
             {"batch": 16, "micro": 3},
             2,
-            "train.micro: each of 2 processes has 8 of the 16 examples of a step, which micro-batches of 3 do not divide; use a divisor of 8",
+            "train.micro: each of 2 processes has 8 of the 16 examples of a step, which "
+            "micro-batches of 3 do not divide; use a divisor of 8",
         ),
     ],
 )
@@ -54,7 +66,10 @@ def test_what_does_not_divide_is_refused(train: dict, world: int, message: str) 
         plan.make(recipe(**train), world, 100, None, 0)
 
 
-@pytest.mark.parametrize(("epochs", "records", "batch", "steps"), [(1, 100, 10, 10), (1, 101, 10, 11), (0.5, 100, 10, 5), (3, 7, 4, 6), (0.001, 10, 10, 1)])
+@pytest.mark.parametrize(
+    ("epochs", "records", "batch", "steps"),
+    [(1, 100, 10, 10), (1, 101, 10, 11), (0.5, 100, 10, 5), (3, 7, 4, 6), (0.001, 10, 10, 1)],
+)
 def test_epochs_become_steps(epochs: float, records: int, batch: int, steps: int) -> None:
     made = plan.make(recipe(steps=None, epochs=epochs, batch=batch), 1, records, None, 0)
     assert made.steps == steps and made.steps_per_epoch == records / batch
@@ -62,7 +77,12 @@ def test_epochs_become_steps(epochs: float, records: int, batch: int, steps: int
 
 def test_intervals() -> None:
     made = plan.make(recipe(batch=10), 1, 95, None, 0)
-    assert (made.every(7, None), made.every(None, 1.0), made.every(None, 0.01), made.every(None, None)) == (7, 10, 1, None)
+    assert (
+        made.every(7, None),
+        made.every(None, 1.0),
+        made.every(None, 0.01),
+        made.every(None, None),
+    ) == (7, 10, 1, None)
 
 
 def resumed(first: dict, then: dict, world: int = 1, then_world: int = 1) -> plan.Plan:
@@ -85,14 +105,17 @@ def resumed(first: dict, then: dict, world: int = 1, then_world: int = 1) -> pla
         ({"micro": 4}, {"micro": 4}, 1, 2, (4, 2, 1)),
     ],
 )
-def test_the_checkpoint_s_batch_holds(first: dict, then: dict, world: int, then_world: int, expected: tuple) -> None:
+def test_the_checkpoint_s_batch_holds(
+    first: dict, then: dict, world: int, then_world: int, expected: tuple
+) -> None:
     """Another number of processes changes the accumulation, never what a step sees."""
     made = resumed(first, then, world, then_world)
     assert (made.batch, made.micro, made.accumulate, made.seed) == (*expected, 7)
 
 
 def test_number_of_processes_may_change_again_and_again() -> None:
-    """micro * accumulate * processes no longer gives the batch, and still nothing has been asked for but to go on."""
+    """micro * accumulate * processes no longer gives the batch, and still nothing has been asked
+    for but to go on."""
     cfg = recipe(micro=2)
     made = plan.make(cfg, 4, 100, None, 0)
     for world in (1, 1, 2, 2, 4, 1):
@@ -103,11 +126,23 @@ def test_number_of_processes_may_change_again_and_again() -> None:
 @pytest.mark.parametrize(
     ("first", "then", "message"),
     [
-        ({"batch": 8}, {"batch": 16}, "train.batch: this run was begun with a global batch of 8, 16 is asked for"),
+        (
+            {"batch": 8},
+            {"batch": 16},
+            "train.batch: this run was begun with a global batch of 8, 16 is asked for",
+        ),
         ({"micro": 2}, {"micro": 3}, "begun with a global batch of 2, 3 is asked for"),
         ({"batch": 8, "micro": 2}, {"micro": 2}, "begun with a global batch of 8, 2 is asked for"),
-        ({"micro": 2, "accumulate": 2}, {"micro": 2}, "begun with a global batch of 4, 2 is asked for"),
-        ({"batch": 8, "seed": 7}, {"batch": 8, "seed": 8}, "train.seed: this run was begun with seed 7, 8 is asked for"),
+        (
+            {"micro": 2, "accumulate": 2},
+            {"micro": 2},
+            "begun with a global batch of 4, 2 is asked for",
+        ),
+        (
+            {"batch": 8, "seed": 7},
+            {"batch": 8, "seed": 8},
+            "train.seed: this run was begun with seed 7, 8 is asked for",
+        ),
     ],
 )
 def test_another_batch_or_seed_is_refused(first: dict, then: dict, message: str) -> None:
@@ -123,12 +158,17 @@ def test_processes_that_do_not_divide_the_checkpoint_s_batch_are_refused() -> No
 
 
 def test_a_run_without_seed_keeps_the_one_it_drew() -> None:
-    assert resumed({"batch": 8}, {"batch": 8, "steps": 500}).seed == 7 and resumed({"batch": 8}, {"batch": 8, "steps": 500}).steps == 500
+    assert (
+        resumed({"batch": 8}, {"batch": 8, "steps": 500}).seed == 7
+        and resumed({"batch": 8}, {"batch": 8, "steps": 500}).steps == 500
+    )
     seeds = {plan.drawn_seed() for _ in range(20)}
     assert len(seeds) == 20 and all(0 <= seed < 2**31 for seed in seeds)
 
 
-def matched(changes: dict[str, Any], data: str = "d", base: str = "m", allow: tuple[str, ...] = ()) -> list[str]:
+def matched(
+    changes: dict[str, Any], data: str = "d", base: str = "m", allow: tuple[str, ...] = ()
+) -> list[str]:
     """Go on from a run of a plain recipe with some settings changed."""
     raw = config.plain(recipe(batch=4, seed=1))
     saved = saved_of(config.build(config.Config, raw), plan.make(recipe(batch=4), 1, 50, None, 1))
@@ -137,7 +177,13 @@ def matched(changes: dict[str, Any], data: str = "d", base: str = "m", allow: tu
         raw[section][key] = value
     raw["checkpoint"]["allow"] = list(allow)
     now = config.build(config.Config, raw)
-    return plan.must_match(saved, plan.identity(now, plan.make(recipe(batch=4), 1, 40 if data != "d" else 50, None, 1), data, base), 30)
+    return plan.must_match(
+        saved,
+        plan.identity(
+            now, plan.make(recipe(batch=4), 1, 40 if data != "d" else 50, None, 1), data, base
+        ),
+        30,
+    )
 
 
 def test_the_same_run_goes_on() -> None:
@@ -177,7 +223,11 @@ def test_what_moves_no_example_may_change(name: str, value: Any) -> None:
         ("adapt.kind", "lora", "adapt.kind: was 'full', now 'lora'"),
         ("engine.precision", "bf16", "engine.precision: was None, now 'bf16'"),
         ("objective.min_snr", 5.0, "objective.min_snr: was None, now 5.0"),
-        ("objective.timestep_bias", {"portion": 0.5}, "objective.timestep_bias.portion: was None, now 0.5"),
+        (
+            "objective.timestep_bias",
+            {"portion": 0.5},
+            "objective.timestep_bias.portion: was None, now 0.5",
+        ),
         ("watch.hold_out", 3, "watch.hold_out: was 0, now 3"),
     ],
 )
@@ -195,17 +245,29 @@ def test_another_setting_is_refused_unless_allowed(name: str, value: Any, words:
 
 def test_everything_that_changed_is_named_at_once() -> None:
     with pytest.raises(InputFault) as caught:
-        matched({"optim.learning_rate": 1.0, "data.size": 64, "data.folder": "g", "model.base": "n"}, data="other", base="other")
+        matched(
+            {"optim.learning_rate": 1.0, "data.size": 64, "data.folder": "g", "model.base": "n"},
+            data="other",
+            base="other",
+        )
     message = str(caught.value)
     assert "optim.learning_rate" in message and "data.size" in message
-    assert "the data set: was 50 records of f, now 40 records of g, and the pictures or captions are not the same" in message
-    assert "the base model: was b, now n, and the weights or configuration are not the same" in message
+    assert (
+        "the data set: was 50 records of f, now 40 records of g, and the pictures or captions are "
+        "not the same" in message
+    )
+    assert (
+        "the base model: was b, now n, and the weights or configuration are not the same" in message
+    )
 
 
 def test_other_random_numbers_are_refused() -> None:
     saved = saved_of(recipe(batch=4), plan.make(recipe(batch=4), 1, 50, None, 1))
     now = json.loads(json.dumps(saved))
     saved |= {"draws": "other", "numpy": "9.9"}
-    with pytest.raises(InputFault, match=r"random numbers: numpy 9\.9 drew others than numpy .*; install numpy 9\.9"):
+    with pytest.raises(
+        InputFault,
+        match=r"random numbers: numpy 9\.9 drew others than numpy .*; install numpy 9\.9",
+    ):
         plan.must_match(saved, now, 1)
     assert plan.draws(1) == plan.draws(1) != plan.draws(2)

@@ -63,7 +63,11 @@ def bad(source: Any, i: int) -> tuple[str, str]:
     return caught.value.key, caught.value.reason
 
 
-WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {"metadata.jsonl": write_jsonl, "metadata.csv": write_csv, "metadata.parquet": write_parquet}
+WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
+    "metadata.jsonl": write_jsonl,
+    "metadata.csv": write_csv,
+    "metadata.parquet": write_parquet,
+}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -71,7 +75,13 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {"metadata.js
 def test_metadata_of_each_kind_in_each_place(tmp_path: Path, name: str, place: str) -> None:
     base = tmp_path / place
     paint(base / "b.png"), paint(base / "deep" / "er" / "a.png")
-    WRITERS[name](base / name, [{"file_name": "deep/er/a.png", "words": "ein Apfel, grün"}, {"file_name": "./b.png", "words": ""}])
+    WRITERS[name](
+        base / name,
+        [
+            {"file_name": "deep/er/a.png", "words": "ein Apfel, grün"},
+            {"file_name": "./b.png", "words": ""},
+        ],
+    )
     source, told = folder(tmp_path, caption="words")
     prefix = f"{place}/" if place else ""
     assert [(r.key, r.image, r.captions) for r in (source[i] for i in range(len(source)))] == [
@@ -114,14 +124,26 @@ def test_a_text_beside_each_picture(tmp_path: Path) -> None:
     (tmp_path / "sub/c.txt").write_text("drei Äpfel", encoding="utf-8")
     (tmp_path / "README.txt").write_text("not a caption", encoding="utf-8")
     source, told = folder(tmp_path)
-    assert [(source[i].key, source[i].captions) for i in range(len(source))] == [("a.JPG", ("",)), ("b.png", ("one", "two")), ("sub/c.webp", ("drei Äpfel",))]
+    assert [(source[i].key, source[i].captions) for i in range(len(source))] == [
+        ("a.JPG", ("",)),
+        ("b.png", ("one", "two")),
+        ("sub/c.webp", ("drei Äpfel",)),
+    ]
     assert len(told) == 1 and "1 of 4 pictures are left out" in told[0] and "alone.png" in told[0]
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
     assert bad(source, 1) == ("b.png", "b.txt cannot be read: it is not UTF-8 text")
 
 
 def test_what_systems_leave_behind_is_no_picture(tmp_path: Path) -> None:
-    for name in ("a.png", ".hidden.png", "._a.png", ".thumbnails/a.png", "__MACOSX/a.png", "sub/Thumbs.db", "notes.pdf"):
+    for name in (
+        "a.png",
+        ".hidden.png",
+        "._a.png",
+        ".thumbnails/a.png",
+        "__MACOSX/a.png",
+        "sub/Thumbs.db",
+        "notes.pdf",
+    ):
         paint(tmp_path / name)
     write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "x"}])
     source, told = folder(tmp_path)
@@ -133,17 +155,30 @@ def test_pictures_without_a_row_are_told_in_one_line(tmp_path: Path) -> None:
         paint(tmp_path / f"{i}.png")
     write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "4.png", "text": "x"}])
     source, told = folder(tmp_path)
-    assert told == [f"{tmp_path}: 8 of 9 pictures are left out, for want of a row in metadata.jsonl: 0.png, 1.png, 2.png, 3.png, 5.png, ..."]
+    assert told == [
+        f"{tmp_path}: 8 of 9 pictures are left out, for want of a row in metadata.jsonl: 0.png, "
+        "1.png, 2.png, 3.png, 5.png, ..."
+    ]
     assert len(source) == 1
 
 
 def test_a_row_without_a_file_is_named(tmp_path: Path) -> None:
     paint(tmp_path / "a.png")
     (tmp_path / "dir.png").mkdir()
-    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "x"}, {"file_name": "b.png", "text": "y"}, {"file_name": "dir.png", "text": "z"}])
+    write_jsonl(
+        tmp_path / "metadata.jsonl",
+        [
+            {"file_name": "a.png", "text": "x"},
+            {"file_name": "b.png", "text": "y"},
+            {"file_name": "dir.png", "text": "z"},
+        ],
+    )
     source, _ = folder(tmp_path)
     assert source[0].captions == ("x",)
-    assert bad(source, 1) == ("b.png", f"metadata.jsonl line 2: there is no such file in {tmp_path}")
+    assert bad(source, 1) == (
+        "b.png",
+        f"metadata.jsonl line 2: there is no such file in {tmp_path}",
+    )
     assert bad(source, 2)[0] == "dir.png"
 
 
@@ -164,12 +199,16 @@ def test_a_row_without_a_file_is_named(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
-def test_names_that_lead_out_of_the_folder(tmp_path: Path, name: str, words: str, kind: str) -> None:
+def test_names_that_lead_out_of_the_folder(
+    tmp_path: Path, name: str, words: str, kind: str
+) -> None:
     if kind != "metadata.jsonl" and ("\0" in name or "\ud800" in name):
         pytest.skip("this kind of file cannot hold such a name")
     inner = tmp_path / "data"
     paint(inner / "a.png"), paint(tmp_path / "out.png"), paint(inner / "sub" / "b.png")
-    WRITERS[kind](inner / kind, [{"file_name": "a.png", "text": "x"}, {"file_name": name, "text": "y"}])
+    WRITERS[kind](
+        inner / kind, [{"file_name": "a.png", "text": "x"}, {"file_name": name, "text": "y"}]
+    )
     source, _ = folder(inner)
     assert source[0].key == "a.png"
     key, reason = bad(source, 1)
@@ -178,9 +217,15 @@ def test_names_that_lead_out_of_the_folder(tmp_path: Path, name: str, words: str
 
 def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
     paint(tmp_path / "a.png")
-    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": name, "text": "x"} for name in ("a.png", None, 5, ["a.png"])] + [{"text": "x"}])
+    write_jsonl(
+        tmp_path / "metadata.jsonl",
+        [{"file_name": name, "text": "x"} for name in ("a.png", None, 5, ["a.png"])]
+        + [{"text": "x"}],
+    )
     source, _ = folder(tmp_path)
-    assert [bad(source, i)[1] for i in (1, 2, 3, 4)] == [f"metadata.jsonl line {i}: file_name is missing or not a text" for i in (2, 3, 4, 5)]
+    assert [bad(source, i)[1] for i in (1, 2, 3, 4)] == [
+        f"metadata.jsonl line {i}: file_name is missing or not a text" for i in (2, 3, 4, 5)
+    ]
 
 
 def test_links_may_lead_about_the_folder_but_not_out_of_it(tmp_path: Path) -> None:
@@ -191,11 +236,17 @@ def test_links_may_lead_about_the_folder_but_not_out_of_it(tmp_path: Path) -> No
     (inner / "outer").symlink_to(secret)
     (inner / "in.png").symlink_to(inner / "a.png")
     (inner / "loop.png").symlink_to(inner / "loop.png")
-    rows = [{"file_name": name, "text": "x"} for name in ("in.png", "out.png", "outer/s.png", "loop.png")]
+    rows = [
+        {"file_name": name, "text": "x"}
+        for name in ("in.png", "out.png", "outer/s.png", "loop.png")
+    ]
     write_jsonl(inner / "metadata.jsonl", rows)
     source, _ = folder(inner)
     assert decode(source[0].image, background="white", max_pixels=100).size == (4, 4)
-    assert bad(source, 1) == ("out.png", f"metadata.jsonl line 2: out.png is a link to a place outside {inner}")
+    assert bad(source, 1) == (
+        "out.png",
+        f"metadata.jsonl line 2: out.png is a link to a place outside {inner}",
+    )
     assert "outside" in bad(source, 2)[1] and "no such file" in bad(source, 3)[1]
     (inner / "metadata.jsonl").unlink()
     (inner / "a.txt").symlink_to(secret / "s.txt")
@@ -206,7 +257,9 @@ def test_links_may_lead_about_the_folder_but_not_out_of_it(tmp_path: Path) -> No
     assert folder(tmp_path / "alias")[0][0].key == "in.png"
 
 
-@pytest.mark.parametrize(("disk", "row"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC"), ("NFD", "NFD")])
+@pytest.mark.parametrize(
+    ("disk", "row"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC"), ("NFD", "NFD")]
+)
 def test_accents_match_however_they_are_spelled(tmp_path: Path, disk: str, row: str) -> None:
     name = "Äpfel/übergrößen é.png"
     on_disk, in_row = unicodedata.normalize(disk, name), unicodedata.normalize(row, name)  # type: ignore[arg-type]
@@ -252,7 +305,14 @@ def test_backslashes_of_another_system(tmp_path: Path) -> None:
 )
 def test_captions_that_are_none(tmp_path: Path, value: Any, words: str) -> None:
     paint(tmp_path / "a.png")
-    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "x"}, {"file_name": "a.png", "text": value}, {"file_name": "a.png"}])
+    write_jsonl(
+        tmp_path / "metadata.jsonl",
+        [
+            {"file_name": "a.png", "text": "x"},
+            {"file_name": "a.png", "text": value},
+            {"file_name": "a.png"},
+        ],
+    )
     source, _ = folder(tmp_path)
     key, reason = bad(source, 1)
     assert key == "a.png" and reason.startswith("metadata.jsonl line 2: ") and words in reason
@@ -261,7 +321,9 @@ def test_captions_that_are_none(tmp_path: Path, value: Any, words: str) -> None:
 
 def test_a_short_csv_line_has_no_caption(tmp_path: Path) -> None:
     paint(tmp_path / "a.png")
-    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"two\nlines"\na.png\na.png,\n', encoding="utf-8")
+    (tmp_path / "metadata.csv").write_text(
+        'file_name,text\na.png,"two\nlines"\na.png\na.png,\n', encoding="utf-8"
+    )
     source, _ = folder(tmp_path)
     assert source[0].captions == ("two\nlines",) and source[2].captions == ("",)
     assert bad(source, 1)[1] == "metadata.csv line 4: the caption is missing (null)"
@@ -273,7 +335,9 @@ def test_structural_faults_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no pictures here" in refused(tmp_path / "empty")
     paint(tmp_path / "bare" / "a.png")
-    assert "1 pictures, but no captions" in refused(tmp_path / "bare") and '{"file_name": "a.png", "text": "what it shows"}' in refused(tmp_path / "bare")
+    assert "1 pictures, but no captions" in refused(
+        tmp_path / "bare"
+    ) and '{"file_name": "a.png", "text": "what it shows"}' in refused(tmp_path / "bare")
     write_jsonl(tmp_path / "bare" / "metadata.jsonl", [])
     assert "no rows" in refused(tmp_path / "bare")
     write_csv(tmp_path / "bare" / "metadata.csv", [{"file_name": "a.png", "text": "x"}])
@@ -285,26 +349,38 @@ def test_a_wrong_column_is_named_with_those_there_are(tmp_path: Path, kind: str)
     paint(tmp_path / "a.png")
     WRITERS[kind](tmp_path / kind, [{"file_name": "a.png", "caption": "x", "id": "7"}])
     text = refused(tmp_path, caption="captoin")
-    assert text == f"{tmp_path / kind}: no column 'captoin' (data.caption); its columns are file_name, caption, id. Did you mean data.caption=caption?"
+    assert (
+        text == f"{tmp_path / kind}: no column 'captoin' (data.caption); its columns are "
+        "file_name, caption, id. Did you mean data.caption=caption?"
+    )
     assert "Did you mean" not in refused(tmp_path, caption="zzz")
     (tmp_path / kind).unlink()
     WRITERS[kind](tmp_path / kind, [{"image": "a.png", "text": "x"}])
     assert "no column 'file_name'; its columns are image, text." in refused(tmp_path)
 
 
-@pytest.mark.parametrize(("line", "words"), [("{oops}", "not JSON"), ("[1]", "is not a row"), ('{"a": "\udcff"}', "not JSON")])
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("{oops}", "not JSON"), ("[1]", "is not a row"), ('{"a": "\udcff"}', "not JSON")],
+)
 def test_a_bad_json_line_is_named_by_file_and_line(tmp_path: Path, line: str, words: str) -> None:
     paint(tmp_path / "a.png")
     good = b'{"file_name": "a.png", "text": "x"}\n'
-    (tmp_path / "metadata.jsonl").write_bytes(good + b"\n" + line.encode("utf-8", "surrogateescape") + b"\n" + good)
+    (tmp_path / "metadata.jsonl").write_bytes(
+        good + b"\n" + line.encode("utf-8", "surrogateescape") + b"\n" + good
+    )
     text = refused(tmp_path)
     assert text.startswith(f"{tmp_path / 'metadata.jsonl'}:3: ") and words in text
 
 
-@pytest.mark.parametrize("text", ['{"file_name": "a.png", "text": "x"}\r\n', "file_name,text\r\na.png,x\r\n"])
+@pytest.mark.parametrize(
+    "text", ['{"file_name": "a.png", "text": "x"}\r\n', "file_name,text\r\na.png,x\r\n"]
+)
 def test_metadata_written_by_windows_editors(tmp_path: Path, text: str) -> None:
     paint(tmp_path / "a.png")
-    (tmp_path / ("metadata.jsonl" if text[0] == "{" else "metadata.csv")).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / ("metadata.jsonl" if text[0] == "{" else "metadata.csv")).write_bytes(
+        b"\xef\xbb\xbf" + text.encode()
+    )
     source, _ = folder(tmp_path)
     assert (len(source), source[0].captions) == (1, ("x",))
 
@@ -312,7 +388,9 @@ def test_metadata_written_by_windows_editors(tmp_path: Path, text: str) -> None:
 def test_damaged_csv_and_parquet(tmp_path: Path) -> None:
     paint(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,red, round\n", encoding="utf-8")
-    assert "metadata.csv line 2" in refused(tmp_path) and "more fields than the 2 columns" in refused(tmp_path)
+    assert "metadata.csv line 2" in refused(
+        tmp_path
+    ) and "more fields than the 2 columns" in refused(tmp_path)
     (tmp_path / "metadata.csv").write_bytes(b"file_name,text\na.png,\xff\n")
     assert "not a CSV file in UTF-8" in refused(tmp_path)
     (tmp_path / "metadata.csv").rename(tmp_path / "metadata.parquet")
@@ -335,7 +413,9 @@ def test_hub_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_records_take_what_users_have(tmp_path: Path) -> None:
     assert Record("a", tmp_path / "a.png", "one caption").captions == ("one caption",)  # type: ignore[arg-type]
-    assert Record("a", str(tmp_path / "a.png"), ["x", "y"]) == Record("a", tmp_path / "a.png", ("x", "y"))  # type: ignore[arg-type]
+    assert Record("a", str(tmp_path / "a.png"), ["x", "y"]) == Record(
+        "a", tmp_path / "a.png", ("x", "y")
+    )  # type: ignore[arg-type]
     assert Record("a", b"", np.array(["x", "y"])).captions == ("x", "y")  # type: ignore[arg-type]
     for wrong in (None, 3, [], [None], ()):
         with pytest.raises(BadRecord, match=r"^k: the"):
@@ -353,7 +433,9 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def hub(tmp_path: Path, name: str, **settings: Any) -> Hub:
-    source = open_source(config.Data(hub=name, cache_dir=str(tmp_path / "cache"), **settings), print)
+    source = open_source(
+        config.Data(hub=name, cache_dir=str(tmp_path / "cache"), **settings), print
+    )
     assert isinstance(source, Hub)
     return source
 
@@ -365,27 +447,50 @@ def test_hub_reads_a_local_folder_with_the_files_own_bytes(tmp_path: Path, offli
     data.mkdir(parents=True)
     Image.new("RGBA", (6, 4), (1, 2, 3, 0)).save(data / "a.png", exif=exif)
     paint(data / "b.png")
-    write_jsonl(data / "metadata.jsonl", [{"file_name": "a.png", "words": "x"}, {"file_name": "b.png", "words": "y"}])
+    write_jsonl(
+        data / "metadata.jsonl",
+        [{"file_name": "a.png", "words": "x"}, {"file_name": "b.png", "words": "y"}],
+    )
     source = hub(tmp_path, str(tmp_path / "set"), caption="words")
     first = source[0]
     assert (len(source), first.captions, first.key) == (2, ("x",), "row 0 (a.png)")
     upright = decode(first.image, background="#0a0b0c", max_pixels=100)
-    assert upright.size == (4, 6) and upright.getpixel((0, 0)) == (10, 11, 12)  # neither turned nor flattened by datasets
+    assert upright.size == (4, 6) and upright.getpixel((0, 0)) == (
+        10,
+        11,
+        12,
+    )  # neither turned nor flattened by datasets
     assert source[1].image == data / "b.png"
 
 
-def test_hub_reads_parquet_with_embedded_pictures_and_several_captions(tmp_path: Path, offline: Any) -> None:
+def test_hub_reads_parquet_with_embedded_pictures_and_several_captions(
+    tmp_path: Path, offline: Any
+) -> None:
     paint(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
-    rows = {"pic": [{"bytes": data, "path": "a.png"}, {"bytes": data, "path": None}, None], "text": [["one", "two"], [], ["three"]], "n": [1, 2, 3]}
-    features = offline.Features({"pic": offline.Image(), "text": offline.List(offline.Value("string")), "n": offline.Value("int64")})
+    rows = {
+        "pic": [{"bytes": data, "path": "a.png"}, {"bytes": data, "path": None}, None],
+        "text": [["one", "two"], [], ["three"]],
+        "n": [1, 2, 3],
+    }
+    features = offline.Features(
+        {
+            "pic": offline.Image(),
+            "text": offline.List(offline.Value("string")),
+            "n": offline.Value("int64"),
+        }
+    )
     (tmp_path / "set" / "data").mkdir(parents=True)
-    offline.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    offline.Dataset.from_dict(rows, features=features).to_parquet(
+        tmp_path / "set" / "data" / "train-00000-of-00001.parquet"
+    )
     source = hub(tmp_path, str(tmp_path / "set"), image="pic")
     assert (source[0].image, source[0].captions) == (data, ("one", "two"))
     assert bad(source, 1) == ("row 1", "the list of captions is empty")
     assert bad(source, 2) == ("row 2", "the picture is missing (pic is null)")
-    with pytest.raises(InputFault, match=r"no column 'image' \(data\.image\); its columns are pic, text, n\."):
+    with pytest.raises(
+        InputFault, match=r"no column 'image' \(data\.image\); its columns are pic, text, n\."
+    ):
         hub(tmp_path, str(tmp_path / "set"))
     with pytest.raises(InputFault, match=r"Did you mean data\.caption=text\?"):
         hub(tmp_path, str(tmp_path / "set"), image="pic", caption="txt")
@@ -393,7 +498,16 @@ def test_hub_reads_parquet_with_embedded_pictures_and_several_captions(tmp_path:
         hub(tmp_path, str(tmp_path / "set"), image="pic", split="test")
 
 
-@pytest.mark.parametrize(("form", "kind"), [("path", "string"), ("bytes", "binary"), ("struct", "struct"), ("pixels", "pixels"), ("address", "string")])
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [
+        ("path", "string"),
+        ("bytes", "binary"),
+        ("struct", "struct"),
+        ("pixels", "pixels"),
+        ("address", "string"),
+    ],
+)
 def test_hub_columns_of_other_forms(tmp_path: Path, offline: Any, form: str, kind: str) -> None:
     data = paint(tmp_path / "a.png").read_bytes()
     pixels = np.asarray(Image.open(tmp_path / "a.png"))
@@ -410,7 +524,10 @@ def test_hub_columns_of_other_forms(tmp_path: Path, offline: Any, form: str, kin
         "struct": {"bytes": offline.Value("binary"), "path": offline.Value("string")},
         "pixels": offline.Array3D((4, 4, 3), "uint8"),
     }[kind]
-    table = offline.Dataset.from_dict({"image": [value], "text": ["x"]}, features=offline.Features({"image": features, "text": offline.Value("string")}))
+    table = offline.Dataset.from_dict(
+        {"image": [value], "text": ["x"]},
+        features=offline.Features({"image": features, "text": offline.Value("string")}),
+    )
     offline.load_dataset, before = lambda *_, **__: table, offline.load_dataset
     try:
         source = hub(tmp_path, "someone/pictures")
@@ -419,11 +536,15 @@ def test_hub_columns_of_other_forms(tmp_path: Path, offline: Any, form: str, kin
     if form == "address":
         assert "is an address, not a picture" in bad(source, 0)[1]
     else:
-        assert np.array_equal(np.asarray(decode(source[0].image, background="white", max_pixels=100)), pixels)
+        assert np.array_equal(
+            np.asarray(decode(source[0].image, background="white", max_pixels=100)), pixels
+        )
 
 
 def test_hub_offline_and_missing(tmp_path: Path, offline: Any) -> None:
-    with pytest.raises(HubFault, match=r"data\.hub: someone/pictures: cannot be downloaded: .*HF_HUB_OFFLINE"):
+    with pytest.raises(
+        HubFault, match=r"data\.hub: someone/pictures: cannot be downloaded: .*HF_HUB_OFFLINE"
+    ):
         hub(tmp_path, "someone/pictures")
     with pytest.raises(InputFault, match=r"data\.hub: .*nothing"):
         hub(tmp_path, str(tmp_path / "nothing"))
@@ -432,24 +553,64 @@ def test_hub_offline_and_missing(tmp_path: Path, offline: Any) -> None:
 @pytest.mark.parametrize(
     ("error", "fault", "words"),
     [
-        ("Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated to access it.", HubFault, "hf auth login"),
-        ("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed.", InputFault, "Check the name"),
-        (ConnectionError("Couldn't reach 'a/b' on the Hub (ConnectError)"), HubFault, "Check the connection"),
-        (ValueError("BuilderConfig 'x' not found. Available: ['en']"), InputFault, "data.hub_config=x"),
-        (ValueError("Config name is missing. Please pick one among ['en']"), InputFault, "data.hub_config=x"),
-        (RuntimeError("Dataset scripts are no longer supported, but found b.py"), InputFault, "scripts are no longer supported"),
+        (
+            "Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated to access it.",
+            HubFault,
+            "hf auth login",
+        ),
+        (
+            "Dataset 'a/b' doesn't exist on the Hub or cannot be accessed.",
+            InputFault,
+            "Check the name",
+        ),
+        (
+            ConnectionError("Couldn't reach 'a/b' on the Hub (ConnectError)"),
+            HubFault,
+            "Check the connection",
+        ),
+        (
+            ValueError("BuilderConfig 'x' not found. Available: ['en']"),
+            InputFault,
+            "data.hub_config=x",
+        ),
+        (
+            ValueError("Config name is missing. Please pick one among ['en']"),
+            InputFault,
+            "data.hub_config=x",
+        ),
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found b.py"),
+            InputFault,
+            "scripts are no longer supported",
+        ),
         (OSError(28, "No space left on device"), DiskFault, "No space left"),
         (InterruptedError(), InputFault, "InterruptedError"),
     ],
 )
-def test_what_keeps_a_data_set_from_loading(tmp_path: Path, offline: Any, monkeypatch: pytest.MonkeyPatch, error: Any, fault: type, words: str) -> None:
+def test_what_keeps_a_data_set_from_loading(
+    tmp_path: Path,
+    offline: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Any,
+    fault: type,
+    words: str,
+) -> None:
     cause = offline.exceptions.DatasetNotFoundError(error) if isinstance(error, str) else error
 
     def fail(*given: Any, **named: Any) -> None:
-        assert given == ("a/b", "x") and named == {"split": "train", "revision": "r", "data_dir": "d", "cache_dir": str(tmp_path / "cache")}
+        assert given == ("a/b", "x") and named == {
+            "split": "train",
+            "revision": "r",
+            "data_dir": "d",
+            "cache_dir": str(tmp_path / "cache"),
+        }
         raise cause
 
     monkeypatch.setattr(offline, "load_dataset", fail)
     with pytest.raises(fault) as caught:
         hub(tmp_path, "a/b", hub_config="x", hub_revision="r", hub_files="d")
-    assert str(caught.value).startswith("data.hub: a/b: ") and words in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        str(caught.value).startswith("data.hub: a/b: ")
+        and words in str(caught.value)
+        and "\n" not in str(caught.value)
+    )

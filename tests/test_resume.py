@@ -1,4 +1,5 @@
-"""Killed at any moment and started again with the same command, a run ends with the same bits, after exactly as many steps."""
+"""Killed at any moment and started again with the same command, a run ends with the same bits,
+after exactly as many steps."""
 
 import json
 import os
@@ -25,7 +26,14 @@ def settings(base: Path, pictures: Path, folder: Path, kind: str, **train: Any) 
     return {
         "run": str(folder / "run"),
         "model": {"base": str(base)},
-        "data": {"folder": str(pictures), "size": 32, "flip": True, "drop_caption": 0.2, "cache": str(folder / "cache"), "threads": 2},
+        "data": {
+            "folder": str(pictures),
+            "size": 32,
+            "flip": True,
+            "drop_caption": 0.2,
+            "cache": str(folder / "cache"),
+            "threads": 2,
+        },
         "adapt": {"kind": kind, "dropout": 0.1 if kind == "lora" else 0.0},
         "optim": {"learning_rate": 1e-3, "ema": 0.9, "schedule": "cosine", "warmup": 2},
         "train": {"steps": STEPS, "batch": 4, "micro": 2, "seed": 3, **train},
@@ -37,18 +45,35 @@ def settings(base: Path, pictures: Path, folder: Path, kind: str, **train: Any) 
 
 
 def settings_xl(sdxl: Path, many: Path, folder: Path, kind: str) -> dict[str, Any]:
-    """Stable Diffusion XL on two data sets in buckets, with caches of both kinds, or text encoders that learn."""
+    """Stable Diffusion XL on two data sets in buckets, with caches of both kinds, or text encoders
+    that learn."""
     cfg = settings(sdxl, many, folder, kind)
     cfg["model"]["family"] = "sdxl"
-    sets = [{"folder": str(many / "tall"), "weight": 1.0}, {"folder": str(many / "wide"), "weight": 2.0}]
-    cfg["data"] |= {"folder": None, "sets": sets, "buckets": {"step": 8}, "crop": "random", "crops": 2, "chunks": 2, "cache_dtype": "float16"}
+    sets = [
+        {"folder": str(many / "tall"), "weight": 1.0},
+        {"folder": str(many / "wide"), "weight": 2.0},
+    ]
+    cfg["data"] |= {
+        "folder": None,
+        "sets": sets,
+        "buckets": {"step": 8},
+        "crop": "random",
+        "crops": 2,
+        "chunks": 2,
+        "cache_dtype": "float16",
+    }
     cfg["adapt"] |= {"text_encoders": kind == "lora"}
     return cfg
 
 
-def settings_22(kandinsky: Path, pictures: Path, folder: Path, stage: str, kind: str) -> dict[str, Any]:
+def settings_22(
+    kandinsky: Path, pictures: Path, folder: Path, stage: str, kind: str
+) -> dict[str, Any]:
     """A stage of Kandinsky 2.2, previews drawn with the other one."""
-    cfg, other = settings(kandinsky / stage, pictures, folder, kind), {"prior": "decoder", "decoder": "prior"}[stage]
+    cfg, other = (
+        settings(kandinsky / stage, pictures, folder, kind),
+        {"prior": "decoder", "decoder": "prior"}[stage],
+    )
     cfg["model"] |= {"family": f"kandinsky22-{stage}", "partner": str(kandinsky / other)}
     cfg["engine"] = {"gradient_checkpointing": True}
     if stage == "decoder":
@@ -60,7 +85,14 @@ def settings_22(kandinsky: Path, pictures: Path, folder: Path, stage: str, kind:
 def many(tmp_path_factory) -> Path:
     """Two data sets of different shapes."""
     folder = tmp_path_factory.mktemp("many")
-    tiny.pictures(folder / "tall", 5, size=(60, 36), captions=[[f"a {n} circle", "a disc " * 80] for n in ("red", "green", "blue", "grey", "pink")])
+    tiny.pictures(
+        folder / "tall",
+        5,
+        size=(60, 36),
+        captions=[
+            [f"a {n} circle", "a disc " * 80] for n in ("red", "green", "blue", "grey", "pink")
+        ],
+    )
     tiny.pictures(folder / "wide", 7, size=(36, 50), seed=1)
     return folder
 
@@ -70,8 +102,14 @@ def outcome(run: Path) -> dict[str, Any]:
     last = run / f"checkpoint-{STEPS}"
     durable.verify(last)
     result = json.loads((run / "result.json").read_text())
-    files = {p.name if p.parent == last else f"{p.parent.name}/{p.name}": durable.digest(p) for p in sorted(last.rglob("*.safetensors"))}
-    losses = [{k: v for k, v in row.items() if k != "images_per_second"} for row in log.read(run / "metrics.jsonl")]
+    files = {
+        p.name if p.parent == last else f"{p.parent.name}/{p.name}": durable.digest(p)
+        for p in sorted(last.rglob("*.safetensors"))
+    }
+    losses = [
+        {k: v for k, v in row.items() if k != "images_per_second"}
+        for row in log.read(run / "metrics.jsonl")
+    ]
     left = sorted(p.name for p in run.iterdir() if p.name.endswith((".tmp", ".del")))
     return {
         "step": result["step"],
@@ -83,17 +121,38 @@ def outcome(run: Path) -> dict[str, Any]:
     }
 
 
-KINDS = ["full", "lora", "xl full", "xl lora", "prior full", "prior lora", "decoder full", "decoder lora"]
+KINDS = [
+    "full",
+    "lora",
+    "xl full",
+    "xl lora",
+    "prior full",
+    "prior lora",
+    "decoder full",
+    "decoder lora",
+]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(f"jax {kind}", marks=pytest.mark.soak) for kind in ("full", "lora"))])
-def test_killed_runs_end_with_the_same_bits(processes, base, pictures, sdxl, kandinsky, many, tmp_path, kind, pytestconfig):
+@pytest.mark.parametrize(
+    "kind",
+    [*KINDS, *(pytest.param(f"jax {kind}", marks=pytest.mark.soak) for kind in ("full", "lora"))],
+)
+def test_killed_runs_end_with_the_same_bits(
+    processes, base, pictures, sdxl, kandinsky, many, tmp_path, kind, pytestconfig
+):
     def job(folder: Path) -> dict[str, Any]:
         if kind.startswith("jax"):
-            return settings(base, pictures, folder, kind[4:]) | {"engine": {"kind": "jax"}, "preview": {}}
+            return settings(base, pictures, folder, kind[4:]) | {
+                "engine": {"kind": "jax"},
+                "preview": {},
+            }
         if kind.startswith(("prior", "decoder")):
             return settings_22(kandinsky, pictures, folder, *kind.split())
-        return settings_xl(sdxl, many, folder, kind[3:]) if kind.startswith("xl") else settings(base, pictures, folder, kind)
+        return (
+            settings_xl(sdxl, many, folder, kind[3:])
+            if kind.startswith("xl")
+            else settings(base, pictures, folder, kind)
+        )
 
     whole = job(tmp_path / "whole")
     began = time.monotonic()
@@ -102,7 +161,9 @@ def test_killed_runs_end_with_the_same_bits(processes, base, pictures, sdxl, kan
     span = time.monotonic() - began
     assert process.exitcode == 0
     want = outcome(Path(whole["run"]))
-    assert want["step"] == STEPS and [row["step"] for row in want["losses"] if "loss" in row] == list(range(1, STEPS + 1))
+    assert want["step"] == STEPS and [
+        row["step"] for row in want["losses"] if "loss" in row
+    ] == list(range(1, STEPS + 1))
     assert want["there"] == [f"checkpoint-{STEPS}", f"checkpoint-{STEPS - 1}"] and not want["left"]
     kills, trial, odds = 0, 0, rng.at(0, f"kills {kind}", 0)
     while kills < max(1, pytestconfig.getoption("--kills") // (5 if kind.startswith("jax") else 2)):
@@ -123,7 +184,9 @@ def test_killed_runs_end_with_the_same_bits(processes, base, pictures, sdxl, kan
 
 
 def test_a_stop_saves_and_the_run_goes_on_to_the_same_bits(processes, base, pictures, tmp_path):
-    whole, stopped = (settings(base, pictures, tmp_path / name, "full") for name in ("whole", "stopped"))
+    whole, stopped = (
+        settings(base, pictures, tmp_path / name, "full") for name in ("whole", "stopped")
+    )
     for cfg in (whole, stopped):
         cfg["checkpoint"] = {"every": 100}
     process = worker.start(processes, whole)
@@ -165,7 +228,9 @@ def test_finished_is_finished_and_more_steps_go_on(processes, base, pictures, tm
     assert outcome(run)["step"] == STEPS
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(processes, base, pictures, tmp_path, capfd):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
+    processes, base, pictures, tmp_path, capfd
+):
     whole = settings(base, pictures, tmp_path / "whole", "full")
     process = worker.start(processes, whole)
     process.join()

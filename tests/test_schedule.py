@@ -4,16 +4,26 @@ import pytest
 
 from limner import schedule
 
-SCHEDULES = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+SCHEDULES = [
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+]
 
 
 def of_diffusers(name: str, peak: float, warmup: int, total: int, cycles: int) -> list[float]:
-    """The rate of each of ``total`` updates, by diffusers' scheduler on one process without accumulation."""
+    """The rate of each of ``total`` updates, by diffusers' scheduler on one process without
+    accumulation."""
     import torch
     from diffusers.optimization import get_scheduler
 
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=peak)
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total, num_cycles=cycles)
+    scheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=total, num_cycles=cycles
+    )
     rates = [scheduler.get_last_lr()[0]]
     for _ in range(total - 1):
         optimizer.step()
@@ -23,11 +33,21 @@ def of_diffusers(name: str, peak: float, warmup: int, total: int, cycles: int) -
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize(("warmup", "total", "cycles"), [(0, 40, 1), (7, 60, 1), (10, 101, 3), (5, 5, 1), (1, 2, 2), (50, 20, 1)])
+@pytest.mark.parametrize(
+    ("warmup", "total", "cycles"),
+    [(0, 40, 1), (7, 60, 1), (10, 101, 3), (5, 5, 1), (1, 2, 2), (50, 20, 1)],
+)
 def test_equal_to_diffusers(name: str, warmup: int, total: int, cycles: int) -> None:
     peak = 3e-4
-    rates = [schedule.learning_rate(s, peak=peak, schedule=name, warmup=warmup, total=total, cycles=cycles) for s in range(total)]
-    assert rates == pytest.approx(of_diffusers(name, peak, warmup, total, cycles), rel=1e-9, abs=peak * 1e-15)
+    rates = [
+        schedule.learning_rate(
+            s, peak=peak, schedule=name, warmup=warmup, total=total, cycles=cycles
+        )
+        for s in range(total)
+    ]
+    assert rates == pytest.approx(
+        of_diffusers(name, peak, warmup, total, cycles), rel=1e-9, abs=peak * 1e-15
+    )
 
 
 def test_every_schedule_is_tested() -> None:

@@ -1,4 +1,5 @@
-"""Example p is a pure function of (seed, p): for any number of processes, any order of calls, whatever else is switched on."""
+"""Example p is a pure function of (seed, p): for any number of processes, any order of calls,
+whatever else is switched on."""
 
 import dataclasses
 from collections import Counter
@@ -44,18 +45,54 @@ class Toy:
 
 def records(shape: tuple[int, int] = (24, 16)) -> tuple[tuple[Entry, ...], list[Record]]:
     draws = np.random.default_rng(0)
-    source = [Record(f"picture {i}", draws.integers(0, 256, (*shape, 3), np.uint8), tuple(f"{i} {word}" for word in ("a", "b", "c"))) for i in range(COUNT)]
-    return tuple(Entry(i, r.key, r.captions, f"digest{i}", *shape) for i, r in enumerate(source)), source
+    source = [
+        Record(
+            f"picture {i}",
+            draws.integers(0, 256, (*shape, 3), np.uint8),
+            tuple(f"{i} {word}" for word in ("a", "b", "c")),
+        )
+        for i in range(COUNT)
+    ]
+    return tuple(
+        Entry(i, r.key, r.captions, f"digest{i}", *shape) for i, r in enumerate(source)
+    ), source
 
 
-def stream(seed: int = 5, batch: int = 4, shape: tuple[int, int] = (24, 16), folder: Path | None = None, noise: dict | None = None, **data: Any) -> Stream:
+def stream(
+    seed: int = 5,
+    batch: int = 4,
+    shape: tuple[int, int] = (24, 16),
+    folder: Path | None = None,
+    noise: dict | None = None,
+    **data: Any,
+) -> Stream:
     entries, source = records(shape)
     settings = config.build(config.Data, {"size": 8, **data})
     wanted = config.build(config.Objective, noise or {})
     stores = (None, None) if folder is None else (Store(folder / "p"), Store(folder / "c"))
     encoded = Encoded(SD, Toy, *stores, 3)
-    order = Order(seed, batch, [buckets.fit(e.size, settings) for e in entries], [0] * COUNT, [1], [], settings.buckets is not None)
-    return Stream(entries, order, source, settings, wanted, Objective.of(SCHEDULER, wanted), SD, CONFIGS, encoded, seed, batch)
+    order = Order(
+        seed,
+        batch,
+        [buckets.fit(e.size, settings) for e in entries],
+        [0] * COUNT,
+        [1],
+        [],
+        settings.buckets is not None,
+    )
+    return Stream(
+        entries,
+        order,
+        source,
+        settings,
+        wanted,
+        Objective.of(SCHEDULER, wanted),
+        SD,
+        CONFIGS,
+        encoded,
+        seed,
+        batch,
+    )
 
 
 def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -68,14 +105,22 @@ def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
         assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
 
 
-RICH = {"crop": "random", "flip": True, "drop_caption": 0.3, "noise": {"noise_offset": 0.1, "input_perturbation": 0.1, "min_snr": 5.0}}
+RICH = {
+    "crop": "random",
+    "flip": True,
+    "drop_caption": 0.3,
+    "noise": {"noise_offset": 0.1, "input_perturbation": 0.1, "min_snr": 5.0},
+}
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_rows_do_not_know_the_number_of_processes(world: int) -> None:
     one = stream(**RICH)
     for step in (0, 2, 7):
-        equal(joined([stream(**RICH).batch(step, rank, world) for rank in range(world)]), one.batch(step))
+        equal(
+            joined([stream(**RICH).batch(step, rank, world) for rank in range(world)]),
+            one.batch(step),
+        )
 
 
 def test_any_order_of_calls_and_any_number_of_threads() -> None:
@@ -84,17 +129,29 @@ def test_any_order_of_calls_and_any_number_of_threads() -> None:
     for step in reversed(range(6)):
         equal(backward.batch(step), forward[step])
     for threads in (1, 3):
-        for made, expected in zip(prefetch(stream(**RICH).batch, 0, 6, threads=threads), forward, strict=True):
+        for made, expected in zip(
+            prefetch(stream(**RICH).batch, 0, 6, threads=threads), forward, strict=True
+        ):
             equal(made, expected)
 
 
 def test_the_cache_moves_no_number(tmp_path: Path) -> None:
     settings = RICH | {"crops": 2}
     cached = stream(folder=tmp_path, **settings)
-    cached.encoded.fill_images([cached.picture(e, g) for e in cached.entries for g in cached.variants(e) or ()], lambda: None)
+    cached.encoded.fill_images(
+        [cached.picture(e, g) for e in cached.entries for g in cached.variants(e) or ()],
+        lambda: None,
+    )
     cached.encoded.fill_texts([c for e in cached.entries for c in e.captions] + [""], lambda: None)
     cached = dataclasses.replace(
-        cached, encoded=Encoded(SD, lambda: pytest.fail("an encoder was asked for"), cached.encoded.image_store, cached.encoded.text_store, 3)
+        cached,
+        encoded=Encoded(
+            SD,
+            lambda: pytest.fail("an encoder was asked for"),
+            cached.encoded.image_store,
+            cached.encoded.text_store,
+            3,
+        ),
     )
     for step in range(8):
         equal(cached.batch(step), stream(**settings).batch(step))
@@ -136,12 +193,16 @@ ASPECTS = {
 )
 def test_one_setting_moves_no_other_draw(changed: dict, moves: set[str]) -> None:
     plain, other = draws(), draws(**changed)
-    assert {name for name, of in ASPECTS.items() if list(map(of, plain)) != list(map(of, other))} == moves
+    assert {
+        name for name, of in ASPECTS.items() if list(map(of, plain)) != list(map(of, other))
+    } == moves
 
 
 def test_crops_move_nothing_but_the_place() -> None:
     some, other = draws(crop="random", flip=True), draws(crop="random", crops=3, flip=True)
-    assert {name for name, of in ASPECTS.items() if list(map(of, some)) != list(map(of, other))} == {"place"}
+    assert {
+        name for name, of in ASPECTS.items() if list(map(of, some)) != list(map(of, other))
+    } == {"place"}
 
 
 def test_draws_are_independent_and_fair() -> None:
@@ -150,10 +211,18 @@ def test_draws_are_independent_and_fair() -> None:
     flip = np.array([d.geometry.flip for d in some], float)
     dropped = np.array([d.caption == "" for d in some], float)
     u, top = np.array([d.u for d in some]), np.array([d.geometry.top for d in some], float)
-    assert abs(flip.mean() - 0.5) < 0.03 and abs(dropped.mean() - 0.25) < 0.03 and abs(u.mean() - 0.5) < 0.02
-    assert set(top) == set(range(5)) and all(abs(n / 3000 - 0.2) < 0.03 for n in Counter(top).values())
+    assert (
+        abs(flip.mean() - 0.5) < 0.03
+        and abs(dropped.mean() - 0.25) < 0.03
+        and abs(u.mean() - 0.5) < 0.02
+    )
+    assert set(top) == set(range(5)) and all(
+        abs(n / 3000 - 0.2) < 0.03 for n in Counter(top).values()
+    )
     captions = Counter(d.caption.split()[1] for d in some if d.caption)
-    assert set(captions) == {"a", "b", "c"} and all(abs(n / captions.total() - 1 / 3) < 0.04 for n in captions.values())
+    assert set(captions) == {"a", "b", "c"} and all(
+        abs(n / captions.total() - 1 / 3) < 0.04 for n in captions.values()
+    )
     assert np.abs(np.corrcoef([flip, dropped, u, top]) - np.eye(4)).max() < 0.06
 
 
@@ -195,15 +264,25 @@ def test_a_picture_that_changes_or_goes_during_the_run_is_named(tmp_path: Path) 
 
 
 def test_noise_offset_and_input_perturbation() -> None:
-    """noise += offset * randn(B, C, 1, 1), part of the target; the input alone sees noise + gamma * randn."""
-    plain, offset, perturbed = (stream(noise=n).batch(1) for n in ({}, {"noise_offset": 0.1}, {"noise_offset": 0.1, "input_perturbation": 0.2}))
+    """noise += offset * randn(B, C, 1, 1), part of the target; the input alone sees noise + gamma *
+    randn."""
+    plain, offset, perturbed = (
+        stream(noise=n).batch(1)
+        for n in ({}, {"noise_offset": 0.1}, {"noise_offset": 0.1, "input_perturbation": 0.2})
+    )
     assert "input_noise" not in plain and "input_noise" not in offset
     shift = (offset["noise"] - plain["noise"]) / np.float32(0.1)
-    per_channel = np.stack([rng.at(5, "offset", p).standard_normal((3, 1, 1), np.float32) for p in range(4, 8)])
+    per_channel = np.stack(
+        [rng.at(5, "offset", p).standard_normal((3, 1, 1), np.float32) for p in range(4, 8)]
+    )
     np.testing.assert_allclose(shift, np.broadcast_to(per_channel, shift.shape), atol=1e-5)
     assert perturbed["noise"].tobytes() == offset["noise"].tobytes()
-    extra = np.stack([rng.at(5, "perturbation", p).standard_normal((3, 4, 4), np.float32) for p in range(4, 8)])
-    np.testing.assert_allclose(perturbed["input_noise"], offset["noise"] + np.float32(0.2) * extra, atol=1e-6)
+    extra = np.stack(
+        [rng.at(5, "perturbation", p).standard_normal((3, 4, 4), np.float32) for p in range(4, 8)]
+    )
+    np.testing.assert_allclose(
+        perturbed["input_noise"], offset["noise"] + np.float32(0.2) * extra, atol=1e-6
+    )
     for name in ("x0", "t", "w", "context"):
         assert plain[name].tobytes() == perturbed[name].tobytes()
     assert all(array.dtype == np.float32 for name, array in perturbed.items() if name != "t")
@@ -214,7 +293,14 @@ def test_noise_is_standard_normal_and_no_two_rows_share_it() -> None:
     noise = np.concatenate([made.batch(step)["noise"] for step in range(20)])
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
     assert len({row.tobytes() for row in noise}) == len(noise)
-    assert abs(np.corrcoef(noise.ravel(), np.concatenate([made.batch(s)["x0"] for s in range(20)]).ravel())[0, 1]) < 0.05
+    assert (
+        abs(
+            np.corrcoef(
+                noise.ravel(), np.concatenate([made.batch(s)["x0"] for s in range(20)]).ravel()
+            )[0, 1]
+        )
+        < 0.05
+    )
 
 
 def test_variants_are_all_there_is() -> None:
@@ -233,7 +319,9 @@ def test_variants_are_all_there_is() -> None:
             asked.setdefault(d.entry.row, set()).add(d.geometry)
         for entry in made.entries:
             ways = made.variants(entry)
-            assert ways is not None and len(ways) == len(set(ways)) and set(ways) == asked[entry.row]
+            assert (
+                ways is not None and len(ways) == len(set(ways)) and set(ways) == asked[entry.row]
+            )
     assert len(stream(flip=True).variants(made.entries[0]) or ()) == 2
     free = stream(crop="random")
     assert free.variants(free.entries[0]) is None
@@ -246,7 +334,12 @@ def test_a_picture_s_key_says_all_it_depends_on() -> None:
     keys = {made.picture(entry, g).key for g in made.variants(entry) or ()}
     assert len(keys) == 2
     geometry = (made.variants(entry) or [])[0]
-    others = [dict(resample="box"), dict(background="black"), dict(size=4), dict(crop="random", crops=1)]
+    others = [
+        dict(resample="box"),
+        dict(background="black"),
+        dict(size=4),
+        dict(crop="random", crops=1),
+    ]
     for changed in others:
         other = stream(**({"flip": True} | changed))
         keys |= {other.picture(entry, g).key for g in (other.variants(entry) or [])[:1]}
@@ -260,13 +353,18 @@ def test_a_picture_s_key_says_all_it_depends_on() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_held_out_covers_all_and_is_constant(world: int) -> None:
-    """Each record at each noise level once, whatever training does, in batches of one shape; filling rows do not count."""
+    """Each record at each noise level once, whatever training does, in batches of one shape;
+    filling rows do not count."""
     made = stream(**RICH)
     held = made.entries[:3]
     seen: list[tuple[bytes, int]] = []
     for rank in range(world):
         for count, batch in made.held_out(held, 5, rank, world):
-            assert {len(array) for array in batch.values()} == {4 // world} and 0 <= count <= 4 // world and "input_noise" not in batch
+            assert (
+                {len(array) for array in batch.values()} == {4 // world}
+                and 0 <= count <= 4 // world
+                and "input_noise" not in batch
+            )
             seen += [(batch["noise"][i].tobytes(), int(batch["t"][i])) for i in range(count)]
     assert len(seen) == len(set(seen)) == 15
     assert Counter(t for _, t in seen) == {t: 3 for t in (100, 300, 500, 700, 900)}
@@ -276,21 +374,28 @@ def test_held_out_covers_all_and_is_constant(world: int) -> None:
 
 
 def test_held_out_pictures_can_be_encoded_beforehand(tmp_path: Path) -> None:
-    """Even where training crops anew each time: then no encoder is needed at the first validation, nor at any other."""
+    """Even where training crops anew each time: then no encoder is needed at the first validation,
+    nor at any other."""
     made = stream(folder=tmp_path, **RICH)
     held = made.entries[:3]
     made.encoded.fill_images([made.picture(e, made.watched(e)) for e in held], lambda: None)
     made.encoded.fill_texts([e.captions[0] for e in held], lambda: None)
     stores = made.encoded.image_store, made.encoded.text_store
-    blind = dataclasses.replace(made, encoded=Encoded(SD, lambda: pytest.fail("an encoder was asked for"), *stores, 3))
-    for (_, batch), (_, expected) in zip(blind.held_out(held, 4), stream(**RICH).held_out(held, 4), strict=True):
+    blind = dataclasses.replace(
+        made, encoded=Encoded(SD, lambda: pytest.fail("an encoder was asked for"), *stores, 3)
+    )
+    for (_, batch), (_, expected) in zip(
+        blind.held_out(held, 4), stream(**RICH).held_out(held, 4), strict=True
+    ):
         equal(batch, expected)
 
 
 def test_held_out_noise_is_not_training_s() -> None:
     made = stream()
     (_, watched), *_ = made.held_out(made.entries[:1], 4)
-    assert not {row.tobytes() for row in watched["noise"]} & {row.tobytes() for step in range(3) for row in made.batch(step)["noise"]}
+    assert not {row.tobytes() for row in watched["noise"]} & {
+        row.tobytes() for step in range(3) for row in made.batch(step)["noise"]
+    }
     assert (watched["context"] == sum(map(ord, made.entries[0].captions[0]))).all()
 
 

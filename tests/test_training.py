@@ -15,9 +15,15 @@ from limner.faults import InputFault, Stopped
 
 
 def settings(base: Path, pictures: Path, run: Path, **sections: Any) -> config.Config:
-    raw: dict[str, Any] = {"run": str(run), "model": {"base": str(base)}, "data": {"folder": str(pictures), "size": 32}}
+    raw: dict[str, Any] = {
+        "run": str(run),
+        "model": {"base": str(base)},
+        "data": {"folder": str(pictures), "size": 32},
+    }
     raw |= {"train": {"steps": 2, "batch": 2, "seed": 1}, "adapt": {"kind": "lora"}}
-    return config.build(config.Config, {**raw, **{k: {**raw.get(k, {}), **v} for k, v in sections.items()}})
+    return config.build(
+        config.Config, {**raw, **{k: {**raw.get(k, {}), **v} for k, v in sections.items()}}
+    )
 
 
 def run(cfg: config.Config) -> list[str]:
@@ -31,14 +37,25 @@ def test_checkpoints_of_another_tool_are_left_alone(base, pictures, tmp_path):
     (tmp_path / "checkpoint-1" / "optimizer.bin").write_bytes(b"theirs")
     for resume in ("auto", "latest", "never"):
         with pytest.raises(InputFault, match="checkpoint-1"):
-            run(settings(base, pictures, tmp_path, checkpoint={"every": 1, "keep": 1, "resume": resume}))
+            run(
+                settings(
+                    base, pictures, tmp_path, checkpoint={"every": 1, "keep": 1, "resume": resume}
+                )
+            )
     assert (tmp_path / "checkpoint-1" / "optimizer.bin").read_bytes() == b"theirs"
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_finished_checkpoint_of_another_folder_becomes_a_result_here(base, pictures, tmp_path):
     run(settings(base, pictures, tmp_path / "first"))
-    run(settings(base, pictures, tmp_path / "second", checkpoint={"resume": str(tmp_path / "first" / "checkpoint-2")}))
+    run(
+        settings(
+            base,
+            pictures,
+            tmp_path / "second",
+            checkpoint={"resume": str(tmp_path / "first" / "checkpoint-2")},
+        )
+    )
     results = [export.read_result(tmp_path / name) for name in ("first", "second")]
     assert results[0] == results[1] and export.result_is_whole(tmp_path / "second", 2)
 
@@ -49,7 +66,10 @@ def test_a_finished_run_is_pushed_once_when_it_is_asked_for(base, pictures, tmp_
 
     def push(folder: Path, repository: str, private: bool, tell: Any) -> None:
         pushed.append(repository)
-        durable.write_text(folder / export.PUSHED, json.dumps({"repository": repository, "digest": export.read_result(folder)["digest"]}))
+        durable.write_text(
+            folder / export.PUSHED,
+            json.dumps({"repository": repository, "digest": export.read_result(folder)["digest"]}),
+        )
 
     monkeypatch.setattr(export, "check_push", lambda repository, private: f"me/{repository}")
     monkeypatch.setattr(export, "push", push)
@@ -59,10 +79,23 @@ def test_a_finished_run_is_pushed_once_when_it_is_asked_for(base, pictures, tmp_
     assert pushed == ["me/mine"]
 
 
-def test_prompts_without_an_interval_are_drawn_at_the_end_in_a_size_that_pipelines_draw(base, pictures, tmp_path):
-    run(settings(base, pictures, tmp_path, data={"size": 36}, preview={"prompts": ["red", "blue"], "steps": 1, "count": 2}))
+def test_prompts_without_an_interval_are_drawn_at_the_end_in_a_size_that_pipelines_draw(
+    base, pictures, tmp_path
+):
+    run(
+        settings(
+            base,
+            pictures,
+            tmp_path,
+            data={"size": 36},
+            preview={"prompts": ["red", "blue"], "steps": 1, "count": 2},
+        )
+    )
     assert [p.name for p in (tmp_path / "previews").iterdir()] == ["step-000002"]
-    sizes = [generate.read_picture(p).shape for p in sorted((tmp_path / "previews" / "step-000002").glob("*.png"))]
+    sizes = [
+        generate.read_picture(p).shape
+        for p in sorted((tmp_path / "previews" / "step-000002").glob("*.png"))
+    ]
     assert sizes == [(32, 32, 3)] * 4
     with Image.open(tmp_path / "preview.png") as sheet:
         assert sheet.size == (200 + 2 * 134 + 6, 6 + 2 * 134)
@@ -73,19 +106,36 @@ def test_only_settings_of_the_optimizer_may_be_allowed_to_change(base, pictures,
         settings(base, pictures, tmp_path, checkpoint={"allow": ["adapt.kind"]})
     run(settings(base, pictures, tmp_path, optim={"ema": 0.9}))
     more: dict[str, Any] = {"train": {"steps": 3}}
-    with pytest.raises(InputFault, match=r'optim.learning_rate: was 0.0001, now 0.01[\s\S]*checkpoint.allow=\["optim.learning_rate"\]'):
+    with pytest.raises(
+        InputFault,
+        match=r"optim.learning_rate: was 0.0001, now "
+        r'0.01[\s\S]*checkpoint.allow=\["optim.learning_rate"\]',
+    ):
         run(settings(base, pictures, tmp_path, optim={"ema": 0.9, "learning_rate": 1e-2}, **more))
     with pytest.raises(InputFault) as refused:
         run(settings(base, pictures, tmp_path, **more))
-    assert "optim.ema: was 0.9, now None" in str(refused.value) and "checkpoint.allow" not in str(refused.value)
-    allowed = {"optim": {"ema": 0.9, "learning_rate": 1e-2, "ema_offload": True}, "checkpoint": {"allow": ["optim.learning_rate"]}}
+    assert "optim.ema: was 0.9, now None" in str(refused.value) and "checkpoint.allow" not in str(
+        refused.value
+    )
+    allowed = {
+        "optim": {"ema": 0.9, "learning_rate": 1e-2, "ema_offload": True},
+        "checkpoint": {"allow": ["optim.learning_rate"]},
+    }
     said = run(settings(base, pictures, tmp_path, **allowed, **more))
     assert "from step 2 on, optim.learning_rate: was 0.0001, now 0.01" in said
     assert checkpoint.latest(tmp_path).step == 3
 
 
-@pytest.mark.parametrize(("section", "message"), [({"adapt": {"targets": ["to_x"]}}, "no module named to_x"), ({"optim": {"kind": "adamw8bit"}}, "adamw8bit")])
-def test_what_the_engine_cannot_do_is_refused_before_anything_is_loaded(base, pictures, tmp_path, monkeypatch, section, message):
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"adapt": {"targets": ["to_x"]}}, "no module named to_x"),
+        ({"optim": {"kind": "adamw8bit"}}, "adamw8bit"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_refused_before_anything_is_loaded(
+    base, pictures, tmp_path, monkeypatch, section, message
+):
     from limner.engines.torch import engine, parts
 
     for module in (engine, parts):
@@ -95,11 +145,21 @@ def test_what_the_engine_cannot_do_is_refused_before_anything_is_loaded(base, pi
 
 
 def test_the_learning_rate_scales_with_the_batch_that_holds(tmp_path, monkeypatch):
-    flags = ["--pretrained_model_name_or_path=x", "--dataset_name=y", f"--output_dir={tmp_path}", "--train_batch_size=2", "--scale_lr", "--learning_rate=1e-5"]
+    flags = [
+        "--pretrained_model_name_or_path=x",
+        "--dataset_name=y",
+        f"--output_dir={tmp_path}",
+        "--train_batch_size=2",
+        "--scale_lr",
+        "--learning_rate=1e-5",
+    ]
     monkeypatch.setenv("WORLD_SIZE", "4")
 
     def rate(*more: str) -> float:
-        return diffusers.to_config("train_text_to_image", diffusers.parser("train_text_to_image").parse_args([*flags, *more])).optim.learning_rate
+        return diffusers.to_config(
+            "train_text_to_image",
+            diffusers.parser("train_text_to_image").parse_args([*flags, *more]),
+        ).optim.learning_rate
 
     assert rate() == pytest.approx(8e-5)
     (tmp_path / "checkpoint-5").mkdir()
@@ -121,5 +181,16 @@ def test_a_bucket_that_cannot_fill_a_batch_is_told(base, tmp_path):
     pictures = tiny.pictures(tmp_path / "pictures", 5, size=(40, 40))
     wide = tiny.pictures(tmp_path / "wide", 2, size=(40, 80))
     sets = [{"folder": str(pictures)}, {"folder": str(wide)}]
-    said = run(settings(base, pictures, tmp_path / "run", data={"folder": None, "sets": sets, "buckets": {"step": 8}}, train={"batch": 4}))
-    assert "1 of 2 buckets have fewer pictures than a batch of 4 (48x24: 2); 2 rows of every epoch's batches are empty for it, and nothing is repeated" in said
+    said = run(
+        settings(
+            base,
+            pictures,
+            tmp_path / "run",
+            data={"folder": None, "sets": sets, "buckets": {"step": 8}},
+            train={"batch": 4},
+        )
+    )
+    assert (
+        "1 of 2 buckets have fewer pictures than a batch of 4 (48x24: 2); 2 rows of every epoch's "
+        "batches are empty for it, and nothing is repeated" in said
+    )

@@ -1,4 +1,5 @@
-"""Two real processes agree on everything; a world of another size than was asked for, or a setting that cannot be honoured, is refused in words."""
+"""Two real processes agree on everything; a world of another size than was asked for, or a setting
+that cannot be honoured, is refused in words."""
 
 import json
 import os
@@ -13,7 +14,18 @@ from limner.engines.torch import world
 from limner.engines.torch.world import World
 from limner.faults import DiskFault, Fault, InputFault, Stopped
 
-LAUNCHED = ("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "PMI_", "OMPI_", "MV2_", "LOCAL_", "GROUP_", "ROLE_", "PJRT_")
+LAUNCHED = (
+    "ACCELERATE_",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "PMI_",
+    "OMPI_",
+    "MV2_",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "PJRT_",
+)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 
@@ -37,7 +49,8 @@ torch.set_num_threads(1)
 try:
     world = World()
 except faults.Fault as fault:
-    Path(sys.argv[1], f"refused-{sys.argv[2] if len(sys.argv) > 2 else 0}.json").write_text(json.dumps([type(fault).__name__, str(fault), fault.told]))
+    file = Path(sys.argv[1], f"refused-{sys.argv[2] if len(sys.argv) > 2 else 0}.json")
+    file.write_text(json.dumps([type(fault).__name__, str(fault), fault.told]))
     sys.exit(fault.code)
 rank = world.rank
 sums = world.sum_(torch.tensor([0.1, 1.0, 1e-8]) * (rank + 1))
@@ -45,8 +58,9 @@ out = {
     "rank": rank, "world": world.world, "device": str(world.device), "precision": world.precision,
     "sum": [x.hex() for x in sums.tolist()], "total": world.total([0.1 + rank, 2.0]),
     "any": [world.any(False), world.any(rank == 1), world.any(rank == 0), world.any(True)],
-    "said": attempt(lambda: {"from": rank, "text": "grüße", "pair": (1, 2)}), "nothing": attempt(lambda: None),
-    "fault": attempt(full_disk), "bug": attempt(lambda: 1 // 0), "after": attempt(lambda: "still together"),
+    "said": attempt(lambda: {"from": rank, "text": "grüße", "pair": (1, 2)}),
+    "nothing": attempt(lambda: None), "fault": attempt(full_disk),
+    "bug": attempt(lambda: 1 // 0), "after": attempt(lambda: "still together"),
 }
 world.barrier()
 world.close()
@@ -55,16 +69,31 @@ Path(sys.argv[1], f"rank-{rank}.json").write_text(json.dumps(out))
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHED) and k not in ("RANK", "WORLD_SIZE", "PYTHONPATH")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(LAUNCHED) and k not in ("RANK", "WORLD_SIZE", "PYTHONPATH")
+    }
     source = Path(world.__file__).parents[3]
-    return {**kept, "PYTHONPATH": str(source), "HF_HOME": "/nonexistent", "OMP_NUM_THREADS": "1", **more}
+    return {
+        **kept,
+        "PYTHONPATH": str(source),
+        "HF_HOME": "/nonexistent",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
 
 
 def launch(tmp_path: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the child under a launcher; what its processes saw lies in ``tmp_path`` afterwards."""
     (tmp_path / "child.py").write_text(CHILD)
     return subprocess.run(
-        [*command, str(tmp_path / "child.py"), str(tmp_path)], env=clean_environment(**environment), capture_output=True, text=True, timeout=120, check=False
+        [*command, str(tmp_path / "child.py"), str(tmp_path)],
+        env=clean_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -74,7 +103,16 @@ def seen(tmp_path: Path, pattern: str = "rank-*.json") -> list[dict]:
 
 LAUNCHERS = {
     "torchrun": (*TORCHRUN, "--standalone", "--nproc-per-node", "2"),
-    "accelerate": (*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--mixed_precision", "bf16", "--main_process_port", "0"),
+    "accelerate": (
+        *ACCELERATE,
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--mixed_precision",
+        "bf16",
+        "--main_process_port",
+        "0",
+    ),
 }
 
 
@@ -97,7 +135,11 @@ def test_two_processes_agree(tmp_path: Path, command: tuple[str, ...]) -> None:
     assert first["fault"] == ["DiskFault", "disk: no room", False]
     assert second["fault"] == ["DiskFault", "disk: no room", True]
     assert first["bug"][0] == "ZeroDivisionError"
-    assert second["bug"] == ["Fault", "the first process failed: ZeroDivisionError: integer division or modulo by zero", True]
+    assert second["bug"] == [
+        "Fault",
+        "the first process failed: ZeroDivisionError: integer division or modulo by zero",
+        True,
+    ]
 
 
 def test_two_processes_that_accelerate_makes_one_of_are_refused(tmp_path: Path) -> None:
@@ -106,7 +148,10 @@ def test_two_processes_that_accelerate_makes_one_of_are_refused(tmp_path: Path) 
     [[kind, text, told]] = seen(tmp_path, "refused-*.json")
     assert (kind, told) == ("InputFault", False)
     assert text.startswith("The launcher was asked for 2 processes, 1 came up together on cpu.")
-    assert "`accelerate launch --multi_gpu --num_processes 2 ...` or `torchrun --nproc-per-node 2 ...`" in text
+    assert (
+        "`accelerate launch --multi_gpu --num_processes 2 ...` or `torchrun --nproc-per-node 2 ...`"
+        in text
+    )
 
 
 def test_config_file_of_a_machine_without_gpu_gives_one_process(tmp_path: Path) -> None:
@@ -114,7 +159,14 @@ def test_config_file_of_a_machine_without_gpu_gives_one_process(tmp_path: Path) 
 
     write_basic_config(save_location=str(tmp_path / "config.yml"))
     assert json.loads((tmp_path / "config.yml").read_text())["num_processes"] == 1
-    done = launch(tmp_path, *ACCELERATE, "--config_file", str(tmp_path / "config.yml"), "--mixed_precision", "fp16")
+    done = launch(
+        tmp_path,
+        *ACCELERATE,
+        "--config_file",
+        str(tmp_path / "config.yml"),
+        "--mixed_precision",
+        "fp16",
+    )
     assert done.returncode == 0, done.stderr
     [only] = seen(tmp_path)
     assert (only["rank"], only["world"], only["device"], only["precision"]) == (0, 1, "cpu", "fp16")
@@ -125,15 +177,44 @@ def test_config_file_of_a_machine_without_gpu_gives_one_process(tmp_path: Path) 
     [
         ({}, "bash", 1),
         ({"WORLD_SIZE": "4", "LOCAL_RANK": "1"}, "torchrun --nproc_per_node 4", 4),
-        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "1"}, "accelerate launch --multi_gpu --num_processes 2", 2),
+        (
+            {
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "0",
+                "ACCELERATE_MIXED_PRECISION": "no",
+                "MASTER_PORT": "1",
+            },
+            "accelerate launch --multi_gpu --num_processes 2",
+            2,
+        ),
         ({"OMPI_COMM_WORLD_SIZE": "3"}, "mpirun -n 3", 3),
         ({"ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch train.py", 1),
-        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "1"}, "accelerate launch --num-processes=2 train.py", 2),
-        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "1"}, "accelerate launch --num_processes 1 --num_machines 2 train.py", 2),
-        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "1"}, "accelerate launch --config_file two.yml train.py", 0),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "1"},
+            "accelerate launch --num-processes=2 train.py",
+            2,
+        ),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "1"},
+            "accelerate launch --num_processes 1 --num_machines 2 train.py",
+            2,
+        ),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "1"},
+            "accelerate launch --config_file two.yml train.py",
+            0,
+        ),
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "1"}, "", 0),
-        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "1"}, "accelerate launch --num_processes 1 train.py", 1),
-        ({"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "1"}, "accelerate launch --cpu --num_processes 2 train.py", 2),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "1"},
+            "accelerate launch --num_processes 1 train.py",
+            1,
+        ),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "1"},
+            "accelerate launch --cpu --num_processes 2 train.py",
+            2,
+        ),
         ({"MASTER_PORT": "1"}, "bash", 1),
     ],
 )
@@ -144,9 +225,15 @@ def test_what_the_launcher_asked_for(environment: dict[str, str], parent: str, c
 def test_a_world_of_another_size_is_refused() -> None:
     cpu = torch.device("cpu")
     world.refuse_difference(2, 2, cpu)
-    with pytest.raises(InputFault, match=r"asked for several processes, 1 came up .*--num_processes N .*--num_processes 1"):
+    with pytest.raises(
+        InputFault,
+        match=r"asked for several processes, 1 came up .*--num_processes N .*--num_processes 1",
+    ):
         world.refuse_difference(0, 1, cpu)
-    with pytest.raises(InputFault, match=r"asked for 4 processes, 1 came up together on mps.*with engine.device=cpu"):
+    with pytest.raises(
+        InputFault,
+        match=r"asked for 4 processes, 1 came up together on mps.*with engine.device=cpu",
+    ):
         world.refuse_difference(4, 1, torch.device("mps"))
 
 
@@ -164,18 +251,31 @@ def test_a_world_of_another_size_is_refused() -> None:
         ("PJRT_DEVICE", "TPU", "TPU and XLA"),
     ],
 )
-def test_launcher_settings_that_are_not_supported_are_refused(name: str, value: str, word: str) -> None:
+def test_launcher_settings_that_are_not_supported_are_refused(
+    name: str, value: str, word: str
+) -> None:
     with pytest.raises(InputFault, match=word) as caught:
         World(environment={name: value, "LOCAL_RANK": "1"})
     assert caught.value.told, "one process per host says it"
 
 
 def test_settings_that_are_off_are_let_through() -> None:
-    world.refuse_settings({"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_FSDP": "False", "ACCELERATE_DYNAMO_BACKEND": "NO"})
+    world.refuse_settings(
+        {
+            "ACCELERATE_USE_DEEPSPEED": "false",
+            "ACCELERATE_USE_FSDP": "False",
+            "ACCELERATE_DYNAMO_BACKEND": "NO",
+        }
+    )
     world.refuse_settings({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "PJRT_DEVICE": ""})
     world.refuse_settings({"ACCELERATE_USE_SAGEMAKER": "true"})
     with pytest.raises(InputFault, match="SageMaker"):
-        world.refuse_settings({"ACCELERATE_USE_SAGEMAKER": "true", "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "DATA_PARALLEL"})
+        world.refuse_settings(
+            {
+                "ACCELERATE_USE_SAGEMAKER": "true",
+                "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "DATA_PARALLEL",
+            }
+        )
 
 
 def test_recipe_beats_launcher_in_precision() -> None:
@@ -207,9 +307,15 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert world.choose_device(None, {}) == torch.device("cuda", 0)
     assert world.choose_device(None, {"ACCELERATE_USE_CPU": "True"}) == torch.device("cpu")
     assert world.choose_device("cuda", {"ACCELERATE_USE_CPU": "True"}) == torch.device("cuda", 0)
-    assert world.choose_device(None, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == torch.device("cuda", 1)
+    assert world.choose_device(None, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == torch.device(
+        "cuda", 1
+    )
     assert world.choose_device("cuda:1", {}) == torch.device("cuda", 1)
-    refused = [("cuda:2", "1", "does not exist"), ("cuda:0", "2", "names one device"), ("cuda:x", "1", "cannot be used")]
+    refused = [
+        ("cuda:2", "1", "does not exist"),
+        ("cuda:0", "2", "names one device"),
+        ("cuda:x", "1", "cannot be used"),
+    ]
     for name, local, text in [*refused, (None, "3", "3 processes .* has 2 cuda devices")]:
         with pytest.raises(InputFault, match=text):
             world.choose_device(name, {"LOCAL_WORLD_SIZE": local})
@@ -219,7 +325,12 @@ def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [k for k in os.environ if k.startswith(LAUNCHED) or k in ("RANK", "WORLD_SIZE")]:
         monkeypatch.delenv(name)
     alone = World("cpu")
-    assert (alone.rank, alone.world, alone.device, alone.precision) == (0, 1, torch.device("cpu"), "no")
+    assert (alone.rank, alone.world, alone.device, alone.precision) == (
+        0,
+        1,
+        torch.device("cpu"),
+        "no",
+    )
     assert alone.first(lambda: (1, 2)) == [1, 2], "the same answer as with several processes"
     assert alone.any(True) and not alone.any(False)
     assert alone.total([1.5]) == [1.5]

@@ -1,4 +1,5 @@
-"""One curve on any number of processes: the same losses, the same records, going on with more or fewer of them, and one stop for all."""
+"""One curve on any number of processes: the same losses, the same records, going on with more or
+fewer of them, and one stop for all."""
 
 import json
 import os
@@ -24,7 +25,8 @@ STEPS = 24
 STOPPED_AT_LEAST = 3
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
-# One process of a pair: trains what it is told to, one run after the other in one world, and writes down how each ended.
+# One process of a pair: trains what it is told to, one run after the other in one world, and writes
+# down how each ended.
 WORKER = """
 import json, sys
 from pathlib import Path
@@ -73,7 +75,10 @@ def settings(base: Path, pictures: Path, run: Path, *overrides: str) -> dict[str
         "watch.every=12",
         "watch.timesteps=2",
     ]
-    return config.override({"run": str(run), "model": {"base": str(base)}, "data": {"folder": str(pictures)}}, [*given, *overrides])
+    return config.override(
+        {"run": str(run), "model": {"base": str(base)}, "data": {"folder": str(pictures)}},
+        [*given, *overrides],
+    )
 
 
 def alone(raw: dict[str, Any]) -> Path:
@@ -92,11 +97,14 @@ def begin_pair(folder: Path, jobs: list[dict[str, Any]]) -> subprocess.Popen[str
     log = open(folder / "log.txt", "w")  # noqa: SIM115
     command = [*LAUNCH, str(folder / "worker.py"), str(folder / "jobs.json"), str(folder)]
     with log:
-        return subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command, env=environment(), stdout=log, stderr=subprocess.STDOUT, text=True
+        )
 
 
 def ends(folder: Path) -> list[list[Any]]:
-    """How each job ended: class of the fault or "done", message, whether another process says it, exit code, lines told; for both processes."""
+    """How each job ended: class of the fault or "done", message, whether another process says it,
+    exit code, lines told; for both processes."""
     return [json.loads((folder / f"ends-{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -108,7 +116,9 @@ def curve(run: Path, name: str = "loss") -> dict[int, float]:
 def arrays(run: Path, step: int) -> dict[str, np.ndarray]:
     found = checkpoint.read(run / f"checkpoint-{step}")
     files = sorted(p.relative_to(found.folder) for p in found.folder.rglob("*.safetensors"))
-    return {f"{file}:{name}": array for file in files for name, array in found.arrays(str(file)).items()}
+    return {
+        f"{file}:{name}": array for file in files for name, array in found.arrays(str(file)).items()
+    }
 
 
 @dataclass
@@ -130,17 +140,37 @@ def wait_for_line(path: Path, line: int, process: subprocess.Popen[str], log: Pa
 
 
 @pytest.fixture(scope="module")
-def seen(base: Path, sdxl: Path, kandinsky: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+def seen(
+    base: Path,
+    sdxl: Path,
+    kandinsky: Path,
+    pictures: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Seen:
     """All the runs; two launches of two processes, the rest in this one."""
     runs = tmp_path_factory.mktemp("runs")
     lora, ema = ("adapt.kind=lora", "adapt.rank=2"), ("optim.ema=0.9", "checkpoint.every=100")
 
     tiny.pictures(runs / "wide", 7, size=(40, 80))
     sets = f'data.sets=[{{folder="{pictures}"}}, {{folder="{runs / "wide"}", repeats=2}}]'
-    buckets = (f"model.base={sdxl}", "model.family=sdxl", "data.folder=none", sets, "data.buckets={step=8}", "data.drop_caption=0.3", "optim.ema=0.9")
+    buckets = (
+        f"model.base={sdxl}",
+        "model.family=sdxl",
+        "data.folder=none",
+        sets,
+        "data.buckets={step=8}",
+        "data.drop_caption=0.3",
+        "optim.ema=0.9",
+    )
 
     prior, decoder = (
-        (f"model.base={kandinsky / one}", f"model.partner={kandinsky / other}", f"model.family=kandinsky22-{one}", "optim.ema=0.9", "objective.min_snr=5.0")
+        (
+            f"model.base={kandinsky / one}",
+            f"model.partner={kandinsky / other}",
+            f"model.family=kandinsky22-{one}",
+            "optim.ema=0.9",
+            "objective.min_snr=5.0",
+        )
         for one, other in (("prior", "decoder"), ("decoder", "prior"))
     )
     prior += ("data.crop=center", "data.crops=none", "data.drop_caption=0.3", "adapt.kind=lora")
@@ -150,7 +180,9 @@ def seen(base: Path, sdxl: Path, kandinsky: Path, pictures: Path, tmp_path_facto
 
     first = begin_pair(runs / "first", [job("stopped", *ema, "train.steps=5000")])
     alone(job("changing", "train.steps=8"))
-    wait_for_line(runs / "stopped" / "metrics.jsonl", STOPPED_AT_LEAST + 1, first, runs / "first" / "log.txt")  # the first line is the held-out loss
+    wait_for_line(
+        runs / "stopped" / "metrics.jsonl", STOPPED_AT_LEAST + 1, first, runs / "first" / "log.txt"
+    )  # the first line is the held-out loss
     first.send_signal(signal.SIGTERM)  # torchrun passes it on
     assert first.wait(60) != 0
     [newest] = checkpoint.listed(runs / "stopped")
@@ -158,9 +190,19 @@ def seen(base: Path, sdxl: Path, kandinsky: Path, pictures: Path, tmp_path_facto
     again, total = runs / "again", f"train.steps={stopped + 3}"
     shutil.copytree(runs / "stopped", again)
     alone(job("full-1"))
-    jobs = [job("full-2"), job("lora-2", *lora), job("changing", "train.steps=16"), job("again", *ema, total), job("uninterrupted", *ema, total)]
+    jobs = [
+        job("full-2"),
+        job("lora-2", *lora),
+        job("changing", "train.steps=16"),
+        job("again", *ema, total),
+        job("uninterrupted", *ema, total),
+    ]
     jobs += [job("buckets-2", *buckets), job("prior-2", *prior), job("decoder-2", *decoder)]
-    jobs += [job("full-1", "train.steps=30", "train.batch=3"), job("odd", "train.batch=3"), job("busy", "data.caption=txet")]
+    jobs += [
+        job("full-1", "train.steps=30", "train.batch=3"),
+        job("odd", "train.batch=3"),
+        job("busy", "data.caption=txet"),
+    ]
     second = begin_pair(runs / "second", jobs)
     alone(job("lora-1", *lora))
     alone(job("buckets-1", *buckets))
@@ -178,10 +220,16 @@ def test_losses_agree(kind: str, seen: Seen) -> None:
     assert list(one) == list(two) == list(range(1, STEPS + 1))
     assert len(set(one.values())) == STEPS
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-6, abs=0)
-    held = curve(seen.runs / f"{kind}-1", "held_out_loss"), curve(seen.runs / f"{kind}-2", "held_out_loss")
+    held = (
+        curve(seen.runs / f"{kind}-1", "held_out_loss"),
+        curve(seen.runs / f"{kind}-2", "held_out_loss"),
+    )
     assert list(held[0]) == [0, 12, 24]
     assert list(held[1].values()) == pytest.approx(list(held[0].values()), rel=1e-6, abs=0)
-    states = [json.loads((seen.runs / f"{kind}-{n}" / f"checkpoint-{STEPS}" / "state.json").read_text()) for n in (1, 2)]
+    states = [
+        json.loads((seen.runs / f"{kind}-{n}" / f"checkpoint-{STEPS}" / "state.json").read_text())
+        for n in (1, 2)
+    ]
     assert [s["world"] for s in states] == [1, 2] and [s["batch"] for s in states] == [4, 4]
 
 
@@ -189,15 +237,27 @@ def test_a_run_goes_on_with_another_number_of_processes_and_back(seen: Seen) -> 
     whole, changing = curve(seen.runs / "full-1"), curve(seen.runs / "changing")
     assert list(changing) == list(whole)
     assert list(changing.values()) == pytest.approx(list(whole.values()), rel=1e-6, abs=0)
-    states = [json.loads((seen.runs / "changing" / f"checkpoint-{step}" / "state.json").read_text()) for step in (8, 16, 24)]
+    states = [
+        json.loads((seen.runs / "changing" / f"checkpoint-{step}" / "state.json").read_text())
+        for step in (8, 16, 24)
+    ]
     assert [s["world"] for s in states] == [1, 2, 1]
     ours, theirs = arrays(seen.runs / "changing", STEPS), arrays(seen.runs / "full-1", STEPS)
     assert ours.keys() == theirs.keys()
-    assert max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours if name.startswith("unet/")) < 1e-5
+    assert (
+        max(
+            float(np.abs(ours[name] - theirs[name]).max())
+            for name in ours
+            if name.startswith("unet/")
+        )
+        < 1e-5
+    )
 
 
 def test_a_stop_saves_and_ends_all_processes_with_its_code(seen: Seen) -> None:
-    [[kind, text, told, code, _]], [[other_kind, other_text, other_told, other_code, _]] = seen.ends_of_stop
+    [[kind, text, told, code, _]], [[other_kind, other_text, other_told, other_code, _]] = (
+        seen.ends_of_stop
+    )
     assert (kind, other_kind, code, other_code) == ("Stopped", "Stopped", 3, 3)
     assert text == other_text and f"stopped at step {seen.stopped} of 5000" in text
     assert (told, other_told) == (False, True)
@@ -208,19 +268,33 @@ def test_a_stop_saves_and_ends_all_processes_with_its_code(seen: Seen) -> None:
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(seen: Seen) -> None:
     assert [end[0] for end in seen.ends[0][3:5]] == ["done", "done"]
     assert f"going on from checkpoint-{seen.stopped}" in seen.ends[0][3][4]
-    ours, theirs = (arrays(seen.runs / name, seen.stopped + 3) for name in ("again", "uninterrupted"))
-    assert ours.keys() == theirs.keys() and any(name.startswith("unet_ema/") for name in ours) and any(name.startswith("optimizer") for name in ours)
+    ours, theirs = (
+        arrays(seen.runs / name, seen.stopped + 3) for name in ("again", "uninterrupted")
+    )
+    assert (
+        ours.keys() == theirs.keys()
+        and any(name.startswith("unet_ema/") for name in ours)
+        and any(name.startswith("optimizer") for name in ours)
+    )
     for name, array in ours.items():
         assert array.dtype == theirs[name].dtype and array.tobytes() == theirs[name].tobytes(), name
     assert curve(seen.runs / "again") == curve(seen.runs / "uninterrupted")
 
 
-def test_a_batch_that_does_not_divide_is_refused_and_nothing_is_lost(seen: Seen, base: Path, pictures: Path) -> None:
+def test_a_batch_that_does_not_divide_is_refused_and_nothing_is_lost(
+    seen: Seen, base: Path, pictures: Path
+) -> None:
     for rank in (0, 1):
         kind, text, _, code, _ = seen.ends[rank][9]
-        assert (kind, code) == ("InputFault", 2) and "a global batch of 3 cannot be divided among 2 processes" in text
+        assert (kind, code) == (
+            "InputFault",
+            2,
+        ) and "a global batch of 3 cannot be divided among 2 processes" in text
         kind, text, _, code, _ = seen.ends[rank][8]
-        assert (kind, code) == ("InputFault", 2) and "begun with a global batch of 4, 3 is asked for" in text
+        assert (kind, code) == (
+            "InputFault",
+            2,
+        ) and "begun with a global batch of 4, 3 is asked for" in text
     assert checkpoint.listed(seen.runs / "odd") == []
     assert [p.name for p in checkpoint.listed(seen.runs / "full-1")] == [f"checkpoint-{STEPS}"]
     odd = seen.runs / "odd-alone"
@@ -241,11 +315,17 @@ def test_one_process_speaks_for_all(seen: Seen) -> None:
 def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with Ctrl-C ignored
+    inherited = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a job in the background begins with Ctrl-C ignored
     with signals.Stop() as stop:
         stop.gently = True
         assert not stop.asked
-        for now[0] in (100.0, 100.0, 101.0):  # a terminal's Ctrl-C reaches the launcher too, which passes it on
+        for now[0] in (
+            100.0,
+            100.0,
+            101.0,
+        ):  # a terminal's Ctrl-C reaches the launcher too, which passes it on
             signal.raise_signal(signal.SIGINT)
         assert stop.asked
         now[0] = 110.0
@@ -257,7 +337,8 @@ def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("mine", [True, False])
 def test_a_stop_while_encoding_is_heard_by_all_before_one_leaves(mine: bool) -> None:
-    """The process that was told to stop still meets the others, which would wait for it for ever; they stop with it."""
+    """The process that was told to stop still meets the others, which would wait for it for ever;
+    they stop with it."""
     stop, met = signals.Stop(), []
     stop.asked = mine
 
@@ -273,7 +354,13 @@ def test_a_stop_while_encoding_is_heard_by_all_before_one_leaves(mine: bool) -> 
     alone = {"verified": False, "held_out": ()}
     family, data = SimpleNamespace(tokenizers=(), captions=()), SimpleNamespace(drop_caption=0.0)
     job = SimpleNamespace(
-        stream=stream, **alone, process=process, stop=stop, family=family, cfg=SimpleNamespace(data=data), engine=SimpleNamespace(parts=lambda: None)
+        stream=stream,
+        **alone,
+        process=process,
+        stop=stop,
+        family=family,
+        cfg=SimpleNamespace(data=data),
+        engine=SimpleNamespace(parts=lambda: None),
     )
     with pytest.raises(Stopped, match="stopped before training began"):
         encoding.encode(job)  # type: ignore[arg-type]

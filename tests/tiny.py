@@ -1,4 +1,5 @@
-"""Tiny random models and picture folders for tests: the real classes and file layout, a few hundred kilobytes, made in a second."""
+"""Tiny random models and picture folders for tests: the real classes and file layout, a few hundred
+kilobytes, made in a second."""
 
 import json
 import re
@@ -11,9 +12,32 @@ import numpy as np
 from PIL import Image
 
 SIZE = 32  # pixels that the tiny model works at: latents of 16 x 16
-COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (240, 220, 50), "grey": (128, 128, 128), "pink": (250, 150, 190)}
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (40, 70, 220),
+    "yellow": (240, 220, 50),
+    "grey": (128, 128, 128),
+    "pink": (250, 150, 190),
+}
 START, END = "<|startoftext|>", "<|endoftext|>"
-MERGES = ["r e", "re d</w>", "b l", "u e</w>", "bl ue</w>", "o f</w>", "a n</w>", "p h", "t o</w>", "ph o", "c i", "r c", "l e</w>", "ci rc", "circ le</w>"]
+MERGES = [
+    "r e",
+    "re d</w>",
+    "b l",
+    "u e</w>",
+    "bl ue</w>",
+    "o f</w>",
+    "a n</w>",
+    "p h",
+    "t o</w>",
+    "ph o",
+    "c i",
+    "r c",
+    "l e</w>",
+    "ci rc",
+    "circ le</w>",
+]
 
 
 def stable_diffusion(
@@ -29,13 +53,15 @@ def stable_diffusion(
     shard: str | None = None,
     channels: tuple[int, ...] = (32, 64),
 ) -> Path:
-    """Write a Stable Diffusion folder in the diffusers layout, all parameters random, and return it.
+    """Write a Stable Diffusion folder in the diffusers layout, all parameters random, and return
+    it.
 
     Args:
         channels: of the UNet's levels; the last one looks at the caption.
         dtype: torch type of the weights; None: float32.
         variant: infix of the weight files, e.g. ``fp16``.
-        scheduler: replaces single entries of the scheduler's config, e.g. ``{"rescale_betas_zero_snr": True}``.
+        scheduler: replaces single entries of the scheduler's config, e.g.
+            ``{"rescale_betas_zero_snr": True}``.
         shard: largest size of a UNet weight file, e.g. ``100KB``; None: one file.
     """
     import torch
@@ -46,7 +72,10 @@ def stable_diffusion(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         plain = len(channels) - 1
-        blocks = {"down_block_types": ("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain}
+        blocks = {
+            "down_block_types": ("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",),
+            "up_block_types": ("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain,
+        }
         unet = UNet2DConditionModel(
             sample_size=SIZE // 2,
             block_out_channels=channels,
@@ -57,8 +86,18 @@ def stable_diffusion(
             dropout=dropout,
             **blocks,
         )
-        coder = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-        vae = AutoencoderKL(block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1, latent_channels=4, sample_size=SIZE, **coder)
+        coder = {
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+        }
+        vae = AutoencoderKL(
+            block_out_channels=(16, 32),
+            norm_num_groups=8,
+            layers_per_block=1,
+            latent_channels=4,
+            sample_size=SIZE,
+            **coder,
+        )
         words = write_tokenizer(folder / "tokenizer")
         special = {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1}
         shape = {
@@ -69,13 +108,17 @@ def stable_diffusion(
             "max_position_embeddings": 77,
             "projection_dim": 32,
         }
-        text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=words, hidden_act="quick_gelu", **shape, **special))
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(vocab_size=words, hidden_act="quick_gelu", **shape, **special)
+        )
         for name, model in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.data += 0.1 * torch.randn_like(parameter)
             sharding = {"max_shard_size": shard} if shard and name == "unet" else {}
-            model.to(dtype or torch.float32).save_pretrained(folder / name, variant=variant, **sharding)
+            model.to(dtype or torch.float32).save_pretrained(
+                folder / name, variant=variant, **sharding
+            )
     write_scheduler(folder / "scheduler", prediction_type, scheduler or {})
     index = {
         "_class_name": "StableDiffusionPipeline",
@@ -94,8 +137,16 @@ def stable_diffusion(
     return folder
 
 
-def stable_diffusion_xl(folder: Path, *, seed: int = 0, latent_channels: int = 4, force_zeros: bool = True, prediction_type: str = "epsilon") -> Path:
-    """Write a Stable Diffusion XL folder in the diffusers layout, all parameters random, and return it; widths of the two text encoders differ."""
+def stable_diffusion_xl(
+    folder: Path,
+    *,
+    seed: int = 0,
+    latent_channels: int = 4,
+    force_zeros: bool = True,
+    prediction_type: str = "epsilon",
+) -> Path:
+    """Write a Stable Diffusion XL folder in the diffusers layout, all parameters random, and return
+    it; widths of the two text encoders differ."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -106,16 +157,48 @@ def stable_diffusion_xl(folder: Path, *, seed: int = 0, latent_channels: int = 4
         words = write_tokenizer(folder / "tokenizer")
         write_tokenizer(folder / "tokenizer_2", pad="!")
         special = {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1}
-        shape = {"intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 77}
-        first = CLIPTextConfig(vocab_size=words, hidden_act="quick_gelu", hidden_size=32, projection_dim=32, **shape, **special)
-        second = CLIPTextConfig(vocab_size=words, hidden_act="gelu", hidden_size=48, projection_dim=40, **shape, **special)
+        shape = {
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 77,
+        }
+        first = CLIPTextConfig(
+            vocab_size=words,
+            hidden_act="quick_gelu",
+            hidden_size=32,
+            projection_dim=32,
+            **shape,
+            **special,
+        )
+        second = CLIPTextConfig(
+            vocab_size=words,
+            hidden_act="gelu",
+            hidden_size=48,
+            projection_dim=40,
+            **shape,
+            **special,
+        )
         unet = UNet2DConditionModel(
-            sample_size=SIZE // 2, in_channels=4, block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1, attention_head_dim=(4, 8),
-            cross_attention_dim=80, transformer_layers_per_block=(1, 2), use_linear_projection=True, addition_embed_type="text_time",
-            addition_time_embed_dim=8, projection_class_embeddings_input_dim=40 + 6 * 8,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        )  # fmt: skip
-        coder = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+            sample_size=SIZE // 2,
+            in_channels=4,
+            block_out_channels=(32, 64),
+            norm_num_groups=8,
+            layers_per_block=1,
+            attention_head_dim=(4, 8),
+            cross_attention_dim=80,
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=40 + 6 * 8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        )
+        coder = {
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+        }
         vae = AutoencoderKL(
             block_out_channels=(16, 32),
             norm_num_groups=8,
@@ -125,54 +208,123 @@ def stable_diffusion_xl(folder: Path, *, seed: int = 0, latent_channels: int = 4
             scaling_factor=0.13025,
             **coder,
         )
-        parts = {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(first), "text_encoder_2": CLIPTextModelWithProjection(second)}
+        parts = {
+            "unet": unet,
+            "vae": vae,
+            "text_encoder": CLIPTextModel(first),
+            "text_encoder_2": CLIPTextModelWithProjection(second),
+        }
         for name, model in parts.items():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.data += 0.1 * torch.randn_like(parameter)
             model.save_pretrained(folder / name)
-    write_scheduler(folder / "scheduler", prediction_type, {"_class_name": "EulerDiscreteScheduler"})
-    diffusers, transformers = ("unet", "vae"), ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.42.1", "force_zeros_for_empty_prompt": force_zeros}
-    index |= {"feature_extractor": [None, None], "image_encoder": [None, None], "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    write_scheduler(
+        folder / "scheduler", prediction_type, {"_class_name": "EulerDiscreteScheduler"}
+    )
+    diffusers, transformers = (
+        ("unet", "vae"),
+        ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    )
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "_diffusers_version": "0.42.1",
+        "force_zeros_for_empty_prompt": force_zeros,
+    }
+    index |= {
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    }
     index |= {name: ["diffusers", type(parts[name]).__name__] for name in diffusers}
-    index |= {name: ["transformers", type(parts[name]).__name__ if name in parts else "CLIPTokenizer"] for name in transformers}
+    index |= {
+        name: ["transformers", type(parts[name]).__name__ if name in parts else "CLIPTokenizer"]
+        for name in transformers
+    }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return folder
 
 
 def kandinsky22(folder: Path, *, seed: int = 0, width: int = 32) -> Path:
-    """Write a Kandinsky 2.2, ``prior`` and ``decoder`` in the diffusers layout, all parameters random, and return the folder of both.
+    """Write a Kandinsky 2.2, ``prior`` and ``decoder`` in the diffusers layout, all parameters
+    random, and return the folder of both.
 
     Args:
         width: of all embeddings.
     """
     import torch
-    from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, VQModel
-    from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
+    from diffusers import (
+        DDPMScheduler,
+        PriorTransformer,
+        UnCLIPScheduler,
+        UNet2DConditionModel,
+        VQModel,
+    )
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
 
     prior, decoder = Path(folder) / "prior", Path(folder) / "decoder"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         words = write_tokenizer(prior / "tokenizer")
-        shape = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width, "num_hidden_layers": 2, "num_attention_heads": 4}
-        special = {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1, "max_position_embeddings": 77}
-        transformer = PriorTransformer(num_attention_heads=2, attention_head_dim=16, num_layers=2, embedding_dim=width)
+        shape = {
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "projection_dim": width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+        special = {
+            "bos_token_id": words - 2,
+            "eos_token_id": words - 1,
+            "pad_token_id": words - 1,
+            "max_position_embeddings": 77,
+        }
+        transformer = PriorTransformer(
+            num_attention_heads=2, attention_head_dim=16, num_layers=2, embedding_dim=width
+        )
         unet = UNet2DConditionModel(
-            sample_size=SIZE // 2, in_channels=4, out_channels=8, block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1, attention_head_dim=16,
-            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), cross_attention_dim=32, encoder_hid_dim=width,
-            encoder_hid_dim_type="image_proj", addition_embed_type="image", resnet_time_scale_shift="scale_shift",
-        )  # fmt: skip
+            sample_size=SIZE // 2,
+            in_channels=4,
+            out_channels=8,
+            block_out_channels=(32, 64),
+            norm_num_groups=8,
+            layers_per_block=1,
+            attention_head_dim=16,
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            cross_attention_dim=32,
+            encoder_hid_dim=width,
+            encoder_hid_dim_type="image_proj",
+            addition_embed_type="image",
+            resnet_time_scale_shift="scale_shift",
+        )
         movq = VQModel(
-            block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1, latent_channels=4, sample_size=SIZE, num_vq_embeddings=12, vq_embed_dim=4,
-            down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+            block_out_channels=(32, 64),
+            norm_num_groups=8,
+            layers_per_block=1,
+            latent_channels=4,
+            sample_size=SIZE,
+            num_vq_embeddings=12,
+            vq_embed_dim=4,
+            down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+            up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
             norm_type="spatial",
-        )  # fmt: skip
+        )
         parts = {
             "prior/prior": transformer,
-            "prior/text_encoder": CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=words, hidden_act="gelu", **shape, **special)),
-            "prior/image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=24, patch_size=8, **shape)),
+            "prior/text_encoder": CLIPTextModelWithProjection(
+                CLIPTextConfig(vocab_size=words, hidden_act="gelu", **shape, **special)
+            ),
+            "prior/image_encoder": CLIPVisionModelWithProjection(
+                CLIPVisionConfig(image_size=24, patch_size=8, **shape)
+            ),
             "decoder/unet": unet,
             "decoder/movq": movq,
         }
@@ -182,19 +334,53 @@ def kandinsky22(folder: Path, *, seed: int = 0, width: int = 32) -> Path:
             if name == "prior/prior":
                 model.clip_std.data = 0.5 + torch.rand_like(model.clip_std)
             model.save_pretrained(Path(folder) / name)
-    CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}).save_pretrained(prior / "image_processor")
-    UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0).save_pretrained(prior / "scheduler")
-    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "clip_sample": False}
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}
+    ).save_pretrained(prior / "image_processor")
+    UnCLIPScheduler(
+        variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0
+    ).save_pretrained(prior / "scheduler")
+    noise = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "linear",
+        "clip_sample": False,
+    }
     DDPMScheduler(variance_type="learned_range", **noise).save_pretrained(decoder / "scheduler")
     transformers = ("text_encoder", "image_encoder", "tokenizer", "image_processor")
-    index: dict[str, Any] = {"_class_name": "KandinskyV22PriorPipeline", "_diffusers_version": "0.42.1"}
-    index |= {name: ["transformers", type(parts[f"prior/{name}"]).__name__] for name in transformers[:2]}
-    index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "image_processor": ["transformers", "CLIPImageProcessor"]}
+    index: dict[str, Any] = {
+        "_class_name": "KandinskyV22PriorPipeline",
+        "_diffusers_version": "0.42.1",
+    }
+    index |= {
+        name: ["transformers", type(parts[f"prior/{name}"]).__name__] for name in transformers[:2]
+    }
+    index |= {
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "image_processor": ["transformers", "CLIPImageProcessor"],
+    }
     (prior / "model_index.json").write_text(
-        json.dumps(index | {"prior": ["diffusers", "PriorTransformer"], "scheduler": ["diffusers", "UnCLIPScheduler"]}, indent=2)
+        json.dumps(
+            index
+            | {
+                "prior": ["diffusers", "PriorTransformer"],
+                "scheduler": ["diffusers", "UnCLIPScheduler"],
+            },
+            indent=2,
+        )
     )
-    index = {"_class_name": "KandinskyV22Pipeline", "_diffusers_version": "0.42.1", "scheduler": ["diffusers", "DDPMScheduler"]}
-    (decoder / "model_index.json").write_text(json.dumps(index | {"unet": ["diffusers", "UNet2DConditionModel"], "movq": ["diffusers", "VQModel"]}, indent=2))
+    index = {
+        "_class_name": "KandinskyV22Pipeline",
+        "_diffusers_version": "0.42.1",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+    }
+    (decoder / "model_index.json").write_text(
+        json.dumps(
+            index
+            | {"unet": ["diffusers", "UNet2DConditionModel"], "movq": ["diffusers", "VQModel"]},
+            indent=2,
+        )
+    )
     return Path(folder)
 
 
@@ -219,27 +405,54 @@ def write_scheduler(folder: Path, prediction_type: str, changes: dict[str, Any])
 
 
 def write_tokenizer(folder: Path, merges: Sequence[str] = MERGES, pad: str = END) -> int:
-    """A CLIP tokenizer of all bytes and a few merges, in the old files and the new; returns the size of its vocabulary."""
+    """A CLIP tokenizer of all bytes and a few merges, in the old files and the new; returns the
+    size of its vocabulary."""
     from transformers import CLIPTokenizer
 
     alphabet = byte_alphabet()
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *(pair.replace(" ", "") for pair in merges), START, END]
+    tokens = [
+        *alphabet,
+        *(letter + "</w>" for letter in alphabet),
+        *(pair.replace(" ", "") for pair in merges),
+        START,
+        END,
+    ]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    CLIPTokenizer(vocab=vocabulary, merges=[tuple(pair.split()) for pair in merges], model_max_length=77, pad_token=pad).save_pretrained(folder)
+    CLIPTokenizer(
+        vocab=vocabulary,
+        merges=[tuple(pair.split()) for pair in merges],
+        model_max_length=77,
+        pad_token=pad,
+    ).save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8"
+    )
     return len(vocabulary)
 
 
 def byte_alphabet() -> list[str]:
     """The printable character that stands for each byte in a byte-level vocabulary."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [b for b in range(256) if b not in printable]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
 
 
-def pictures(folder: Path, count: int, *, size: tuple[int, int] = (40, 36), seed: int = 0, captions: Sequence[Any] | None = None, column: str = "text") -> Path:
-    """Write ``count`` captioned pictures, (height, width) ``size``, each with a coloured disc of its own, and their ``metadata.jsonl``."""
+def pictures(
+    folder: Path,
+    count: int,
+    *,
+    size: tuple[int, int] = (40, 36),
+    seed: int = 0,
+    captions: Sequence[Any] | None = None,
+    column: str = "text",
+) -> Path:
+    """Write ``count`` captioned pictures, (height, width) ``size``, each with a coloured disc of
+    its own, and their ``metadata.jsonl``."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     draws = np.random.default_rng(seed)
@@ -251,7 +464,12 @@ def pictures(folder: Path, count: int, *, size: tuple[int, int] = (40, 36), seed
         pixels = np.full((*size, 3), 255, np.float64) - draws.uniform(0, 30, (*size, 3))
         pixels[(y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2] = colour
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03}.png")
-        rows.append({"file_name": f"{i:03}.png", column: captions[i] if captions else f"a {name} circle, number {i}"})
+        rows.append(
+            {
+                "file_name": f"{i:03}.png",
+                column: captions[i] if captions else f"a {name} circle, number {i}",
+            }
+        )
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -264,20 +482,33 @@ def packed(array: np.ndarray) -> Any:
     import msgpack
 
     def one(part: np.ndarray) -> Any:
-        return msgpack.ExtType(1, msgpack.packb((part.shape, part.dtype.name, part.tobytes()), use_bin_type=True))
+        return msgpack.ExtType(
+            1, msgpack.packb((part.shape, part.dtype.name, part.tobytes()), use_bin_type=True)
+        )
 
     if array.size <= PIECE:
         return one(array)
     flat = array.reshape(-1)
-    chunks = {str(i): one(flat[start : start + PIECE]) for i, start in enumerate(range(0, flat.size, PIECE))}
-    return {"__msgpack_chunked_array__": True, "shape": {str(i): n for i, n in enumerate(array.shape)}, "chunks": chunks}
+    chunks = {
+        str(i): one(flat[start : start + PIECE])
+        for i, start in enumerate(range(0, flat.size, PIECE))
+    }
+    return {
+        "__msgpack_chunked_array__": True,
+        "shape": {str(i): n for i, n in enumerate(array.shape)},
+        "chunks": chunks,
+    }
 
 
 def flax_name(name: str, array: np.ndarray) -> tuple[list[str], np.ndarray]:
     """Where Flax's classes keep a torch array, and how it lies there."""
     *path, last = re.sub(r"\.(\d+)(?=\.)", r"_\1", name).split(".")
     if "layers_" in name.replace(".layers.", ".layers_"):
-        path = [part for piece in path for part in (piece.split("_") if re.fullmatch(r"layers_\d+", piece) else [piece])]
+        path = [
+            part
+            for piece in path
+            for part in (piece.split("_") if re.fullmatch(r"layers_\d+", piece) else [piece])
+        ]
     if last == "weight" and array.ndim == 1:
         last = "scale"
     elif "embedding" in path[-1] and path[-1].endswith("_embedding") and "time" not in path[-1]:
@@ -293,12 +524,21 @@ def as_flax(base: Path, target: Path) -> Path:
     from safetensors.numpy import load_file
 
     shutil.copytree(base, target)
-    files = {"unet": "diffusion_flax_model", "vae": "diffusion_flax_model", "text_encoder": "flax_model", "text_encoder_2": "flax_model"}
+    files = {
+        "unet": "diffusion_flax_model",
+        "vae": "diffusion_flax_model",
+        "text_encoder": "flax_model",
+        "text_encoder_2": "flax_model",
+    }
     for component, file in ((name, file) for name, file in files.items() if (base / name).is_dir()):
         [weights] = (target / component).glob("*.safetensors")
         tree: dict[str, Any] = {}
         for name, array in load_file(weights).items():
-            prefix = "text_model." if component.startswith("text_encoder") and not name.startswith("text_") else ""
+            prefix = (
+                "text_model."
+                if component.startswith("text_encoder") and not name.startswith("text_")
+                else ""
+            )
             path, array = flax_name(prefix + name, array)
             node = tree
             for part in path[:-1]:
@@ -310,9 +550,22 @@ def as_flax(base: Path, target: Path) -> Path:
         known = {k: f"Flax{v}" if k == "_class_name" else v for k, v in known.items()}
         (target / component / "config.json").write_text(json.dumps(known))
     index = json.loads((target / "model_index.json").read_text())
-    classes = {"unet": "FlaxUNet2DConditionModel", "vae": "FlaxAutoencoderKL", "text_encoder": "FlaxCLIPTextModel", "scheduler": f"Flax{index['scheduler'][1]}"}
-    classes |= {"text_encoder_2": "FlaxCLIPTextModelWithProjection"} if "text_encoder_2" in index else {}
-    index |= {"_class_name": f"Flax{index['_class_name']}"} | {name: [index[name][0], kind] for name, kind in classes.items()}
-    index |= {"safety_checker": ["stable_diffusion", "FlaxStableDiffusionSafetyChecker"]} if "text_encoder_2" not in index else {}
+    classes = {
+        "unet": "FlaxUNet2DConditionModel",
+        "vae": "FlaxAutoencoderKL",
+        "text_encoder": "FlaxCLIPTextModel",
+        "scheduler": f"Flax{index['scheduler'][1]}",
+    }
+    classes |= (
+        {"text_encoder_2": "FlaxCLIPTextModelWithProjection"} if "text_encoder_2" in index else {}
+    )
+    index |= {"_class_name": f"Flax{index['_class_name']}"} | {
+        name: [index[name][0], kind] for name, kind in classes.items()
+    }
+    index |= (
+        {"safety_checker": ["stable_diffusion", "FlaxStableDiffusionSafetyChecker"]}
+        if "text_encoder_2" not in index
+        else {}
+    )
     (target / "model_index.json").write_text(json.dumps(index))
     return target

@@ -1,4 +1,5 @@
-"""A training run in a process of its own, which can be told to die in the middle of the n-th write to the disk."""
+"""A training run in a process of its own, which can be told to die in the middle of the n-th write
+to the disk."""
 
 import os
 import signal
@@ -18,7 +19,8 @@ PRELOAD = [
 
 
 def context() -> ForkServerContext:
-    """Processes that begin with everything imported, so that each attempt costs a moment, not a start of Python."""
+    """Processes that begin with everything imported, so that each attempt costs a moment, not a
+    start of Python."""
     made = get_context("forkserver")
     made.set_forkserver_preload(PRELOAD)
     return made
@@ -29,7 +31,9 @@ def devices(count: int) -> dict[str, str]:
     return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
 
 
-def start(ctx: ForkServerContext, raw: dict[str, Any], die_at_write: int | None = None) -> ForkServerProcess:
+def start(
+    ctx: ForkServerContext, raw: dict[str, Any], die_at_write: int | None = None
+) -> ForkServerProcess:
     process = ctx.Process(target=run, args=(raw, die_at_write))
     process.start()
     return process

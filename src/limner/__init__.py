@@ -21,14 +21,18 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def train(recipe: "str | Path | Config", overrides: Sequence[str] = (), *, records: "Source | None" = None) -> Path:
-    """Train as a recipe says, or go on with a run that was begun; returns the run's folder, which holds the result.
+def train(
+    recipe: "str | Path | Config", overrides: Sequence[str] = (), *, records: "Source | None" = None
+) -> Path:
+    """Train as a recipe says, or go on with a run that was begun; returns the run's folder, which
+    holds the result.
 
     Args:
         recipe: path of a TOML file, or a ``limner.config.Config``.
         overrides: ``section.key=value`` settings that replace the recipe's.
-        records: pictures and captions of one's own, instead of ``data.folder`` and ``data.hub``: any object with ``len(records)`` and
-            ``records[i] -> limner.Record``; the same ``i`` must always give the same record.
+        records: pictures and captions of one's own, instead of ``data.folder`` and ``data.hub``:
+            any object with ``len(records)`` and ``records[i] -> limner.Record``; the same ``i``
+            must always give the same record.
 
     Raises:
         limner.faults.Fault: of the kind that fits, with a message for the user.

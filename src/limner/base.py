@@ -1,4 +1,5 @@
-"""The base model's folder: found or fetched, its parts checked before a weight is read, known by what its bytes are."""
+"""The base model's folder: found or fetched, its parts checked before a weight is read, known by
+what its bytes are."""
 
 import functools
 import json
@@ -26,7 +27,8 @@ LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 
 @dataclass(frozen=True)
 class Base:
-    """A diffusers folder that was found good. Weights are read by whoever needs them, never here."""
+    """A diffusers folder that was found good. Weights are read by whoever needs them, never
+    here."""
 
     folder: Path
     elsewhere: dict[str, Path]  # folders of components that are not in it
@@ -34,7 +36,9 @@ class Base:
     name: str  # what the user wrote
     commit: str | None  # of the Hub repository; None: a local folder
     variant: str | None
-    configs: Configs = field(repr=False)  # component -> its config, and model_index; with a partner, also those of its components that are needed
+    # component -> its config, and model_index; with a partner, also those of its components that
+    # are needed
+    configs: Configs = field(repr=False)
     partner: "Base | None" = None  # the other one of a model in two stages
     adapter: Path | None = None  # a folder with a LoRA that a partner is used with
 
@@ -52,20 +56,40 @@ class Base:
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component, of the chosen variant where it has one."""
-        return [self.part(component) / name for name in pick(component, names_in(self.part(component)), self.variant)]
+        return [
+            self.part(component) / name
+            for name in pick(component, names_in(self.part(component)), self.variant)
+        ]
 
     def fingerprint(self, *components: str) -> str:
-        """A digest of configs, vocabularies and weights of these components: equal for equal bytes, wherever they lie."""
+        """A digest of configs, vocabularies and weights of these components: equal for equal bytes,
+        wherever they lie."""
         known = {}
         for component in components:
-            settings = {k: v for k, v in self.configs[component].items() if not k.startswith("_") and k != "transformers_version"}
+            settings = {
+                k: v
+                for k, v in self.configs[component].items()
+                if not k.startswith("_") and k != "transformers_version"
+            }
             texts = [
                 p
                 for p in sorted(self.part(component).glob("*"))
-                if p.name in ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+                if p.name
+                in (
+                    "vocab.json",
+                    "merges.txt",
+                    "tokenizer.json",
+                    "special_tokens_map.json",
+                    "added_tokens.json",
+                )
             ]
-            weights = self.weight_files(component) if has_weights(names_in(self.part(component))) else []
-            known[component] = [settings, *(_digest(p, p.stat().st_size, p.stat().st_mtime_ns) for p in [*texts, *weights])]
+            weights = (
+                self.weight_files(component) if has_weights(names_in(self.part(component))) else []
+            )
+            known[component] = [
+                settings,
+                *(_digest(p, p.stat().st_size, p.stat().st_mtime_ns) for p in [*texts, *weights]),
+            ]
         return durable.digest_json(known)
 
     def card(self) -> dict[str, Any]:
@@ -73,7 +97,11 @@ class Base:
         import yaml
 
         path = self.folder / "README.md"
-        parts = path.read_text(encoding="utf-8", errors="replace").split("---\n") if path.is_file() else []
+        parts = (
+            path.read_text(encoding="utf-8", errors="replace").split("---\n")
+            if path.is_file()
+            else []
+        )
         try:
             found = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0].strip() else {}
         except yaml.YAMLError:
@@ -87,30 +115,46 @@ def _digest(path: Path, size: int, changed: int) -> str:
 
 
 def open_base(model: config.Model, family: Family, *, draws: bool = True) -> Base:
-    """Find the base, or fetch it from the Hub, and refuse what cannot be trained or what would run code.
+    """Find the base, or fetch it from the Hub, and refuse what cannot be trained or what would run
+    code.
 
     Args:
-        draws: whether pictures will be made with it: of a model in two stages that takes all of the partner, else only what features are made with.
+        draws: whether pictures will be made with it: of a model in two stages that takes all of the
+            partner, else only what features are made with.
 
     Raises:
-        InputFault: for what is not a folder of this family in the diffusers layout with safetensors weights.
+        InputFault: for what is not a folder of this family in the diffusers layout with safetensors
+            weights.
         HubFault: when the Hub refuses or cannot be reached.
     """
     base, partner = read(model, family), None
     if model.partner is not None and family.stage is None:
-        raise InputFault(f"model.partner: a base of family {family.name!r} makes pictures alone. Leave model.partner out.")
+        raise InputFault(
+            f"model.partner: a base of family {family.name!r} makes pictures alone. Leave "
+            "model.partner out."
+        )
     if family.stage is not None:
         partner = open_partner(model, family, base, draws)
     if partner is not None and family.stage is not None:
         needed = {name: partner.configs[name] for name in family.stage.needs}
-        base = replace(base, partner=partner, configs=base.configs | needed, elsewhere=base.elsewhere | {name: partner.part(name) for name in needed})
+        base = replace(
+            base,
+            partner=partner,
+            configs=base.configs | needed,
+            elsewhere=base.elsewhere | {name: partner.part(name) for name in needed},
+        )
     check_fit(base, family)
     components = [*family.components, *extras(base, family)]
     if base.commit is not None:
         fetch_weights(base, model, components, family)
     check_weights(base, weighted(family), components)
-    if base.variant is not None and not any(variant_of(path) == base.variant for c in weighted(family) for path in base.weight_files(c)):
-        raise InputFault(f"model.variant: {base.name} has no weights of variant {base.variant!r}, only plain ones. Leave model.variant out.")
+    if base.variant is not None and not any(
+        variant_of(path) == base.variant for c in weighted(family) for path in base.weight_files(c)
+    ):
+        raise InputFault(
+            f"model.variant: {base.name} has no weights of variant {base.variant!r}, only plain "
+            "ones. Leave model.variant out."
+        )
     if family.fixed:
         base.configs["fixed"] = {name: read_tensor(base, name) for name in family.fixed}
         check_fit(base, family)
@@ -135,8 +179,15 @@ def open_partner(model: config.Model, family: Family, base: Base, draws: bool) -
     holds_both = read_json(base.folder / INDEX).get("_class_name") == stage.whole
     if model.partner is None and not holds_both:
         if stage.needs or draws:
-            why = f"its {' and '.join(stage.needs)} make features" if stage.needs else "pictures are made with both"
-            raise InputFault(f"model.partner: {model.base} goes with a {other.pipeline}, and {why}. Give its folder, or its name on the Hub.")
+            why = (
+                f"its {' and '.join(stage.needs)} make features"
+                if stage.needs
+                else "pictures are made with both"
+            )
+            raise InputFault(
+                f"model.partner: {model.base} goes with a {other.pipeline}, and {why}. Give its "
+                "folder, or its name on the Hub."
+            )
         return None
     named = replace(model, revision=None, trained_revision=None, vae=None, partner=None)
     if model.partner is not None:
@@ -155,7 +206,11 @@ def open_partner(model: config.Model, family: Family, base: Base, draws: bool) -
 def of_run(model: config.Model) -> tuple[config.Model, Path | None]:
     """The base of a run whose result is a LoRA, and that LoRA's folder; else what was given."""
     folder = Path(model.base)
-    if not (folder / LORA).is_file() or (folder / INDEX).is_file() or not (folder / "config.json").is_file():
+    if (
+        not (folder / LORA).is_file()
+        or (folder / INDEX).is_file()
+        or not (folder / "config.json").is_file()
+    ):
         return model, None
     trained = config.build(config.Model, read_json(folder / "config.json").get("model", {}))
     return replace(trained, partner=None), folder.absolute()
@@ -170,26 +225,55 @@ def read(model: config.Model, family: Family) -> Base:
     else:
         if not HUB_NAME.fullmatch(model.base):
             raise InputFault(
-                f"model.base: {model.base}: no such folder, and not a name on the Hub (owner/name). Give a folder in the diffusers layout or such a name."
+                f"model.base: {model.base}: no such folder, and not a name on the Hub "
+                "(owner/name). Give a folder in the diffusers layout or such a name."
             )
         folder = fetch(model, model.revision, [INDEX, "README.md"])
         commit = folder.name
-        fetch(model, commit, [f"{c}/*.{end}" for c in read_json(folder / INDEX) for end in ("json", "txt", "model") if not c.startswith("_")])
+        fetch(
+            model,
+            commit,
+            [
+                f"{c}/*.{end}"
+                for c in read_json(folder / INDEX)
+                for end in ("json", "txt", "model")
+                if not c.startswith("_")
+            ],
+        )
         if model.trained_revision is not None:
-            elsewhere[family.trains] = fetch(model, model.trained_revision, [f"{family.trains}/*.json"]) / family.trains
-    index = read_index(folder, family)  # a model of another family is refused before weights are fetched or converted
+            elsewhere[family.trains] = (
+                fetch(model, model.trained_revision, [f"{family.trains}/*.json"]) / family.trains
+            )
+    index = read_index(
+        folder, family
+    )  # a model of another family is refused before weights are fetched or converted
     if flax.is_flax(index):
         if commit is not None:
             fetch(model, commit, [f"{name}/{file}" for name, file in flax.WEIGHTS.items()], tqdm)
         folder, commit = flax.convert(folder), None
         index = read_index(folder, family)
-    if family.stage is not None and family.stage.prefix and read_json(folder / INDEX).get("_class_name") == family.stage.whole:
+    if (
+        family.stage is not None
+        and family.stage.prefix
+        and read_json(folder / INDEX).get("_class_name") == family.stage.whole
+    ):
         elsewhere |= {name: folder / f"{family.stage.prefix}{name}" for name in family.components}
     if model.vae is not None:
         if "vae" not in family.components:
-            raise InputFault(f"model.vae: family {family.name!r} has no autoencoder of that kind. Leave model.vae out.")
+            raise InputFault(
+                f"model.vae: family {family.name!r} has no autoencoder of that kind. Leave "
+                "model.vae out."
+            )
         elsewhere["vae"] = open_vae(replace(model, base=model.vae))
-    return Base(folder, elsewhere, family.trains, model.base, commit, model.variant, {"model_index": index} | read_configs(folder, elsewhere, family))
+    return Base(
+        folder,
+        elsewhere,
+        family.trains,
+        model.base,
+        commit,
+        model.variant,
+        {"model_index": index} | read_configs(folder, elsewhere, family),
+    )
 
 
 def read_tensor(base: Base, name: str) -> list[Any]:
@@ -199,11 +283,15 @@ def read_tensor(base: Base, name: str) -> list[Any]:
             if name in file.keys():  # noqa: SIM118 - it is no dict
                 found: list[Any] = file.get_tensor(name).astype("float32").tolist()
                 return found
-    raise InputFault(f"{base.part(base.trains)}: its weights have no {name}. Is it a {base.kind(base.trains)[1]}? Fetch or copy the model again.")
+    raise InputFault(
+        f"{base.part(base.trains)}: its weights have no {name}. Is it a "
+        f"{base.kind(base.trains)[1]}? Fetch or copy the model again."
+    )
 
 
 def open_vae(model: config.Model) -> Path:
-    """The folder of an autoencoder by itself, or of the one in a pipeline's folder, with its weights.
+    """The folder of an autoencoder by itself, or of the one in a pipeline's folder, with its
+    weights.
 
     Args:
         model: where ``base`` is the autoencoder's folder or Hub repository.
@@ -213,15 +301,31 @@ def open_vae(model: config.Model) -> Path:
         place = folder if (folder / "config.json").is_file() else folder / "vae"
     else:
         if not HUB_NAME.fullmatch(model.base):
-            raise InputFault(f"model.vae: {model.base}: no such folder, and not a name on the Hub (owner/name). Give a folder that holds an autoencoder.")
+            raise InputFault(
+                f"model.vae: {model.base}: no such folder, and not a name on the Hub "
+                "(owner/name). Give a folder that holds an autoencoder."
+            )
         folder = fetch(model, None, ["config.json", "vae/config.json"])
         place = folder if (folder / "config.json").is_file() else folder / "vae"
         prefix = "" if place == folder else "vae/"
-        names = [name.removeprefix(prefix) for name in listing(model, folder) if name.startswith(prefix)]
-        fetch(model, folder.name, [f"{prefix}{name}" for name in pick("vae", [n for n in names if "/" not in n], model.variant)], tqdm)
+        names = [
+            name.removeprefix(prefix) for name in listing(model, folder) if name.startswith(prefix)
+        ]
+        fetch(
+            model,
+            folder.name,
+            [
+                f"{prefix}{name}"
+                for name in pick("vae", [n for n in names if "/" not in n], model.variant)
+            ],
+            tqdm,
+        )
     given = read_json(place / "config.json").get("_class_name")
     if given != "AutoencoderKL":
-        raise InputFault(f"model.vae: {place / 'config.json'} is of a {given}, AutoencoderKL is expected. Choose another autoencoder, or leave model.vae out.")
+        raise InputFault(
+            f"model.vae: {place / 'config.json'} is of a {given}, AutoencoderKL is expected. "
+            "Choose another autoencoder, or leave model.vae out."
+        )
     return place
 
 
@@ -230,15 +334,20 @@ def check_folder(path: Path, model: config.Model) -> Path:
     if path.is_file():
         if path.suffix == ".gguf":
             raise InputFault(
-                f"model.base: {path} is a GGUF file: quantized weights cannot be trained. Give the model's diffusers folder, or its name on the Hub."
+                f"model.base: {path} is a GGUF file: quantized weights cannot be trained. Give "
+                "the model's diffusers folder, or its name on the Hub."
             )
         how = f"StableDiffusionPipeline.from_single_file({str(path)!r}).save_pretrained('a-folder')"
         raise InputFault(
-            f"model.base: {path} is a single file; a folder in the diffusers layout is needed. Convert it once, with diffusers: {how}, and give that folder."
+            f"model.base: {path} is a single file; a folder in the diffusers layout is needed. "
+            f"Convert it once, with diffusers: {how}, and give that folder."
         )
     for name in ("revision", "trained_revision"):
         if getattr(model, name) is not None:
-            raise InputFault(f"model.{name}: {model.base} is a folder; only a Hub repository has revisions. Leave model.{name} out.")
+            raise InputFault(
+                f"model.{name}: {model.base} is a folder; only a Hub repository has revisions. "
+                f"Leave model.{name} out."
+            )
     return path.absolute()
 
 
@@ -251,7 +360,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputFault(f"{path}: {error.strerror}; a folder in the diffusers layout has it. Is the model's folder complete?") from error
+        raise InputFault(
+            f"{path}: {error.strerror}; a folder in the diffusers layout has it. Is the model's "
+            "folder complete?"
+        ) from error
     except ValueError as error:
         raise InputFault(f"{path}: not JSON ({error}). Fetch or save the model again.") from error
     if not isinstance(value, dict):
@@ -271,39 +383,74 @@ def kind_of(weights: Weights) -> str:
     folder = Path(weights.model)
     if not folder.is_dir():
         with hub_errors(weights.model, weights.revision):
-            found = huggingface_hub.hf_hub_download(weights.model, INDEX, revision=weights.revision, cache_dir=weights.cache_dir, endpoint=endpoint())
+            found = huggingface_hub.hf_hub_download(
+                weights.model,
+                INDEX,
+                revision=weights.revision,
+                cache_dir=weights.cache_dir,
+                endpoint=endpoint(),
+            )
         folder = Path(found).parent
     return str(read_json(folder / INDEX).get("_class_name"))
 
 
 def read_index(folder: Path, family: Family) -> dict[str, Any]:
-    """``model_index.json``, checked against the family; of a folder that holds both stages, the index of this one."""
+    """``model_index.json``, checked against the family; of a folder that holds both stages, the
+    index of this one."""
     if not (folder / INDEX).is_file():
         needed = f"Give the folder that holds {INDEX} beside {', '.join(family.components)}."
-        raise InputFault(f"model.base: {folder} has no {INDEX}, so it is not a pipeline folder in the diffusers layout. {needed}")
+        raise InputFault(
+            f"model.base: {folder} has no {INDEX}, so it is not a pipeline folder in the "
+            f"diffusers layout. {needed}"
+        )
     index = read_json(folder / INDEX)
     old = "Flax" if flax.is_flax(index) else ""
-    given, whole = str(index.get("_class_name")).removeprefix(old), family.stage.whole if family.stage is not None else None
+    given, whole = (
+        str(index.get("_class_name")).removeprefix(old),
+        family.stage.whole if family.stage is not None else None,
+    )
     if given not in (family.pipeline, whole):
-        needed = f"family {family.name!r} needs a {family.pipeline}. Choose another base, or the model.family it belongs to."
+        needed = (
+            f"family {family.name!r} needs a {family.pipeline}. Choose another base, or the "
+            "model.family it belongs to."
+        )
         raise InputFault(f"model.base: {folder / INDEX} is of a {given}; {needed}")
     if family.stage is not None and given == whole:
-        own = {name: index.get(f"{family.stage.prefix}{name}", [None, None]) for name in family.components}
-        index = {k: v for k, v in index.items() if k == "_diffusers_version"} | own | {"_class_name": family.pipeline}
+        own = {
+            name: index.get(f"{family.stage.prefix}{name}", [None, None])
+            for name in family.components
+        }
+        index = (
+            {k: v for k, v in index.items() if k == "_diffusers_version"}
+            | own
+            | {"_class_name": family.pipeline}
+        )
     for name, (library, cls) in listed(index).items():
         if library not in LIBRARIES or re.fullmatch(r"[\w-]+", name) is None:
-            code = f"{name} is a {library}.{cls}, code that comes with the model. Such code is never run; choose a base of stock components."
+            code = (
+                f"{name} is a {library}.{cls}, code that comes with the model. Such code is never "
+                "run; choose a base of stock components."
+            )
             raise InputFault(f"model.base: {folder / INDEX}: {code}")
     for name, wanted in family.components.items():
         library, cls = listed(index).get(name, ("", "missing"))
-        if cls == "missing" or (wanted and cls.removeprefix(old) not in (wanted, wanted + "Fast", wanted + "Pil")):
-            raise InputFault(f"model.base: {folder / INDEX}: {name} is {cls}, {wanted or 'a scheduler'} is expected for family {family.name!r}.")
+        if cls == "missing" or (
+            wanted and cls.removeprefix(old) not in (wanted, wanted + "Fast", wanted + "Pil")
+        ):
+            raise InputFault(
+                f"model.base: {folder / INDEX}: {name} is {cls}, {wanted or 'a scheduler'} is "
+                f"expected for family {family.name!r}."
+            )
     return index
 
 
 def listed(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """The components that an index names, as (library, class)."""
-    return {k: (v[0], v[1]) for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and len(v) == 2 and v[1] is not None}
+    return {
+        k: (v[0], v[1])
+        for k, v in index.items()
+        if not k.startswith("_") and isinstance(v, list) and len(v) == 2 and v[1] is not None
+    }
 
 
 def extras(base: Base, family: Family) -> list[str]:
@@ -318,9 +465,18 @@ def read_configs(folder: Path, elsewhere: dict[str, Path], family: Family) -> Co
         where, file = elsewhere.get(name, folder / name), config_file(family, name)
         configs[name] = read_json(where / file)
         if "auto_map" in configs[name]:
-            raise InputFault(f"{where / file}: auto_map asks for code that comes with the model. Such code is never run; choose a base of stock components.")
-        if name in family.tokenizers and not ((where / "tokenizer.json").is_file() or ((where / "vocab.json").is_file() and (where / "merges.txt").is_file())):
-            raise InputFault(f"{where}: neither tokenizer.json nor vocab.json and merges.txt are there. Is the model's folder complete?")
+            raise InputFault(
+                f"{where / file}: auto_map asks for code that comes with the model. Such code is "
+                "never run; choose a base of stock components."
+            )
+        if name in family.tokenizers and not (
+            (where / "tokenizer.json").is_file()
+            or ((where / "vocab.json").is_file() and (where / "merges.txt").is_file())
+        ):
+            raise InputFault(
+                f"{where}: neither tokenizer.json nor vocab.json and merges.txt are there. Is the "
+                "model's folder complete?"
+            )
     return configs
 
 
@@ -328,14 +484,21 @@ def config_file(family: Family, component: str) -> str:
     """The name of a component's config; only what has a ``config.json`` has weights."""
     if component in family.tokenizers:
         return "tokenizer_config.json"
-    return {"": "scheduler_config.json", "CLIPImageProcessor": "preprocessor_config.json"}.get(family.components[component], "config.json")
+    return {"": "scheduler_config.json", "CLIPImageProcessor": "preprocessor_config.json"}.get(
+        family.components[component], "config.json"
+    )
 
 
 def check_weights(base: Base, needed: Iterable[str], components: Iterable[str]) -> None:
-    """Every weight file of what is needed must be there, and each file must be as long as its own header says; nothing but headers is read."""
+    """Every weight file of what is needed must be there, and each file must be as long as its own
+    header says; nothing but headers is read."""
     needed = list(needed)
-    usables = [c for c in components if c not in needed and usable(c, names_in(base.part(c)), base.variant)]
-    for path in [path for component in (*needed, *usables) for path in base.weight_files(component)]:
+    usables = [
+        c for c in components if c not in needed and usable(c, names_in(base.part(c)), base.variant)
+    ]
+    for path in [
+        path for component in (*needed, *usables) for path in base.weight_files(component)
+    ]:
         check_length(path)
 
 
@@ -343,28 +506,50 @@ class Quiet(tqdm):  # type: ignore[type-arg]
     """No progress bar: for files of a few kilobytes."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **{k: v for k, v in settings.items() if k != "name"} | {"disable": True})
+        super().__init__(
+            *arguments, **{k: v for k, v in settings.items() if k != "name"} | {"disable": True}
+        )
 
 
-def fetch(model: config.Model, revision: str | None, patterns: list[str], bar: type[tqdm] = Quiet) -> Path:  # type: ignore[type-arg]
+def fetch(
+    model: config.Model, revision: str | None, patterns: list[str], bar: type[tqdm] = Quiet
+) -> Path:  # type: ignore[type-arg]
     """The snapshot folder of one commit, with the files that match; its name is the commit."""
     import huggingface_hub
 
-    with hub_errors(model.base, revision), durable.disk_errors(Path(model.cache_dir or Path.home())):
-        settings: dict[str, Any] = {"cache_dir": model.cache_dir, "endpoint": endpoint(), "tqdm_class": bar}
-        return Path(huggingface_hub.snapshot_download(model.base, revision=revision, allow_patterns=patterns, **settings))
+    with (
+        hub_errors(model.base, revision),
+        durable.disk_errors(Path(model.cache_dir or Path.home())),
+    ):
+        settings: dict[str, Any] = {
+            "cache_dir": model.cache_dir,
+            "endpoint": endpoint(),
+            "tqdm_class": bar,
+        }
+        return Path(
+            huggingface_hub.snapshot_download(
+                model.base, revision=revision, allow_patterns=patterns, **settings
+            )
+        )
 
 
-def fetch_weights(base: Base, model: config.Model, components: Iterable[str], family: Family) -> None:
-    """Fetch the chosen weights of these components; what is not there is refused before the first file is fetched."""
+def fetch_weights(
+    base: Base, model: config.Model, components: Iterable[str], family: Family
+) -> None:
+    """Fetch the chosen weights of these components; what is not there is refused before the first
+    file is fetched."""
     components = list(components)
     for folder in dict.fromkeys((base.folder, base.part(base.trains).parent)):
         names = listing(model, folder)
         files = []
         for component in (c for c in components if base.part(c).parent == folder):
             place = base.part(component).name
-            inner = [name.removeprefix(f"{place}/") for name in names if name.startswith(f"{place}/")]
-            if component in weighted(family) or (component not in family.components and usable(component, inner, base.variant)):
+            inner = [
+                name.removeprefix(f"{place}/") for name in names if name.startswith(f"{place}/")
+            ]
+            if component in weighted(family) or (
+                component not in family.components and usable(component, inner, base.variant)
+            ):
                 files += [f"{place}/{name}" for name in pick(component, inner, base.variant)]
         if missing := [name for name in files if not (folder / name).is_file()]:
             fetch(model, folder.name, missing, tqdm)
@@ -376,11 +561,16 @@ def weighted(family: Family) -> list[str]:
 
 
 def listing(model: config.Model, folder: Path) -> list[str]:
-    """The names of all files of a snapshot's commit: of those that are cached, where the Hub cannot be asked."""
+    """The names of all files of a snapshot's commit: of those that are cached, where the Hub cannot
+    be asked."""
     import huggingface_hub
 
     try:
-        found = huggingface_hub.HfApi(endpoint=endpoint()).model_info(model.base, revision=folder.name).siblings
+        found = (
+            huggingface_hub.HfApi(endpoint=endpoint())
+            .model_info(model.base, revision=folder.name)
+            .siblings
+        )
         return [file.rfilename for file in found or []]
     except Exception:  # whatever it was: the fetch that follows says so, unless the cache has all
         return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]

@@ -1,4 +1,5 @@
-"""Encoded pictures and captions, as rows of named arrays under keys: whole or absent, verified when read, and never the source of another number."""
+"""Encoded pictures and captions, as rows of named arrays under keys: whole or absent, verified when
+read, and never the source of another number."""
 
 import contextlib
 import json
@@ -72,7 +73,10 @@ class Memory:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def put(self, keys: Sequence[str], features: Features) -> None:
-        self.rows |= {key: {name: array[i].copy() for name, array in features.items()} for i, key in enumerate(keys)}
+        self.rows |= {
+            key: {name: array[i].copy() for name, array in features.items()}
+            for i, key in enumerate(keys)
+        }
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         return [key for key in keys if key not in self.rows]
@@ -98,16 +102,19 @@ class Array:
 
     def row(self, file: int, i: int) -> np.ndarray:
         """Row ``i`` from an open file."""
-        return np.frombuffer(os.pread(file, self.row_bytes, self.begin + i * self.row_bytes), self.dtype).reshape(self.shape[1:])
+        return np.frombuffer(
+            os.pread(file, self.row_bytes, self.begin + i * self.row_bytes), self.dtype
+        ).reshape(self.shape[1:])
 
 
 class Store:
     """The rows of one encoder in one folder; safe for several processes that write at once.
 
-    A shard is one safetensors file with up to a few hundred rows of one shape. Its name is the digest of its keys; its metadata hold the version of the
-    layout, the keys, a digest of each row, and a digest of all that. Opening a shard reads its header; a row is verified whenever it is read. What is
-    damaged is named through ``tell`` and left out, so that it is encoded again. No file stays open: a large data set has more shards than a process
-    may have open files.
+    A shard is one safetensors file with up to a few hundred rows of one shape. Its name is the
+    digest of its keys; its metadata hold the version of the layout, the keys, a digest of each row,
+    and a digest of all that. Opening a shard reads its header; a row is verified whenever it is
+    read. What is damaged is named through ``tell`` and left out, so that it is encoded again. No
+    file stays open: a large data set has more shards than a process may have open files.
     """
 
     def __init__(self, folder: Path, tell: Callable[[str], None] = print):
@@ -127,9 +134,14 @@ class Store:
                     left.unlink()
 
     def refresh(self) -> None:
-        """Look at the shards that have appeared or vanished since the last time, other processes' included."""
+        """Look at the shards that have appeared or vanished since the last time, other processes'
+        included."""
         with durable.disk_errors(self.folder):
-            there = {self.folder / name for name in os.listdir(self.folder) if name.endswith(".safetensors") and not name.startswith(".")}
+            there = {
+                self.folder / name
+                for name in os.listdir(self.folder)
+                if name.endswith(".safetensors") and not name.startswith(".")
+            }
         if gone := self.seen - there:
             self.rows = {key: place for key, place in self.rows.items() if place[0] not in gone}
         for path in sorted(there - self.seen):
@@ -138,7 +150,9 @@ class Store:
             except FileNotFoundError:
                 continue  # another process has just removed it
             except Exception as error:  # a damaged header can break its reader in any way
-                self.drop(path, str(error) or type(error).__name__, remove=not isinstance(error, OSError))
+                self.drop(
+                    path, str(error) or type(error).__name__, remove=not isinstance(error, OSError)
+                )
                 continue
             self.rows |= {key: (path, shard, row) for row, key in enumerate(shard.keys)}
         self.seen = there
@@ -146,7 +160,9 @@ class Store:
     def drop(self, path: Path, reason: str, remove: bool = True) -> None:
         """Leave a shard out, and say so."""
         what = f"{self.folder.name.split('-')[0]}s"
-        self.tell(f"{path}: this part of the cache is damaged ({reason}); its {what} are encoded again")
+        self.tell(
+            f"{path}: this part of the cache is damaged ({reason}); its {what} are encoded again"
+        )
         self.rows = {key: place for key, place in self.rows.items() if place[0] != path}
         if remove:
             with contextlib.suppress(OSError):
@@ -168,7 +184,9 @@ class Store:
             with contextlib.suppress(OSError):
                 path.unlink()
             what = f"this part of the cache has been removed or changed during the run ({error})"
-            raise IntegrityFault(f"{path}: {what}. Run the same command again: it is encoded anew.") from error
+            raise IntegrityFault(
+                f"{path}: {what}. Run the same command again: it is encoded anew."
+            ) from error
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def read(self, key: str) -> Features:
@@ -199,7 +217,8 @@ class Store:
         return True
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of the keys whose rows are not here, or not what was written; all rows of a shard with a damaged one are gone."""
+        """Those of the keys whose rows are not here, or not what was written; all rows of a shard
+        with a damaged one are gone."""
         keys = list(keys)
         for key in keys:
             if key in self.rows and not self.is_good(key):
@@ -210,11 +229,20 @@ class Store:
         """Add rows, in one shard, on disk before this returns."""
         path = self.folder / shard_name(list(keys))
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        digests = [row_digest({name: array[i] for name, array in features.items()}) for i in range(len(keys))]
-        metadata = {"version": str(VERSION), "keys": json.dumps(list(keys)), "digests": json.dumps(digests)}
+        digests = [
+            row_digest({name: array[i] for name, array in features.items()})
+            for i in range(len(keys))
+        ]
+        metadata = {
+            "version": str(VERSION),
+            "keys": json.dumps(list(keys)),
+            "digests": json.dumps(digests),
+        }
         with durable.disk_errors(path, sum(a.nbytes for a in features.values())):
             try:
-                checkpoint.write_arrays(temporary, features, metadata | {"digest": durable.digest_json(metadata)})
+                checkpoint.write_arrays(
+                    temporary, features, metadata | {"digest": durable.digest_json(metadata)}
+                )
                 durable.sync(temporary)
                 temporary.rename(path)
             finally:
@@ -226,11 +254,20 @@ class Store:
     def check_room(self, size: int) -> None:
         """See ``Rows``."""
         if not os.access(self.folder, os.W_OK):
-            raise DiskFault(f"{self.folder}: it cannot be written, and does not hold all that is needed. Set data.cache to another folder, or to off.")
+            raise DiskFault(
+                f"{self.folder}: it cannot be written, and does not hold all that is needed. Set "
+                "data.cache to another folder, or to off."
+            )
         free = shutil.disk_usage(self.folder).free
         if free < size:
-            needed = f"{size / 2**20:.0f} MiB are needed for what is not encoded yet, {free / 2**20:.0f} MiB are free"
-            raise DiskFault(f"{self.folder}: {needed}. Make room, set data.cache to a folder on another disk, or to off.")
+            needed = (
+                f"{size / 2**20:.0f} MiB are needed for what is not encoded yet, "
+                f"{free / 2**20:.0f} MiB are free"
+            )
+            raise DiskFault(
+                f"{self.folder}: {needed}. Make room, set data.cache to a folder on another disk, "
+                "or to off."
+            )
 
 
 @dataclass(frozen=True)
@@ -256,7 +293,8 @@ def row_digest(row: Features) -> str:
 
 
 def open_shard(path: Path) -> Shard:
-    """A shard's header; raises, one way or another, when it is not what was written, or by another version."""
+    """A shard's header; raises, one way or another, when it is not what was written, or by another
+    version."""
     with open(path, "rb") as file:
         length = struct.unpack("<Q", file.read(8))[0]
         if length > 1 << 28:
@@ -265,12 +303,21 @@ def open_shard(path: Path) -> Shard:
         size = os.fstat(file.fileno()).st_size
     metadata = header.pop("__metadata__")
     if metadata.get("version") != str(VERSION):
-        raise Damaged(f"another version of Limner wrote it, {metadata.get('version')} and not {VERSION}")
-    if metadata["digest"] != durable.digest_json({name: metadata[name] for name in ("version", "keys", "digests")}):
+        raise Damaged(
+            f"another version of Limner wrote it, {metadata.get('version')} and not {VERSION}"
+        )
+    if metadata["digest"] != durable.digest_json(
+        {name: metadata[name] for name in ("version", "keys", "digests")}
+    ):
         raise Damaged("its header differs")
     keys, digests, start = json.loads(metadata["keys"]), json.loads(metadata["digests"]), 8 + length
-    arrays = {name: Array(checkpoint.DTYPES[e["dtype"]], tuple(e["shape"]), start + e["data_offsets"][0]) for name, e in header.items()}
-    if shard_name(keys) != path.name or any(array.shape[0] != len(keys) for array in arrays.values()):
+    arrays = {
+        name: Array(checkpoint.DTYPES[e["dtype"]], tuple(e["shape"]), start + e["data_offsets"][0])
+        for name, e in header.items()
+    }
+    if shard_name(keys) != path.name or any(
+        array.shape[0] != len(keys) for array in arrays.values()
+    ):
         raise Damaged("its keys are not those that were written")
     if size != start + max(e["data_offsets"][1] for e in header.values()):
         raise Damaged(f"{size} bytes are there, it is cut short or longer than it was")

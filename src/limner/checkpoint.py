@@ -1,4 +1,5 @@
-"""A checkpoint is named arrays plus JSON, whole or absent, with a digest of every file; no pickle, nothing that runs."""
+"""A checkpoint is named arrays plus JSON, whole or absent, with a digest of every file; no pickle,
+nothing that runs."""
 
 import json
 import re
@@ -16,7 +17,16 @@ from limner.faults import InputFault, IntegrityFault
 STATE = "state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 Arrays = dict[str, np.ndarray]
-NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "uint8": "U8", "int8": "I8", "bool": "BOOL"}
+NAMES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "uint8": "U8",
+    "int8": "I8",
+    "bool": "BOOL",
+}
 DTYPES = {name: np.dtype(dtype) for dtype, name in NAMES.items()}
 
 
@@ -42,13 +52,15 @@ def save(
     keep: int | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write ``root/checkpoint-<step>``; once it has been read back and verified, remove all up to this step but the newest ``keep``.
+    """Write ``root/checkpoint-<step>``; once it has been read back and verified, remove all up to
+    this step but the newest ``keep``.
 
-    Checkpoints of later steps are left: this run will write them anew, and until then they may be all that is good, or damaged and no reason
-    to part with an older one.
+    Checkpoints of later steps are left: this run will write them anew, and until then they may be
+    all that is good, or damaged and no reason to part with an older one.
 
     Args:
-        files: file name, arrays and header metadata, made one at a time so that only one needs to be in memory.
+        files: file name, arrays and header metadata, made one at a time so that only one needs to
+            be in memory.
         state: plain values for ``state.json``.
         finish: may add further files (a ``config.json``) before the folder is sealed.
     """
@@ -66,22 +78,30 @@ def save(
 
 
 def prune(root: Path, step: int, keep: int | None) -> None:
-    """Remove all checkpoints up to this step but the newest ``keep``, if that of this step is good."""
+    """Remove all checkpoints up to this step but the newest ``keep``, if that of this step is
+    good."""
     with durable.disk_errors(root):
-        if keep is not None and (old := [path for path in listed(root) if step_of(path) <= step][keep:]):
+        if keep is not None and (
+            old := [path for path in listed(root) if step_of(path) <= step][keep:]
+        ):
             durable.verify(root / f"checkpoint-{step}")
             for path in old:
                 durable.remove(path)
 
 
 def write_arrays(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file, readable by diffusers and transformers (``format: pt``), written without a copy in memory."""
+    """One safetensors file, readable by diffusers and transformers (``format: pt``), written
+    without a copy in memory."""
     order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in order:
         begin, end = end, end + arrays[name].nbytes
-        header[name] = {"dtype": NAMES[arrays[name].dtype.name], "shape": list(arrays[name].shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": NAMES[arrays[name].dtype.name],
+            "shape": list(arrays[name].shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
@@ -111,8 +131,13 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
 
 
 def listed(root: Path) -> list[Path]:
-    """The checkpoints below ``root`` by name, newest first, not verified; other folders are none of ours."""
-    return sorted((p for p in root.glob("checkpoint-*") if NAME.fullmatch(p.name) and p.is_dir()), key=step_of, reverse=True)
+    """The checkpoints below ``root`` by name, newest first, not verified; other folders are none of
+    ours."""
+    return sorted(
+        (p for p in root.glob("checkpoint-*") if NAME.fullmatch(p.name) and p.is_dir()),
+        key=step_of,
+        reverse=True,
+    )
 
 
 def step_of(path: Path) -> int:
@@ -137,7 +162,8 @@ def trusted(path: Path) -> Checkpoint:
 
 
 def latest(root: Path, tell: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint below ``root`` that verifies; each newer one that does not is named through ``tell``."""
+    """The newest checkpoint below ``root`` that verifies; each newer one that does not is named
+    through ``tell``."""
     for path in listed(root):
         try:
             return read(path)
@@ -147,7 +173,8 @@ def latest(root: Path, tell: Callable[[str], None] = print) -> Checkpoint | None
 
 
 def find(root: Path, which: str, tell: Callable[[str], None] = print) -> Checkpoint | None:
-    """Resolve what a user wrote: ``latest``, ``checkpoint-500`` (below ``root``), or the path of a checkpoint folder.
+    """Resolve what a user wrote: ``latest``, ``checkpoint-500`` (below ``root``), or the path of a
+    checkpoint folder.
 
     Raises:
         InputFault: when a named checkpoint does not exist.
@@ -158,5 +185,8 @@ def find(root: Path, which: str, tell: Callable[[str], None] = print) -> Checkpo
     path = root / which if NAME.fullmatch(which.rstrip("/")) else Path(which)
     if not path.is_dir():
         there = ", ".join(p.name for p in listed(root)) or "none"
-        raise InputFault(f"{which}: no such checkpoint. In {root} there are: {there}. Pass one of these, the path of another, or 'latest'.")
+        raise InputFault(
+            f"{which}: no such checkpoint. In {root} there are: {there}. Pass one of these, the "
+            "path of another, or 'latest'."
+        )
     return read(path)

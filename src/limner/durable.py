@@ -1,4 +1,5 @@
-"""Files and folders that are whole or absent, whatever moment the process, the disk or the power dies."""
+"""Files and folders that are whole or absent, whatever moment the process, the disk or the power
+dies."""
 
 import contextlib
 import errno
@@ -16,8 +17,24 @@ import xxhash
 from limner.faults import DiskFault, IntegrityFault, Locked
 
 MANIFEST = "MANIFEST.json"
-REFUSALS: tuple[int, ...] = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-REFUSALS += (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOLCK, errno.EOPNOTSUPP)
+REFUSALS: tuple[int, ...] = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+)
+REFUSALS += (
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOLCK,
+    errno.EOPNOTSUPP,
+)
 
 
 def digest(path: Path) -> str:
@@ -45,7 +62,8 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn the operating system's refusals into a ``DiskFault`` that names the path and the space."""
+    """Turn the operating system's refusals into a ``DiskFault`` that names the path and the
+    space."""
     try:
         yield
     except OSError as error:
@@ -53,8 +71,15 @@ def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
             raise
         folder = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
         free = shutil.disk_usage(folder).free
-        space = f"; {needed / 2**20:.0f} MiB are needed, {free / 2**20:.0f} MiB are free" if needed else ""
-        raise DiskFault(f"{path}: {error.strerror}{space}. What was whole before is whole still; make room or choose another folder.") from error
+        space = (
+            f"; {needed / 2**20:.0f} MiB are needed, {free / 2**20:.0f} MiB are free"
+            if needed
+            else ""
+        )
+        raise DiskFault(
+            f"{path}: {error.strerror}{space}. What was whole before is whole still; make room or "
+            "choose another folder."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,10 +98,12 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def folder(final: Path, *, manifest: bool = True) -> Iterator[Path]:
-    """Yield an empty folder to fill; when the block ends well it becomes ``final``, with a manifest if wanted, in one rename.
+    """Yield an empty folder to fill; when the block ends well it becomes ``final``, with a manifest
+    if wanted, in one rename.
 
-    An existing ``final`` is replaced only after the new one is whole. When the block raises, ``final`` is untouched. A death between the two
-    renames of a replacement leaves the old folder aside, and ``sweep`` puts it back.
+    An existing ``final`` is replaced only after the new one is whole. When the block raises,
+    ``final`` is untouched. A death between the two renames of a replacement leaves the old folder
+    aside, and ``sweep`` puts it back.
     """
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     with disk_errors(final):
@@ -108,10 +135,18 @@ def replace(whole: Path, final: Path) -> None:
 
 
 def seal(path: Path) -> None:
-    """Write the manifest: size and digest of every file below ``path``, and a digest of the manifest itself."""
-    names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != MANIFEST)
-    files = {name: {"size": (path / name).stat().st_size, "xxh3_128": digest(path / name)} for name in names}
-    (path / MANIFEST).write_text(json.dumps({"files": files, "digest": digest_json(files)}, indent=1))
+    """Write the manifest: size and digest of every file below ``path``, and a digest of the
+    manifest itself."""
+    names = sorted(
+        str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != MANIFEST
+    )
+    files = {
+        name: {"size": (path / name).stat().st_size, "xxh3_128": digest(path / name)}
+        for name in names
+    }
+    (path / MANIFEST).write_text(
+        json.dumps({"files": files, "digest": digest_json(files)}, indent=1)
+    )
     flush(path)
 
 
@@ -131,7 +166,9 @@ def verify(path: Path) -> None:
         manifest = json.loads((path / MANIFEST).read_text())
         files, own = manifest["files"], manifest["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityFault(f"{path / MANIFEST}: missing or unreadable, so {path.name} cannot be trusted") from error
+        raise IntegrityFault(
+            f"{path / MANIFEST}: missing or unreadable, so {path.name} cannot be trusted"
+        ) from error
     if own != digest_json(files):
         raise IntegrityFault(f"{path / MANIFEST}: changed since it was written")
     for name, known in files.items():
@@ -143,7 +180,9 @@ def verify(path: Path) -> None:
             if digest(file) != known["xxh3_128"]:
                 raise IntegrityFault(f"{file}: changed since it was written (digest differs)")
         except OSError as error:
-            raise IntegrityFault(f"{file}: {'missing' if error.errno == errno.ENOENT else error.strerror}") from error
+            raise IntegrityFault(
+                f"{file}: {'missing' if error.errno == errno.ENOENT else error.strerror}"
+            ) from error
 
 
 def remove(path: Path) -> None:
@@ -156,7 +195,8 @@ def remove(path: Path) -> None:
 
 
 def sweep(root: Path) -> None:
-    """Put back what a writer that died had set aside in ``root``, and remove its leavings. Call it only while holding the lock of ``root``."""
+    """Put back what a writer that died had set aside in ``root``, and remove its leavings. Call it
+    only while holding the lock of ``root``."""
     for aside in root.glob(".*.old"):
         final = root / aside.name[1:].rsplit(".", 2)[0]
         shutil.rmtree(aside) if final.exists() else os.rename(aside, final)
@@ -166,7 +206,8 @@ def sweep(root: Path) -> None:
 
 @contextlib.contextmanager
 def lock(root: Path) -> Iterator[None]:
-    """Hold ``root`` for this process alone; the system lets go of it when the process dies, however it dies.
+    """Hold ``root`` for this process alone; the system lets go of it when the process dies, however
+    it dies.
 
     Raises:
         Locked: naming the process and the host that hold it.
@@ -182,16 +223,21 @@ def lock(root: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = os.read(file, 1000).decode(errors="replace").strip() or "unknown process"
-                raise Locked(f"{root}: another run is writing here ({holder}). Wait for it, stop it, or choose another folder.") from None
+                raise Locked(
+                    f"{root}: another run is writing here ({holder}). Wait for it, stop it, or "
+                    "choose another folder."
+                ) from None
             os.ftruncate(file, 0)
-            os.write(file, f"process {os.getpid()} on {socket.gethostname()}: {' '.join(sys.argv[:1])}\n".encode())
+            command = " ".join(sys.argv[:1])
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}: {command}\n".encode())
         yield
     finally:
         os.close(file)
 
 
 def user_cache() -> Path:
-    """The folder that this user's runs share: LIMNER_CACHE, or ``limner`` in the user's cache folder."""
+    """The folder that this user's runs share: LIMNER_CACHE, or ``limner`` in the user's cache
+    folder."""
     if chosen := os.environ.get("LIMNER_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limner"

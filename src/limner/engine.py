@@ -1,4 +1,5 @@
-"""The seam: all that training needs to know of PyTorch or JAX. Numpy goes in, numpy comes out, at logging and saving only."""
+"""The seam: all that training needs to know of PyTorch or JAX. Numpy goes in, numpy comes out, at
+logging and saving only."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class World(Protocol):
     precision: str  # no, fp16 or bf16: the recipe's, or the launcher's
 
     def first(self, action: Callable[[], T]) -> T:
-        """Run ``action`` in the first process; every process gets its (JSON) result, or its fault."""
+        """Run ``action`` in the first process; every process gets its (JSON) result, or its
+        fault."""
         ...
 
     def any(self, flag: bool) -> bool:
@@ -74,11 +76,22 @@ class Engine(Protocol):
         ...
 
     def init(self, seed: int) -> State:
-        """The starting point: base weights, fresh adapters (addressed by ``seed`` and parameter name), empty optimizer."""
+        """The starting point: base weights, fresh adapters (addressed by ``seed`` and parameter
+        name), empty optimizer."""
         ...
 
-    def step(self, state: State, batch: Batch, *, step: int, learning_rate: float, ema: float | None, seed: int) -> tuple[State, Metrics]:
-        """One optimizer step on this process's rows of the global batch; metrics are of the whole batch: loss, grad_norm.
+    def step(
+        self,
+        state: State,
+        batch: Batch,
+        *,
+        step: int,
+        learning_rate: float,
+        ema: float | None,
+        seed: int,
+    ) -> tuple[State, Metrics]:
+        """One optimizer step on this process's rows of the global batch; metrics are of the whole
+        batch: loss, grad_norm.
 
         A loss or gradient that is not finite changes nothing but the fault that ``fetch`` reports.
         """
@@ -93,27 +106,41 @@ class Engine(Protocol):
         ...
 
     def losses(self, state: State, batch: Batch, *, average: bool) -> np.ndarray:
-        """Loss per example without training, shape [rows], with the trained weights or with their moving average."""
+        """Loss per example without training, shape [rows], with the trained weights or with their
+        moving average."""
         ...
 
-    def pictures(self, state: State, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float, size: int) -> list[np.ndarray]:
-        """One picture per prompt and seed with the current weights (the average, where there is one), uint8 [size, size, 3].
+    def pictures(
+        self,
+        state: State,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance_scale: float,
+        size: int,
+    ) -> list[np.ndarray]:
+        """One picture per prompt and seed with the current weights (the average, where there is
+        one), uint8 [size, size, 3].
 
         All processes call it; the first one draws, the others get none.
         """
         ...
 
     def snapshot(self, state: State) -> Iterator[tuple[str, Group]]:
-        """All that training depends on: groups ``model``, ``ema``, ``optimizer``, ``scaler``, one at a time."""
+        """All that training depends on: groups ``model``, ``ema``, ``optimizer``, ``scaler``, one
+        at a time."""
         ...
 
     def restore(self, state: State, groups: Callable[[str], Group]) -> State:
-        """The inverse of ``snapshot``; raises ``IntegrityFault`` on a wrong name, shape or dtype."""
+        """The inverse of ``snapshot``; raises ``IntegrityFault`` on a wrong name, shape or
+        dtype."""
         ...
 
 
 class FirstFault(Exception):
-    """The first step (counted from 0) whose loss or gradient was not finite; the loop says which examples it had."""
+    """The first step (counted from 0) whose loss or gradient was not finite; the loop says which
+    examples it had."""
 
     def __init__(self, step: int):
         super().__init__(step)

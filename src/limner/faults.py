@@ -1,4 +1,5 @@
-"""What can go wrong, one class per exit code: every fault says what was given, what was expected and what to do."""
+"""What can go wrong, one class per exit code: every fault says what was given, what was expected
+and what to do."""
 
 import contextlib
 import os
@@ -6,14 +7,16 @@ from collections.abc import Iterator
 
 
 class Fault(Exception):
-    """Shown to the user as one message, without a traceback; ``code`` is the exit status of the process."""
+    """Shown to the user as one message, without a traceback; ``code`` is the exit status of the
+    process."""
 
     code = 1
     told = False  # true where another process of the run says it, so that this one exits in silence
 
 
 class InputFault(Fault):
-    """Something the user wrote or gave cannot be honoured: a recipe, a flag, a picture, a model folder."""
+    """Something the user wrote or gave cannot be honoured: a recipe, a flag, a picture, a model
+    folder."""
 
     code = 2
 
@@ -25,7 +28,8 @@ class Stopped(Fault):
 
 
 class NonFinite(Fault):
-    """A loss or gradient was infinite or NaN; it has not reached the weights, the EMA or a checkpoint."""
+    """A loss or gradient was infinite or NaN; it has not reached the weights, the EMA or a
+    checkpoint."""
 
     code = 4
 
@@ -55,7 +59,8 @@ class Locked(Fault):
 
 
 def described(error: BaseException) -> dict[str, str]:
-    """What the other processes are told of an error; one that is no fault stays with the process that has it."""
+    """What the other processes are told of an error; one that is no fault stays with the process
+    that has it."""
     if isinstance(error, Fault):
         known = next(c.__name__ for c in type(error).__mro__ if globals().get(c.__name__) is c)
         return {"fault": known, "text": str(error)}
@@ -71,7 +76,8 @@ def rebuilt(said: dict[str, str]) -> Fault:
 
 @contextlib.contextmanager
 def told_once(*kinds: type[Fault]) -> Iterator[None]:
-    """For faults (of these kinds; none given: of all) that come to all processes alike: the first one of each host says it."""
+    """For faults (of these kinds; none given: of all) that come to all processes alike: the first
+    one of each host says it."""
     try:
         yield
     except Fault as fault:

@@ -1,6 +1,8 @@
-"""What the frozen encoders make of pictures and captions: encoded once where that is exact, in batches of one fixed shape always.
+"""What the frozen encoders make of pictures and captions: encoded once where that is exact, in
+batches of one fixed shape always.
 
-Another batch shape moves the last bits of an encoder's output, so every call sees ``batch`` examples, padded; cached or not, the numbers are equal.
+Another batch shape moves the last bits of an encoder's output, so every call sees ``batch``
+examples, padded; cached or not, the numbers are equal.
 """
 
 import contextlib
@@ -35,7 +37,8 @@ class Picture:
 
 
 class Encoded:
-    """Features by request: from where they are kept, else from the encoders; float32, whatever ``dtype`` they are rounded to.
+    """Features by request: from where they are kept, else from the encoders; float32, whatever
+    ``dtype`` they are rounded to.
 
     Args:
         parts: gives the encoders, which load what is asked of them.
@@ -48,11 +51,33 @@ class Encoded:
     """
 
     def __init__(
-        self, family: Family, parts: Callable[[], Parts], images: Rows | None, texts: Rows | None, batch: int, *, text_batch: int = 8, chunks: int = 1,
-        dtype: Literal["float32", "float16"] = "float32", threads: int = 4, world: int = 1,
-    ):  # fmt: skip
-        self.family, self.parts, self.image_store, self.text_store, self.batch = family, parts, images, texts, batch
-        self.text_batch, self.chunks, self.dtype, self.threads, self.world = text_batch, chunks, np.dtype(dtype), threads, world
+        self,
+        family: Family,
+        parts: Callable[[], Parts],
+        images: Rows | None,
+        texts: Rows | None,
+        batch: int,
+        *,
+        text_batch: int = 8,
+        chunks: int = 1,
+        dtype: Literal["float32", "float16"] = "float32",
+        threads: int = 4,
+        world: int = 1,
+    ):
+        self.family, self.parts, self.image_store, self.text_store, self.batch = (
+            family,
+            parts,
+            images,
+            texts,
+            batch,
+        )
+        self.text_batch, self.chunks, self.dtype, self.threads, self.world = (
+            text_batch,
+            chunks,
+            np.dtype(dtype),
+            threads,
+            world,
+        )
         self.busy = threading.Lock()
 
     def images(self, pictures: Sequence[Picture]) -> Features:
@@ -79,39 +104,72 @@ class Encoded:
             return tokenize(self.family, self.parts(), list(captions), self.chunks)
 
     def fill_images(self, pictures: Sequence[Picture], check: Check) -> None:
-        """Encode and keep the pictures that are not kept yet, shape by shape; ``check`` may raise between two shards."""
+        """Encode and keep the pictures that are not kept yet, shape by shape; ``check`` may raise
+        between two shards."""
         if self.image_store is None:
             return
         wanted = {picture.key: picture for picture in pictures if picture.key is not None}
         missing = [wanted[key] for key in self.image_store.missing(wanted)]
         missing.sort(key=lambda picture: picture.shape)
-        with contextlib.closing(prefetch(lambda i: missing[i].load(), 0, len(missing), threads=self.threads, ahead=2 * self.batch + self.threads)) as loaded:
-            self.fill(self.image_store, [(p.shape, p.key) for p in missing], loaded, self.encode_images, "encoding pictures", check)
+        with contextlib.closing(
+            prefetch(
+                lambda i: missing[i].load(),
+                0,
+                len(missing),
+                threads=self.threads,
+                ahead=2 * self.batch + self.threads,
+            )
+        ) as loaded:
+            self.fill(
+                self.image_store,
+                [(p.shape, p.key) for p in missing],
+                loaded,
+                self.encode_images,
+                "encoding pictures",
+                check,
+            )
 
     def fill_texts(self, captions: Sequence[str], check: Check) -> None:
         """Encode and keep the captions that are not kept yet."""
         if self.text_store is not None:
             missing = self.text_store.missing(dict.fromkeys(captions))
-            self.fill(self.text_store, [((0, 0), caption) for caption in missing], iter(missing), self.encode_texts, "encoding captions", check)
+            self.fill(
+                self.text_store,
+                [((0, 0), caption) for caption in missing],
+                iter(missing),
+                self.encode_texts,
+                "encoding captions",
+                check,
+            )
 
     def lacks(self, pictures: Sequence[Picture], captions: Sequence[str]) -> bool:
-        """Whether something is not kept that could be; looks at what other processes have stored, too."""
+        """Whether something is not kept that could be; looks at what other processes have stored,
+        too."""
         for store in (self.image_store, self.text_store):
             if store is not None:
                 store.refresh()
         keys = [picture.key for picture in pictures if picture.key is not None]
         held = self.image_store is None or all(key in self.image_store for key in keys)
-        return not (held and (self.text_store is None or all(caption in self.text_store for caption in captions)))
+        return not (
+            held
+            and (self.text_store is None or all(caption in self.text_store for caption in captions))
+        )
 
     def encode_images(self, loaded: Sequence[Views]) -> Features:
         def encode(part: list[Views]) -> Features:
-            return self.family.image(self.parts(), *(image.pixels(np.stack(view)) for view in zip(*part, strict=True)))
+            return self.family.image(
+                self.parts(), *(image.pixels(np.stack(view)) for view in zip(*part, strict=True))
+            )
 
         return self.padded(list(loaded), self.batch, encode)
 
     def encode_texts(self, captions: Sequence[str]) -> Features:
         return self.padded(
-            list(captions), self.text_batch, lambda part: told(self.family, self.parts(), tokenize(self.family, self.parts(), part, self.chunks))
+            list(captions),
+            self.text_batch,
+            lambda part: told(
+                self.family, self.parts(), tokenize(self.family, self.parts(), part, self.chunks)
+            ),
         )
 
     def kept(self, store: Rows | None, keys: Sequence[str | None]) -> Features | None:
@@ -143,7 +201,10 @@ class Encoded:
             with np.errstate(over="ignore"):
                 out[name] = array.astype(self.dtype) if array.dtype == np.float32 else array
             if not np.array_equal(np.isfinite(out[name]), np.isfinite(array)):
-                raise InputFault(f'data.cache_dtype: {name} has numbers beyond what float16 can hold; set data.cache_dtype="float32"')
+                raise InputFault(
+                    f"data.cache_dtype: {name} has numbers beyond what float16 can hold; set "
+                    'data.cache_dtype="float32"'
+                )
         return out
 
     def fill(
@@ -155,12 +216,15 @@ class Encoded:
         what: str,
         check: Check,
     ) -> None:
-        """Encode ``items``, whose shapes and keys are ``keys``, and keep them, a shard of one shape at a time."""
+        """Encode ``items``, whose shapes and keys are ``keys``, and keep them, a shard of one shape
+        at a time."""
         with tqdm(total=len(keys), desc=what, disable=None if keys else True) as bar:
             done = 0
             while done < len(keys):
                 check()
-                chunk = [str(key) for shape, key in keys[done : done + SHARD] if shape == keys[done][0]]
+                chunk = [
+                    str(key) for shape, key in keys[done : done + SHARD] if shape == keys[done][0]
+                ]
                 features = encode(list(islice(items, len(chunk))))
                 if done == 0:
                     store.check_room(self.world * len(keys) * row_bytes(features))
@@ -171,7 +235,10 @@ class Encoded:
 
 def wide(features: Features) -> Features:
     """Float32 in place of float16."""
-    return {name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in features.items()}
+    return {
+        name: array.astype(np.float32) if array.dtype == np.float16 else array
+        for name, array in features.items()
+    }
 
 
 def row_bytes(features: Features) -> int:

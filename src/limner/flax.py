@@ -1,7 +1,9 @@
-"""Old Flax models, whose weights are in ``*.msgpack`` files: written once as the diffusers folder that they are, and read as such ever after.
+"""Old Flax models, whose weights are in ``*.msgpack`` files: written once as the diffusers folder
+that they are, and read as such ever after.
 
-The format is that of flax's serialization: nested dictionaries, whose arrays are an extension of msgpack, large ones in pieces. Kernels are turned into torch's
-layout, and names into those of diffusers and transformers.
+The format is that of flax's serialization: nested dictionaries, whose arrays are an extension of
+msgpack, large ones in pieces. Kernels are turned into torch's layout, and names into those of
+diffusers and transformers.
 """
 
 import json
@@ -18,7 +20,12 @@ from limner import checkpoint, durable
 from limner.faults import InputFault
 
 NET, TEXT = "diffusion_flax_model.msgpack", "flax_model.msgpack"
-WEIGHTS = {"unet": NET, "vae": NET, "text_encoder": TEXT, "text_encoder_2": TEXT}  # the second one is Stable Diffusion XL's
+WEIGHTS = {
+    "unet": NET,
+    "vae": NET,
+    "text_encoder": TEXT,
+    "text_encoder_2": TEXT,
+}  # the second one is Stable Diffusion XL's
 AROUND = ("tokenizer", "tokenizer_2", "scheduler")
 ARRAY, SCALAR = 1, 3  # msgpack's extension types in flax
 
@@ -38,11 +45,20 @@ def convert(folder: Path) -> Path:
     own = [name for name in (*WEIGHTS, *AROUND) if name in index or not name.endswith("_2")]
     sources = {name: folder / name / WEIGHTS[name] for name in own if name in WEIGHTS}
     beside = [name for name in own if name in AROUND]
-    for path in (*sources.values(), *(folder / name / f"{name.removesuffix('_2')}_config.json" for name in beside)):
+    for path in (
+        *sources.values(),
+        *(folder / name / f"{name.removesuffix('_2')}_config.json" for name in beside),
+    ):
         if not path.is_file():
-            raise InputFault(f"{path}: it is not there; a Flax model has it. Is the model's folder complete?")
+            raise InputFault(
+                f"{path}: it is not there; a Flax model has it. Is the model's folder complete?"
+            )
     small = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model")
-    around = {p.relative_to(folder).as_posix(): p for pattern in small for p in sorted(folder.glob(pattern))}
+    around = {
+        p.relative_to(folder).as_posix(): p
+        for pattern in small
+        for p in sorted(folder.glob(pattern))
+    }
     digests = {name: durable.digest(path) for name, path in (sources | around).items()}
     target = durable.user_cache() / f"flax-{durable.digest_json(digests)}"
     if not (target / "model_index.json").is_file():
@@ -52,10 +68,20 @@ def convert(folder: Path) -> Path:
             for name in beside:
                 shutil.copytree(folder / name, made / name)
             scheduler = made / "scheduler" / "scheduler_config.json"
-            scheduler.write_text(json.dumps(plain(json.loads(scheduler.read_text(encoding="utf-8"))), indent=2))
-            kept = {k: plain_pair(v) if k in own else v for k, v in index.items() if k in (*own, "force_zeros_for_empty_prompt")}
+            scheduler.write_text(
+                json.dumps(plain(json.loads(scheduler.read_text(encoding="utf-8"))), indent=2)
+            )
+            kept = {
+                k: plain_pair(v) if k in own else v
+                for k, v in index.items()
+                if k in (*own, "force_zeros_for_empty_prompt")
+            }
             unchecked = {"safety_checker": [None, None]} if "safety_checker" in index else {}
-            (made / "model_index.json").write_text(json.dumps({"_class_name": plain(index)["_class_name"]} | unchecked | kept, indent=2))
+            (made / "model_index.json").write_text(
+                json.dumps(
+                    {"_class_name": plain(index)["_class_name"]} | unchecked | kept, indent=2
+                )
+            )
     return target
 
 
@@ -80,7 +106,9 @@ def write(path: Path, target: Path) -> None:
         known["architectures"] = [str(name).removeprefix("Flax") for name in known["architectures"]]
     (target / "config.json").write_text(json.dumps(known, indent=2))
     arrays = dict(translated(name, array) for name, array in walk(unpack(path), ()))
-    checkpoint.write_arrays(target / ("model.safetensors" if text else "diffusion_pytorch_model.safetensors"), arrays)
+    checkpoint.write_arrays(
+        target / ("model.safetensors" if text else "diffusion_pytorch_model.safetensors"), arrays
+    )
 
 
 def unpack(path: Path) -> dict[str, Any]:
@@ -92,31 +120,54 @@ def unpack(path: Path) -> dict[str, Any]:
     try:
         import msgpack
     except ImportError as error:
-        raise InputFault(f'{path}: reading Flax weights needs msgpack; install it: pip install "limner[jax]"') from error
+        raise InputFault(
+            f'{path}: reading Flax weights needs msgpack; install it: pip install "limner[jax]"'
+        ) from error
 
     def array(code: int, data: bytes) -> Any:
         shape, kind, buffer = msgpack.unpackb(data, raw=True)
         if code not in (ARRAY, SCALAR):
             raise ValueError(f"extension {code}")
         if kind == b"bfloat16":
-            return (np.frombuffer(buffer, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+            return (
+                (np.frombuffer(buffer, np.uint16).astype(np.uint32) << 16)
+                .view(np.float32)
+                .reshape(shape)
+            )
         return np.frombuffer(buffer, np.dtype(kind.decode())).reshape(shape)
 
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            found = msgpack.unpackb(content, ext_hook=array, raw=False, strict_map_key=False, max_ext_len=1 << 40, max_bin_len=1 << 40)
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            found = msgpack.unpackb(
+                content,
+                ext_hook=array,
+                raw=False,
+                strict_map_key=False,
+                max_ext_len=1 << 40,
+                max_bin_len=1 << 40,
+            )
     except Exception as error:
-        raise InputFault(f"{path}: not a whole file of Flax weights ({error}). Fetch or copy the model again.") from error
+        raise InputFault(
+            f"{path}: not a whole file of Flax weights ({error}). Fetch or copy the model again."
+        ) from error
     if not isinstance(found, dict):
         raise InputFault(f"{path}: not a file of Flax weights. Fetch or copy the model again.")
     return found
 
 
 def walk(node: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    """Every array with the names that lead to it; a node that has been walked through is empty, so that no more than what is used is held."""
+    """Every array with the names that lead to it; a node that has been walked through is empty, so
+    that no more than what is used is held."""
     if isinstance(node, dict) and "__msgpack_chunked_array__" in node:
         pieces = [node["chunks"][key] for key in sorted(node["chunks"], key=int)]
-        shape = [node["shape"][key] for key in sorted(node["shape"], key=int)] if isinstance(node["shape"], dict) else node["shape"]
+        shape = (
+            [node["shape"][key] for key in sorted(node["shape"], key=int)]
+            if isinstance(node["shape"], dict)
+            else node["shape"]
+        )
         yield names, np.concatenate([piece.reshape(-1) for piece in pieces]).reshape(shape)
     elif isinstance(node, dict):
         for name in list(node):
@@ -126,10 +177,14 @@ def walk(node: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], n
 
 
 def translated(names: tuple[str, ...], array: np.ndarray) -> tuple[str, np.ndarray]:
-    """An array under torch's name, in torch's layout, float32: kernels [h, w, in, out] as [out, in, h, w], [in, out] as [out, in]."""
+    """An array under torch's name, in torch's layout, float32: kernels [h, w, in, out] as [out, in,
+    h, w], [in, out] as [out, in]."""
     *path, last = names
     if last == "kernel":
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
     leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(last, last)
-    spelt = [re.sub(r"^(.*(?:blocks|resnets|attentions|samplers|to_out|net))_(\d+)$", r"\1.\2", name) for name in path]
+    spelt = [
+        re.sub(r"^(.*(?:blocks|resnets|attentions|samplers|to_out|net))_(\d+)$", r"\1.\2", name)
+        for name in path
+    ]
     return ".".join((*spelt, leaf)), np.ascontiguousarray(array, np.float32)

@@ -17,7 +17,8 @@ def endpoint() -> str | None:
 
 @contextlib.contextmanager
 def hub_errors(repo: str, revision: str | None = None, then: str = "") -> Iterator[None]:
-    """Turn what the Hub library raises into a ``HubFault`` about ``repo``; ``then`` is said last."""
+    """Turn what the Hub library raises into a ``HubFault`` about ``repo``; ``then`` is said
+    last."""
     try:
         yield
     except Fault:
@@ -37,34 +38,61 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def of_the_hub(error: BaseException) -> bool:
-    """Whether the network or the Hub's libraries made it; they also raise OSError without a number."""
+    """Whether the network or the Hub's libraries made it; they also raise OSError without a
+    number."""
     ours = type(error).__module__.startswith(("huggingface_hub", "httpx", "requests", "datasets"))
-    return ours or isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, OSError) and error.errno is None)
+    return (
+        ours
+        or isinstance(error, ConnectionError | TimeoutError)
+        or (isinstance(error, OSError) and error.errno is None)
+    )
 
 
 def explain(causes: list[BaseException], repo: str, revision: str | None = None) -> str:
     """One sentence or two about what the Hub said, and what can be done."""
     names = {cls.__name__ for c in causes for cls in type(c).__mro__}
-    status = next((r.status_code for c in causes if (r := getattr(c, "response", None)) is not None), None)
+    status = next(
+        (r.status_code for c in causes if (r := getattr(c, "response", None)) is not None), None
+    )
     login = "log in (`hf auth login`) or set HF_TOKEN"
     if "GatedRepoError" in names:
         return f"{repo}: access is gated. Accept its terms on its page on the Hub, then {login}."
     if "RevisionNotFoundError" in names:
-        return f"{repo}: there is no revision {revision or 'main'}. Look up its branches and commits on the Hub, or leave the revision out."
+        return (
+            f"{repo}: there is no revision {revision or 'main'}. Look up its branches and "
+            "commits on the Hub, or leave the revision out."
+        )
     if "LocalTokenNotFoundError" in names:
         return f"{repo}: no token was found; {login}."
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} or status in (401, 404):
         seen = f" ({status})" if status else ""
-        return f"{repo}: the Hub has no such repository, or it is private, or the token is not valid{seen}. Check the spelling; if it is private, {login}."
+        return (
+            f"{repo}: the Hub has no such repository, or it is private, or the token is not "
+            f"valid{seen}. Check the spelling; if it is private, {login}."
+        )
     if status == 403:
-        return f"{repo}: the token does not allow this (403). Use one with the right permissions: {login}."
+        return (
+            f"{repo}: the token does not allow this (403). Use one with the right permissions: "
+            f"{login}."
+        )
     if status == 429:
-        return f"{repo}: the Hub asks to slow down (429). Wait some minutes and run the same command again; to {login} raises the limit."
+        return (
+            f"{repo}: the Hub asks to slow down (429). Wait some minutes and run the same "
+            f"command again; to {login} raises the limit."
+        )
     if status is not None:
         return f"{repo}: the Hub answered with an error ({status}). Try again later."
-    if names & {"TransportError", "RequestException", "ConnectionError", "TimeoutError", "LocalEntryNotFoundError"}:
+    if names & {
+        "TransportError",
+        "RequestException",
+        "ConnectionError",
+        "TimeoutError",
+        "LocalEntryNotFoundError",
+    }:
         where = endpoint() or "https://huggingface.co"
         return (
-            f"{repo}: the Hub cannot be reached at {where}, and the local cache does not have all that is needed. Check the connection, or give a local folder."
+            f"{repo}: the Hub cannot be reached at {where}, and the local cache does not have "
+            "all that is needed. Check the connection, or give a local folder."
         )
-    return f"{repo}: {str(causes[0]).strip().splitlines()[0] if str(causes[0]).strip() else type(causes[0]).__name__}. Try again."
+    text = str(causes[0]).strip()
+    return f"{repo}: {text.splitlines()[0] if text else type(causes[0]).__name__}. Try again."

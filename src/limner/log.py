@@ -1,4 +1,5 @@
-"""What is written down about a run, and for whom: metrics.jsonl always, other sinks where asked; none may stop training, change it or keep a secret."""
+"""What is written down about a run, and for whom: metrics.jsonl always, other sinks where asked;
+none may stop training, change it or keep a secret."""
 
 import importlib.util
 import json
@@ -19,7 +20,11 @@ from limner import config, durable
 from limner.faults import InputFault
 
 METRICS = "metrics.jsonl"
-PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "comet_ml": ("comet_ml",)}
+PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "comet_ml": ("comet_ml",),
+}
 SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 SECRET_TEXT = re.compile(r"hf_[A-Za-z0-9]{20,}")
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")
@@ -44,16 +49,28 @@ class Sink(Protocol):
 
 
 def redact(value: Any) -> Any:
-    """The same plain value without secrets: tokens by the name of their key, by their form, or because the environment holds them."""
+    """The same plain value without secrets: tokens by the name of their key, by their form, or
+    because the environment holds them."""
     if isinstance(value, Mapping):
-        return {redact(k): HIDDEN if SECRET_KEY.search(str(k)) and v not in (None, "", True, False) else redact(v) for k, v in value.items()}
+        return {
+            redact(k): HIDDEN
+            if SECRET_KEY.search(str(k)) and v not in (None, "", True, False)
+            else redact(v)
+            for k, v in value.items()
+        }
     if isinstance(value, list | tuple):
         return [redact(v) for v in value]
     if not isinstance(value, str):
         return value
     known = [secret for name in SECRET_VARIABLES if (secret := os.environ.get(name, "").strip())]
     for secret in known:
-        value = HIDDEN if value == secret else value.replace(secret, HIDDEN) if len(secret) >= 8 else value
+        value = (
+            HIDDEN
+            if value == secret
+            else value.replace(secret, HIDDEN)
+            if len(secret) >= 8
+            else value
+        )
     return SECRET_TEXT.sub(HIDDEN, value)
 
 
@@ -63,7 +80,11 @@ def installed() -> tuple[str, ...]:
 
 
 def _is_there(package: str) -> bool:
-    return sys.modules[package] is not None if package in sys.modules else importlib.util.find_spec(package) is not None
+    return (
+        sys.modules[package] is not None
+        if package in sys.modules
+        else importlib.util.find_spec(package) is not None
+    )
 
 
 def require(names: Iterable[str]) -> None:
@@ -74,11 +95,17 @@ def require(names: Iterable[str]) -> None:
     """
     if missing := [name for name in names if name not in installed()]:
         packages = " ".join(name.replace("_", "-") for name in missing)
-        raise InputFault(f"log.to: {', '.join(missing)} is not installed. Run `pip install {packages}`, or leave it out of log.to (--report_to).")
+        raise InputFault(
+            f"log.to: {', '.join(missing)} is not installed. Run `pip install {packages}`, or "
+            "leave it out of log.to (--report_to)."
+        )
 
 
-def open_sinks(cfg: config.Config, run: Path, resumed_step: int, tell: Callable[[str], None] = print) -> "Sinks":
-    """All sinks of a run, in its first process; what earlier attempts wrote of steps after ``resumed_step`` is dropped.
+def open_sinks(
+    cfg: config.Config, run: Path, resumed_step: int, tell: Callable[[str], None] = print
+) -> "Sinks":
+    """All sinks of a run, in its first process; what earlier attempts wrote of steps after
+    ``resumed_step`` is dropped.
 
     Args:
         resumed_step: of the checkpoint that training goes on from; 0 for a fresh start.
@@ -89,14 +116,19 @@ def open_sinks(cfg: config.Config, run: Path, resumed_step: int, tell: Callable[
     """
     require(cfg.log.to)
     sinks = Sinks(Files(run, resumed_step), tell)
-    openers: dict[str, Callable[[config.Config, Path, int], Sink]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "comet_ml": Comet}
+    openers: dict[str, Callable[[config.Config, Path, int], Sink]] = {
+        "tensorboard": TensorBoard,
+        "wandb": WeightsAndBiases,
+        "comet_ml": Comet,
+    }
     for name in cfg.log.to:
         sinks.add(name, partial(openers[name], cfg, run / cfg.log.folder, resumed_step))
     return sinks
 
 
 class Sinks:
-    """The files of the run and every other sink, as one; a sink that fails is told of once and dropped, the files are tried again."""
+    """The files of the run and every other sink, as one; a sink that fails is told of once and
+    dropped, the files are tried again."""
 
     def __init__(self, files: Sink, tell: Callable[[str], None]) -> None:
         self.files, self.tell = files, tell
@@ -126,7 +158,10 @@ class Sinks:
         except Exception as error:
             if not self.files_failed:
                 self.files_failed = True
-                self.tell(f"metrics or previews could not be written, training goes on: {redact(str(error))}")
+                self.tell(
+                    "metrics or previews could not be written, training goes on: "
+                    f"{redact(str(error))}"
+                )
         for name, sink in list(self.others.items()):
             try:
                 act(sink)
@@ -135,32 +170,50 @@ class Sinks:
 
     def _drop(self, name: str, error: Exception) -> None:
         self.others.pop(name, None)
-        self.tell(f"{name} failed and is left out from now on; {METRICS} has all numbers: {redact(f'{type(error).__name__}: {error}')}")
+        self.tell(
+            f"{name} failed and is left out from now on; {METRICS} has all numbers: "
+            f"{redact(f'{type(error).__name__}: {error}')}"
+        )
 
 
 class Files:
-    """``metrics.jsonl``, one JSON object per line, and ``previews/step-000500/00.png``; rows that a full disk refused are kept and written later."""
+    """``metrics.jsonl``, one JSON object per line, and ``previews/step-000500/00.png``; rows that a
+    full disk refused are kept and written later."""
 
     def __init__(self, run: Path, resumed_step: int) -> None:
         self.path, self.previews = run / METRICS, run / "previews"
-        kept = [line for line, row in _rows(self.path) if row["step"] <= resumed_step] if resumed_step else []
+        kept = (
+            [line for line, row in _rows(self.path) if row["step"] <= resumed_step]
+            if resumed_step
+            else []
+        )
         durable.write_text(self.path, "".join(line + "\n" for line in kept))
         self.size, self.waiting = self.path.stat().st_size, b""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        self.waiting += (json.dumps({"step": step} | {k: _number(v) for k, v in values.items()}, allow_nan=False) + "\n").encode()
+        self.waiting += (
+            json.dumps({"step": step} | {k: _number(v) for k, v in values.items()}, allow_nan=False)
+            + "\n"
+        ).encode()
         self._flush()
 
     def _flush(self) -> None:
-        with durable.disk_errors(self.path), open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-            file.seek(min(self.size, os.fstat(file.fileno()).st_size))  # over what an earlier failure left half written
+        with (
+            durable.disk_errors(self.path),
+            open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file,
+        ):
+            file.seek(
+                min(self.size, os.fstat(file.fileno()).st_size)
+            )  # over what an earlier failure left half written
             start = file.tell()
             file.write(self.waiting)
             file.truncate()
         self.size, self.waiting = start + len(self.waiting), b""
 
     def images(self, step: int, name: str, pictures: Pictures) -> None:
-        final = self.previews / (f"step-{step:06d}" if name == "validation" else f"step-{step:06d}-{name}")
+        final = self.previews / (
+            f"step-{step:06d}" if name == "validation" else f"step-{step:06d}-{name}"
+        )
         with durable.folder(final) as folder:
             for number, (caption, array) in enumerate(pictures):
                 text = PngImagePlugin.PngInfo()
@@ -173,7 +226,8 @@ class Files:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a line that a killed process left half written is passed over."""
+    """The rows of a ``metrics.jsonl``; a line that a killed process left half written is passed
+    over."""
     return [row for _, row in _rows(path)]
 
 
@@ -181,7 +235,9 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:  # after the last line break: nothing, or half a line
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[
+        :-1
+    ]:  # after the last line break: nothing, or half a line
         try:
             row = json.loads(line)
         except ValueError:
@@ -203,15 +259,19 @@ def _settings(cfg: config.Config) -> dict[str, Any]:
 
 
 def _identity(folder: Path, resumed_step: int) -> str:
-    """The name under which remote sinks know this run: kept with it, so that a resumed run goes on there; new at a fresh start."""
+    """The name under which remote sinks know this run: kept with it, so that a resumed run goes on
+    there; new at a fresh start."""
     path = folder / "run-id"
     if not (resumed_step and path.exists()):
-        durable.write_text(path, uuid.uuid4().hex)  # from the operating system, not from any seeded generator
+        durable.write_text(
+            path, uuid.uuid4().hex
+        )  # from the operating system, not from any seeded generator
     return path.read_text().strip()
 
 
 class TensorBoard:
-    """Event files; what an earlier attempt wrote after the resumed step is hidden by TensorBoard itself."""
+    """Event files; what an earlier attempt wrote after the resumed step is hidden by TensorBoard
+    itself."""
 
     def __init__(self, cfg: config.Config, folder: Path, resumed_step: int) -> None:
         try:
@@ -220,8 +280,13 @@ class TensorBoard:
         except ImportError:
             from tensorboardX import SummaryWriter  # type: ignore[no-redef]
             from tensorboardX.summary import hparams  # type: ignore[no-redef]
-        self.writer = SummaryWriter(str(folder / cfg.log.project), purge_step=resumed_step + 1 if resumed_step else 0)
-        settings = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in _settings(cfg).items()}
+        self.writer = SummaryWriter(
+            str(folder / cfg.log.project), purge_step=resumed_step + 1 if resumed_step else 0
+        )
+        settings = {
+            k: v if isinstance(v, bool | int | float | str) else json.dumps(v)
+            for k, v in _settings(cfg).items()
+        }
         for summary in hparams(settings, {}):
             self.writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
         self.writer.flush()
@@ -232,7 +297,9 @@ class TensorBoard:
         self.writer.flush()
 
     def images(self, step: int, name: str, pictures: Pictures) -> None:
-        self.writer.add_images(name, np.stack([array for _, array in pictures]), step, dataformats="NHWC")
+        self.writer.add_images(
+            name, np.stack([array for _, array in pictures]), step, dataformats="NHWC"
+        )
         self.writer.flush()
 
     def close(self) -> None:
@@ -240,15 +307,25 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run on Weights & Biases; ``step`` is logged as a value, because its own counter refuses to go back on resume."""
+    """A run on Weights & Biases; ``step`` is logged as a value, because its own counter refuses to
+    go back on resume."""
 
     def __init__(self, cfg: config.Config, folder: Path, resumed_step: int) -> None:
         import wandb
 
         identity = _identity(folder, resumed_step)
         self.wandb = wandb
-        private = wandb.Settings(x_disable_meta=True)  # its metadata would hold the command line, and with it a token given as a flag
-        self.run = wandb.init(project=cfg.log.project, dir=str(folder), id=identity, resume="allow", config=_settings(cfg), settings=private)
+        private = wandb.Settings(
+            x_disable_meta=True
+        )  # its metadata would hold the command line, and with it a token given as a flag
+        self.run = wandb.init(
+            project=cfg.log.project,
+            dir=str(folder),
+            id=identity,
+            resume="allow",
+            config=_settings(cfg),
+            settings=private,
+        )
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -256,7 +333,15 @@ class WeightsAndBiases:
         self.run.log({**values, "step": step})
 
     def images(self, step: int, name: str, pictures: Pictures) -> None:
-        self.run.log({name: [self.wandb.Image(array, caption=f"{i}: {caption}") for i, (caption, array) in enumerate(pictures)], "step": step})
+        self.run.log(
+            {
+                name: [
+                    self.wandb.Image(array, caption=f"{i}: {caption}")
+                    for i, (caption, array) in enumerate(pictures)
+                ],
+                "step": step,
+            }
+        )
 
     def close(self) -> None:
         self.run.finish()
@@ -268,9 +353,16 @@ class Comet:
     def __init__(self, cfg: config.Config, folder: Path, resumed_step: int) -> None:
         import comet_ml
 
-        private = comet_ml.ExperimentConfig(parse_args=False, log_env_details=False)  # it would send the command line, and with it a token given as a flag
+        private = comet_ml.ExperimentConfig(
+            parse_args=False, log_env_details=False
+        )  # it would send the command line, and with it a token given as a flag
         key = _identity(folder, resumed_step)
-        self.experiment = comet_ml.start(project_name=cfg.log.project, experiment_key=key, mode="get_or_create", experiment_config=private)
+        self.experiment = comet_ml.start(
+            project_name=cfg.log.project,
+            experiment_key=key,
+            mode="get_or_create",
+            experiment_config=private,
+        )
         self.experiment.log_parameters(_settings(cfg))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

@@ -1,7 +1,10 @@
-"""Deterministic samplers as tables: what the network is given at each step is a weighted sum of the starting noise and of all that it has said so far.
+"""Deterministic samplers as tables: what the network is given at each step is a weighted sum of the
+starting noise and of all that it has said so far.
 
-Row k of a table has the weights of step k: the first for the starting noise (unit variance), the others for the network's outputs of steps 0, 1, ...; the
-last row is the finished sample. Each sampler is written as ordinary arithmetic on such rows, in float64, and equals diffusers' scheduler of that name by test.
+Row k of a table has the weights of step k: the first for the starting noise (unit variance), the
+others for the network's outputs of steps 0, 1, ...; the last row is the finished sample. Each
+sampler is written as ordinary arithmetic on such rows, in float64, and equals diffusers' scheduler
+of that name by test.
 """
 
 from collections.abc import Callable
@@ -16,7 +19,8 @@ from limner.objective import betas
 
 @dataclass(frozen=True)
 class Table:
-    """``timesteps`` [n], what the network is told; ``weights`` [n + 1, n + 1], of the noise and of outputs; both float32."""
+    """``timesteps`` [n], what the network is told; ``weights`` [n + 1, n + 1], of the noise and of
+    outputs; both float32."""
 
     timesteps: np.ndarray
     weights: np.ndarray
@@ -32,27 +36,49 @@ class Schedule:
 
     def clean(self, x: np.ndarray, out: np.ndarray, a: float, s: float) -> np.ndarray:
         """The clean signal that an output means, for x = a * clean + s * noise."""
-        return {"epsilon": lambda: (x - s * out) / a, "v_prediction": lambda: a * x - s * out, "sample": lambda: out}[self.predict]()
+        return {
+            "epsilon": lambda: (x - s * out) / a,
+            "v_prediction": lambda: a * x - s * out,
+            "sample": lambda: out,
+        }[self.predict]()
 
     def spaced(self, steps: int, usual: str = "leading") -> np.ndarray:
-        """Timesteps from noisy to clean, as the scheduler's ``timestep_spacing`` says (table 2 of arXiv:2305.08891)."""
+        """Timesteps from noisy to clean, as the scheduler's ``timestep_spacing`` says (table 2 of
+        arXiv:2305.08891)."""
         count, kind = len(self.bar), self.config.get("timestep_spacing", usual)
         if kind == "leading":
-            return (np.arange(steps) * (count // steps)).round()[::-1] + self.config.get("steps_offset", 0)
+            return (np.arange(steps) * (count // steps)).round()[::-1] + self.config.get(
+                "steps_offset", 0
+            )
         if kind == "trailing":
             return np.arange(count, 0, -count / steps).round() - 1
         return np.linspace(0, count - 1, steps).round()[::-1]
 
 
-Run = Callable[[np.ndarray, int], np.ndarray]  # a row, and the number of the step -> the row of the network's output
+Run = Callable[
+    [np.ndarray, int], np.ndarray
+]  # a row, and the number of the step -> the row of the network's output
 
 
-def ddim(schedule: Schedule, steps: int, start: np.ndarray, said: Callable[[], np.ndarray], give: Callable[[np.ndarray, float], None]) -> np.ndarray:
+def ddim(
+    schedule: Schedule,
+    steps: int,
+    start: np.ndarray,
+    said: Callable[[], np.ndarray],
+    give: Callable[[np.ndarray, float], None],
+) -> np.ndarray:
     """Equation 12 of arXiv:2010.02502 with eta 0."""
     times, count, x = schedule.spaced(steps), len(schedule.bar), start
     for t in times:
         before = int(t) - count // steps
-        bar, after = schedule.bar[int(t)], schedule.bar[before] if before >= 0 else 1.0 if schedule.config.get("set_alpha_to_one", True) else schedule.bar[0]
+        bar, after = (
+            schedule.bar[int(t)],
+            schedule.bar[before]
+            if before >= 0
+            else 1.0
+            if schedule.config.get("set_alpha_to_one", True)
+            else schedule.bar[0],
+        )
         a, s = np.sqrt(bar), np.sqrt(1 - bar)
         give(x, t)
         clean = schedule.clean(x, said(), a, s)
@@ -61,12 +87,27 @@ def ddim(schedule: Schedule, steps: int, start: np.ndarray, said: Callable[[], n
 
 
 # Adams-Bashforth: weights of the newest outputs, by how many there are.
-ADAMS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+ADAMS = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
 
 
-def pndm(schedule: Schedule, steps: int, start: np.ndarray, said: Callable[[], np.ndarray], give: Callable[[np.ndarray, float], None]) -> np.ndarray:
-    """Linear multistep (PLMS) of arXiv:2202.09778, without Runge-Kutta steps: the second timestep is looked at twice."""
-    count, final = len(schedule.bar), 1.0 if schedule.config.get("set_alpha_to_one", False) else schedule.bar[0]
+def pndm(
+    schedule: Schedule,
+    steps: int,
+    start: np.ndarray,
+    said: Callable[[], np.ndarray],
+    give: Callable[[np.ndarray, float], None],
+) -> np.ndarray:
+    """Linear multistep (PLMS) of arXiv:2202.09778, without Runge-Kutta steps: the second timestep
+    is looked at twice."""
+    count, final = (
+        len(schedule.bar),
+        1.0 if schedule.config.get("set_alpha_to_one", False) else schedule.bar[0],
+    )
     times = schedule.spaced(steps)[::-1].astype(int)
     order = np.concatenate([times[:-1], times[-2:-1], times[-1:]])[::-1] if steps > 1 else times
     history: list[np.ndarray] = []
@@ -80,7 +121,9 @@ def pndm(schedule: Schedule, steps: int, start: np.ndarray, said: Callable[[], n
             x = kept
         else:
             history.append(out)
-            mean = sum(w * h for w, h in zip(ADAMS[min(len(history), 4)], reversed(history), strict=False))
+            mean = sum(
+                w * h for w, h in zip(ADAMS[min(len(history), 4)], reversed(history), strict=False)
+            )
         if i == 0:
             kept = x
         bar, after = schedule.bar[now], schedule.bar[before] if before >= 0 else final
@@ -91,11 +134,21 @@ def pndm(schedule: Schedule, steps: int, start: np.ndarray, said: Callable[[], n
     return x
 
 
-def euler(schedule: Schedule, steps: int, start: np.ndarray, said: Callable[[], np.ndarray], give: Callable[[np.ndarray, float], None]) -> np.ndarray:
+def euler(
+    schedule: Schedule,
+    steps: int,
+    start: np.ndarray,
+    said: Callable[[], np.ndarray],
+    give: Callable[[np.ndarray, float], None],
+) -> np.ndarray:
     """Algorithm 2 of arXiv:2206.00364 without its correction and churn."""
     count = len(schedule.bar)
     kind = schedule.config.get("timestep_spacing", "linspace")
-    times = np.linspace(0, count - 1, steps)[::-1] if kind == "linspace" else schedule.spaced(steps, "linspace")
+    times = (
+        np.linspace(0, count - 1, steps)[::-1]
+        if kind == "linspace"
+        else schedule.spaced(steps, "linspace")
+    )
     known = np.sqrt((1 - schedule.bar) / schedule.bar)
     sigmas = np.append(np.interp(times, np.arange(count), known), 0.0)
     first = sigmas[0] if kind != "leading" else np.sqrt(sigmas[0] ** 2 + 1)
@@ -110,12 +163,15 @@ def euler(schedule: Schedule, steps: int, start: np.ndarray, said: Callable[[], 
 
 
 def solver_sigmas(schedule: Schedule, steps: int, karras: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps [n] and noise levels [n + 1] of the multistep solvers; Karras' spacing is equation 5 of arXiv:2206.00364 with rho 7."""
+    """Timesteps [n] and noise levels [n + 1] of the multistep solvers; Karras' spacing is equation
+    5 of arXiv:2206.00364 with rho 7."""
     count, kind = len(schedule.bar), schedule.config.get("timestep_spacing", "linspace")
     if kind == "linspace":
         times = np.linspace(0, count - 1, steps + 1).round()[::-1][:-1]
     elif kind == "leading":
-        times = (np.arange(steps + 1) * (count // (steps + 1))).round()[::-1][:-1] + schedule.config.get("steps_offset", 0)
+        times = (np.arange(steps + 1) * (count // (steps + 1))).round()[::-1][
+            :-1
+        ] + schedule.config.get("steps_offset", 0)
     else:
         times = np.arange(count, 0, -count / steps).round() - 1
     known = np.sqrt((1 - schedule.bar) / schedule.bar)
@@ -123,11 +179,14 @@ def solver_sigmas(schedule: Schedule, steps: int, karras: bool) -> tuple[np.ndar
         return times, np.append(np.interp(times, np.arange(count), known), 0.0)
     low, high = known[0] ** (1 / 7), known[-1] ** (1 / 7)
     sigmas = (high + np.linspace(0, 1, steps) * (low - high)) ** 7
-    return np.interp(np.log(sigmas), np.log(known), np.arange(count)).round(), np.append(sigmas, 0.0)
+    return np.interp(np.log(sigmas), np.log(known), np.arange(count)).round(), np.append(
+        sigmas, 0.0
+    )
 
 
 def level(sigma: float) -> tuple[float, float, float]:
-    """Signal and noise of unit variance together, and half the log of their ratio, at a noise level."""
+    """Signal and noise of unit variance together, and half the log of their ratio, at a noise
+    level."""
     a = 1 / np.sqrt(sigma**2 + 1)
     return a, sigma * a, np.inf if sigma == 0 else -np.log(sigma)
 
@@ -135,20 +194,51 @@ def level(sigma: float) -> tuple[float, float, float]:
 USUAL: dict[str, dict[str, Any]] = {  # of a scheduler's settings, what there is a table for
     "ddim": {"thresholding": False},
     "pndm": {"skip_prk_steps": True},
-    "euler": {"interpolation_type": "linear", "timestep_type": "discrete", "use_karras_sigmas": False},
-    "dpm++": {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "euler_at_final": False, "lower_order_final": True, "use_lu_lambdas": False},
-    "unipc": {"solver_type": "bh2", "predict_x0": True, "disable_corrector": [], "lower_order_final": True, "use_karras_sigmas": False},
+    "euler": {
+        "interpolation_type": "linear",
+        "timestep_type": "discrete",
+        "use_karras_sigmas": False,
+    },
+    "dpm++": {
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+        "euler_at_final": False,
+        "lower_order_final": True,
+        "use_lu_lambdas": False,
+    },
+    "unipc": {
+        "solver_type": "bh2",
+        "predict_x0": True,
+        "disable_corrector": [],
+        "lower_order_final": True,
+        "use_karras_sigmas": False,
+    },
 }
-SIGMAS = {"use_exponential_sigmas": False, "use_beta_sigmas": False, "use_flow_sigmas": False, "final_sigmas_type": "zero", "thresholding": False}
+SIGMAS = {
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_flow_sigmas": False,
+    "final_sigmas_type": "zero",
+    "thresholding": False,
+}
 for name in ("euler", "dpm++", "unipc"):
     USUAL[name] |= SIGMAS
 for name in ("dpm++", "unipc"):
     USUAL[name]["solver_order"] = 2
 
 
-def dpm_solver(schedule: Schedule, steps: int, start: np.ndarray, said: Callable[[], np.ndarray], give: Callable[[np.ndarray, float], None]) -> np.ndarray:
-    """DPM-Solver++(2M), algorithm 2 of arXiv:2211.01095; of first order at the first step, and at the last where they are few."""
-    times, sigmas = solver_sigmas(schedule, steps, bool(schedule.config.get("use_karras_sigmas", False)))
+def dpm_solver(
+    schedule: Schedule,
+    steps: int,
+    start: np.ndarray,
+    said: Callable[[], np.ndarray],
+    give: Callable[[np.ndarray, float], None],
+) -> np.ndarray:
+    """DPM-Solver++(2M), algorithm 2 of arXiv:2211.01095; of first order at the first step, and at
+    the last where they are few."""
+    times, sigmas = solver_sigmas(
+        schedule, steps, bool(schedule.config.get("use_karras_sigmas", False))
+    )
     x, earlier = start, None
     for i, t in enumerate(times):
         a, s, lam = level(sigmas[i])
@@ -166,8 +256,15 @@ def dpm_solver(schedule: Schedule, steps: int, start: np.ndarray, said: Callable
     return x
 
 
-def unipc(schedule: Schedule, steps: int, start: np.ndarray, said: Callable[[], np.ndarray], give: Callable[[np.ndarray, float], None]) -> np.ndarray:
-    """UniPC of second order, B(h) = e^h - 1 (arXiv:2302.04867): each output first corrects the step that led to it."""
+def unipc(
+    schedule: Schedule,
+    steps: int,
+    start: np.ndarray,
+    said: Callable[[], np.ndarray],
+    give: Callable[[np.ndarray, float], None],
+) -> np.ndarray:
+    """UniPC of second order, B(h) = e^h - 1 (arXiv:2302.04867): each output first corrects the step
+    that led to it."""
     times, sigmas = solver_sigmas(schedule, steps, False)
     x, before, order = start, start, 0
     cleans: list[np.ndarray] = []
@@ -189,7 +286,14 @@ def unipc(schedule: Schedule, steps: int, start: np.ndarray, said: Callable[[], 
     return x
 
 
-def corrected(before: np.ndarray, cleans: list[np.ndarray], new: np.ndarray, sigmas: np.ndarray, i: int, order: int) -> np.ndarray:
+def corrected(
+    before: np.ndarray,
+    cleans: list[np.ndarray],
+    new: np.ndarray,
+    sigmas: np.ndarray,
+    i: int,
+    order: int,
+) -> np.ndarray:
     """UniC: the step from ``before`` again, with what the network says at its end."""
     _, s, lam = level(sigmas[i - 1])
     after, noise, lam_after = level(sigmas[i])
@@ -201,18 +305,26 @@ def corrected(before: np.ndarray, cleans: list[np.ndarray], new: np.ndarray, sig
     r = (level(sigmas[i - 2])[2] - lam) / h
     first = grown / -h - 1
     second = first / -h - 0.5
-    rho = np.linalg.solve(np.array([[1.0, 1.0], [r, 1.0]]), np.array([first / grown, 2 * second / grown]))
+    rho = np.linalg.solve(
+        np.array([[1.0, 1.0], [r, 1.0]]), np.array([first / grown, 2 * second / grown])
+    )
     return base - after * grown * (rho[0] * (cleans[-2] - cleans[-1]) / r + rho[1] * gain)
 
 
 SAMPLERS = {"ddim": ddim, "dpm++": dpm_solver, "euler": euler, "pndm": pndm, "unipc": unipc}
 CLASSES = {
-    "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm++", "EulerDiscreteScheduler": "euler", "PNDMScheduler": "pndm",
-    "UniPCMultistepScheduler": "unipc", "DDPMScheduler": "ddim",
-}  # fmt: skip
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpm++",
+    "EulerDiscreteScheduler": "euler",
+    "PNDMScheduler": "pndm",
+    "UniPCMultistepScheduler": "unipc",
+    "DDPMScheduler": "ddim",
+}
 
 
-def table(config: dict[str, Any], steps: int, name: str | None = None, predict: str | None = None) -> Table:
+def table(
+    config: dict[str, Any], steps: int, name: str | None = None, predict: str | None = None
+) -> Table:
     """The table of a sampler on the noise schedule of a ``scheduler_config.json``.
 
     Args:
@@ -224,18 +336,34 @@ def table(config: dict[str, Any], steps: int, name: str | None = None, predict: 
     """
     chosen = name or CLASSES.get(config.get("_class_name", ""), "")
     if chosen not in SAMPLERS:
-        raise InputFault(f"scheduler: {name or config.get('_class_name')!r} has no table here; choose one of {', '.join(SAMPLERS)}")
-    known = config if name is None else config | {"use_karras_sigmas": chosen == "dpm++", "set_alpha_to_one": False}  # as --engine torch sets them
-    own = CLASSES.get(config.get("_class_name", "")) == chosen
-    if strange := [f"{key} is {known[key]!r}" for key, usual in USUAL[chosen].items() if own and known.get(key, usual) != usual]:
         raise InputFault(
-            f"scheduler: of {chosen} with {', '.join(strange)} there is no table here; choose one of {', '.join(SAMPLERS)} by name, or --engine torch"
+            f"scheduler: {name or config.get('_class_name')!r} has no table here; choose one of "
+            f"{', '.join(SAMPLERS)}"
+        )
+    known = (
+        config
+        if name is None
+        else config | {"use_karras_sigmas": chosen == "dpm++", "set_alpha_to_one": False}
+    )  # as --engine torch sets them
+    own = CLASSES.get(config.get("_class_name", "")) == chosen
+    if strange := [
+        f"{key} is {known[key]!r}"
+        for key, usual in USUAL[chosen].items()
+        if own and known.get(key, usual) != usual
+    ]:
+        raise InputFault(
+            f"scheduler: of {chosen} with {', '.join(strange)} there is no table here; choose one "
+            f"of {', '.join(SAMPLERS)} by name, or --engine torch"
         )
     if chosen == "pndm":
-        known = {key: value for key, value in known.items() if key != "rescale_betas_zero_snr"}  # diffusers' scheduler has no such setting
+        known = {
+            key: value for key, value in known.items() if key != "rescale_betas_zero_snr"
+        }  # diffusers' scheduler has no such setting
     bar = np.cumprod(1 - betas(known))
     if known.get("rescale_betas_zero_snr") and chosen != "ddim":
-        bar[-1] = 2**-24  # as those schedulers do: at no signal at all their noise level would not be finite
+        bar[-1] = (
+            2**-24
+        )  # as those schedulers do: at no signal at all their noise level would not be finite
     schedule = Schedule(bar, predict or known.get("prediction_type", "epsilon"), known)
     calls = steps + (chosen == "pndm" and steps > 1)
     rows, times = [], []

@@ -1,4 +1,5 @@
-"""Turns SIGTERM and Ctrl-C into a request that the loops look at, so that a run ends with a checkpoint."""
+"""Turns SIGTERM and Ctrl-C into a request that the loops look at, so that a run ends with a
+checkpoint."""
 
 import os
 import signal
@@ -10,9 +11,11 @@ from limner.faults import Stopped
 
 
 class Stop:
-    """The first signal is a request once ``gently`` is true, and a fault before; one that comes seconds later ends the process as usual.
+    """The first signal is a request once ``gently`` is true, and a fault before; one that comes
+    seconds later ends the process as usual.
 
-    A terminal's Ctrl-C reaches a launcher too, which passes it on: what comes twice at once is one request.
+    A terminal's Ctrl-C reaches a launcher too, which passes it on: what comes twice at once is one
+    request.
     """
 
     def __init__(self) -> None:
@@ -21,7 +24,10 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+            self.before = {
+                number: signal.signal(number, self.ask)
+                for number in (signal.SIGTERM, signal.SIGINT)
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -36,9 +42,16 @@ class Stop:
             self.asked, self.since = True, time.monotonic()
             if not self.gently:
                 self.check()
-            os.write(2, b"\nlimner: stopping as soon as the state is saved; once more ends the run without saving\n")
+            os.write(
+                2,
+                b"\nlimner: stopping as soon as the state is saved; once more ends the run "
+                b"without saving\n",
+            )
 
     def check(self) -> None:
         """Raise ``Stopped`` when a stop was asked for while nothing has been trained."""
         if self.asked:
-            raise Stopped("stopped before training began; what was encoded is kept. Run the same command again to go on.")
+            raise Stopped(
+                "stopped before training began; what was encoded is kept. Run the same command "
+                "again to go on."
+            )

@@ -1,4 +1,5 @@
-"""A run's state in a checkpoint folder: which arrays lie in which file, under the names that stock diffusers loads."""
+"""A run's state in a checkpoint folder: which arrays lie in which file, under the names that stock
+diffusers loads."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,9 @@ def file_of(group: str, adapt: config.Adapt, family: Family) -> str:
     """The file of a group of arrays: ``model`` and ``ema`` where diffusers users look for them."""
     if adapt.kind == "lora":
         return {"model": LORA, "ema": f"ema/{LORA}"}.get(group, f"{group}.safetensors")
-    return {"model": f"{family.trains}/{WEIGHTS}", "ema": f"{family.trains}_ema/{WEIGHTS}"}.get(group, f"{group}.safetensors")
+    return {"model": f"{family.trains}/{WEIGHTS}", "ema": f"{family.trains}_ema/{WEIGHTS}"}.get(
+        group, f"{group}.safetensors"
+    )
 
 
 def lora_metadata(adapt: config.Adapt, family: Family) -> dict[str, str]:
@@ -26,21 +29,39 @@ def lora_metadata(adapt: config.Adapt, family: Family) -> dict[str, str]:
     alpha = adapt.rank if adapt.alpha is None else adapt.alpha
     told: dict[str, Any] = {}
     for component in family.learns(adapt.text_encoders):
-        modules = adapt.targets if adapt.targets and component == family.trains else family.lora[component]
-        settings = {"r": adapt.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "target_modules": sorted(modules)}
+        modules = (
+            adapt.targets
+            if adapt.targets and component == family.trains
+            else family.lora[component]
+        )
+        settings = {
+            "r": adapt.rank,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "target_modules": sorted(modules),
+        }
         told |= {f"{component}.{key}": value for key, value in settings.items()}
     return {"lora_adapter_metadata": json.dumps(told, sort_keys=True)}
 
 
 def save(
-    root: Path, step: int, groups: Iterable[tuple[str, Group]], state: dict[str, Any], cfg: config.Config, family: Family, trained: dict[str, Any]
+    root: Path,
+    step: int,
+    groups: Iterable[tuple[str, Group]],
+    state: dict[str, Any],
+    cfg: config.Config,
+    family: Family,
+    trained: dict[str, Any],
 ) -> Path:
     """Write the checkpoint of ``step``; ``trained`` is the config.json of the trained component."""
 
     def files() -> Iterator[tuple[str, Group, dict[str, str]]]:
         for group, arrays in groups:
             lora = cfg.adapt.kind == "lora" and group in ("model", "ema")
-            yield file_of(group, cfg.adapt, family), arrays, lora_metadata(cfg.adapt, family) if lora else {}
+            yield (
+                file_of(group, cfg.adapt, family),
+                arrays,
+                lora_metadata(cfg.adapt, family) if lora else {},
+            )
 
     def finish(folder: Path) -> None:
         for component in (family.trains, f"{family.trains}_ema"):

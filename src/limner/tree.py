@@ -1,4 +1,5 @@
-"""Plain data to a tree of frozen dataclasses and back: every key must exist, every value must have the declared type."""
+"""Plain data to a tree of frozen dataclasses and back: every key must exist, every value must have
+the declared type."""
 
 import dataclasses
 import datetime
@@ -16,7 +17,17 @@ from typing import Any, Literal
 from limner.faults import InputFault
 
 # Settings that name places: ``~`` stands for the user's home in them.
-PATHS: tuple[str, ...] = ("run", "model.base", "model.cache_dir", "model.vae", "data.folder", "data.hub", "data.hub_files", "data.cache_dir", "data.cache")
+PATHS: tuple[str, ...] = (
+    "run",
+    "model.base",
+    "model.cache_dir",
+    "model.vae",
+    "data.folder",
+    "data.hub",
+    "data.hub_files",
+    "data.cache_dir",
+    "data.cache",
+)
 PATHS += ("checkpoint.resume", "data.sets.folder", "data.sets.hub", "data.sets.hub_files")
 
 
@@ -30,41 +41,68 @@ def build(cls: type, raw: dict[str, Any], where: str = "") -> Any:
     for key in raw:
         if key not in hints:
             close = difflib.get_close_matches(key, hints, 1)
-            known = f"did you mean {where}{close[0]}?" if close else f"known here: {', '.join(hints)}"
+            known = (
+                f"did you mean {where}{close[0]}?" if close else f"known here: {', '.join(hints)}"
+            )
             raise InputFault(f"{where}{key}: no such setting; {known}")
     return cls(**{k: _at_home(where + k, _value(hints[k], v, where + k)) for k, v in raw.items()})
 
 
 def _at_home(name: str, value: Any) -> Any:
-    return os.path.expanduser(value) if re.sub(r"\[\d+\]", "", name) in PATHS and isinstance(value, str) else value
+    return (
+        os.path.expanduser(value)
+        if re.sub(r"\[\d+\]", "", name) in PATHS and isinstance(value, str)
+        else value
+    )
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)  # Literal | None is a Union
+    options = (
+        typing.get_args(kind)
+        if typing.get_origin(kind) in (types.UnionType, typing.Union)
+        else (kind,)
+    )  # Literal | None is a Union
     for option in options:
         origin, arguments = typing.get_origin(option) or option, typing.get_args(option)
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
             return build(option, value, where + ".")  # type: ignore[arg-type]
         if origin is Literal and value in arguments:
             return value
-        if origin is tuple and isinstance(value, list | tuple) and (arguments[-1] is ... or len(value) == len(arguments)):
+        if (
+            origin is tuple
+            and isinstance(value, list | tuple)
+            and (arguments[-1] is ... or len(value) == len(arguments))
+        ):
             return tuple(_value(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-        if option is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # neither NaN nor infinite
+        if (
+            option is float and type(value) in (int, float) and abs(value) <= sys.float_info.max
+        ):  # neither NaN nor infinite
             return float(value)
-        if (option is types.NoneType and value is None) or (isinstance(option, type) and option is not float and type(value) is option):
+        if (option is types.NoneType and value is None) or (
+            isinstance(option, type) and option is not float and type(value) is option
+        ):
             return value
     raise InputFault(f"{where}: {value!r} was given, {_expected(options)} is expected")
 
 
 def _expected(options: tuple[Any, ...]) -> str:
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: ""}
+    names = {
+        str: "a text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        types.NoneType: "",
+    }
     parts = []
     for option in options:
         if typing.get_origin(option) is Literal:
             parts.append("one of " + ", ".join(map(repr, typing.get_args(option))))
         elif typing.get_origin(option) is tuple:
             arguments = typing.get_args(option)
-            parts.append(("a list" if arguments[-1] is ... else f"a list of {len(arguments)}") + f", each {_expected(arguments[:1])}")
+            parts.append(
+                ("a list" if arguments[-1] is ... else f"a list of {len(arguments)}")
+                + f", each {_expected(arguments[:1])}"
+            )
         elif dataclasses.is_dataclass(option):
             parts.append(f"a table with {', '.join(f.name for f in dataclasses.fields(option))}")
         else:
@@ -77,7 +115,9 @@ def override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     for item in overrides:
         name, equals, text = item.partition("=")
         if not equals:
-            raise InputFault(f"{item}: not a setting; write section.key=value, e.g. train.steps=500")
+            raise InputFault(
+                f"{item}: not a setting; write section.key=value, e.g. train.steps=500"
+            )
         *sections, key = name.split(".")
         node = raw
         for section in sections:
@@ -89,7 +129,9 @@ def override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
             value = tomllib.loads(f"x = {text}")["x"]
         except tomllib.TOMLDecodeError:
             value = None if text == "none" else text
-        node[key] = text if isinstance(value, datetime.date | datetime.time) else value  # no setting is a date, but a folder may be called like one
+        node[key] = (
+            text if isinstance(value, datetime.date | datetime.time) else value
+        )  # no setting is a date, but a folder may be called like one
     return raw
 
 

@@ -1,4 +1,5 @@
-"""The weight files of a component: which of a folder's files they are, and whether they are whole; no weight is read."""
+"""The weight files of a component: which of a folder's files they are, and whether they are whole;
+no weight is read."""
 
 import json
 import re
@@ -7,7 +8,9 @@ from pathlib import Path
 
 from limner.faults import InputFault
 
-WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d{5}-of-(\d{5}))?(?:\.(\w+))?\.safetensors")
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d{5}-of-(\d{5}))?(?:\.(\w+))?\.safetensors"
+)
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5")
 
 
@@ -22,7 +25,8 @@ def has_weights(names: Iterable[str]) -> bool:
 
 
 def pick(component: str, names: Iterable[str], variant: str | None) -> list[str]:
-    """Those of a component's files that hold its weights: the chosen variant's, else the plain ones.
+    """Those of a component's files that hold its weights: the chosen variant's, else the plain
+    ones.
 
     Raises:
         InputFault: when there are none, naming what there is instead.
@@ -38,18 +42,32 @@ def pick(component: str, names: Iterable[str], variant: str | None) -> list[str]
         if files and not whole:
             count = int(WEIGHTS.fullmatch(files[0])[2])  # type: ignore[index]
             if len(files) != count:
-                raise InputFault(f"{component}: {len(files)} of {count} weight files are there. Fetch or copy the model again.")
+                raise InputFault(
+                    f"{component}: {len(files)} of {count} weight files are there. Fetch or copy "
+                    "the model again."
+                )
         if files:
             return whole[:1] or files
     variants = sorted(v for v in found if v is not None)
     if variants:
-        raise InputFault(f"{component}: there are no plain weights, only variants: {', '.join(variants)}. Pass model.variant={variants[0]}.")
+        raise InputFault(
+            f"{component}: there are no plain weights, only variants: {', '.join(variants)}. Pass "
+            f"model.variant={variants[0]}."
+        )
     if pickles := [n for n in names if n.endswith(PICKLES)]:
         how = "load it with diffusers, .save_pretrained('a-folder') it, and give that folder"
-        raise InputFault(f"{component}: its weights are in {pickles[0]}. Pickles are not read: they can run code. Convert to safetensors once: {how}.")
+        raise InputFault(
+            f"{component}: its weights are in {pickles[0]}. Pickles are not read: they can run "
+            f"code. Convert to safetensors once: {how}."
+        )
     if ggufs := [n for n in names if n.endswith(".gguf")]:
-        raise InputFault(f"{component}: its weights are in {ggufs[0]}: quantized weights cannot be trained. Choose a base with safetensors weights.")
-    raise InputFault(f"{component}: no safetensors weights are there. Is the model's folder complete?")
+        raise InputFault(
+            f"{component}: its weights are in {ggufs[0]}: quantized weights cannot be trained. "
+            "Choose a base with safetensors weights."
+        )
+    raise InputFault(
+        f"{component}: no safetensors weights are there. Is the model's folder complete?"
+    )
 
 
 def usable(component: str, names: Iterable[str], variant: str | None) -> bool:
@@ -80,9 +98,26 @@ def check_length(path: Path) -> None:
             if len(start) < 8 or length > min(size - 8, 100_000_000):
                 raise ValueError("no header")
             header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            end = max(
+                (
+                    entry["data_offsets"][1]
+                    for name, entry in header.items()
+                    if name != "__metadata__"
+                ),
+                default=0,
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            pointer = " It is a Git LFS pointer: run git lfs pull." if start.startswith(b"version ") else ""
-            raise InputFault(f"{path}: not a whole safetensors file ({size} bytes).{pointer} Fetch or copy the model again.") from error
+            pointer = (
+                " It is a Git LFS pointer: run git lfs pull."
+                if start.startswith(b"version ")
+                else ""
+            )
+            raise InputFault(
+                f"{path}: not a whole safetensors file ({size} bytes).{pointer} Fetch or copy the "
+                "model again."
+            ) from error
     if size != 8 + length + end:
-        raise InputFault(f"{path}: {size} bytes, {8 + length + end} are expected: the file is cut short or damaged. Fetch or copy the model again.")
+        raise InputFault(
+            f"{path}: {size} bytes, {8 + length + end} are expected: the file is cut short or "
+            "damaged. Fetch or copy the model again."
+        )

@@ -1,4 +1,5 @@
-"""The diffusers text-to-image scripts: their command lines in, a config out, and no flag ignored in silence."""
+"""The diffusers text-to-image scripts: their command lines in, a config out, and no flag ignored in
+silence."""
 
 import argparse
 import os
@@ -16,13 +17,25 @@ from limner.faults import InputFault, told_once
 
 def parser(script: str) -> argparse.ArgumentParser:
     """What the namesake accepts: same flags, types, defaults and choices."""
-    about = f"Takes the flags of diffusers' {script}.py; each one says which setting of Limner it reaches."
+    about = (
+        f"Takes the flags of diffusers' {script}.py; each one says which setting of Limner "
+        "it reaches."
+    )
     out = argparse.ArgumentParser(prog=f"{script}.py", description=about)
     for name, flag in SCRIPTS[script].flags.items():
-        forms: dict[type, dict[str, Any]] = {bool: {"action": "store_true"}, list: {"type": str, "nargs": "+"}}
+        forms: dict[type, dict[str, Any]] = {
+            bool: {"action": "store_true"},
+            list: {"type": str, "nargs": "+"},
+        }
         written = forms.get(flag.kind, {"type": flag.kind, "choices": flag.choices})
         text = flag.says + (f" [{', '.join(flag.places.split())}]" if flag.places else "")
-        out.add_argument(f"--{name}", default=flag.default, required=flag.required, help=text.replace("%", "%%"), **written)
+        out.add_argument(
+            f"--{name}",
+            default=flag.default,
+            required=flag.required,
+            help=text.replace("%", "%%"),
+            **written,
+        )
     return out
 
 
@@ -59,57 +72,90 @@ def put(raw: dict[str, Any], place: str, value: Any) -> None:
 
 
 def with_flags(script: str, message: str) -> str:
-    """The message with the flags behind each setting that it names: whoever runs a script has never seen the settings."""
+    """The message with the flags behind each setting that it names: whoever runs a script has never
+    seen the settings."""
     behind: dict[str, list[str]] = {}
     for name, flag in SCRIPTS[script].flags.items():
         for place in flag.places.split():
             behind.setdefault(place, []).append(f"--{name}")
     named = "|".join(re.escape(place) for place in behind if "." in place)
-    return re.sub(rf"(?<![\w./-])({named})(?![\w=/-]|\.\w| \(--)", lambda m: f"{m[1]} ({', '.join(behind[m[1]])})", message)
+    return re.sub(
+        rf"(?<![\w./-])({named})(?![\w=/-]|\.\w| \(--)",
+        lambda m: f"{m[1]} ({', '.join(behind[m[1]])})",
+        message,
+    )
 
 
 def refusals(a: Namespace) -> list[str]:
     """What was asked for and cannot be done, each with the reason."""
     predict = vars(a).get("prediction_type")
-    secret_seen = vars(a).get("hub_token") is not None and a.report_to in ("wandb", "comet_ml", "all")
+    secret_seen = vars(a).get("hub_token") is not None and a.report_to in (
+        "wandb",
+        "comet_ml",
+        "all",
+    )
     known = (*TRACKERS, "all", "none")
     cases = [
         (
             a.dataset_name is None and a.train_data_dir is None,
-            "there is nothing to train on: give --dataset_name (Hub or local data set) or --train_data_dir (folder)",
+            "there is nothing to train on: give --dataset_name (Hub or local data set) or "
+            "--train_data_dir (folder)",
         ),
-        (a.report_to not in known, f"--report_to: {a.report_to!r} was given, one of {', '.join(known)} is expected"),
+        (
+            a.report_to not in known,
+            f"--report_to: {a.report_to!r} was given, one of {', '.join(known)} is expected",
+        ),
         (
             secret_seen,
-            f"--hub_token with --report_to={a.report_to}: trackers store the command line, token included. Run `hf auth login` or set HF_TOKEN instead.",
+            f"--hub_token with --report_to={a.report_to}: trackers store the command line, token "
+            "included. Run `hf auth login` or set HF_TOKEN instead.",
         ),
         (
             predict not in (None, "epsilon", "v_prediction"),
-            f"--prediction_type: {predict!r} was given, epsilon or v_prediction is expected; leave it out to keep what the base's scheduler says",
+            f"--prediction_type: {predict!r} was given, epsilon or v_prediction is expected; "
+            "leave it out to keep what the base's scheduler says",
         ),
         (
             a.lr_scheduler == "piecewise_constant",
             "--lr_scheduler: piecewise_constant needs step rules, and no flag gives them. "
-            "Use constant, constant_with_warmup, linear, cosine, cosine_with_restarts or polynomial.",
+            "Use constant, constant_with_warmup, linear, cosine, cosine_with_restarts or "
+            "polynomial.",
         ),
     ]
     return [reason for wrong, reason in cases if wrong]
 
 
 def remarks(script: str, a: Namespace) -> list[str]:
-    """One line for each flag that was given and changes nothing, and for each default that gives way."""
+    """One line for each flag that was given and changes nothing, and for each default that gives
+    way."""
     out = []
     for name, flag in SCRIPTS[script].flags.items():
         if getattr(a, name) != flag.default and not flag.places:
             out.append(f"--{name}: {flag.says}")
-        elif getattr(a, name) != flag.default and flag.needs and getattr(a, flag.needs) in (None, False, "none"):
+        elif (
+            getattr(a, name) != flag.default
+            and flag.needs
+            and getattr(a, flag.needs) in (None, False, "none")
+        ):
             out.append(f"--{name} does nothing without --{flag.needs}")
-    if a.max_train_steps is not None and a.num_train_epochs != SCRIPTS[script].flags["num_train_epochs"].default:
+    if (
+        a.max_train_steps is not None
+        and a.num_train_epochs != SCRIPTS[script].flags["num_train_epochs"].default
+    ):
         out.append("--num_train_epochs gives way to --max_train_steps")
-    if a.lr_scheduler == "constant" and vars(a).get("lr_warmup_steps", 0) not in (0, COMMON["lr_warmup_steps"].default):
-        out.append("--lr_warmup_steps does nothing with --lr_scheduler=constant; constant_with_warmup has a warm-up")
+    if a.lr_scheduler == "constant" and vars(a).get("lr_warmup_steps", 0) not in (
+        0,
+        COMMON["lr_warmup_steps"].default,
+    ):
+        out.append(
+            "--lr_warmup_steps does nothing with --lr_scheduler=constant; constant_with_warmup "
+            "has a warm-up"
+        )
     if a.report_to == "tensorboard" and not trackers(a):
-        out.append("--report_to=tensorboard: TensorBoard is not installed (pip install tensorboard); metrics go to metrics.jsonl only")
+        out.append(
+            "--report_to=tensorboard: TensorBoard is not installed (pip install tensorboard); "
+            "metrics go to metrics.jsonl only"
+        )
     return out
 
 
@@ -155,9 +201,23 @@ def flag_table() -> str:
         first = next(iter(flags.values()))
         shown: dict[str, list[str]] = {}
         for script, f in flags.items():
-            text = "required" if f.required else "off" if f.default is False else "" if f.default is None else f"`{f.default}`"
+            text = (
+                "required"
+                if f.required
+                else "off"
+                if f.default is False
+                else ""
+                if f.default is None
+                else f"`{f.default}`"
+            )
             shown.setdefault(text, []).append(script)
-        default = next(iter(shown)) if len(shown) == 1 else ", ".join(f"{text or 'none'} ({named(scripts)})" for text, scripts in shown.items())
+        default = (
+            next(iter(shown))
+            if len(shown) == 1
+            else ", ".join(
+                f"{text or 'none'} ({named(scripts)})" for text, scripts in shown.items()
+            )
+        )
         choices = ": " + ", ".join(first.choices) if first.choices else ""
         only = "" if len(flags) == len(SCRIPTS) else f" (only in {named(list(flags))})"
         places = ", ".join(f"`{place}`" for place in first.places.split()) or "none"
@@ -167,7 +227,9 @@ def flag_table() -> str:
 
 def named(scripts: list[str]) -> str:
     """Scripts by what follows ``train_text_to_image``."""
-    return ", ".join(f"`{script.removeprefix('train_text_to_image') or '...image'}`" for script in scripts)
+    return ", ".join(
+        f"`{script.removeprefix('train_text_to_image') or '...image'}`" for script in scripts
+    )
 
 
 BEGIN, END = "<!-- flags: begin -->", "<!-- flags: end -->"

@@ -1,8 +1,10 @@
-"""The pipelines that diffusers had for Flax, by their names and calls: scripts that used them run with only their imports changed.
+"""The pipelines that diffusers had for Flax, by their names and calls: scripts that used them run
+with only their imports changed.
 
     from limner.compat.flax import FlaxStableDiffusionPipeline, replicate, shard
 
-One compiled program makes the pictures of all devices: prompts are divided over them, weights are on each.
+One compiled program makes the pictures of all devices: prompts are divided over them, weights are
+on each.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,8 @@ from limner.sampler import table
 
 @dataclass(frozen=True)
 class Output:
-    """``images``: float32 [n, height, width, 3] in [0, 1], with another first axis of devices where the prompts had one."""
+    """``images``: float32 [n, height, width, 3] in [0, 1], with another first axis of devices where
+    the prompts had one."""
 
     images: Any
 
@@ -47,7 +50,9 @@ def shard(array: Any) -> np.ndarray:
 
     rows, count = np.asarray(array), jax.device_count()
     if len(rows) % count:
-        raise InputFault(f"{len(rows)} rows cannot be divided among {count} devices; give a multiple of {count}")
+        raise InputFault(
+            f"{len(rows)} rows cannot be divided among {count} devices; give a multiple of {count}"
+        )
     return rows.reshape(count, -1, *rows.shape[1:])
 
 
@@ -68,15 +73,29 @@ class FlaxStableDiffusionPipeline:
         from limner.engines.jax.parts import JaxParts
         from limner.families import FAMILIES
 
-        self.base, self.dtype, self.record, self.parts = base, dtype, FAMILIES[self.family], JaxParts(base)
+        self.base, self.dtype, self.record, self.parts = (
+            base,
+            dtype,
+            FAMILIES[self.family],
+            JaxParts(base),
+        )
         self.compiled: dict[Any, Any] = {}
 
     @classmethod
     def from_pretrained(
-        cls, model: str, dtype: Any = np.float32, *, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None,
-        from_pt: bool = False, safety_checker: Any = None, feature_extractor: Any = None,
-    ) -> tuple["FlaxStableDiffusionPipeline", dict[str, Any]]:  # fmt: skip
-        """The pipeline and its weights, from a folder or a Hub repository; ``from_pt`` has nothing to do: weights are read as they are.
+        cls,
+        model: str,
+        dtype: Any = np.float32,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        cache_dir: str | None = None,
+        from_pt: bool = False,
+        safety_checker: Any = None,
+        feature_extractor: Any = None,
+    ) -> tuple["FlaxStableDiffusionPipeline", dict[str, Any]]:
+        """The pipeline and its weights, from a folder or a Hub repository; ``from_pt`` has nothing
+        to do: weights are read as they are.
 
         Args:
             dtype: what the UNet and the text encoders compute in.
@@ -87,29 +106,53 @@ class FlaxStableDiffusionPipeline:
         from limner.engines.jax import weights
         from limner.families import FAMILIES
 
-        base = open_base(Model(model, cls.family, revision=revision, variant=variant, cache_dir=cache_dir), FAMILIES[cls.family])
+        base = open_base(
+            Model(model, cls.family, revision=revision, variant=variant, cache_dir=cache_dir),
+            FAMILIES[cls.family],
+        )
         pipeline = cls(base, np.dtype(dtype))
-        names = [name for name in pipeline.record.components if name != "scheduler" and name not in pipeline.record.tokenizers]
+        names = [
+            name
+            for name in pipeline.record.components
+            if name != "scheduler" and name not in pipeline.record.tokenizers
+        ]
         kinds = {name: np.float32 if name == "vae" else pipeline.dtype for name in names}
-        return pipeline, {name: {key: a.astype(kinds[name]) for key, a in weights.read(base, name).items()} for name in names}
+        return pipeline, {
+            name: {key: a.astype(kinds[name]) for key, a in weights.read(base, name).items()}
+            for name in names
+        }
 
     def prepare_inputs(self, prompt: str | Sequence[str]) -> np.ndarray:
         """Token ids, int32: [n, length], or with several tokenizers [n, tokenizers, length]."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        ids = [self.parts.tokens(name, prompts, 1)[:, 0].astype(np.int32) for name in self.record.tokenizers]
+        ids = [
+            self.parts.tokens(name, prompts, 1)[:, 0].astype(np.int32)
+            for name in self.record.tokenizers
+        ]
         return ids[0] if len(ids) == 1 else np.stack(ids, axis=1)
 
     def __call__(
-        self, prompt_ids: Any, params: dict[str, Any], prng_seed: Any, num_inference_steps: int = 50, height: int | None = None, width: int | None = None,
-        guidance_scale: float = 7.5, latents: Any = None, neg_prompt_ids: Any = None, return_dict: bool = True, jit: bool = False,
-    ) -> Any:  # fmt: skip
+        self,
+        prompt_ids: Any,
+        params: dict[str, Any],
+        prng_seed: Any,
+        num_inference_steps: int = 50,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float = 7.5,
+        latents: Any = None,
+        neg_prompt_ids: Any = None,
+        return_dict: bool = True,
+        jit: bool = False,
+    ) -> Any:
         """Pictures of prompts.
 
         Args:
             prompt_ids: of ``prepare_inputs``, or with ``jit`` of ``shard``.
             params: the weights, with ``jit`` those of ``replicate``.
             prng_seed: a key of ``jax.random``; with ``jit`` one for each device.
-            latents: the starting noise in place of the key's, standard normal, first axes as those of ``prompt_ids``.
+            latents: the starting noise in place of the key's, standard normal, first axes as those
+                of ``prompt_ids``.
             jit: whether prompts are divided over all devices.
         """
         import jax
@@ -120,30 +163,65 @@ class FlaxStableDiffusionPipeline:
 
         lead = np.asarray(prompt_ids).shape[: 2 if jit else 1]
         rows = int(np.prod(lead))
-        shape = (self.base.configs["unet"].get("in_channels", 4), latent_side(self.base, height), latent_side(self.base, width))
+        shape = (
+            self.base.configs["unet"].get("in_channels", 4),
+            latent_side(self.base, height),
+            latent_side(self.base, width),
+        )
         found = table(self.base.configs["scheduler"], num_inference_steps)
         noise: Any
         if latents is None:
             keys = prng_seed if jit else prng_seed[None]
-            noise = jax.vmap(lambda key: jax.random.normal(key, (rows // len(keys), *shape)))(keys).reshape(rows, *shape)
+            noise = jax.vmap(lambda key: jax.random.normal(key, (rows // len(keys), *shape)))(
+                keys
+            ).reshape(rows, *shape)
         else:
             noise = np.asarray(latents, np.float32).reshape(rows, *shape)
         ids = np.asarray(prompt_ids).reshape(rows, *np.asarray(prompt_ids).shape[len(lead) :])
-        against = self.prepare_inputs([""] * rows) if neg_prompt_ids is None else np.asarray(neg_prompt_ids).reshape(ids.shape)
+        against = (
+            self.prepare_inputs([""] * rows)
+            if neg_prompt_ids is None
+            else np.asarray(neg_prompt_ids).reshape(ids.shape)
+        )
         if jit:
-            noise, ids, against = jax.device_put((noise, ids, against), NamedSharding(mesh(), PartitionSpec("data")))
+            noise, ids, against = jax.device_put(
+                (noise, ids, against), NamedSharding(mesh(), PartitionSpec("data"))
+            )
         how = {"guided": guidance_scale > 1, "silent": neg_prompt_ids is None}
         key = (num_inference_steps, noise.shape, jit, *how.values())
         if key not in self.compiled:
-            self.compiled[key] = jax.jit(partial(self.drawn, **how, kernel=fused(mesh().devices.flat[0], mesh()) if jit else None))
+            self.compiled[key] = jax.jit(
+                partial(
+                    self.drawn, **how, kernel=fused(mesh().devices.flat[0], mesh()) if jit else None
+                )
+            )
         with jax.default_matmul_precision("highest" if self.dtype == np.float32 else None):
-            images = self.compiled[key](params, ids, against, noise, found.timesteps, found.weights, np.float32(guidance_scale))
+            images = self.compiled[key](
+                params,
+                ids,
+                against,
+                noise,
+                found.timesteps,
+                found.weights,
+                np.float32(guidance_scale),
+            )
         images = images.reshape(*lead, *images.shape[1:])
         return Output(images) if return_dict else (images,)
 
     def drawn(
-        self, params: Any, ids: Any, against: Any, noise: Any, timesteps: Any, weights: Any, guidance: Any, *, guided: bool, silent: bool, kernel: Any
-    ) -> Any:  # fmt: skip
+        self,
+        params: Any,
+        ids: Any,
+        against: Any,
+        noise: Any,
+        timesteps: Any,
+        weights: Any,
+        guidance: Any,
+        *,
+        guided: bool,
+        silent: bool,
+        kernel: Any,
+    ) -> Any:
         """All of it as one pure function: pictures [n, height, width, 3] in [0, 1]."""
         import jax.numpy as jnp
 
@@ -156,15 +234,28 @@ class FlaxStableDiffusionPipeline:
             other = self.told(params, against)
             if silent and self.record.empty_is_zeros(self.base.configs):
                 other = {name: jnp.zeros_like(array) for name, array in other.items()}
-            features = {name: jnp.concatenate([other[name], array]) for name, array in features.items()}
+            features = {
+                name: jnp.concatenate([other[name], array]) for name, array in features.items()
+            }
         factor = 2 ** (len(self.base.configs["vae"]["block_out_channels"]) - 1)
         high, wide = (side * factor for side in noise.shape[2:])
         count = len(noise) * (1 + guided)
-        features |= {"cut": jnp.tile(jnp.array([high, wide, 0, 0, high, wide], jnp.float32), (count, 1))}
-        how = {"config": self.base.configs["unet"], "scale": 1.0, "family": self.record, "kind": self.dtype, "guided": guided, "kernel": kernel}
+        features |= {
+            "cut": jnp.tile(jnp.array([high, wide, 0, 0, high, wide], jnp.float32), (count, 1))
+        }
+        how = {
+            "config": self.base.configs["unet"],
+            "scale": 1.0,
+            "family": self.record,
+            "kind": self.dtype,
+            "guided": guided,
+            "kernel": kernel,
+        }
         clean = sampled(params["unet"], timesteps, weights, noise, features, guidance, **how)
         known = self.base.configs["vae"]
-        pixels = vae.decode(Params(params["vae"]), known, clean / known.get("scaling_factor", 0.18215))
+        pixels = vae.decode(
+            Params(params["vae"]), known, clean / known.get("scaling_factor", 0.18215)
+        )
         return jnp.clip(pixels / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
 
     def told(self, params: Any, ids: Any) -> dict[str, Any]:
@@ -179,18 +270,31 @@ class FlaxStableDiffusionPipeline:
 
         class Encoders:
             def text(self, name: str, ids: Any, skip: int = 0) -> tuple[Any, Any]:
-                return clip.text(Params(params[name]), outer.base.configs[name], ids, skip, projects(outer.base, name), outer.dtype)
+                return clip.text(
+                    Params(params[name]),
+                    outer.base.configs[name],
+                    ids,
+                    skip,
+                    projects(outer.base, name),
+                    outer.dtype,
+                )
 
             def beside(self, arrays: list[Any]) -> Any:
                 return jnp.concatenate(arrays, axis=-1)
 
         several = ids if ids.ndim == 3 else ids[:, None]
-        return self.record.text(Encoders(), {name: several[:, i : i + 1] for i, name in enumerate(self.record.tokenizers)})
+        return self.record.text(
+            Encoders(),
+            {name: several[:, i : i + 1] for i, name in enumerate(self.record.tokenizers)},
+        )
 
     @staticmethod
     def numpy_to_pil(images: Any) -> list[Image.Image]:
         """Pictures [n, height, width, 3] in [0, 1] as PIL has them."""
-        return [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in np.asarray(images, np.float32)]
+        return [
+            Image.fromarray((picture * 255).round().astype(np.uint8))
+            for picture in np.asarray(images, np.float32)
+        ]
 
 
 class FlaxStableDiffusionXLPipeline(FlaxStableDiffusionPipeline):

@@ -1,4 +1,5 @@
-"""Pictures that look alike, by a perceptual hash: near enough in their 64 bits, found without comparing all with all."""
+"""Pictures that look alike, by a perceptual hash: near enough in their 64 bits, found without
+comparing all with all."""
 
 import itertools
 from collections.abc import Sequence
@@ -12,11 +13,16 @@ BLOCK = 4096  # rows that are compared with all others of a band's bucket at onc
 
 
 def look(picture: Image.Image) -> int:
-    """A picture's 64-bit perceptual hash (pHash of ImageHash: signs of the low frequencies of a 32x32 grey picture); ``FLAT`` where there are none."""
+    """A picture's 64-bit perceptual hash (pHash of ImageHash: signs of the low frequencies of a
+    32x32 grey picture); ``FLAT`` where there are none."""
     import imagehash
 
     shrink = max(1, min(picture.size) // 64)
-    grey = (picture.reduce(shrink) if shrink > 1 else picture).convert("L").resize((32, 32), Image.Resampling.LANCZOS)
+    grey = (
+        (picture.reduce(shrink) if shrink > 1 else picture)
+        .convert("L")
+        .resize((32, 32), Image.Resampling.LANCZOS)
+    )
     if float(np.asarray(grey, np.float32).std()) < 2:
         return FLAT
     bits = imagehash.phash(grey).hash.reshape(-1)
@@ -24,9 +30,11 @@ def look(picture: Image.Image) -> int:
 
 
 def groups(hashes: Sequence[int], distance: int = DISTANCE) -> list[list[int]]:
-    """The numbers of pictures that look alike, directly or through others, in order; pictures without detail are in no group.
+    """The numbers of pictures that look alike, directly or through others, in order; pictures
+    without detail are in no group.
 
-    Two hashes that differ in at most d bits are equal in one of d + 1 bands, so only pictures with an equal band are compared.
+    Two hashes that differ in at most d bits are equal in one of d + 1 bands, so only pictures with
+    an equal band are compared.
     """
     values, inverse = np.unique(np.array(hashes, np.uint64), return_inverse=True)
     parent = list(range(len(values)))

@@ -29,7 +29,11 @@ RESAMPLE = {
 }
 Picture = Path | bytes | np.ndarray | Image.Image
 _ORIENTATION = 0x0112
-KERNELS = {"lanczos": "lanczos3", "bicubic": "cubic", "bilinear": "linear"}  # libvips's names of the same filters
+KERNELS = {
+    "lanczos": "lanczos3",
+    "bicubic": "cubic",
+    "bilinear": "linear",
+}  # libvips's names of the same filters
 FARTHEST = 64  # times smaller
 
 
@@ -48,15 +52,18 @@ def colour(name: str) -> tuple[int, int, int]:
     except ValueError:
         rgb = ()  # type: ignore[assignment]
     if len(rgb) != 3:
-        raise InputFault(f"data.background: {name!r} is no opaque colour; give a name such as white or gray, or #rrggbb")
+        raise InputFault(
+            f"data.background: {name!r} is no opaque colour; give a name such as white or gray, "
+            "or #rrggbb"
+        )
     return rgb[0], rgb[1], rgb[2]
 
 
 def decode(image: Picture, *, background: str, max_pixels: int) -> Image.Image:
     """The picture upright, in sRGB, without transparency; of an animation the first frame.
 
-    Embedded ICC profiles of RGB and CMYK pictures are honoured; a profile that cannot be read, or is meant for another kind of picture, is
-    as good as none. Safe in threads.
+    Embedded ICC profiles of RGB and CMYK pictures are honoured; a profile that cannot be read, or
+    is meant for another kind of picture, is as good as none. Safe in threads.
 
     Args:
         image: a file, a file's bytes, uint8 pixels (H,W / H,W,3 / H,W,4), or an image of PIL.
@@ -75,7 +82,10 @@ def decode(image: Picture, *, background: str, max_pixels: int) -> Image.Image:
         if isinstance(image, bytes | bytearray | memoryview):
             return _upright_rgb(_open(io.BytesIO(image)), ground, max_pixels)
         if not isinstance(image, Path):
-            raise Undecodable(f"a picture must be a path, bytes, a uint8 array or a PIL image; this is {type(image).__name__}")
+            raise Undecodable(
+                "a picture must be a path, bytes, a uint8 array or a PIL image; this is "
+                f"{type(image).__name__}"
+            )
         if image.exists() and not image.is_file():
             raise Undecodable("not a regular file")
         with open(image, "rb") as stream:
@@ -94,11 +104,14 @@ def _reasons() -> Iterator[None]:
     except OSError as error:
         raise Undecodable(f"cannot be read: {error.strerror or error}") from error
     except Exception as error:
-        raise Undecodable(f"damaged: {error or type(error).__name__} ({type(error).__name__})") from error
+        raise Undecodable(
+            f"damaged: {error or type(error).__name__} ({type(error).__name__})"
+        ) from error
 
 
 def _open(stream: IO[bytes]) -> Image.Image:
-    """Read the header. ``Image.open`` would warn about, or refuse, sizes by a limit of the whole process; ours is ``max_pixels``."""
+    """Read the header. ``Image.open`` would warn about, or refuse, sizes by a limit of the whole
+    process; ours is ``max_pixels``."""
     prefix = stream.read(16)
     if not prefix:
         raise Undecodable("the file is empty")
@@ -116,12 +129,17 @@ def _open(stream: IO[bytes]) -> Image.Image:
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise Undecodable(f"{width}x{height} pixels are more than data.max_pixels = {max_pixels}: a decompression bomb?")
+        raise Undecodable(
+            f"{width}x{height} pixels are more than data.max_pixels = {max_pixels}: a "
+            "decompression bomb?"
+        )
     if width * height == 0:
         raise Undecodable(f"{width}x{height} pixels: an empty picture")
 
 
-def _upright_rgb(picture: Image.Image, ground: tuple[int, int, int], max_pixels: int) -> Image.Image:
+def _upright_rgb(
+    picture: Image.Image, ground: tuple[int, int, int], max_pixels: int
+) -> Image.Image:
     _check_pixels(*picture.size, max_pixels)
     picture.load()
     if picture.getexif().get(_ORIENTATION, 1) != 1:
@@ -130,8 +148,13 @@ def _upright_rgb(picture: Image.Image, ground: tuple[int, int, int], max_pixels:
 
 
 def _of_array(array: np.ndarray, max_pixels: int) -> Image.Image:
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise Undecodable(f"an array must be uint8 of shape (H, W), (H, W, 3) or (H, W, 4); this is {array.dtype} of shape {array.shape}")
+    if array.dtype != np.uint8 or not (
+        array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    ):
+        raise Undecodable(
+            "an array must be uint8 of shape (H, W), (H, W, 3) or (H, W, 4); this is "
+            f"{array.dtype} of shape {array.shape}"
+        )
     _check_pixels(array.shape[1], array.shape[0], max_pixels)
     return Image.fromarray(np.ascontiguousarray(array))
 
@@ -142,18 +165,29 @@ def _rgb(picture: Image.Image, ground: tuple[int, int, int]) -> Image.Image:
     if not picture.has_transparency_data:
         return _srgb(picture.convert("RGB") if picture.mode in ("P", "PA") else picture)
     if picture.mode == "RGB" and max(picture.info["transparency"]) > 255:
-        picture.info["transparency"] = tuple(v >> 8 for v in picture.info["transparency"])  # a 16-bit PNG: PIL reduces its pixels, not its key
-    picture = picture.convert("LA").convert("RGBA") if picture.mode == "La" else picture.convert("RGBA")
-    return Image.composite(_srgb(picture.convert("RGB")), Image.new("RGB", picture.size, ground), picture.getchannel("A"))
+        picture.info["transparency"] = tuple(
+            v >> 8 for v in picture.info["transparency"]
+        )  # a 16-bit PNG: PIL reduces its pixels, not its key
+    picture = (
+        picture.convert("LA").convert("RGBA") if picture.mode == "La" else picture.convert("RGBA")
+    )
+    return Image.composite(
+        _srgb(picture.convert("RGB")),
+        Image.new("RGB", picture.size, ground),
+        picture.getchannel("A"),
+    )
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Greyscale of 16 bits, of 32-bit integers that hold 16, and of floats within 0 to 1, or else 0 to 255, as 8 bits."""
+    """Greyscale of 16 bits, of 32-bit integers that hold 16, and of floats within 0 to 1, or else 0
+    to 255, as 8 bits."""
     values = np.asarray(picture)
     low, high = float(values.min()), float(values.max())
     if picture.mode == "F":
         if not (math.isfinite(low + high) and low >= 0 and high <= 255):
-            raise Undecodable(f"float grey values {low:g} to {high:g}; 0 to 1 or 0 to 255 is expected")
+            raise Undecodable(
+                f"float grey values {low:g} to {high:g}; 0 to 1 or 0 to 255 is expected"
+            )
         grey = np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8)
     else:
         if low < 0 or high > 65535:
@@ -173,14 +207,20 @@ def _srgb(picture: Image.Image) -> Image.Image:
 
 
 def _through(picture: Image.Image, icc: bytes) -> Image.Image:
-    converted = ImageCms.profileToProfile(picture, ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    converted = ImageCms.profileToProfile(
+        picture,
+        ImageCms.ImageCmsProfile(io.BytesIO(icc)),
+        ImageCms.createProfile("sRGB"),
+        outputMode="RGB",
+    )
     assert converted is not None
     return converted
 
 
 @functools.lru_cache(maxsize=64)
 def _needs_conversion(icc: bytes, mode: str) -> bool:
-    """Whether a profile can be read, is meant for this mode, and is another colour space than sRGB (asked of numbers, not of its name)."""
+    """Whether a profile can be read, is meant for this mode, and is another colour space than sRGB
+    (asked of numbers, not of its name)."""
     try:
         space = ImageCms.ImageCmsProfile(io.BytesIO(icc)).profile.xcolor_space.strip()
         if mode not in ("RGB", "CMYK") or space != mode:
@@ -198,7 +238,8 @@ def _needs_conversion(icc: bytes, mode: str) -> bool:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Resize to height x width, take the crop_height x crop_width part at (top, left), then mirror left and right if ``flip``."""
+    """Resize to height x width, take the crop_height x crop_width part at (top, left), then mirror
+    left and right if ``flip``."""
 
     height: int
     width: int
@@ -215,20 +256,34 @@ class Geometry:
 
     @property
     def corner(self) -> tuple[int, int]:
-        """Top and left of the crop in the resized picture as the network sees it: mirrored, where the crop is mirrored."""
+        """Top and left of the crop in the resized picture as the network sees it: mirrored, where
+        the crop is mirrored."""
         return self.top, self.width - self.left - self.crop_width if self.flip else self.left
 
 
 def resized(original: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the smallest picture of the original's proportions that covers ``shape`` (height, width).
+    """Height and width of the smallest picture of the original's proportions that covers ``shape``
+    (height, width).
 
-    The side that fits has exactly its length; the other is rounded down, as torchvision's ``Resize`` does for a square.
+    The side that fits has exactly its length; the other is rounded down, as torchvision's
+    ``Resize`` does for a square.
     """
     (height, width), (tall, wide) = original, shape
-    return (tall, tall * width // height) if tall * width >= wide * height else (wide * height // width, wide)
+    return (
+        (tall, tall * width // height)
+        if tall * width >= wide * height
+        else (wide * height // width, wide)
+    )
 
 
-def geometry(original: tuple[int, int], shape: tuple[int, int], u_top: float = 0.0, u_left: float = 0.0, flip: bool = False, crop: str = "center") -> Geometry:
+def geometry(
+    original: tuple[int, int],
+    shape: tuple[int, int],
+    u_top: float = 0.0,
+    u_left: float = 0.0,
+    flip: bool = False,
+    crop: str = "center",
+) -> Geometry:
     """How a picture of ``original`` (height, width) becomes one of ``shape`` (height, width).
 
     Args:
@@ -245,21 +300,26 @@ def geometry(original: tuple[int, int], shape: tuple[int, int], u_top: float = 0
 
 
 def whole(original: tuple[int, int], side: int, flip: bool = False) -> Geometry:
-    """How CLIP sees a picture: the shorter side resized to ``side``, and the middle square of that, as its image processor cuts it."""
+    """How CLIP sees a picture: the shorter side resized to ``side``, and the middle square of that,
+    as its image processor cuts it."""
     height, width = resized(original, (side, side))
     return Geometry(height, width, (height - side) // 2, (width - side) // 2, side, side, flip)
 
 
 def distinct_crops(shape: Geometry) -> int:
-    """How many different parts of that size can be cut from the resized picture: 1 when it has the same proportions."""
+    """How many different parts of that size can be cut from the resized picture: 1 when it has the
+    same proportions."""
     return (shape.height - shape.crop_height + 1) * (shape.width - shape.crop_width + 1)
 
 
 View = tuple[Geometry, str]  # how a picture is cut, and by what filter it is resized
 
 
-def load(picture: Picture, views: Sequence[View], *, background: str, max_pixels: int) -> list[np.ndarray]:
-    """Views of a picture that is decoded once: each uint8 [crop_height, crop_width, 3]; equal, to the bit, to ``cut`` of ``decode``.
+def load(
+    picture: Picture, views: Sequence[View], *, background: str, max_pixels: int
+) -> list[np.ndarray]:
+    """Views of a picture that is decoded once: each uint8 [crop_height, crop_width, 3]; equal, to
+    the bit, to ``cut`` of ``decode``.
 
     A plain JPEG (RGB, upright, sRGB) is unpacked straight into an array. Safe in threads.
 
@@ -282,8 +342,9 @@ def load(picture: Picture, views: Sequence[View], *, background: str, max_pixels
 def cut(picture: Image.Image, shape: Geometry, resample: str) -> np.ndarray:
     """The part as uint8 [crop_height, crop_width, 3].
 
-    Made smaller by libvips, which computes the same filters as PIL with vector instructions (docs/log.md has speed and difference), else by PIL. PIL
-    resizes the whole picture, not only what the part needs: it keeps boxes in single precision, so the bits could differ.
+    Made smaller by libvips, which computes the same filters as PIL with vector instructions
+    (docs/log.md has speed and difference), else by PIL. PIL resizes the whole picture, not only
+    what the part needs: it keeps boxes in single precision, so the bits could differ.
     """
     return _part(np.asarray(picture), shape, resample)
 
@@ -292,12 +353,21 @@ def _part(pixels: np.ndarray, shape: Geometry, resample: str) -> np.ndarray:
     tall, wide = pixels.shape[:2]
     factors = tall / shape.height, wide / shape.width
     if resample in KERNELS and min(factors) >= 1 and 1 < max(factors) <= FARTHEST:
-        whole, kernel = _vips().Image.new_from_memory(pixels.data, wide, tall, 3, "uchar"), KERNELS[resample]
+        whole, kernel = (
+            _vips().Image.new_from_memory(pixels.data, wide, tall, 3, "uchar"),
+            KERNELS[resample],
+        )
         small = whole.reducev(factors[0], kernel=kernel).reduceh(factors[1], kernel=kernel)
-        array = np.frombuffer(small.crop(shape.left, shape.top, *shape.shape[::-1]).write_to_memory(), np.uint8).reshape(*shape.shape, 3)
+        array = np.frombuffer(
+            small.crop(shape.left, shape.top, *shape.shape[::-1]).write_to_memory(), np.uint8
+        ).reshape(*shape.shape, 3)
     else:
-        resized = np.asarray(Image.fromarray(pixels).resize((shape.width, shape.height), RESAMPLE[resample]))
-        array = resized[shape.top : shape.top + shape.crop_height, shape.left : shape.left + shape.crop_width]
+        resized = np.asarray(
+            Image.fromarray(pixels).resize((shape.width, shape.height), RESAMPLE[resample])
+        )
+        array = resized[
+            shape.top : shape.top + shape.crop_height, shape.left : shape.left + shape.crop_width
+        ]
     return np.ascontiguousarray(array[:, ::-1] if shape.flip else array)
 
 
@@ -320,7 +390,10 @@ def _vips() -> Any:
 def decoder() -> str:
     """The libraries that the last bits of a picture depend on."""
     vips = _vips()
-    return f"Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}, libvips {'.'.join(str(vips.version(i)) for i in range(3))}"
+    return (
+        f"Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}, libvips "
+        f"{'.'.join(str(vips.version(i)) for i in range(3))}"
+    )
 
 
 def pixels(squares: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Every record is read and decoded once before training: what is wrong with the data is known, by name, before any weight is loaded."""
+"""Every record is read and decoded once before training: what is wrong with the data is known, by
+name, before any weight is loaded."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,8 @@ _DECODER = f"2, Pillow {PIL.__version__}"  # pictures are decoded anew when eith
 
 @dataclass(frozen=True)
 class Entry:
-    """One good record: its number in the source, and all that training needs to know before it reads the picture again."""
+    """One good record: its number in the source, and all that training needs to know before it
+    reads the picture again."""
 
     row: int
     key: str
@@ -54,7 +56,8 @@ class Index:
         return durable.digest_json([[entry.digest, entry.captions] for entry in self.entries])
 
     def limited(self, count: int, seed: int) -> "Index":
-        """A random choice of ``count`` records, in the source's order; all, where there are no more."""
+        """A random choice of ``count`` records, in the source's order; all, where there are no
+        more."""
         if count >= len(self.entries):
             return self
         chosen = np.sort(rng.at(seed, "limit", 0).permutation(len(self.entries))[:count])
@@ -69,14 +72,21 @@ class Index:
     def repeated(self) -> list[Entry]:
         """Records whose picture has the same content as an earlier one's."""
         first: dict[str, int] = {}
-        return [entry for entry in self.entries if first.setdefault(entry.digest, entry.row) != entry.row]
+        return [
+            entry
+            for entry in self.entries
+            if first.setdefault(entry.digest, entry.row) != entry.row
+        ]
 
     @cached_property
     def alike(self) -> list[list[Entry]]:
         """Groups of records whose pictures look alike and are not of the same content."""
         first = {entry.digest: entry for entry in reversed(self.entries)}
         distinct = sorted(first.values(), key=lambda entry: entry.row)
-        return [[distinct[i] for i in group] for group in duplicates.groups([entry.look for entry in distinct])]
+        return [
+            [distinct[i] for i in group]
+            for group in duplicates.groups([entry.look for entry in distinct])
+        ]
 
     def captions(self) -> Iterator[tuple[str, str]]:
         """Every caption with the key of its record."""
@@ -84,12 +94,17 @@ class Index:
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON: how one process tells the others."""
-        return {"entries": [list(vars(entry).values()) for entry in self.entries], "skipped": [list(pair) for pair in self.skipped]}
+        return {
+            "entries": [list(vars(entry).values()) for entry in self.entries],
+            "skipped": [list(pair) for pair in self.skipped],
+        }
 
     @staticmethod
     def of_plain(raw: dict[str, Any]) -> "Index":
         """The inverse of ``to_plain``."""
-        entries = (Entry(row, key, tuple(captions), *rest) for row, key, captions, *rest in raw["entries"])
+        entries = (
+            Entry(row, key, tuple(captions), *rest) for row, key, captions, *rest in raw["entries"]
+        )
         return Index(tuple(entries), tuple((key, reason) for key, reason in raw["skipped"]))
 
 
@@ -97,11 +112,14 @@ def look(source: Source, cfg: config.Data, *, known: Path | None = None, tell: T
     """Read, hash and decode every record.
 
     Args:
-        known: a file that remembers the content of pictures that were decoded before; those are only hashed.
-        tell: receives one line each when records are left out, have an empty caption, or repeat a picture.
+        known: a file that remembers the content of pictures that were decoded before; those are
+            only hashed.
+        tell: receives one line each when records are left out, have an empty caption, or repeat a
+            picture.
 
     Raises:
-        InputFault: naming the records that cannot be used (``data.bad="refuse"``), or when none is left.
+        InputFault: naming the records that cannot be used (``data.bad="refuse"``), or when none is
+            left.
     """
     image.colour(cfg.background)
     if not len(source):
@@ -117,7 +135,16 @@ def look(source: Source, cfg: config.Data, *, known: Path | None = None, tell: T
 
     pool = ThreadPoolExecutor(cfg.threads, thread_name_prefix="limner-look")
     try:
-        results = list(tqdm(pool.map(one, range(len(source))), total=len(source), desc="pictures", unit="", disable=None, leave=False))
+        results = list(
+            tqdm(
+                pool.map(one, range(len(source))),
+                total=len(source),
+                desc="pictures",
+                unit="",
+                disable=None,
+                leave=False,
+            )
+        )
     finally:
         pool.shutdown(cancel_futures=True)
         if known is not None and len(sizes) > before:
@@ -127,7 +154,10 @@ def look(source: Source, cfg: config.Data, *, known: Path | None = None, tell: T
     if skipped and (cfg.bad == "refuse" or not entries):
         raise InputFault(_complaint(skipped, len(results), bool(entries)))
     if skipped:
-        tell(f"{len(skipped)} of {len(results)} records are left out: {_some([f'{key}: {reason}' for key, reason in skipped])}")
+        tell(
+            f"{len(skipped)} of {len(results)} records are left out: "
+            f"{_some([f'{key}: {reason}' for key, reason in skipped])}"
+        )
     index = Index(entries, skipped)
     twins = [entry for group in index.alike for entry in group[1:]]
     attention = (
@@ -137,7 +167,10 @@ def look(source: Source, cfg: config.Data, *, known: Path | None = None, tell: T
     )
     for what, which in attention:
         if which:
-            tell(f"{len(which)} of {len(results)} records {what}: {_some([entry.key for entry in which])}")
+            tell(
+                f"{len(which)} of {len(results)} records {what}: "
+                f"{_some([entry.key for entry in which])}"
+            )
     return index
 
 
@@ -146,30 +179,50 @@ def _some(names: list[str]) -> str:
 
 
 def _complaint(bad: tuple[tuple[str, str], ...], total: int, some_left: bool) -> str:
-    lines = [f"{len(bad)} of {total} records cannot be used:", *(f"  {key}: {reason}" for key, reason in bad[:10])]
+    lines = [
+        f"{len(bad)} of {total} records cannot be used:",
+        *(f"  {key}: {reason}" for key, reason in bad[:10]),
+    ]
     lines += [f"  and {len(bad) - 10} more"] if len(bad) > 10 else []
-    lines += ['Mend or remove them, or set data.bad="skip" to go on without them.' if some_left else "None is left to train on."]
+    lines += [
+        'Mend or remove them, or set data.bad="skip" to go on without them.'
+        if some_left
+        else "None is left to train on."
+    ]
     return "\n".join(lines)
 
 
 def _examine(source: Source, row: int, cfg: config.Data, sizes: Known) -> Entry:
     record = source[row]
     if not isinstance(record, Record):
-        raise InputFault(f"record {row} of the source is {type(record).__name__}; limner.Record(key, image, captions) is expected")
+        raise InputFault(
+            f"record {row} of the source is {type(record).__name__}; limner.Record(key, image, "
+            "captions) is expected"
+        )
     try:
         digest, (height, width, look) = _measure(record.image, cfg, sizes)
         shape = buckets.fit((height, width), cfg)
         tall, wide = image.resized((height, width), shape)
         if tall * wide > cfg.max_pixels:
-            cover = f"data.size = {cfg.size}" if cfg.buckets is None else f"its bucket of {shape[1]}x{shape[0]} is covered"
-            raise image.Undecodable(f"{width}x{height} pixels are too long and thin: {wide}x{tall} once the shorter side is {cover}")
+            cover = (
+                f"data.size = {cfg.size}"
+                if cfg.buckets is None
+                else f"its bucket of {shape[1]}x{shape[0]} is covered"
+            )
+            raise image.Undecodable(
+                f"{width}x{height} pixels are too long and thin: {wide}x{tall} once the shorter "
+                f"side is {cover}"
+            )
     except (image.Undecodable, buckets.TooSmall) as error:
         raise BadRecord(record.key, str(error)) from error
     return Entry(row, record.key, record.captions, digest, height, width, look)
 
 
-def _measure(picture: image.Picture, cfg: config.Data, sizes: Known) -> tuple[str, tuple[int, int, int]]:
-    """Digest, and height, width and look: of a file's bytes, which decode alike each time; of the decoded pixels, where there is no file."""
+def _measure(
+    picture: image.Picture, cfg: config.Data, sizes: Known
+) -> tuple[str, tuple[int, int, int]]:
+    """Digest, and height, width and look: of a file's bytes, which decode alike each time; of the
+    decoded pixels, where there is no file."""
     if isinstance(picture, Path | bytes):
         digest = _digest(picture)
         known = sizes.get(digest)
@@ -194,12 +247,16 @@ def _digest(picture: Path | bytes) -> str:
 
 
 def _recall(known: Path | None) -> Known:
-    """Sizes and looks by digest; a file that is missing, damaged or of another decoder is as good as empty."""
+    """Sizes and looks by digest; a file that is missing, damaged or of another decoder is as good
+    as empty."""
     try:
         raw = json.loads(known.read_text(encoding="utf-8")) if known is not None else {}
         if raw["digest"] != durable.digest_json([_DECODER, raw["pictures"]]):
             return {}
-        return {digest: (height, width, look) for digest, (height, width, look) in raw["pictures"].items()}
+        return {
+            digest: (height, width, look)
+            for digest, (height, width, look) in raw["pictures"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -207,13 +264,19 @@ def _recall(known: Path | None) -> Known:
 def _remember(known: Path, sizes: Known, tell: Tell) -> None:
     pictures = _recall(known) | sizes
     try:
-        durable.write_text(known, json.dumps({"digest": durable.digest_json([_DECODER, pictures]), "pictures": pictures}))
+        durable.write_text(
+            known,
+            json.dumps({"digest": durable.digest_json([_DECODER, pictures]), "pictures": pictures}),
+        )
     except (DiskFault, OSError) as error:
-        tell(f"{known}: cannot be written, so the pictures will be decoded again next time ({error})")
+        tell(
+            f"{known}: cannot be written, so the pictures will be decoded again next time ({error})"
+        )
 
 
 def write_skipped(run: Path, skipped: Iterable[tuple[str, str]]) -> None:
-    """``skipped.jsonl`` in the run's folder: path and reason of each record that was left out; no file, where there is none."""
+    """``skipped.jsonl`` in the run's folder: path and reason of each record that was left out; no
+    file, where there is none."""
     lines = [json.dumps({"path": key, "reason": reason}) + "\n" for key, reason in skipped]
     if lines:
         durable.write_text(run / SKIPPED, "".join(lines))
@@ -230,8 +293,13 @@ class Overlong:
     tokens: int
 
 
-def caption_report(captions: Iterable[tuple[str, str]], tokenizer_lengths: Callable[[list[str]], list[int]], max_tokens: int) -> list[Overlong]:
-    """The captions of more than ``max_tokens`` tokens; each distinct text is counted once by the tokenizer.
+def caption_report(
+    captions: Iterable[tuple[str, str]],
+    tokenizer_lengths: Callable[[list[str]], list[int]],
+    max_tokens: int,
+) -> list[Overlong]:
+    """The captions of more than ``max_tokens`` tokens; each distinct text is counted once by the
+    tokenizer.
 
     Args:
         captions: (key of the record, caption), as ``Index.captions`` gives them.

@@ -1,4 +1,5 @@
-"""The data sets of a recipe as one source: one after the other, each record under a name that says where it is from."""
+"""The data sets of a recipe as one source: one after the other, each record under a name that says
+where it is from."""
 
 import bisect
 from dataclasses import fields, replace
@@ -43,17 +44,23 @@ def open_source(cfg: config.Data, tell: Tell) -> Source:
     """The folder, the Hub data set or the several data sets that the settings name.
 
     Raises:
-        InputFault: for what is wrong with a source as a whole, or a data set that is named twice; single records fault when they are read.
+        InputFault: for what is wrong with a source as a whole, or a data set that is named twice;
+            single records fault when they are read.
         HubFault: when a data set cannot be downloaded.
     """
     if not cfg.sets:
         return Folder(cfg, tell) if cfg.folder is not None else Hub(cfg)
     names = [place(one) for one in cfg.sets]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputFault(f"data.sets: {twice[0]} is named twice. Name it once, with repeats, or with a weight beside the others'.")
+        raise InputFault(
+            f"data.sets: {twice[0]} is named twice. Name it once, with repeats, or with a weight "
+            "beside the others'."
+        )
     sources = []
     for number, one in enumerate(cfg.sets):
-        given = {f.name: getattr(one, f.name) for f in fields(one) if f.name not in ("repeats", "weight")}
+        given = {
+            f.name: getattr(one, f.name) for f in fields(one) if f.name not in ("repeats", "weight")
+        }
         if cfg.caption is None:
             given["caption"] = None
         try:
@@ -67,7 +74,17 @@ def place(one: config.Set) -> str:
     """What tells a data set from others: where it is, its configuration, files and split."""
     if one.folder is not None:
         return f"{Path(one.folder).resolve()}{f' ({one.split})' if one.split != 'train' else ''}"
-    return " ".join(part for part in (one.hub, one.hub_config, one.hub_revision, one.hub_files, one.split if one.split != "train" else None) if part)
+    return " ".join(
+        part
+        for part in (
+            one.hub,
+            one.hub_config,
+            one.hub_revision,
+            one.hub_files,
+            one.split if one.split != "train" else None,
+        )
+        if part
+    )
 
 
 def short(name: str) -> str:

@@ -1,4 +1,5 @@
-"""The stream of training examples: example number p is a pure function of (seed, p), whoever asks, in whatever order, on however many processes."""
+"""The stream of training examples: example number p is a pure function of (seed, p), whoever asks,
+in whatever order, on however many processes."""
 
 import functools
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from limner.objective import Objective
 
 @dataclass(frozen=True)
 class Draw:
-    """All chance about one example, decided before a byte is read; ``position`` is also the address of its noise."""
+    """All chance about one example, decided before a byte is read; ``position`` is also the address
+    of its noise."""
 
     position: int
     entry: Entry
@@ -35,7 +37,8 @@ class Draw:
 
 @dataclass(frozen=True)
 class Stream:
-    """Batches by step number. The global batch is the unit; a process takes its contiguous share of it."""
+    """Batches by step number. The global batch is the unit; a process takes its contiguous share of
+    it."""
 
     entries: tuple[Entry, ...]
     order: Order
@@ -48,7 +51,9 @@ class Stream:
     encoded: Encoded
     seed: int
     batch_size: int  # global
-    text_encoders: bool = False  # whether they learn: batches then have token ids in place of text features
+    text_encoders: bool = (
+        False  # whether they learn: batches then have token ids in place of text features
+    )
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The rows of process ``rank`` in the batch of optimizer step ``step`` (from 0)."""
@@ -62,38 +67,68 @@ class Stream:
         return [draw.entry.key for draw in draws if draw.counts]
 
     def draw(self, position: int) -> Draw:
-        """The ticket at ``position``. Each decision has its own address, so that adding one never moves another."""
+        """The ticket at ``position``. Each decision has its own address, so that adding one never
+        moves another."""
         number = self.order.entry(position)
         counts = number != EMPTY
-        entry = self.entries[number if counts else self.order.entry(position - position % self.batch_size)]
+        entry = self.entries[
+            number if counts else self.order.entry(position - position % self.batch_size)
+        ]
         chance = functools.partial(rng.uniform, self.seed)
         flip = self.data.flip and chance("flip", position) < 0.5
         crop = None if self.data.crops is None else int(chance("crops", position) * self.data.crops)
         caption = entry.captions[int(chance("caption", position) * len(entry.captions))]
         dropped = bool(self.data.drop_caption) and chance("drop", position) < self.data.drop_caption
         cut = self.geometry(entry, position, crop, flip)
-        return Draw(position, entry, cut, "" if dropped else caption, dropped, counts, chance("timestep", position))
+        return Draw(
+            position,
+            entry,
+            cut,
+            "" if dropped else caption,
+            dropped,
+            counts,
+            chance("timestep", position),
+        )
 
     def geometry(self, entry: Entry, position: int, crop: int | None, flip: bool) -> image.Geometry:
-        """Where the picture is cut: at the centre, at one of ``data.crops`` fixed places, or at a new one for every position."""
+        """Where the picture is cut: at the centre, at one of ``data.crops`` fixed places, or at a
+        new one for every position."""
         if "cut" not in self.family.views:
             return self.whole(entry, flip)
-        top, left = rng.at(self.seed, "crop", position if crop is None else entry.row, 0 if crop is None else crop + 1).random(2)
-        return image.geometry(entry.size, buckets.fit(entry.size, self.data), top, left, flip, self.data.crop)
+        top, left = rng.at(
+            self.seed,
+            "crop",
+            position if crop is None else entry.row,
+            0 if crop is None else crop + 1,
+        ).random(2)
+        return image.geometry(
+            entry.size, buckets.fit(entry.size, self.data), top, left, flip, self.data.crop
+        )
 
     def variants(self, entry: Entry) -> list[image.Geometry] | None:
         """All the ways in which a picture is cut, or None where there is no end of them."""
         probe = self.geometry(entry, 0, None, False)
-        if "cut" not in self.family.views or self.data.crop == "center" or image.distinct_crops(probe) == 1:
+        if (
+            "cut" not in self.family.views
+            or self.data.crop == "center"
+            or image.distinct_crops(probe) == 1
+        ):
             crops: list[image.Geometry] = [probe]
         elif self.data.crops is not None:
             crops = [self.geometry(entry, 0, k, False) for k in range(self.data.crops)]
         else:
             return None
-        return list(dict.fromkeys(replace(g, flip=flip) for g in crops for flip in ((False, True) if self.data.flip else (False,))))
+        return list(
+            dict.fromkeys(
+                replace(g, flip=flip)
+                for g in crops
+                for flip in ((False, True) if self.data.flip else (False,))
+            )
+        )
 
     def watched(self, entry: Entry) -> image.Geometry:
-        """Where a held-out picture is cut: the same centre, however the run crops and flips what it learns."""
+        """Where a held-out picture is cut: the same centre, however the run crops and flips what it
+        learns."""
         if "cut" not in self.family.views:
             return self.whole(entry, False)
         return image.geometry(entry.size, buckets.fit(entry.size, self.data))
@@ -103,48 +138,83 @@ class Stream:
         return image.whole(entry.size, self.family.eye(self.configs), flip)
 
     def picture(self, entry: Entry, geometry: image.Geometry, cached: bool = True) -> Picture:
-        """The request for one picture's views, of which ``geometry`` is the first: a key that says all they depend on, and what loads them."""
+        """The request for one picture's views, of which ``geometry`` is the first: a key that says
+        all they depend on, and what loads them."""
         resample = {"cut": self.data.resample, "whole": "bicubic"}
-        views = [(geometry if i == 0 else self.whole(entry, geometry.flip), resample[view]) for i, view in enumerate(self.family.views)]
+        views = [
+            (geometry if i == 0 else self.whole(entry, geometry.flip), resample[view])
+            for i, view in enumerate(self.family.views)
+        ]
 
         def load() -> list[np.ndarray]:
             try:
                 found = self.source[entry.row].image
                 found = found.read_bytes() if isinstance(found, Path) else found
                 if isinstance(found, bytes) and xxhash.xxh3_128(found).hexdigest() != entry.digest:
-                    raise BadRecord(entry.key, "the picture is another than when the run began")  # its features would be cached as the old one's
-                return image.load(found, views, background=self.data.background, max_pixels=self.data.max_pixels)
+                    raise BadRecord(
+                        entry.key, "the picture is another than when the run began"
+                    )  # its features would be cached as the old one's
+                return image.load(
+                    found, views, background=self.data.background, max_pixels=self.data.max_pixels
+                )
             except (image.Undecodable, BadRecord, OSError) as error:
                 reason = getattr(error, "reason", error)
-                raise InputFault(f"{entry.key}: {reason}. It was good when the run began; put it back and run the same command again.") from error
+                raise InputFault(
+                    f"{entry.key}: {reason}. It was good when the run began; put it back and run "
+                    "the same command again."
+                ) from error
 
         seen = " ".join(f"{shape} {filtered}" for shape, filtered in views)
         key = f"{entry.digest} {seen} {self.data.background}"
         return Picture(key if cached else None, geometry.shape, load)
 
     def assemble(self, draws: list[Draw], kind: str) -> Batch:
-        """Features, clean latents, noise and the objective's numbers for some draws; ``kind`` sets its noise apart from training's."""
-        pictures = self.encoded.images([self.picture(d.entry, d.geometry, bool(kind) or self.variants(d.entry) is not None) for d in draws])
+        """Features, clean latents, noise and the objective's numbers for some draws; ``kind`` sets
+        its noise apart from training's."""
+        pictures = self.encoded.images(
+            [
+                self.picture(d.entry, d.geometry, bool(kind) or self.variants(d.entry) is not None)
+                for d in draws
+            ]
+        )
         shape = pictures[self.family.latent[0]].shape[1:]
 
         def normal(purpose: str, shape: tuple[int, ...] = shape) -> np.ndarray:
-            return np.stack([rng.at(self.seed, kind + purpose, d.position).standard_normal(shape, np.float32) for d in draws])
+            return np.stack(
+                [
+                    rng.at(self.seed, kind + purpose, d.position).standard_normal(shape, np.float32)
+                    for d in draws
+                ]
+            )
 
         noise = normal("noise")
         if self.noise.noise_offset:
-            noise += np.float32(self.noise.noise_offset) * normal("offset", (shape[0],) + (1,) * (len(shape) - 1))
-        batch = {"x0": self.family.clean(pictures, self.configs, normal("posterior")), "noise": noise}
+            noise += np.float32(self.noise.noise_offset) * normal(
+                "offset", (shape[0],) + (1,) * (len(shape) - 1)
+            )
+        batch = {
+            "x0": self.family.clean(pictures, self.configs, normal("posterior")),
+            "noise": noise,
+        }
         batch |= vars(self.objective.at(np.array([d.u for d in draws])))
         if self.noise.input_perturbation and not kind:
-            batch["input_noise"] = noise + np.float32(self.noise.input_perturbation) * normal("perturbation")
+            batch["input_noise"] = noise + np.float32(self.noise.input_perturbation) * normal(
+                "perturbation"
+            )
         batch["w"] = batch["w"] * np.array([d.counts for d in draws], np.float32)
-        batch["cut"] = np.array([(*d.entry.size, *d.geometry.corner, *d.geometry.shape) for d in draws], np.float32)
+        batch["cut"] = np.array(
+            [(*d.entry.size, *d.geometry.corner, *d.geometry.shape) for d in draws], np.float32
+        )
         batch |= {name: array for name, array in pictures.items() if name not in self.family.latent}
         return batch | self.texts(draws)
 
     def texts(self, draws: list[Draw]) -> Batch:
-        """Text features of some draws; where text encoders learn, their token ids, and ``keep``, 0 where the features are to be zeros."""
-        captions, keep = [d.caption for d in draws], np.array([not (d.dropped and self.zeros) for d in draws], np.float32)
+        """Text features of some draws; where text encoders learn, their token ids, and ``keep``, 0
+        where the features are to be zeros."""
+        captions, keep = (
+            [d.caption for d in draws],
+            np.array([not (d.dropped and self.zeros) for d in draws], np.float32),
+        )
         if self.text_encoders:
             return self.encoded.tokens(captions) | ({"keep": keep} if self.zeros else {})
         features = self.encoded.texts(captions)
@@ -153,17 +223,33 @@ class Stream:
     @property
     def zeros(self) -> bool:
         """Whether a dropped caption is zeros, not an encoded empty text."""
-        return self.data.empty_caption == "zeros" or (self.data.empty_caption == "base" and self.family.empty_is_zeros(self.configs))
+        return self.data.empty_caption == "zeros" or (
+            self.data.empty_caption == "base" and self.family.empty_is_zeros(self.configs)
+        )
 
-    def held_out(self, entries: tuple[Entry, ...], timesteps: int, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Batch]]:
-        """Batches for validation: each record at evenly spread timesteps, always the same crop, caption and noise. Yields (rows that count, batch).
+    def held_out(
+        self, entries: tuple[Entry, ...], timesteps: int, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[int, Batch]]:
+        """Batches for validation: each record at evenly spread timesteps, always the same crop,
+        caption and noise. Yields (rows that count, batch).
 
-        Every process gets batches of its share's size, the last ones filled up with rows that do not count.
+        Every process gets batches of its share's size, the last ones filled up with rows that do
+        not count.
         """
         draws = []
         for i, entry in enumerate(entries):
             for k in range(timesteps):
-                draws.append(Draw(i * timesteps + k, entry, self.watched(entry), entry.captions[0], False, True, (k + 0.5) / timesteps))
+                draws.append(
+                    Draw(
+                        i * timesteps + k,
+                        entry,
+                        self.watched(entry),
+                        entry.captions[0],
+                        False,
+                        True,
+                        (k + 0.5) / timesteps,
+                    )
+                )
         share = self.batch_size // world
         for shape in sorted({d.geometry.shape for d in draws}):
             alike = [d for d in draws if d.geometry.shape == shape]

@@ -19,13 +19,22 @@ def join(settings: config.Engine) -> World:
         from limner.engines.jax.world import World as JaxWorld
 
         return JaxWorld(settings)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on busy cores, threads that spin while they wait cost more than they save; read when torch loads
+    # on busy cores, threads that spin while they wait cost more than they save; read when torch
+    # loads
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from limner.engines.torch.world import World as TorchWorld
 
     return TorchWorld(settings.device, settings.precision)
 
 
-def open_engine(cfg: config.Config, base: Base, family: Family, world: World, micro: int, tell: Callable[[str], None]) -> Engine:
+def open_engine(
+    cfg: config.Config,
+    base: Base,
+    family: Family,
+    world: World,
+    micro: int,
+    tell: Callable[[str], None],
+) -> Engine:
     """The engine of this process; weights are loaded when they are first needed."""
     if cfg.engine.kind == "jax":
         from limner.engines.jax.engine import JaxEngine
@@ -37,14 +46,18 @@ def open_engine(cfg: config.Config, base: Base, family: Family, world: World, mi
 
 
 def arithmetic(kind: str, world: World) -> list[str]:
-    """What the last bits of the encoders' output depend on, besides their weights: kind of device, and version of the framework."""
+    """What the last bits of the encoders' output depend on, besides their weights: kind of device,
+    and version of the framework."""
     if kind == "jax":
         return [world.kind, metadata.version("jaxlib")]  # type: ignore[attr-defined]
     return [str(world.device.type), metadata.version("torch")]  # type: ignore[attr-defined]
 
 
-def open_pipeline(weights: Weights, partner: Weights | None, engine: str = "torch", **settings: Any) -> Any:
-    """A stock diffusers pipeline, see ``engines.torch.pipeline.open_pipeline``; or one in JAX, see ``engines.jax.pipeline.open_pipeline``."""
+def open_pipeline(
+    weights: Weights, partner: Weights | None, engine: str = "torch", **settings: Any
+) -> Any:
+    """A stock diffusers pipeline, see ``engines.torch.pipeline.open_pipeline``; or one in JAX, see
+    ``engines.jax.pipeline.open_pipeline``."""
     if engine == "jax":
         from limner.engines.jax import pipeline as own
 
@@ -54,7 +67,9 @@ def open_pipeline(weights: Weights, partner: Weights | None, engine: str = "torc
     return pipeline.open_pipeline(weights, partner, **settings)
 
 
-def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> list[np.ndarray]:
+def draw(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **settings: Any
+) -> list[np.ndarray]:
     """Pictures of a pipeline; see ``engines.torch.pipeline.draw``."""
     if hasattr(pipeline, "draw"):
         made: list[np.ndarray] = pipeline.draw(prompts, seeds, **settings)

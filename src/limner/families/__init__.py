@@ -21,10 +21,23 @@ def family_of(cfg: Config) -> Family:
         raise InputFault(f"model.family: {cfg.model.family!r} is not one of {', '.join(FAMILIES)}")
     plain = Config()
     if asked := [name for name in family.unused if cfg[name] != plain[name]]:
-        raise InputFault("\n".join(f"{name}: it means nothing to family {family.name!r}. Leave {name} out." for name in asked))
+        raise InputFault(
+            "\n".join(
+                f"{name}: it means nothing to family {family.name!r}. Leave {name} out."
+                for name in asked
+            )
+        )
     return family
 
 
 def drawn_by(kind: str) -> Family | None:
-    """The family whose whole pipeline is of a class, or was of Flax's class of that name; None: no one's is."""
-    return next((family for family in FAMILIES.values() if family.stage is None and family.pipeline == kind.removeprefix("Flax")), None)
+    """The family whose whole pipeline is of a class, or was of Flax's class of that name; None: no
+    one's is."""
+    return next(
+        (
+            family
+            for family in FAMILIES.values()
+            if family.stage is None and family.pipeline == kind.removeprefix("Flax")
+        ),
+        None,
+    )

@@ -1,4 +1,5 @@
-"""Stable Diffusion XL (arXiv:2307.01952): a UNet on latents, told of the caption by two CLIP text encoders and of how its picture was cut."""
+"""Stable Diffusion XL (arXiv:2307.01952): a UNet on latents, told of the caption by two CLIP text
+encoders and of how its picture was cut."""
 
 from typing import Any
 
@@ -7,24 +8,36 @@ from limner.family import Configs, Encoders, Family, joined, masked
 
 
 def text(encoders: Encoders, ids: dict[str, Any]) -> dict[str, Any]:
-    """The states before the last layer of both encoders, side by side [n, tokens, width + width_2], and the second one's projected embedding."""
+    """The states before the last layer of both encoders, side by side [n, tokens, width + width_2],
+    and the second one's projected embedding."""
     first, _ = joined(encoders, "text_encoder", ids["tokenizer"], skip=1)
     second, pooled = joined(encoders, "text_encoder_2", ids["tokenizer_2"], skip=1)
     return {"context": encoders.beside([first, second]), "pooled": pooled}
 
 
 def inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """Caption, its pooled embedding, and the six numbers of section 2.2: original size, crop corner and target size, each (height, width) in pixels."""
-    return {"encoder_hidden_states": batch["context"], "added_cond_kwargs": {"text_embeds": batch["pooled"], "time_ids": batch["cut"]}} | masked(batch)
+    """Caption, its pooled embedding, and the six numbers of section 2.2: original size, crop corner
+    and target size, each (height, width) in pixels."""
+    return {
+        "encoder_hidden_states": batch["context"],
+        "added_cond_kwargs": {"text_embeds": batch["pooled"], "time_ids": batch["cut"]},
+    } | masked(batch)
 
 
 def misfits(configs: Configs) -> list[str]:
-    """The UNet must take the autoencoder's latents, both encoders' states, and the pooled embedding with six numbers; the two tokenizers go together."""
+    """The UNet must take the autoencoder's latents, both encoders' states, and the pooled embedding
+    with six numbers; the two tokenizers go together."""
     unet, first, second = configs["unet"], configs["text_encoder"], configs["text_encoder_2"]
     out = sd.latents(configs)
-    width, hidden = unet.get("cross_attention_dim"), first.get("hidden_size", 0) + second.get("hidden_size", 0)
+    width, hidden = (
+        unet.get("cross_attention_dim"),
+        first.get("hidden_size", 0) + second.get("hidden_size", 0),
+    )
     if width != hidden:
-        out.append(f"unet: cross_attention_dim is {width}, the hidden_size of both text encoders together is {hidden}; these are not from the same model")
+        out.append(
+            f"unet: cross_attention_dim is {width}, the hidden_size of both text encoders "
+            f"together is {hidden}; these are not from the same model"
+        )
     kind = unet.get("addition_embed_type")
     if kind != "text_time":
         out.append(f"unet: addition_embed_type is {kind}, text_time is expected of this family")
@@ -32,10 +45,27 @@ def misfits(configs: Configs) -> list[str]:
         told = unet.get("projection_class_embeddings_input_dim")
         given = second.get("projection_dim", 512) + 6 * (unet.get("addition_time_embed_dim") or 0)
         if told != given:
-            what = "the second text encoder's projection_dim and six numbers of addition_time_embed_dim"
-            out.append(f"unet: projection_class_embeddings_input_dim is {told}, {what} come to {given}; a refiner or another model is none of this family")
-    if extra := [name for name in ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds", "time_cond_proj_dim") if unet.get(name) is not None]:
-        out.append(f"unet: it is conditioned on more than this family tells it ({', '.join(extra)})")
+            what = (
+                "the second text encoder's projection_dim and six numbers of "
+                "addition_time_embed_dim"
+            )
+            out.append(
+                f"unet: projection_class_embeddings_input_dim is {told}, {what} come to {given}; "
+                "a refiner or another model is none of this family"
+            )
+    if extra := [
+        name
+        for name in (
+            "class_embed_type",
+            "encoder_hid_dim_type",
+            "num_class_embeds",
+            "time_cond_proj_dim",
+        )
+        if unet.get(name) is not None
+    ]:
+        out.append(
+            f"unet: it is conditioned on more than this family tells it ({', '.join(extra)})"
+        )
     return out
 
 
@@ -44,8 +74,13 @@ SDXL = Family(
     pipeline="StableDiffusionXLPipeline",
     trains="unet",
     components={
-        "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer",
-        "tokenizer_2": "CLIPTokenizer", "unet": "UNet2DConditionModel", "scheduler": "",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "tokenizer": "CLIPTokenizer",
+        "tokenizer_2": "CLIPTokenizer",
+        "unet": "UNet2DConditionModel",
+        "scheduler": "",
     },
     image=sd.image,
     text=text,
@@ -57,5 +92,7 @@ SDXL = Family(
     tokenizers=("tokenizer", "tokenizer_2"),
     captions=("text_encoder", "text_encoder_2"),
     misfits=misfits,
-    empty_is_zeros=lambda configs: bool(configs["model_index"].get("force_zeros_for_empty_prompt", True)),
-)  # fmt: skip
+    empty_is_zeros=lambda configs: bool(
+        configs["model_index"].get("force_zeros_for_empty_prompt", True)
+    ),
+)

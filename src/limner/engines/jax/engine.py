@@ -1,4 +1,5 @@
-"""Training in JAX: one jitted pure function from state and batch to state and metrics, compiled ahead of time for each shape of batch."""
+"""Training in JAX: one jitted pure function from state and batch to state and metrics, compiled
+ahead of time for each shape of batch."""
 
 import time
 import zlib
@@ -29,8 +30,16 @@ from limner.faults import InputFault, IntegrityFault
 from limner.objective import Objective
 
 HALF = {"fp16": jnp.float16, "bf16": jnp.bfloat16}
-SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}  # PyTorch's own numbers
-KEPT = 1 << 30  # bytes of a step's own memory, up to which a process on the CPU keeps it: some 20 % of a step's time
+SCALER = {
+    "scale": 65536.0,
+    "growth_factor": 2.0,
+    "backoff_factor": 0.5,
+    "growth_interval": 2000,
+    "_growth_tracker": 0,
+}  # PyTorch's own numbers
+# bytes of a step's own memory, up to which a process on the CPU keeps it: some 20 % of a step's
+# time
+KEPT = 1 << 30
 Named = dict[str, Array]
 State = dict[str, Any]  # params, mu, nu, count, fault, and where they are wished for ema and scaler
 
@@ -38,32 +47,78 @@ State = dict[str, Any]  # params, mu, nu, count, fault, and where they are wishe
 class JaxEngine:
     """The engine of one process; see ``limner.engine.Engine``."""
 
-    def __init__(self, cfg: config.Config, base: Base, family: Family, world: World, micro: int, tell: Callable[[str], None] = print):
-        self.cfg, self.base, self.family, self.process, self.micro, self.tell = cfg, base, family, world, micro, tell
+    def __init__(
+        self,
+        cfg: config.Config,
+        base: Base,
+        family: Family,
+        world: World,
+        micro: int,
+        tell: Callable[[str], None] = print,
+    ):
+        self.cfg, self.base, self.family, self.process, self.micro, self.tell = (
+            cfg,
+            base,
+            family,
+            world,
+            micro,
+            tell,
+        )
         self.rank, self.world, self.mesh = world.rank, world.world, world.mesh
         self.half = HALF.get(world.precision)
-        if (kind := base.kind(family.trains)[1]) != "UNet2DConditionModel" or family.stage is not None:
-            raise InputFault(f'engine.kind="jax" does not train a {kind} of family {family.name!r} yet; use engine.kind="torch".')
+        if (
+            kind := base.kind(family.trains)[1]
+        ) != "UNet2DConditionModel" or family.stage is not None:
+            raise InputFault(
+                f'engine.kind="jax" does not train a {kind} of family {family.name!r} yet; use '
+                'engine.kind="torch".'
+            )
         if cfg.optim.kind == "adamw8bit":
-            raise InputFault('optim.kind: adamw8bit is bitsandbytes\', for PyTorch on CUDA; with engine.kind="jax" use optim.kind="adamw"')
+            raise InputFault(
+                "optim.kind: adamw8bit is bitsandbytes', for PyTorch on CUDA; with "
+                'engine.kind="jax" use optim.kind="adamw"'
+            )
         if cfg.optim.ema_offload:
             raise InputFault(
-                "optim.ema_offload: the JAX engine divides the average over devices (engine.fsdp) and does not offload it; leave optim.ema_offload out"
+                "optim.ema_offload: the JAX engine divides the average over devices (engine.fsdp) "
+                "and does not offload it; leave optim.ema_offload out"
             )
         if cfg.engine.attention == "xformers":
-            tell("xFormers is PyTorch's; the JAX engine uses a fused kernel of its own where there is one")
+            tell(
+                "xFormers is PyTorch's; the JAX engine uses a fused kernel of its own where there "
+                "is one"
+            )
         if cfg.preview.prompts:
-            sampler.table(base.configs["scheduler"], cfg.preview.steps)  # what cannot be drawn is refused now
+            sampler.table(
+                base.configs["scheduler"], cfg.preview.steps
+            )  # what cannot be drawn is refused now
         if micro * world.world % self.mesh.size:
-            rows = f"a micro-batch of {micro * world.world} rows ({micro} for each of {world.world} processes)"
-            raise InputFault(f"train.micro: {rows} cannot be divided among {self.mesh.size} devices; use a multiple of {self.mesh.size}")
-        self.encoders = JaxParts(base, {"vae": self.half} if cfg.model.vae is not None and self.half is not None else {})
+            rows = (
+                f"a micro-batch of {micro * world.world} rows ({micro} for each of {world.world} "
+                "processes)"
+            )
+            raise InputFault(
+                f"train.micro: {rows} cannot be divided among {self.mesh.size} devices; use a "
+                f"multiple of {self.mesh.size}"
+            )
+        self.encoders = JaxParts(
+            base, {"vae": self.half} if cfg.model.vae is not None and self.half is not None else {}
+        )
         self.predict = Objective.of(base.configs["scheduler"], cfg.objective).predict
         self.learns = family.learns(cfg.adapt.text_encoders)
-        self.scale = (cfg.adapt.rank if cfg.adapt.alpha is None else cfg.adapt.alpha) / cfg.adapt.rank
-        self.kernel = fused(world.mesh.devices.flat[0], world.mesh) if cfg.engine.attention != "math" else None
+        self.scale = (
+            cfg.adapt.rank if cfg.adapt.alpha is None else cfg.adapt.alpha
+        ) / cfg.adapt.rank
+        self.kernel = (
+            fused(world.mesh.devices.flat[0], world.mesh)
+            if cfg.engine.attention != "math"
+            else None
+        )
         self.precise = None if cfg.engine.tf32 or self.half is not None else "highest"
-        self.adam = optax.chain(optax.scale_by_adam(*cfg.optim.betas, cfg.optim.eps), optax.add_decayed_weights(cfg.optim.weight_decay))
+        self.adam = optax.chain(
+            optax.scale_by_adam(*cfg.optim.betas, cfg.optim.eps),
+            optax.add_decayed_weights(cfg.optim.weight_decay),
+        )
         self.compiled: dict[Any, Any] = {}
         self.frozen: dict[str, Named] = {}
         self.pipeline: Any = None  # what draws previews, once one is asked for
@@ -79,13 +134,22 @@ class JaxEngine:
 
     def placed(self, arrays: dict[str, np.ndarray]) -> Named:
         """Arrays on the mesh, each large one divided over ``fsdp``."""
-        return {name: jax.make_array_from_callback(a.shape, self.sharding(name, a.shape), a.__getitem__) for name, a in arrays.items()}
+        return {
+            name: jax.make_array_from_callback(a.shape, self.sharding(name, a.shape), a.__getitem__)
+            for name, a in arrays.items()
+        }
 
     def sharding(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
-        """How an array lies on the mesh: its longest axis that ``fsdp`` divides is divided, if it is large. What holds the small ones is whole everywhere:
+        """How an array lies on the mesh: its longest axis that ``fsdp`` divides is divided, if it
+        is large. What holds the small ones is whole everywhere:
         each of them would be sent from device to device by itself."""
         parts, size = [None] * len(shape), self.mesh.shape["fsdp"]
-        if size > 1 and name != SMALL and int(np.prod(shape)) >= LARGE and (fits := [i for i, n in enumerate(shape) if n % size == 0]):
+        if (
+            size > 1
+            and name != SMALL
+            and int(np.prod(shape)) >= LARGE
+            and (fits := [i for i, n in enumerate(shape) if n % size == 0])
+        ):
             parts[max(fits, key=lambda i: shape[i])] = "fsdp"  # type: ignore[call-overload]
         return NamedSharding(self.mesh, PartitionSpec(*parts))
 
@@ -95,27 +159,58 @@ class JaxEngine:
             params = arrays[self.family.trains]
         else:
             kind = np.float32 if self.half is None else self.half
-            self.frozen = {name: self.placed({key: a.astype(kind) for key, a in named.items()}) for name, named in arrays.items()}
-            params = adapters({name: {k: a.shape for k, a in named.items()} for name, named in arrays.items()}, self.cfg.adapt, self.family, seed)
+            self.frozen = {
+                name: self.placed({key: a.astype(kind) for key, a in named.items()})
+                for name, named in arrays.items()
+            }
+            params = adapters(
+                {name: {k: a.shape for k, a in named.items()} for name, named in arrays.items()},
+                self.cfg.adapt,
+                self.family,
+                seed,
+            )
         self.layout = Layout({name: a.shape for name, a in params.items()})
-        return jax.tree.map(lambda a: a if isinstance(a, jax.Array) else self.everywhere(a), self.fresh(self.placed(self.layout.pack(params))))
+        return jax.tree.map(
+            lambda a: a if isinstance(a, jax.Array) else self.everywhere(a),
+            self.fresh(self.placed(self.layout.pack(params))),
+        )
 
     def fresh(self, params: Named) -> State:
         """The state that begins with these weights."""
         zeros = jax.tree.map(jnp.zeros_like, params)
-        state: State = {"params": params, "mu": zeros, "nu": jax.tree.map(jnp.copy, zeros), "count": np.int32(0), "fault": np.int32(-1)}
+        state: State = {
+            "params": params,
+            "mu": zeros,
+            "nu": jax.tree.map(jnp.copy, zeros),
+            "count": np.int32(0),
+            "fault": np.int32(-1),
+        }
         if self.cfg.optim.ema is not None:
             state["ema"] = jax.tree.map(jnp.copy, params)
         if self.half is jnp.float16:
-            state["scaler"] = {name: np.asarray(SCALER[name], kind) for name, kind in (("scale", np.float32), ("_growth_tracker", np.int32))}
+            state["scaler"] = {
+                name: np.asarray(SCALER[name], kind)
+                for name, kind in (("scale", np.float32), ("_growth_tracker", np.int32))
+            }
         return state
 
     def everywhere(self, value: Any) -> Array:
         """A number on every device."""
         array = np.asarray(value)
-        return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, PartitionSpec()), lambda index: array)
+        return jax.make_array_from_callback(
+            array.shape, NamedSharding(self.mesh, PartitionSpec()), lambda index: array
+        )
 
-    def step(self, state: State, batch: Batch, *, step: int, learning_rate: float, ema: float | None, seed: int) -> tuple[State, Metrics]:
+    def step(
+        self,
+        state: State,
+        batch: Batch,
+        *,
+        step: int,
+        learning_rate: float,
+        ema: float | None,
+        seed: int,
+    ) -> tuple[State, Metrics]:
         rows = self.on_mesh(batch, len(batch["t"]) // self.micro)
         scalars = numbers(step, learning_rate, ema, seed)
         key = tuple((name, a.shape, str(a.dtype)) for name, a in rows.items())
@@ -125,11 +220,17 @@ class JaxEngine:
         return state, metrics
 
     def on_mesh(self, batch: Batch, pieces: int) -> Named:
-        """This process's rows as [pieces, rows, ...] of the global batch, rows divided over all devices."""
+        """This process's rows as [pieces, rows, ...] of the global batch, rows divided over all
+        devices."""
         sharding = NamedSharding(self.mesh, PartitionSpec(None, ("data", "fsdp")))
-        narrow = {name: array.astype(np.int32) if array.dtype == np.int64 else array for name, array in batch.items()}
+        narrow = {
+            name: array.astype(np.int32) if array.dtype == np.int64 else array
+            for name, array in batch.items()
+        }
         return {
-            name: jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(array).reshape(pieces, -1, *array.shape[1:]))
+            name: jax.make_array_from_process_local_data(
+                sharding, np.ascontiguousarray(array).reshape(pieces, -1, *array.shape[1:])
+            )
             for name, array in narrow.items()
         }
 
@@ -137,7 +238,9 @@ class JaxEngine:
         """The step for this shape of batch; the old state's memory is given to the new one."""
         began = time.monotonic()
         out = jax.tree.map(lambda a: a.sharding, state), None
-        made = self.made(self.pure_step, (state, self.frozen, rows, scalars), donate_argnums=0, out_shardings=out)
+        made = self.made(
+            self.pure_step, (state, self.frozen, rows, scalars), donate_argnums=0, out_shardings=out
+        )
         needs: Any = made.memory_analysis()
         if self.process.kind == "cpu" and needs.temp_size_in_bytes < KEPT:
             keep_heap()
@@ -155,64 +258,114 @@ class JaxEngine:
 
         cfg = config.plain(self.cfg)
         cfg["engine"].pop("compile_cache", None)
-        meaning = {name: cfg.get(name) for name in ("adapt", "engine", "objective", "optim")} | {"configs": self.base.configs, "family": self.family.name}
-        meaning |= {"function": function.__name__, "precision": self.process.precision, "how": repr(how)}
+        meaning = {name: cfg.get(name) for name in ("adapt", "engine", "objective", "optim")} | {
+            "configs": self.base.configs,
+            "family": self.family.name,
+        }
+        meaning |= {
+            "function": function.__name__,
+            "precision": self.process.precision,
+            "how": repr(how),
+        }
         return programs.kept(make, list(self.mesh.devices.flat), meaning, arguments)
 
-    def pure_step(self, state: State, frozen: dict[str, Named], rows: Named, scalars: dict[str, Array]) -> tuple[State, Metrics]:
+    def pure_step(
+        self, state: State, frozen: dict[str, Named], rows: Named, scalars: dict[str, Array]
+    ) -> tuple[State, Metrics]:
         """One optimizer step, a function of its arguments alone."""
         scale = state["scaler"]["scale"] if "scaler" in state else jnp.float32(1)
         count = rows["t"].shape[0] * rows["t"].shape[1]
-        base_key = jax.random.fold_in(jax.random.key(scalars["seed"]), scalars["step"]) if self.cfg.adapt.dropout else None
+        base_key = (
+            jax.random.fold_in(jax.random.key(scalars["seed"]), scalars["step"])
+            if self.cfg.adapt.dropout
+            else None
+        )
 
         def loss(params: Named, part: Named, i: Array) -> Array:
             key = None if base_key is None else jax.random.fold_in(base_key, i)
             return self.example_losses(params, frozen, part, key, True).sum() / count * scale
 
-        def add(sums: tuple[Array, Named], given: tuple[Named, Array]) -> tuple[tuple[Array, Named], None]:
+        def add(
+            sums: tuple[Array, Named], given: tuple[Named, Array]
+        ) -> tuple[tuple[Array, Named], None]:
             value, gradient = jax.value_and_grad(loss)(state["params"], *given)
             return (sums[0] + value, jax.tree.map(jnp.add, sums[1], gradient)), None
 
         pieces = rows["t"].shape[0]
         if pieces == 1:
-            total, gradient = jax.value_and_grad(loss)(state["params"], jax.tree.map(lambda a: a[0], rows), jnp.int32(0))
+            total, gradient = jax.value_and_grad(loss)(
+                state["params"], jax.tree.map(lambda a: a[0], rows), jnp.int32(0)
+            )
         else:
             zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state["params"])
             (total, gradient), _ = jax.lax.scan(add, zero, (rows, jnp.arange(pieces)))
         return self.updated(state, gradient, total / scale, scale, scalars)
 
-    def updated(self, state: State, gradient: Named, loss: Array, scale: Array, scalars: dict[str, Array]) -> tuple[State, Metrics]:
-        """Clip, step and average, unless something is not finite; ``gradient`` is ``scale`` times that of the loss."""
+    def updated(
+        self, state: State, gradient: Named, loss: Array, scale: Array, scalars: dict[str, Array]
+    ) -> tuple[State, Metrics]:
+        """Clip, step and average, unless something is not finite; ``gradient`` is ``scale`` times
+        that of the loss."""
         norm = jnp.sqrt(sum(jnp.square(g).sum() for g in gradient.values())) / scale
         good = jnp.isfinite(norm) & jnp.isfinite(loss)
-        overflow = jnp.isfinite(loss) & (scale > 1) if "scaler" in state else jnp.bool_(False)  # the scale is lowered, and the run goes on
+        overflow = (
+            jnp.isfinite(loss) & (scale > 1) if "scaler" in state else jnp.bool_(False)
+        )  # the scale is lowered, and the run goes on
         fault = jnp.where((state["fault"] < 0) & ~good & ~overflow, scalars["step"], state["fault"])
         shrink = 1 / (jnp.maximum((norm + 1e-6) / self.cfg.optim.max_grad_norm, 1) * scale)
-        good, shrink, rate = jax.lax.optimization_barrier((good, shrink, scalars["rate"]))  # else each of them is computed again for every array
-        before = optax.ScaleByAdamState(state["count"], state["mu"], state["nu"]), optax.EmptyState()
-        updates, (adam, *_) = self.adam.update(jax.tree.map(lambda g: g * shrink, gradient), before, state["params"])  # type: ignore[misc]
+        good, shrink, rate = jax.lax.optimization_barrier(
+            (good, shrink, scalars["rate"])
+        )  # else each of them is computed again for every array
+        before = (
+            optax.ScaleByAdamState(state["count"], state["mu"], state["nu"]),
+            optax.EmptyState(),
+        )
+        updates, (adam, *_) = self.adam.update(
+            jax.tree.map(lambda g: g * shrink, gradient), before, state["params"]
+        )  # type: ignore[misc]
         moved = jax.tree.map(lambda p, u: p - rate * u, state["params"], updates)
         new = {"params": moved, "mu": adam.mu, "nu": adam.nu, "count": adam.count}
-        out = {name: jax.tree.map(partial(jnp.where, good), value, state[name]) for name, value in new.items()} | {"fault": fault}
+        out = {
+            name: jax.tree.map(partial(jnp.where, good), value, state[name])
+            for name, value in new.items()
+        } | {"fault": fault}
         if "ema" in state:
             weight = jax.lax.optimization_barrier(jnp.where(good, 1 - scalars["ema"], 0))
-            out["ema"] = jax.tree.map(lambda e, p: e + weight * (p - e), state["ema"], out["params"])
+            out["ema"] = jax.tree.map(
+                lambda e, p: e + weight * (p - e), state["ema"], out["params"]
+            )
         if "scaler" in state:
             grown = state["scaler"]["_growth_tracker"] + 1
             higher = good & (grown == SCALER["growth_interval"])
-            factor = jnp.where(good, jnp.where(higher, SCALER["growth_factor"], 1.0), SCALER["backoff_factor"])
-            out["scaler"] = {"scale": scale * factor, "_growth_tracker": jnp.where(good & ~higher, grown, 0)}
+            factor = jnp.where(
+                good, jnp.where(higher, SCALER["growth_factor"], 1.0), SCALER["backoff_factor"]
+            )
+            out["scaler"] = {
+                "scale": scale * factor,
+                "_growth_tracker": jnp.where(good & ~higher, grown, 0),
+            }
         return out, {"loss": loss, "grad_norm": norm}
 
-    def network(self, params: Named, frozen: dict[str, Named], component: str, key: Array | None = None) -> Params:
+    def network(
+        self, params: Named, frozen: dict[str, Named], component: str, key: Array | None = None
+    ) -> Params:
         """A component's arrays: those that learn, beside those that do not."""
         if self.cfg.adapt.kind == "full":
             return Params(params)
-        own = {name.removeprefix(f"{component}."): a for name, a in params.items() if name.startswith(f"{component}.")}
-        return Params(frozen[component] | own, scale=self.scale, dropout=self.cfg.adapt.dropout, key=key)
+        own = {
+            name.removeprefix(f"{component}."): a
+            for name, a in params.items()
+            if name.startswith(f"{component}.")
+        }
+        return Params(
+            frozen[component] | own, scale=self.scale, dropout=self.cfg.adapt.dropout, key=key
+        )
 
-    def example_losses(self, params: Named, frozen: dict[str, Named], b: Named, key: Array | None, training: bool) -> Array:
-        """The weighted loss of each example, float32, shape [rows]; see ``TorchEngine.example_losses``."""
+    def example_losses(
+        self, params: Named, frozen: dict[str, Named], b: Named, key: Array | None, training: bool
+    ) -> Array:
+        """The weighted loss of each example, float32, shape [rows]; see
+        ``TorchEngine.example_losses``."""
         params = self.layout.unpack(params)
 
         def column(name: str) -> Array:
@@ -224,10 +377,22 @@ class JaxEngine:
         if len(self.learns) > 1:
             features = told(self.family, Learning(self, params, frozen, key), b)
             b = b | (silenced(features, b["keep"]) if "keep" in b else features)
-        net, config, inputs = self.network(params, frozen, self.family.trains, key), self.base.configs[self.family.trains], self.family.inputs(b)
+        net, config, inputs = (
+            self.network(params, frozen, self.family.trains, key),
+            self.base.configs[self.family.trains],
+            self.family.inputs(b),
+        )
 
         def predict(x: Array) -> Array:
-            made = unet(net, config, x.astype(kind), b["t"], **inputs, remat=training and self.cfg.engine.gradient_checkpointing, kernel=self.kernel)
+            made = unet(
+                net,
+                config,
+                x.astype(kind),
+                b["t"],
+                **inputs,
+                remat=training and self.cfg.engine.gradient_checkpointing,
+                kernel=self.kernel,
+            )
             return made[:, : x.shape[1]].astype(jnp.float32)
 
         if self.cfg.objective.dream is not None and training:  # algorithm 1 of arXiv:2312.00210
@@ -252,25 +417,54 @@ class JaxEngine:
                     return self.example_losses(params, frozen, part, None, False)
 
                 one = len(rows["t"]) == 1  # a loop of one is slower, and takes longer to compile
-                return each(jax.tree.map(lambda a: a[0], rows))[None] if one else jax.lax.map(each, rows)
+                return (
+                    each(jax.tree.map(lambda a: a[0], rows))[None]
+                    if one
+                    else jax.lax.map(each, rows)
+                )
 
-            self.compiled[key] = self.made(pure_losses, (params, self.frozen, rows), out_shardings=NamedSharding(self.mesh, PartitionSpec()))
-        found = np.asarray(self.compiled[key](params, self.frozen, rows))  # [pieces, rows of all processes]
+            self.compiled[key] = self.made(
+                pure_losses,
+                (params, self.frozen, rows),
+                out_shardings=NamedSharding(self.mesh, PartitionSpec()),
+            )
+        found = np.asarray(
+            self.compiled[key](params, self.frozen, rows)
+        )  # [pieces, rows of all processes]
         return found.reshape(len(found), self.world, -1)[:, self.rank].reshape(-1)
 
-    def pictures(self, state: State, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float, size: int) -> list[np.ndarray]:
+    def pictures(
+        self,
+        state: State,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance_scale: float,
+        size: int,
+    ) -> list[np.ndarray]:
         from limner.engines.jax import pipeline
 
         keep = bool(self.encoders.loaded)
-        params = self.whole(self.layout.unpack(self.on_host(state["ema"] if "ema" in state else state["params"])))
-        frozen = {name: self.whole(self.on_host(arrays)) for name, arrays in self.frozen.items()}  # what hosts hold together, they put together together
+        params = self.whole(
+            self.layout.unpack(self.on_host(state["ema"] if "ema" in state else state["params"]))
+        )
+        frozen = {
+            name: self.whole(self.on_host(arrays)) for name, arrays in self.frozen.items()
+        }  # what hosts hold together, they put together together
         if self.rank > 0:
             return []
         if self.pipeline is None:
-            kernel = fused(here()) if self.kernel is not None else None  # pictures lie on one device
-            self.pipeline = pipeline.Pipeline(self.base, self.family, self.encoders, {}, self.predict, self.half, kernel=kernel)
+            kernel = (
+                fused(here()) if self.kernel is not None else None
+            )  # pictures lie on one device
+            self.pipeline = pipeline.Pipeline(
+                self.base, self.family, self.encoders, {}, self.predict, self.half, kernel=kernel
+            )
         self.pipeline.nets = {name: self.network(params, frozen, name) for name in self.learns}
-        made = self.pipeline.draw(prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size)
+        made = self.pipeline.draw(
+            prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size
+        )
         self.pipeline.nets = {}
         if not keep:
             self.release()
@@ -281,14 +475,19 @@ class JaxEngine:
         return {name: jax.device_put(array, here()) for name, array in arrays.items()}
 
     def on_host(self, arrays: Named) -> dict[str, np.ndarray]:
-        """Arrays as numpy; where other processes hold parts of them, all processes must call this."""
+        """Arrays as numpy; where other processes hold parts of them, all processes must call
+        this."""
         if self.world == 1:
             return {name: np.array(a) for name, a in arrays.items()}
-        found: dict[str, np.ndarray] = {name: np.asarray(multihost_utils.process_allgather(a, tiled=True)) for name, a in arrays.items()}
+        found: dict[str, np.ndarray] = {
+            name: np.asarray(multihost_utils.process_allgather(a, tiled=True))
+            for name, a in arrays.items()
+        }
         return found
 
     def snapshot(self, state: State) -> Iterator[tuple[str, Group]]:
-        """See ``limner.engine.Engine``; names are those of the PyTorch engine's checkpoints. All are made at once: other processes hold parts of them."""
+        """See ``limner.engine.Engine``; names are those of the PyTorch engine's checkpoints. All
+        are made at once: other processes hold parts of them."""
 
         def named(group: str) -> Group:
             return self.layout.unpack(self.on_host(state[group]))
@@ -296,19 +495,36 @@ class JaxEngine:
         memory = {"step": np.asarray(state["count"], np.float32)}
         for name, group in (("exp_avg", "mu"), ("exp_avg_sq", "nu")):
             memory |= {f"{name}/{key}": a for key, a in named(group).items()}
-        groups = [("model", named("params")), *([("ema", named("ema"))] if "ema" in state else []), ("optimizer", memory)]
+        groups = [
+            ("model", named("params")),
+            *([("ema", named("ema"))] if "ema" in state else []),
+            ("optimizer", memory),
+        ]
         if "scaler" in state:
-            groups.append(("scaler", {name: np.asarray(value) for name, value in (SCALER | jax.device_get(state["scaler"])).items()}))
+            groups.append(
+                (
+                    "scaler",
+                    {
+                        name: np.asarray(value)
+                        for name, value in (SCALER | jax.device_get(state["scaler"])).items()
+                    },
+                )
+            )
         return iter(groups)
 
     def restore(self, state: State, groups: Callable[[str], Group]) -> State:
         def like(arrays: Group, what: str) -> Named:
             known = self.layout.shapes
             if strange := sorted(arrays.keys() ^ known.keys()):
-                raise IntegrityFault(f"{what}: {len(strange)} names differ from the model's, such as {strange[0]}")
+                raise IntegrityFault(
+                    f"{what}: {len(strange)} names differ from the model's, such as {strange[0]}"
+                )
             for name, array in arrays.items():
                 if array.shape != known[name] or array.dtype != np.float32:
-                    raise IntegrityFault(f"{what}: {name} is {array.dtype} {list(array.shape)}, the model has float32 {list(known[name])}")
+                    raise IntegrityFault(
+                        f"{what}: {name} is {array.dtype} {list(array.shape)}, the model has "
+                        f"float32 {list(known[name])}"
+                    )
             return self.placed(self.layout.pack({name: np.array(arrays[name]) for name in known}))
 
         saved = groups("optimizer")
@@ -316,27 +532,47 @@ class JaxEngine:
             raise IntegrityFault("the checkpoint's optimizer: it has no step")
         new = {**state, "params": like(groups("model"), "the checkpoint's weights")}
         for name, group in (("exp_avg", "mu"), ("exp_avg_sq", "nu")):
-            own = {key.partition("/")[2]: a for key, a in saved.items() if key.startswith(f"{name}/")}
+            own = {
+                key.partition("/")[2]: a for key, a in saved.items() if key.startswith(f"{name}/")
+            }
             new[group] = like(own, "the checkpoint's optimizer")
         new["count"] = self.everywhere(np.int32(saved["step"]))
         if "ema" in state:
             new["ema"] = like(groups("ema"), "the checkpoint's average")
         if "scaler" in state:
             known = groups("scaler")
-            new["scaler"] = {name: self.everywhere(known[name].astype(a.dtype)) for name, a in state["scaler"].items()}
+            new["scaler"] = {
+                name: self.everywhere(known[name].astype(a.dtype))
+                for name, a in state["scaler"].items()
+            }
         return new
 
 
 class Learning:
-    """Text encoders that are being trained: token ids in, states with gradients out; see ``family.Encoders``."""
+    """Text encoders that are being trained: token ids in, states with gradients out; see
+    ``family.Encoders``."""
 
-    def __init__(self, engine: JaxEngine, params: Named, frozen: dict[str, Named], key: Array | None):
+    def __init__(
+        self, engine: JaxEngine, params: Named, frozen: dict[str, Named], key: Array | None
+    ):
         self.engine, self.params, self.frozen, self.key = engine, params, frozen, key
 
     def text(self, name: str, ids: Array, skip: int = 0) -> tuple[Array, Array]:
-        net = self.engine.network(self.params, self.frozen, name, None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(name.encode())))
+        net = self.engine.network(
+            self.params,
+            self.frozen,
+            name,
+            None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(name.encode())),
+        )
         base = self.engine.base
-        return clip.text(net, base.configs[name], ids, skip, projects(base, name), self.engine.half or jnp.float32)
+        return clip.text(
+            net,
+            base.configs[name],
+            ids,
+            skip,
+            projects(base, name),
+            self.engine.half or jnp.float32,
+        )
 
     def beside(self, arrays: list[Array]) -> Array:
         return jnp.concatenate(arrays, axis=-1)
@@ -344,4 +580,9 @@ class Learning:
 
 def numbers(step: int, learning_rate: float, ema: float | None, seed: int) -> dict[str, Any]:
     """What a step is told besides its batch."""
-    return {"step": np.int32(step), "seed": np.uint32(seed % 2**32), "rate": np.float32(learning_rate), "ema": np.float32(1.0 if ema is None else ema)}
+    return {
+        "step": np.int32(step),
+        "seed": np.uint32(seed % 2**32),
+        "rate": np.float32(learning_rate),
+        "ema": np.float32(1.0 if ema is None else ema),
+    }

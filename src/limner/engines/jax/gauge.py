@@ -1,4 +1,5 @@
-"""What a machine does in a second and holds at once, through JAX: clocks, memory, and arithmetic counted in the traced program, where nothing is computed."""
+"""What a machine does in a second and holds at once, through JAX: clocks, memory, and arithmetic
+counted in the traced program, where nothing is computed."""
 
 import copy
 import itertools
@@ -46,27 +47,63 @@ class Gauge:
         """Device, precision and versions."""
         name = f"cpu ({processor()})" if self.device.platform == "cpu" else self.device.device_kind
         name = f"{self.engine.mesh.size} x {name}" if self.engine.mesh.size > 1 else name
-        precision = {None: "TF32" if self.engine.precise is None else "float32", jnp.float16: "fp16", jnp.bfloat16: "bf16"}[self.engine.half]
-        return {"device": name, "precision": precision, "versions": f"jax {jax.__version__}, Python {platform.python_version()}"}
+        precision = {
+            None: "TF32" if self.engine.precise is None else "float32",
+            jnp.float16: "fp16",
+            jnp.bfloat16: "bf16",
+        }[self.engine.half]
+        return {
+            "device": name,
+            "precision": precision,
+            "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
+        }
 
     def flops(self, batch: Batch, micro: int) -> float:
-        """Floating-point operations of the network in one step's forward and backward passes, with nothing recomputed."""
+        """Floating-point operations of the network in one step's forward and backward passes, with
+        nothing recomputed."""
         engine, name, plain = self.engine, self.engine.family.trains, copy.copy(self.engine)
         plain.kernel, plain.half = None, None
-        plain.cfg = replace(engine.cfg, engine=replace(engine.cfg.engine, gradient_checkpointing=False), adapt=replace(engine.cfg.adapt, dropout=0.0))
-        known = {part: weights.expected(engine.base.kind(part)[1], engine.base.configs[part]) for part in engine.learns}
-        arrays = {part: {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()} for part, shapes in known.items()}
+        plain.cfg = replace(
+            engine.cfg,
+            engine=replace(engine.cfg.engine, gradient_checkpointing=False),
+            adapt=replace(engine.cfg.adapt, dropout=0.0),
+        )
+        known = {
+            part: weights.expected(engine.base.kind(part)[1], engine.base.configs[part])
+            for part in engine.learns
+        }
+        arrays = {
+            part: {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()}
+            for part, shapes in known.items()
+        }
         lora = engine.cfg.adapt.kind == "lora"
         learn: Any = adapters(known, engine.cfg.adapt, engine.family, 0) if lora else arrays[name]
-        rows = {key: jax.ShapeDtypeStruct((micro, *a.shape[1:]), np.int32 if a.dtype == np.int64 else a.dtype) for key, a in batch.items()}
-        loss = jax.grad(lambda params, frozen, rows: plain.example_losses(params, frozen, rows, None, True).sum())
+        rows = {
+            key: jax.ShapeDtypeStruct(
+                (micro, *a.shape[1:]), np.int32 if a.dtype == np.int64 else a.dtype
+            )
+            for key, a in batch.items()
+        }
+        loss = jax.grad(
+            lambda params, frozen, rows: plain.example_losses(
+                params, frozen, rows, None, True
+            ).sum()
+        )
         program = jax.make_jaxpr(loss)(learn, arrays if lora else {}, rows).jaxpr
-        return counted(partial_eval.dce_jaxpr(program, [True] * len(program.outvars))[0]) * len(batch["t"]) / micro
+        return (
+            counted(partial_eval.dce_jaxpr(program, [True] * len(program.outvars))[0])
+            * len(batch["t"])
+            / micro
+        )
 
     def matmul(self) -> float:
-        """Operations per second of a large matrix product in the run's precision: the median of some."""
+        """Operations per second of a large matrix product in the run's precision: the median of
+        some."""
         n = 2048 if self.device.platform == "cpu" else 8192
-        a, b = (jax.device_put(jnp.ones((n, n), self.engine.half or jnp.float32), self.device) for _ in range(2))
+        a, b = (
+            jax.device_put(jnp.ones((n, n), self.engine.half or jnp.float32), self.device)
+            for _ in range(2)
+        )
         with jax.default_matmul_precision(self.engine.precise):
             multiply = jax.jit(jnp.matmul)
             stamps = [self.stamp(multiply(a, b)) for _ in range(9)]
@@ -75,24 +112,46 @@ class Gauge:
     def published(self) -> float | None:
         """The dense peak that the maker states for this device and precision, where it is known."""
         peaks = PUBLISHED.get(self.device.device_kind)
-        found = peaks[0 if self.engine.half else 1 if self.engine.precise is None else 2] if peaks else 0.0
+        found = (
+            peaks[0 if self.engine.half else 1 if self.engine.precise is None else 2]
+            if peaks
+            else 0.0
+        )
         return found * 1e12 or None
 
 
 def counted(program: Any) -> float:
-    """Two for each multiplication of the matrix products and convolutions of a program, and of the programs inside it."""
+    """Two for each multiplication of the matrix products and convolutions of a program, and of the
+    programs inside it."""
     total = 0.0
     for step in program.eqns:
-        inner = [getattr(value, "jaxpr", value) for value in jax.tree.leaves(list(step.params.values()), is_leaf=program_like) if program_like(value)]
+        inner = [
+            getattr(value, "jaxpr", value)
+            for value in jax.tree.leaves(list(step.params.values()), is_leaf=program_like)
+            if program_like(value)
+        ]
         counts = [counted(one) for one in inner]
-        total += max(counts, default=0) if step.primitive.name == "cond" else sum(counts)  # of alternatives one is chosen
+        total += (
+            max(counts, default=0) if step.primitive.name == "cond" else sum(counts)
+        )  # of alternatives one is chosen
         if step.primitive.name == "dot_general":
             (contracted, _), _ = step.params["dimension_numbers"]
-            total += 2.0 * math.prod(step.outvars[0].aval.shape) * math.prod(step.invars[0].aval.shape[i] for i in contracted)
+            total += (
+                2.0
+                * math.prod(step.outvars[0].aval.shape)
+                * math.prod(step.invars[0].aval.shape[i] for i in contracted)
+            )
         if step.primitive.name == "conv_general_dilated":
             kernel, places = step.invars[1].aval.shape, step.params["dimension_numbers"].rhs_spec
-            spread = math.prod(step.params["lhs_dilation"])  # all but one of so many places are zeros that stand between numbers
-            total += 2.0 * math.prod(step.outvars[0].aval.shape) * math.prod(kernel[i] for i in places[1:]) / spread
+            spread = math.prod(
+                step.params["lhs_dilation"]
+            )  # all but one of so many places are zeros that stand between numbers
+            total += (
+                2.0
+                * math.prod(step.outvars[0].aval.shape)
+                * math.prod(kernel[i] for i in places[1:])
+                / spread
+            )
     return total
 
 

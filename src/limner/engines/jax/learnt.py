@@ -20,7 +20,8 @@ LARGE = 1 << 16  # numbers: smaller arrays lie together, and larger ones are div
 
 @dataclass(frozen=True)
 class Layout:
-    """How named arrays lie in a state: large ones by themselves, all small ones in one, so that what is done to each of them is done once.
+    """How named arrays lie in a state: large ones by themselves, all small ones in one, so that
+    what is done to each of them is done once.
 
     Args:
         shapes: of all arrays by name.
@@ -34,9 +35,15 @@ class Layout:
 
     def pack(self, named: Any) -> Any:
         """Arrays by name, numpy's or JAX's, as a state has them."""
-        few = {name: array for name, array in named.items() if math.prod(self.shapes[name]) >= LARGE}
+        few = {
+            name: array for name, array in named.items() if math.prod(self.shapes[name]) >= LARGE
+        }
         flat = [named[name].reshape(-1) for name in self.small]
-        join: Any = np.concatenate if all(isinstance(part, np.ndarray) for part in flat) else jnp.concatenate
+        join: Any = (
+            np.concatenate
+            if all(isinstance(part, np.ndarray) for part in flat)
+            else jnp.concatenate
+        )
         return few | ({SMALL: join(flat)} if flat else {})
 
     def unpack(self, packed: Any) -> Any:
@@ -45,8 +52,15 @@ class Layout:
         if not sizes:
             return dict(packed)
         flat = packed[SMALL]
-        parts: Any = np.split(flat, np.cumsum(sizes)[:-1]) if isinstance(flat, np.ndarray) else jax.lax.split(flat, sizes)
-        own = {name: part.reshape(self.shapes[name]) for name, part in zip(self.small, parts, strict=True)}
+        parts: Any = (
+            np.split(flat, np.cumsum(sizes)[:-1])
+            if isinstance(flat, np.ndarray)
+            else jax.lax.split(flat, sizes)
+        )
+        own = {
+            name: part.reshape(self.shapes[name])
+            for name, part in zip(self.small, parts, strict=True)
+        }
         return {name: own[name] if name in own else packed[name] for name in self.shapes}
 
 
@@ -58,28 +72,52 @@ def targets(known: Iterable[str], adapt: config.Adapt, family: Family) -> list[s
     """
     own = family.lora[family.trains]
     stems = [name.removesuffix(".weight") for name in known if name.endswith(".weight")]
-    if missing := [t for t in adapt.targets or own if not any(stem == t or stem.endswith(f".{t}") for stem in stems)]:
-        raise InputFault(f"adapt.targets: the {family.trains} has no module named {missing[0]}; this family's own are {', '.join(own)}")
+    if missing := [
+        t
+        for t in adapt.targets or own
+        if not any(stem == t or stem.endswith(f".{t}") for stem in stems)
+    ]:
+        raise InputFault(
+            f"adapt.targets: the {family.trains} has no module named {missing[0]}; this family's "
+            f"own are {', '.join(own)}"
+        )
     return list(adapt.targets or own)
 
 
-def adapters(nets: dict[str, dict[str, tuple[int, ...]]], adapt: config.Adapt, family: Family, seed: int) -> dict[str, np.ndarray]:
-    """The low-rank additions of some components by the names that files use; the same starting values as the PyTorch engine's.
+def adapters(
+    nets: dict[str, dict[str, tuple[int, ...]]], adapt: config.Adapt, family: Family, seed: int
+) -> dict[str, np.ndarray]:
+    """The low-rank additions of some components by the names that files use; the same starting
+    values as the PyTorch engine's.
 
     Raises:
         InputFault: for a target that is no linear layer.
     """
     out: dict[str, np.ndarray] = {}
     for component, known in nets.items():
-        wanted = targets(known, adapt, family) if component == family.trains else list(family.lora[component])
+        wanted = (
+            targets(known, adapt, family)
+            if component == family.trains
+            else list(family.lora[component])
+        )
         for name, shape in known.items():
             stem = name.removesuffix(".weight")
             if stem == name or not any(stem == t or stem.endswith(f".{t}") for t in wanted):
                 continue
             if len(shape) != 2:
-                raise InputFault(f"adapt.targets: {stem} is no linear layer, which the JAX engine's adapters need")
+                raise InputFault(
+                    f"adapt.targets: {stem} is no linear layer, which the JAX engine's adapters "
+                    "need"
+                )
             a, b = f"{component}.{stem}.lora_A.weight", f"{component}.{stem}.lora_B.weight"
             address = zlib.crc32(a.removeprefix(f"{family.trains}.").encode())
-            normal = rng.at(seed, "lora", address).standard_normal(adapt.rank * shape[1], "float32").reshape(adapt.rank, shape[1])
-            out |= {a: normal / np.float32(adapt.rank), b: np.zeros((shape[0], adapt.rank), np.float32)}
+            normal = (
+                rng.at(seed, "lora", address)
+                .standard_normal(adapt.rank * shape[1], "float32")
+                .reshape(adapt.rank, shape[1])
+            )
+            out |= {
+                a: normal / np.float32(adapt.rank),
+                b: np.zeros((shape[0], adapt.rank), np.float32),
+            }
     return out

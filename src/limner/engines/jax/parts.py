@@ -1,4 +1,5 @@
-"""The frozen encoders in JAX: numpy in, numpy out, always float32 unless they are safe in half, loaded when first called and let go of when told."""
+"""The frozen encoders in JAX: numpy in, numpy out, always float32 unless they are safe in half,
+loaded when first called and let go of when told."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -16,7 +17,8 @@ from limner.engines.jax.world import here
 from limner.family import chunked
 from limner.faults import InputFault
 
-HIGHEST = "highest"  # float32 products in float32: not in TF32 on a GPU, nor in passes of bfloat16 on a TPU
+# float32 products in float32: not in TF32 on a GPU, nor in passes of bfloat16 on a TPU
+HIGHEST = "highest"
 
 
 class JaxParts:
@@ -35,33 +37,62 @@ class JaxParts:
         """A component's arrays on the device."""
         if name not in self.loaded:
             kind = self.half.get(name, jnp.float32)
-            self.loaded[name] = {key: jax.device_put(array.astype(kind), here()) for key, array in weights.read(self.base, name).items()}
+            self.loaded[name] = {
+                key: jax.device_put(array.astype(kind), here())
+                for key, array in weights.read(self.base, name).items()
+            }
         found: dict[str, jax.Array] = self.loaded[name]
         return found
 
-    def run(self, key: Any, function: Any, name: str, *arguments: np.ndarray, net: Params | None = None) -> Any:
-        """A jitted function of a component's arrays, or of those of ``net``, and some of numpy's; compiled once, however often it is run."""
+    def run(
+        self, key: Any, function: Any, name: str, *arguments: np.ndarray, net: Params | None = None
+    ) -> Any:
+        """A jitted function of a component's arrays, or of those of ``net``, and some of numpy's;
+        compiled once, however often it is run."""
         scale = 1.0 if net is None else net.scale  # what is kept must not hold the arrays
         if (key, scale) not in self.compiled:
-            self.compiled[key, scale] = jax.jit(lambda arrays, *given: function(Params(arrays, scale=scale), *given))
+            self.compiled[key, scale] = jax.jit(
+                lambda arrays, *given: function(Params(arrays, scale=scale), *given)
+            )
         with jax.default_matmul_precision(HIGHEST), jax.default_device(here()):
-            return jax.device_get(self.compiled[key, scale](self.arrays(name) if net is None else net.arrays, *arguments))
+            return jax.device_get(
+                self.compiled[key, scale](
+                    self.arrays(name) if net is None else net.arrays, *arguments
+                )
+            )
 
     def vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See ``family.Parts``."""
         config, kind = self.base.configs[name], self.half.get(name, jnp.float32)
-        mean, std = self.run((name, "encode"), lambda p, x: vae.encode(p, config, x.astype(kind)), name, pixels)
+        mean, std = self.run(
+            (name, "encode"), lambda p, x: vae.encode(p, config, x.astype(kind)), name, pixels
+        )
         return np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
     def decode(self, name: str, latents: np.ndarray) -> np.ndarray:
         """Pixels in [-1, 1], float32 [n, 3, H, W], of unscaled latents [n, channels, h, w]."""
         config, kind = self.base.configs[name], self.half.get(name, jnp.float32)
-        return np.asarray(self.run((name, "decode"), lambda p, z: vae.decode(p, config, z.astype(kind)), name, latents), np.float32)
+        return np.asarray(
+            self.run(
+                (name, "decode"), lambda p, z: vae.decode(p, config, z.astype(kind)), name, latents
+            ),
+            np.float32,
+        )
 
-    def text(self, name: str, ids: np.ndarray, skip: int = 0, net: Params | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """See ``family.Encoders``; with the arrays of ``net`` in place of the base's, where it is given."""
-        hear = partial(clip.text, config=self.base.configs[name], skip=skip, projection=projects(self.base, name))
-        states, pooled = self.run((name, skip), lambda p, ids: hear(p, ids=ids), name, ids.astype(np.int32), net=net)
+    def text(
+        self, name: str, ids: np.ndarray, skip: int = 0, net: Params | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See ``family.Encoders``; with the arrays of ``net`` in place of the base's, where it is
+        given."""
+        hear = partial(
+            clip.text,
+            config=self.base.configs[name],
+            skip=skip,
+            projection=projects(self.base, name),
+        )
+        states, pooled = self.run(
+            (name, skip), lambda p, ids: hear(p, ids=ids), name, ids.astype(np.int32), net=net
+        )
         return np.asarray(states, np.float32), np.asarray(pooled, np.float32)
 
     def beside(self, arrays: list[np.ndarray]) -> np.ndarray:
@@ -86,7 +117,9 @@ class JaxParts:
     def tokens(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
         """See ``family.Parts``; what does not fit is cut (which the index has counted and told)."""
         words = self.words(tokenizer)
-        return chunked(words.encode(captions), chunks, words.limit, words.start, words.end, words.pad)
+        return chunked(
+            words.encode(captions), chunks, words.limit, words.start, words.end, words.pad
+        )
 
     def lengths(self, tokenizer: str, captions: list[str]) -> list[int]:
         """See ``family.Parts``."""
@@ -97,7 +130,8 @@ class JaxParts:
         return self.words(tokenizer).limit
 
     def release(self, names: Iterable[str] | None = None) -> None:
-        """Let go of these components, of all where none are named; one that is asked for again is loaded again, and not compiled again."""
+        """Let go of these components, of all where none are named; one that is asked for again is
+        loaded again, and not compiled again."""
         for name in list(self.loaded) if names is None else names:
             self.loaded.pop(name, None)
 

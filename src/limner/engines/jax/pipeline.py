@@ -1,4 +1,5 @@
-"""Pictures in JAX: prompts encoded, one scan over the table of a sampler, and the autoencoder in float32; the same seed gives the same picture."""
+"""Pictures in JAX: prompts encoded, one scan over the table of a sampler, and the autoencoder in
+float32; the same seed gives the same picture."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -56,19 +57,33 @@ class Pipeline:
         return self.parts.beside(arrays)
 
     def features(self, prompts: Sequence[str], given: bool) -> dict[str, np.ndarray]:
-        """What the network is told of prompts; zeros for a negative prompt that is not given, where the base says so."""
+        """What the network is told of prompts; zeros for a negative prompt that is not given, where
+        the base says so."""
         found = told(self.family, self, tokenize(self.family, self.parts, list(prompts), 1))
-        return found if given or not self.family.empty_is_zeros(self.base.configs) else {name: np.zeros_like(array) for name, array in found.items()}
+        return (
+            found
+            if given or not self.family.empty_is_zeros(self.base.configs)
+            else {name: np.zeros_like(array) for name, array in found.items()}
+        )
 
     def draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float | None, size: int | None, negative: str | None = None,
-        batch: int = 4, latents: np.ndarray | None = None,
-    ) -> list[np.ndarray]:  # fmt: skip
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance_scale: float | None,
+        size: int | None,
+        negative: str | None = None,
+        batch: int = 4,
+        latents: np.ndarray | None = None,
+    ) -> list[np.ndarray]:
         """One picture per prompt and seed, uint8 [size, size, 3].
 
         Args:
             size: pixels a side; None: the model's own.
-            latents: the starting noise, standard normal [n, channels, h, w]; None: addressed by each seed, the same for every device and batch size.
+            latents: the starting noise, standard normal [n, channels, h, w]; None: addressed by
+                each seed, the same for every device and batch size.
         """
         factor = 2 ** (len(self.base.configs["vae"]["block_out_channels"]) - 1)
         side = latent_side(self.base, size)
@@ -80,45 +95,106 @@ class Pipeline:
             noise = (
                 latents[first : first + batch]
                 if latents is not None
-                else np.stack([rng.at(s, "picture", 0).standard_normal(shape, np.float32) for s in chosen])
+                else np.stack(
+                    [rng.at(s, "picture", 0).standard_normal(shape, np.float32) for s in chosen]
+                )
             )
             short = batch - len(part) if len(prompts) > batch else 0  # one shape is compiled once
-            part, noise = part + part[-1:] * short, np.concatenate([noise, noise[-1:].repeat(short, axis=0)])
+            part, noise = (
+                part + part[-1:] * short,
+                np.concatenate([noise, noise[-1:].repeat(short, axis=0)]),
+            )
             features = self.features(part, True)
             if scale > 1:
                 against = self.features([negative or ""] * len(part), negative is not None)
-                features = {name: np.concatenate([against[name], array]) for name, array in features.items()}
+                features = {
+                    name: np.concatenate([against[name], array]) for name, array in features.items()
+                }
             made = self.denoise(noise, features, steps, scale, side * factor)
-            pixels = self.parts.decode("vae", made / np.float32(self.base.configs["vae"].get("scaling_factor", 0.18215)))
+            pixels = self.parts.decode(
+                "vae", made / np.float32(self.base.configs["vae"].get("scaling_factor", 0.18215))
+            )
             shown = np.clip(pixels / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
-            pictures += [(picture * 255).round().astype(np.uint8) for picture in shown[: len(part) - short]]
+            pictures += [
+                (picture * 255).round().astype(np.uint8) for picture in shown[: len(part) - short]
+            ]
         return pictures
 
-    def denoise(self, noise: np.ndarray, features: dict[str, np.ndarray], steps: int, guidance: float, size: int) -> np.ndarray:
-        """Clean latents, float32 [n, channels, h, w], of standard normal noise; ``features`` of negative prompts come before those of prompts."""
+    def denoise(
+        self,
+        noise: np.ndarray,
+        features: dict[str, np.ndarray],
+        steps: int,
+        guidance: float,
+        size: int,
+    ) -> np.ndarray:
+        """Clean latents, float32 [n, channels, h, w], of standard normal noise; ``features`` of
+        negative prompts come before those of prompts."""
         table = sampler.table(self.base.configs["scheduler"], steps, self.scheduler, self.predict)
-        net, known, kind = self.nets[self.family.trains], self.base.configs[self.family.trains], self.half or jnp.float32
-        told_of = features | {"cut": np.tile(np.array([size, size, 0, 0, size, size], np.float32), (len(next(iter(features.values()))), 1))}
+        net, known, kind = (
+            self.nets[self.family.trains],
+            self.base.configs[self.family.trains],
+            self.half or jnp.float32,
+        )
+        told_of = features | {
+            "cut": np.tile(
+                np.array([size, size, 0, 0, size, size], np.float32),
+                (len(next(iter(features.values()))), 1),
+            )
+        }
         if net.scale not in self.compiled:
-            how = {"config": known, "scale": net.scale, "family": self.family, "kind": kind, "kernel": self.kernel}
+            how = {
+                "config": known,
+                "scale": net.scale,
+                "family": self.family,
+                "kind": kind,
+                "kernel": self.kernel,
+            }
             self.compiled[net.scale] = jax.jit(partial(sampled, **how), static_argnames=("guided",))
         with jax.default_matmul_precision("highest" if self.half is None else None):
-            made = self.compiled[net.scale](net.arrays, table.timesteps, table.weights, noise, told_of, np.float32(guidance), guided=guidance > 1)
+            made = self.compiled[net.scale](
+                net.arrays,
+                table.timesteps,
+                table.weights,
+                noise,
+                told_of,
+                np.float32(guidance),
+                guided=guidance > 1,
+            )
         return np.asarray(made, np.float32)
 
 
 def sampled(
-    arrays: dict[str, Array], timesteps: Array, weights: Array, noise: Array, features: dict[str, Array], guidance: Array, *, config: dict[str, Any],
-    scale: float, family: Family, kind: Any, guided: bool, kernel: Kernel | None,
-) -> Array:  # fmt: skip
-    """One scan over a table: each step mixes the noise and what was said so far, and asks the network; see ``sampler``."""
+    arrays: dict[str, Array],
+    timesteps: Array,
+    weights: Array,
+    noise: Array,
+    features: dict[str, Array],
+    guidance: Array,
+    *,
+    config: dict[str, Any],
+    scale: float,
+    family: Family,
+    kind: Any,
+    guided: bool,
+    kernel: Kernel | None,
+) -> Array:
+    """One scan over a table: each step mixes the noise and what was said so far, and asks the
+    network; see ``sampler``."""
     inputs = family.inputs(features)
 
     def step(said: Array, given: tuple[Array, Array, Array]) -> tuple[Array, None]:
         i, t, row = given
         x = jnp.tensordot(row, said, 1)
         both = jnp.concatenate([x, x]) if guided else x
-        out = unet(Params(arrays, scale=scale), config, both.astype(kind), jnp.full(len(both), t), **inputs, kernel=kernel)[:, : x.shape[1]].astype(jnp.float32)
+        out = unet(
+            Params(arrays, scale=scale),
+            config,
+            both.astype(kind),
+            jnp.full(len(both), t),
+            **inputs,
+            kernel=kernel,
+        )[:, : x.shape[1]].astype(jnp.float32)
         if guided:  # equation 6 of arXiv:2207.12598
             without, out = jnp.split(out, 2)
             out = without + guidance * (out - without)
@@ -135,32 +211,66 @@ def latent_side(base: Base, size: int | None) -> int:
     Raises:
         InputFault: when latents cannot have that side.
     """
-    factor, own = 2 ** (len(base.configs["vae"]["block_out_channels"]) - 1), base.configs["unet"].get("sample_size")
+    factor, own = (
+        2 ** (len(base.configs["vae"]["block_out_channels"]) - 1),
+        base.configs["unet"].get("sample_size"),
+    )
     if size is None and not isinstance(own, int):
-        raise InputFault(f"size: the model's own is not said (sample_size is {own}); give one, a multiple of {factor} pixels")
+        raise InputFault(
+            f"size: the model's own is not said (sample_size is {own}); give one, a multiple of "
+            f"{factor} pixels"
+        )
     pixels = size if size is not None else int(own or 0) * factor
     if pixels < factor or pixels % factor:
-        raise InputFault(f"size: {pixels} pixels are no multiple of {factor}; choose {max(1, round(pixels / factor)) * factor}")
+        raise InputFault(
+            f"size: {pixels} pixels are no multiple of {factor}; choose "
+            f"{max(1, round(pixels / factor)) * factor}"
+        )
     return pixels // factor
 
 
-def open_pipeline(found: Weights, partner: Weights | None, *, scheduler: str | None, precision: str, device: str | None) -> Pipeline:
-    """A pipeline ready to draw, from a diffusers folder or a Hub repository, with a LoRA on it where there is one.
+def open_pipeline(
+    found: Weights,
+    partner: Weights | None,
+    *,
+    scheduler: str | None,
+    precision: str,
+    device: str | None,
+) -> Pipeline:
+    """A pipeline ready to draw, from a diffusers folder or a Hub repository, with a LoRA on it
+    where there is one.
 
     Raises:
         InputFault: for a scheduler or a model that there is no code for.
     """
     if scheduler is not None and scheduler not in sampler.SAMPLERS:
-        raise InputFault(f"scheduler: {scheduler!r} has no table in JAX; it has {', '.join(sampler.SAMPLERS)}")
+        raise InputFault(
+            f"scheduler: {scheduler!r} has no table in JAX; it has {', '.join(sampler.SAMPLERS)}"
+        )
     choose(device)
     family = family_of_folder(found)
-    model = config.Model(found.model, family.name, revision=found.revision, variant=found.variant, cache_dir=found.cache_dir)
+    model = config.Model(
+        found.model,
+        family.name,
+        revision=found.revision,
+        variant=found.variant,
+        cache_dir=found.cache_dir,
+    )
     base, half = open_base(model, family), HALF.get(precision)
     parts = JaxParts(base)
     nets = {family.trains: Params(on_device(weights.read(base, family.trains), half))}
     if found.lora is not None:
         nets = with_lora(base, family, nets, found, half)
-    return Pipeline(base, family, parts, nets, base.configs["scheduler"].get("prediction_type", "epsilon"), half, scheduler, fused(here()))
+    return Pipeline(
+        base,
+        family,
+        parts,
+        nets,
+        base.configs["scheduler"].get("prediction_type", "epsilon"),
+        half,
+        scheduler,
+        fused(here()),
+    )
 
 
 def family_of_folder(found: Weights) -> Family:
@@ -169,23 +279,34 @@ def family_of_folder(found: Weights) -> Family:
     Raises:
         InputFault: when the JAX engine does not draw with it.
     """
-    kind = kind_of(found).removeprefix("Flax")  # old bases are turned into plain ones when they are opened
+    kind = kind_of(found).removeprefix(
+        "Flax"
+    )  # old bases are turned into plain ones when they are opened
     family = drawn_by(kind)
     if family is None:
-        raise InputFault(f"{found.model} is of a {kind}; the JAX engine draws with {', '.join(f.pipeline for f in FAMILIES.values() if f.stage is None)}")
+        raise InputFault(
+            f"{found.model} is of a {kind}; the JAX engine draws with "
+            f"{', '.join(f.pipeline for f in FAMILIES.values() if f.stage is None)}"
+        )
     return family
 
 
 def on_device(arrays: dict[str, np.ndarray], half: Any) -> dict[str, Array]:
     """Arrays on the first device, in the type that is computed in."""
-    return {name: jax.device_put(array.astype(half or np.float32), here()) for name, array in arrays.items()}
+    return {
+        name: jax.device_put(array.astype(half or np.float32), here())
+        for name, array in arrays.items()
+    }
 
 
-def with_lora(base: Base, family: Family, nets: dict[str, Params], found: Weights, half: Any) -> dict[str, Params]:
+def with_lora(
+    base: Base, family: Family, nets: dict[str, Params], found: Weights, half: Any
+) -> dict[str, Params]:
     """The networks with the low-rank additions of a file, whose header says their rank and alpha.
 
     Raises:
-        InputFault: for a file that is damaged, of another model, or of a kind of adapter that there is no code for.
+        InputFault: for a file that is damaged, of another model, or of a kind of adapter that there
+            is no code for.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -196,26 +317,55 @@ def with_lora(base: Base, family: Family, nets: dict[str, Params], found: Weight
             said = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
             arrays = {plain_lora(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except (SafetensorError, ValueError) as error:
-        raise InputFault(f"{where}: not a whole safetensors file ({error}). Fetch or copy it again.") from error
-    if more := [name for name, value in said.items() if value and name.rpartition(".")[2] in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")]:
-        raise InputFault(f"{where}: it has {more[0]}, which the JAX engine has no code for. Use --engine torch.")
+        raise InputFault(
+            f"{where}: not a whole safetensors file ({error}). Fetch or copy it again."
+        ) from error
+    if more := [
+        name
+        for name, value in said.items()
+        if value
+        and name.rpartition(".")[2] in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
+    ]:
+        raise InputFault(
+            f"{where}: it has {more[0]}, which the JAX engine has no code for. Use --engine torch."
+        )
     components = dict.fromkeys(name.partition(".")[0] for name in arrays)
     if strange := [name for name in components if name not in family.lora]:
-        raise InputFault(f"{where}: it is for {strange[0]}, which this family has not; was it trained on another model?")
+        raise InputFault(
+            f"{where}: it is for {strange[0]}, which this family has not; was it trained on "
+            "another model?"
+        )
     for component in components:
-        own = {name.removeprefix(f"{component}."): array for name, array in arrays.items() if name.startswith(f"{component}.")}
-        before = nets[component].arrays if component in nets else on_device(weights.read(base, component), half)
+        own = {
+            name.removeprefix(f"{component}."): array
+            for name, array in arrays.items()
+            if name.startswith(f"{component}.")
+        }
+        before = (
+            nets[component].arrays
+            if component in nets
+            else on_device(weights.read(base, component), half)
+        )
         if lost := [name for name, array in own.items() if not belongs(name, array, own, before)]:
-            expected = "low-rank additions to linear layers of it are expected. Was it trained on another model, or is it of another kind?"
-            raise InputFault(f"{where}: {len(lost)} arrays have no place in the {component} ({', '.join(lost[:3])}); {expected}")
-        rank = said.get(f"{component}.r") or next(array.shape[0] for name, array in own.items() if name.endswith("lora_A.weight"))
+            expected = (
+                "low-rank additions to linear layers of it are expected. Was it trained on another "
+                "model, or is it of another kind?"
+            )
+            raise InputFault(
+                f"{where}: {len(lost)} arrays have no place in the {component} "
+                f"({', '.join(lost[:3])}); {expected}"
+            )
+        rank = said.get(f"{component}.r") or next(
+            array.shape[0] for name, array in own.items() if name.endswith("lora_A.weight")
+        )
         scale = said.get(f"{component}.lora_alpha", rank) / rank
         nets[component] = Params({**before, **on_device(own, half)}, scale=scale)
     return nets
 
 
 def plain_lora(name: str) -> str:
-    """The name of an array of a LoRA as it is written today, of one as diffusers used to write it."""
+    """The name of an array of a LoRA as it is written today, of one as diffusers used to write
+    it."""
     for old, new in (
         (".lora_linear_layer", ""),
         (".lora.down.", ".lora_A."),
@@ -227,10 +377,25 @@ def plain_lora(name: str) -> str:
     return name
 
 
-def belongs(name: str, array: np.ndarray, own: dict[str, np.ndarray], before: Mapping[str, Any]) -> bool:
+def belongs(
+    name: str, array: np.ndarray, own: dict[str, np.ndarray], before: Mapping[str, Any]
+) -> bool:
     """Whether an array is half of a low-rank addition to a linear layer."""
     stem, _, half = name.removesuffix(".weight").rpartition(".")
-    weight, pair = before.get(f"{stem}.weight"), own.get(f"{stem}.{'lora_B' if half == 'lora_A' else 'lora_A'}.weight")
-    if weight is None or weight.ndim != 2 or half not in ("lora_A", "lora_B") or pair is None or array.ndim != 2:
+    weight, pair = (
+        before.get(f"{stem}.weight"),
+        own.get(f"{stem}.{'lora_B' if half == 'lora_A' else 'lora_A'}.weight"),
+    )
+    if (
+        weight is None
+        or weight.ndim != 2
+        or half not in ("lora_A", "lora_B")
+        or pair is None
+        or array.ndim != 2
+    ):
         return False
-    return bool(array.shape[1] == weight.shape[1] if half == "lora_A" else array.shape == (weight.shape[0], pair.shape[0]))
+    return bool(
+        array.shape[1] == weight.shape[1]
+        if half == "lora_A"
+        else array.shape == (weight.shape[0], pair.shape[0])
+    )

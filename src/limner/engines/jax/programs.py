@@ -1,5 +1,6 @@
-"""Compiled programs on disk. JAX's own cache knows a program when it has been traced; beside it, in the same folder, lie whole steps that are found by
-what they are made from, which spares the tracing too."""
+"""Compiled programs on disk. JAX's own cache knows a program when it has been traced; beside it, in
+the same folder, lie whole steps that are found by what they are made from, which spares the tracing
+too."""
 
 import contextlib
 import functools
@@ -28,7 +29,8 @@ WORTH = 0.5  # seconds of compiling that are worth a file
 
 
 def remember(place: str) -> None:
-    """Keep compiled programs on disk, where another process finds them; unless the recipe names a folder, what ``JAX_COMPILATION_CACHE_DIR`` says holds.
+    """Keep compiled programs on disk, where another process finds them; unless the recipe names a
+    folder, what ``JAX_COMPILATION_CACHE_DIR`` says holds.
 
     Raises:
         InputFault: when the folder cannot be written.
@@ -41,30 +43,41 @@ def remember(place: str) -> None:
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied")
     except OSError as error:
-        raise InputFault(f"engine.compile_cache: {folder} cannot be written ({error.strerror}); give another folder, or off") from error
+        raise InputFault(
+            f"engine.compile_cache: {folder} cannot be written ({error.strerror}); give another "
+            "folder, or off"
+        ) from error
     sweep(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", REMEMBERED)
 
 
 def sweep(folder: Path) -> None:
-    """Remove programs that a killed process has left half-written: JAX would trip over them for ever. Of a whole one the time of its last use is there too."""
-    with contextlib.suppress(filelock.Timeout), filelock.FileLock(folder / ".lockfile", timeout=10):  # JAX's own lock
+    """Remove programs that a killed process has left half-written: JAX would trip over them for
+    ever. Of a whole one the time of its last use is there too."""
+    with (
+        contextlib.suppress(filelock.Timeout),
+        filelock.FileLock(folder / ".lockfile", timeout=10),
+    ):  # JAX's own lock
         for path in folder.glob("*-cache"):
             if not path.with_name(f"{path.name.removesuffix('-cache')}-atime").exists():
                 path.unlink(missing_ok=True)
 
 
 def kept(make: Callable[[], Any], devices: Sequence[Any], meaning: Any, arguments: Any) -> Any:
-    """What ``make`` compiles, or the same program from the disk, where an earlier process has left it.
+    """What ``make`` compiles, or the same program from the disk, where an earlier process has left
+    it.
 
     Args:
         make: lowers and compiles.
         devices: those that the program runs on.
-        meaning: all that the program depends on besides this package's code, JAX, its settings and the machine; JSON.
+        meaning: all that the program depends on besides this package's code, JAX, its settings and
+            the machine; JSON.
         arguments: a tree of arrays, of which names, shapes, types and places matter.
     """
-    store: Any = compilation_cache._get_cache(devices[0].client)  # what puts JAX's own programs there, throws out the oldest, and locks
+    store: Any = compilation_cache._get_cache(
+        devices[0].client
+    )  # what puts JAX's own programs there, throws out the oldest, and locks
     if store is None:
         return make()
     key = f"limner-{named(devices, meaning, arguments)}"
@@ -74,7 +87,9 @@ def kept(make: Callable[[], Any], devices: Sequence[Any], meaning: Any, argument
             if hashlib.sha256(blob).digest() != seal:
                 raise ValueError("a damaged program")
             program, takes, gives = pickle.loads(blob)
-            return serialize_executable.deserialize_and_load(program, takes, gives, devices[0].client, devices)
+            return serialize_executable.deserialize_and_load(
+                program, takes, gives, devices[0].client, devices
+            )
         except Exception:  # whatever is wrong with it, the program can be made again
             for path in Path(store._path).glob(f"{key}-*"):
                 path.unlink(missing_ok=True)
@@ -90,7 +105,8 @@ def kept(make: Callable[[], Any], devices: Sequence[Any], meaning: Any, argument
 
 @contextlib.contextmanager
 def found_by_jax() -> Iterator[list[str]]:
-    """What JAX's own cache gives meanwhile. On CPUs such a program lacks functions when it is written once more, and then fails where it is run."""
+    """What JAX's own cache gives meanwhile. On CPUs such a program lacks functions when it is
+    written once more, and then fails where it is run."""
     heard: list[str] = []
 
     def listen(event: str, **_: Any) -> None:
@@ -111,12 +127,25 @@ def named(devices: Sequence[Any], meaning: Any, arguments: Any) -> str:
         for path, a in jax.tree_util.tree_flatten_with_path(arguments)[0]
     ]
     first = devices[0]
-    place = [[d.id for d in devices], jax.process_index(), first.device_kind, first.client.platform_version]
+    place = [
+        [d.id for d in devices],
+        jax.process_index(),
+        first.device_kind,
+        first.client.platform_version,
+    ]
     place += [processor(), instructions()] if first.platform == "cpu" else []
-    settings = {name: repr(value) for name, value in sorted(jax.config.values.items()) if "cache" not in name}
+    settings = {
+        name: repr(value)
+        for name, value in sorted(jax.config.values.items())
+        if "cache" not in name
+    }
     flags = {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     versions = [version(name) for name in ("jax", "jaxlib", "numpy", "optax")]
-    return hashlib.sha256(json.dumps([code(), versions, place, settings, flags, meaning, leaves], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(
+            [code(), versions, place, settings, flags, meaning, leaves], sort_keys=True
+        ).encode()
+    ).hexdigest()
 
 
 @functools.cache

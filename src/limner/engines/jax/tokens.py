@@ -1,4 +1,5 @@
-"""CLIP's tokenizer through the tokenizers library: from ``tokenizer.json``, or from ``vocab.json`` and ``merges.txt`` alone."""
+"""CLIP's tokenizer through the tokenizers library: from ``tokenizer.json``, or from ``vocab.json``
+and ``merges.txt`` alone."""
 
 import json
 from pathlib import Path
@@ -6,7 +7,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # of the tokenizer that CLIP was published with
+# of the tokenizer that CLIP was published with
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class Words:
@@ -14,12 +16,16 @@ class Words:
 
     def __init__(self, folder: Path, config: dict[str, Any]):
         known = folder / "tokenizer.json"
-        self.inner = Tokenizer.from_file(str(known)) if known.is_file() else of_files(folder, config)
+        self.inner = (
+            Tokenizer.from_file(str(known)) if known.is_file() else of_files(folder, config)
+        )
         self.inner.no_truncation()
         self.inner.no_padding()
         self.limit = int(min(config.get("model_max_length") or 77, 1 << 20))
         self.start, self.end = self.inner.encode("").ids
-        self.pad: int = self.inner.token_to_id(name_of(config.get("pad_token", "<|endoftext|>"))) or 0
+        self.pad: int = (
+            self.inner.token_to_id(name_of(config.get("pad_token", "<|endoftext|>"))) or 0
+        )
 
     def encode(self, captions: list[str]) -> list[list[int]]:
         """Ids of each caption, uncut."""
@@ -32,19 +38,50 @@ def name_of(token: Any) -> str:
 
 
 def of_files(folder: Path, config: dict[str, Any]) -> Tokenizer:
-    """The byte-pair encoding of ``vocab.json`` and ``merges.txt``, with the rules that belong to CLIP."""
+    """The byte-pair encoding of ``vocab.json`` and ``merges.txt``, with the rules that belong to
+    CLIP."""
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [(a, b) for a, b in (line.split() for line in lines if line and not line.startswith("#version"))]
-    start, end, unknown, pad = (name_of(config.get(f"{kind}_token", usual)) for kind, usual in SPECIAL.items())
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", continuing_subword_prefix="", unk_token=unknown, fuse_unk=False))
-    made.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    merges = [
+        (a, b)
+        for a, b in (line.split() for line in lines if line and not line.startswith("#version"))
+    ]
+    start, end, unknown, pad = (
+        name_of(config.get(f"{kind}_token", usual)) for kind, usual in SPECIAL.items()
+    )
+    made = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=merges,
+            end_of_word_suffix="</w>",
+            continuing_subword_prefix="",
+            unk_token=unknown,
+            fuse_unk=False,
+        )
+    )
+    made.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
     split = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
-    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     ends = ((end, vocabulary[end]), (start, vocabulary[start]))
-    made.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False, trim_offsets=False)
-    made.add_special_tokens([AddedToken(name, normalized=True) if name == start else name for name in dict.fromkeys((start, end, unknown, pad))])
+    made.post_processor = processors.RobertaProcessing(
+        *ends, add_prefix_space=False, trim_offsets=False
+    )
+    made.add_special_tokens(
+        [
+            AddedToken(name, normalized=True) if name == start else name
+            for name in dict.fromkeys((start, end, unknown, pad))
+        ]
+    )
     return made
 
 
-SPECIAL = {"bos": "<|startoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>", "pad": "<|endoftext|>"}
+SPECIAL = {
+    "bos": "<|startoftext|>",
+    "eos": "<|endoftext|>",
+    "unk": "<|endoftext|>",
+    "pad": "<|endoftext|>",
+}

@@ -1,4 +1,5 @@
-"""The UNet of Stable Diffusion 1.x, 2.x and XL (arXiv:2112.10752, arXiv:2307.01952) as one pure function of its arrays and its config.json."""
+"""The UNet of Stable Diffusion 1.x, 2.x and XL (arXiv:2112.10752, arXiv:2307.01952) as one pure
+function of its arrays and its config.json."""
 
 from functools import partial
 from typing import Any
@@ -7,31 +8,77 @@ import jax
 import jax.numpy as jnp
 
 from limner.engines.jax.attention import Kernel
-from limner.engines.jax.nn import Array, Params, attention, conv, group_norm, layer_norm, linear, pointwise, resnet, shapes, sinusoid, upsample
+from limner.engines.jax.nn import (
+    Array,
+    Params,
+    attention,
+    conv,
+    group_norm,
+    layer_norm,
+    linear,
+    pointwise,
+    resnet,
+    shapes,
+    sinusoid,
+    upsample,
+)
 
 PLAIN = {  # what the config of a plain UNet says; anything else would need code that is not here
-    "act_fn": "silu", "attention_type": "default", "center_input_sample": False, "class_embed_type": None, "class_embeddings_concat": False,
-    "conv_in_kernel": 3, "conv_out_kernel": 3, "cross_attention_norm": None, "dual_cross_attention": False, "encoder_hid_dim_type": None,
-    "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "num_class_embeds": None, "only_cross_attention": False,
-    "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False, "resnet_time_scale_shift": "default", "time_cond_proj_dim": None,
-    "time_embedding_act_fn": None, "time_embedding_type": "positional", "timestep_post_act": None, "downsample_padding": 1, "dropout": 0.0,
+    "act_fn": "silu",
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "dual_cross_attention": False,
+    "encoder_hid_dim_type": None,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "downsample_padding": 1,
+    "dropout": 0.0,
     "reverse_transformer_layers_per_block": None,
-}  # fmt: skip
+}
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 
 
 def strange(config: dict[str, Any]) -> list[str]:
     """What in a config this file has no code for, in words."""
-    out = [f"{name} is {config[name]!r}, {wanted!r} is expected" for name, wanted in PLAIN.items() if config.get(name, wanted) != wanted]
-    kinds = [kind for kind in (*config["down_block_types"], *config["up_block_types"]) if kind not in BLOCKS]
+    out = [
+        f"{name} is {config[name]!r}, {wanted!r} is expected"
+        for name, wanted in PLAIN.items()
+        if config.get(name, wanted) != wanted
+    ]
+    kinds = [
+        kind
+        for kind in (*config["down_block_types"], *config["up_block_types"])
+        if kind not in BLOCKS
+    ]
     out += [f"a {kind} is none of {', '.join(BLOCKS)}" for kind in dict.fromkeys(kinds)]
     flat = {
         "cross_attention_dim": [config.get("cross_attention_dim", 1280)],
         "transformer_layers_per_block": each(config.get("transformer_layers_per_block", 1), 1),
     }
-    out += [f"{name} is {config[name]}, one number is expected" for name, values in flat.items() if any(isinstance(v, list | tuple) for v in values)]
+    out += [
+        f"{name} is {config[name]}, one number is expected"
+        for name, values in flat.items()
+        if any(isinstance(v, list | tuple) for v in values)
+    ]
     if config.get("addition_embed_type") not in (None, "text_time"):
-        out.append(f"addition_embed_type is {config['addition_embed_type']!r}, None or 'text_time' is expected")
+        out.append(
+            f"addition_embed_type is {config['addition_embed_type']!r}, None or 'text_time' is "
+            "expected"
+        )
     return out
 
 
@@ -47,15 +94,23 @@ def feed_forward(p: Params, x: Array) -> Array:
     return linear(p / "net" / 2, h * jax.nn.gelu(gate, approximate=False), width)
 
 
-def look(p: Params, x: Array, context: Array, heads: int, mask: Array | None, kernel: Kernel | None) -> Array:
+def look(
+    p: Params, x: Array, context: Array, heads: int, mask: Array | None, kernel: Kernel | None
+) -> Array:
     """Attention of x [n, tokens, width] to a context [n, keys, ...]."""
     width = x.shape[-1]
-    q, k, v = (linear(p / name, source, width, bias=False) for name, source in (("to_q", x), ("to_k", context), ("to_v", context)))
+    q, k, v = (
+        linear(p / name, source, width, bias=False)
+        for name, source in (("to_q", x), ("to_k", context), ("to_v", context))
+    )
     return linear(p / "to_out" / 0, attention(q, k, v, heads, mask, kernel=kernel), width)
 
 
-def block(p: Params, x: Array, context: Array, mask: Array | None, heads: int, kernel: Kernel | None) -> Array:
-    """Attention to itself, attention to the caption, two linear layers; each on what a norm makes of x, and added to it."""
+def block(
+    p: Params, x: Array, context: Array, mask: Array | None, heads: int, kernel: Kernel | None
+) -> Array:
+    """Attention to itself, attention to the caption, two linear layers; each on what a norm makes
+    of x, and added to it."""
     h = layer_norm(p / "norm1", x)
     x = x + look(p / "attn1", h, h, heads, None, kernel)
     x = x + look(p / "attn2", layer_norm(p / "norm2", x), context, heads, mask, None)
@@ -63,7 +118,17 @@ def block(p: Params, x: Array, context: Array, mask: Array | None, heads: int, k
 
 
 def transformer(
-    p: Params, x: Array, context: Array, mask: Array | None, *, heads: int, depth: int, groups: int, remat: bool, kernel: Kernel | None, convolution: bool
+    p: Params,
+    x: Array,
+    context: Array,
+    mask: Array | None,
+    *,
+    heads: int,
+    depth: int,
+    groups: int,
+    remat: bool,
+    kernel: Kernel | None,
+    convolution: bool,
 ) -> Array:
     """Transformer blocks over the pixels of x [n, h, w, channels]."""
     n, height, width, channels = x.shape
@@ -72,31 +137,60 @@ def transformer(
     run = partial(block, heads=heads, kernel=kernel)
     for i in range(depth):
         inner = p / "transformer_blocks" / i
-        h = (jax.checkpoint(lambda h, c, inner=inner: run(inner, h, c, mask)) if remat else lambda h, c, inner=inner: run(inner, h, c, mask))(h, context)
+        h = (
+            jax.checkpoint(lambda h, c, inner=inner: run(inner, h, c, mask))
+            if remat
+            else lambda h, c, inner=inner: run(inner, h, c, mask)
+        )(h, context)
     return x + pointwise(p / "proj_out", h, channels, convolution).reshape(x.shape)
 
 
-def embedded(p: Params, config: dict[str, Any], x: Array, t: Array, added: dict[str, Array] | None) -> Array:
-    """What timestep, and for XL pooled caption and the six numbers of the crop, come to: [n, width]."""
+def embedded(
+    p: Params, config: dict[str, Any], x: Array, t: Array, added: dict[str, Array] | None
+) -> Array:
+    """What timestep, and for XL pooled caption and the six numbers of the crop, come to: [n,
+    width]."""
     first = config["block_out_channels"][0]
     width = config.get("time_embedding_dim") or 4 * first
-    wave = partial(sinusoid, cosine_first=config.get("flip_sin_to_cos", True), shift=config.get("freq_shift", 0))
+    wave = partial(
+        sinusoid,
+        cosine_first=config.get("flip_sin_to_cos", True),
+        shift=config.get("freq_shift", 0),
+    )
 
     def two(inner: Params, h: Array) -> Array:
-        return linear(inner / "linear_2", jax.nn.silu(linear(inner / "linear_1", h.astype(x.dtype), width)), width)
+        return linear(
+            inner / "linear_2",
+            jax.nn.silu(linear(inner / "linear_1", h.astype(x.dtype), width)),
+            width,
+        )
 
     time = two(p / "time_embedding", wave(t, first))
     if config.get("addition_embed_type") != "text_time" or added is None:
         return time
-    numbers = wave(added["time_ids"].reshape(-1), config["addition_time_embed_dim"]).reshape(len(x), -1)
-    return time + two(p / "add_embedding", jnp.concatenate([added["text_embeds"].astype(jnp.float32), numbers], -1))
+    numbers = wave(added["time_ids"].reshape(-1), config["addition_time_embed_dim"]).reshape(
+        len(x), -1
+    )
+    return time + two(
+        p / "add_embedding",
+        jnp.concatenate([added["text_embeds"].astype(jnp.float32), numbers], -1),
+    )
 
 
 def unet(
-    p: Params, config: dict[str, Any], x: Array, t: Array, encoder_hidden_states: Array, added_cond_kwargs: dict[str, Array] | None = None,
-    encoder_attention_mask: Array | None = None, *, remat: bool = False, kernel: Kernel | None = None,
-) -> Array:  # fmt: skip
-    """What the network predicts for noisy latents x [n, channels, h, w] at timesteps t [n]: [n, out channels, h, w], in the type of x.
+    p: Params,
+    config: dict[str, Any],
+    x: Array,
+    t: Array,
+    encoder_hidden_states: Array,
+    added_cond_kwargs: dict[str, Array] | None = None,
+    encoder_attention_mask: Array | None = None,
+    *,
+    remat: bool = False,
+    kernel: Kernel | None = None,
+) -> Array:
+    """What the network predicts for noisy latents x [n, channels, h, w] at timesteps t [n]: [n, out
+    channels, h, w], in the type of x.
 
     Args:
         encoder_hidden_states: [n, tokens, width] of the caption.
@@ -105,7 +199,11 @@ def unet(
         kernel: of attention; see ``attention.fused``.
     """
     channels, layers = config["block_out_channels"], config.get("layers_per_block", 2)
-    levels, groups, eps = len(channels), config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
+    levels, groups, eps = (
+        len(channels),
+        config.get("norm_num_groups", 32),
+        config.get("norm_eps", 1e-5),
+    )
     heads, depth = (
         each(config.get("num_attention_heads") or config.get("attention_head_dim", 8), levels),
         each(config.get("transformer_layers_per_block", 1), levels),
@@ -121,8 +219,21 @@ def unet(
         return (jax.checkpoint(run) if remat else run)(h, time)
 
     def attend(inner: Params, h: Array, level: int) -> Array:
-        how = {"heads": heads[level], "depth": depth[level], "groups": groups, "remat": remat, "kernel": kernel}
-        return transformer(inner, h, context, encoder_attention_mask, **how, convolution=not config.get("use_linear_projection", False))
+        how = {
+            "heads": heads[level],
+            "depth": depth[level],
+            "groups": groups,
+            "remat": remat,
+            "kernel": kernel,
+        }
+        return transformer(
+            inner,
+            h,
+            context,
+            encoder_attention_mask,
+            **how,
+            convolution=not config.get("use_linear_projection", False),
+        )
 
     h = conv(p / "conv_in", x, channels[0])
     skips = [h]
@@ -159,6 +270,8 @@ def unet_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     width = config.get("cross_attention_dim", 1280)
     added = None
     if config.get("addition_embed_type") == "text_time":
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        pooled = (
+            config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        )
         added = {"text_embeds": jnp.zeros((1, pooled)), "time_ids": jnp.zeros((1, 6))}
     return shapes(lambda p: unet(p, config, x, jnp.zeros(1), jnp.zeros((1, 1, width)), added))

@@ -1,11 +1,22 @@
-"""The KL autoencoder of Stable Diffusion (arXiv:2112.10752), encoder and decoder, as pure functions of its arrays and its config.json."""
+"""The KL autoencoder of Stable Diffusion (arXiv:2112.10752), encoder and decoder, as pure functions
+of its arrays and its config.json."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from limner.engines.jax.nn import Array, Params, attention, conv, group_norm, linear, resnet, shapes, upsample
+from limner.engines.jax.nn import (
+    Array,
+    Params,
+    attention,
+    conv,
+    group_norm,
+    linear,
+    resnet,
+    shapes,
+    upsample,
+)
 
 EPS = 1e-6
 
@@ -13,9 +24,22 @@ EPS = 1e-6
 def strange(config: dict[str, Any]) -> list[str]:
     """What in a config this file has no code for, in words."""
     plain = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-    out = [f"a {kind} is no {wanted}" for name, wanted in plain.items() for kind in dict.fromkeys(config.get(name, [])) if kind != wanted]
-    out += [f"{name} is {config[name]}, none is expected" for name in ("latents_mean", "latents_std", "shift_factor") if config.get(name) is not None]
-    return out + ([f"act_fn is {config['act_fn']!r}, 'silu' is expected"] if config.get("act_fn", "silu") != "silu" else [])
+    out = [
+        f"a {kind} is no {wanted}"
+        for name, wanted in plain.items()
+        for kind in dict.fromkeys(config.get(name, []))
+        if kind != wanted
+    ]
+    out += [
+        f"{name} is {config[name]}, none is expected"
+        for name in ("latents_mean", "latents_std", "shift_factor")
+        if config.get(name) is not None
+    ]
+    return out + (
+        [f"act_fn is {config['act_fn']!r}, 'silu' is expected"]
+        if config.get("act_fn", "silu") != "silu"
+        else []
+    )
 
 
 def middle(p: Params, h: Array, groups: int, looks: bool) -> Array:
@@ -30,8 +54,13 @@ def middle(p: Params, h: Array, groups: int, looks: bool) -> Array:
 
 
 def encode(p: Params, config: dict[str, Any], x: Array) -> tuple[Array, Array]:
-    """Mean and standard deviation of the posterior, [n, latent channels, h, w], for pixels in [-1, 1], [n, 3, H, W]."""
-    channels, groups, latent = config["block_out_channels"], config.get("norm_num_groups", 32), config.get("latent_channels", 4)
+    """Mean and standard deviation of the posterior, [n, latent channels, h, w], for pixels in [-1,
+    1], [n, 3, H, W]."""
+    channels, groups, latent = (
+        config["block_out_channels"],
+        config.get("norm_num_groups", 32),
+        config.get("latent_channels", 4),
+    )
     e = p / "encoder"
     h = conv(e / "conv_in", x.transpose(0, 2, 3, 1), channels[0])
     for level, out in enumerate(channels):
@@ -41,7 +70,9 @@ def encode(p: Params, config: dict[str, Any], x: Array) -> tuple[Array, Array]:
         if level < len(channels) - 1:
             h = conv(down / "downsamplers" / 0 / "conv", h, out, stride=2, pad=(0, 1))
     h = middle(e / "mid_block", h, groups, config.get("mid_block_add_attention", True))
-    h = conv(e / "conv_out", jax.nn.silu(group_norm(e / "conv_norm_out", h, groups, EPS)), 2 * latent)
+    h = conv(
+        e / "conv_out", jax.nn.silu(group_norm(e / "conv_norm_out", h, groups, EPS)), 2 * latent
+    )
     if config.get("use_quant_conv", True):
         h = conv(p / "quant_conv", h, 2 * latent, size=1)
     mean, log_variance = jnp.split(h.transpose(0, 3, 1, 2), 2, axis=1)
@@ -49,23 +80,36 @@ def encode(p: Params, config: dict[str, Any], x: Array) -> tuple[Array, Array]:
 
 
 def decode(p: Params, config: dict[str, Any], z: Array) -> Array:
-    """Pixels, about within [-1, 1], [n, 3, H, W], of unscaled latents z [n, latent channels, h, w]."""
+    """Pixels, about within [-1, 1], [n, 3, H, W], of unscaled latents z [n, latent channels, h,
+    w]."""
     channels, groups = config["block_out_channels"], config.get("norm_num_groups", 32)
     h, d = z.transpose(0, 2, 3, 1), p / "decoder"
     if config.get("use_post_quant_conv", True):
         h = conv(p / "post_quant_conv", h, h.shape[-1], size=1)
-    h = middle(d / "mid_block", conv(d / "conv_in", h, channels[-1]), groups, config.get("mid_block_add_attention", True))
+    h = middle(
+        d / "mid_block",
+        conv(d / "conv_in", h, channels[-1]),
+        groups,
+        config.get("mid_block_add_attention", True),
+    )
     for i, out in enumerate(reversed(channels)):
         up = d / "up_blocks" / i
         for j in range(config.get("layers_per_block", 1) + 1):
             h = resnet(up / "resnets" / j, h, None, out, groups, EPS)
         if i < len(channels) - 1:
             h = upsample(up, h)
-    return conv(d / "conv_out", jax.nn.silu(group_norm(d / "conv_norm_out", h, groups, EPS)), 3).transpose(0, 3, 1, 2)
+    return conv(
+        d / "conv_out", jax.nn.silu(group_norm(d / "conv_norm_out", h, groups, EPS)), 3
+    ).transpose(0, 3, 1, 2)
 
 
 def vae_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every array of both halves."""
     side = 2 ** (len(config["block_out_channels"]) - 1)
-    pixels, latents = jnp.zeros((1, 3, side, side)), jnp.zeros((1, config.get("latent_channels", 4), 1, 1))
-    return shapes(lambda p: encode(p, config, pixels)) | shapes(lambda p: decode(p, config, latents))
+    pixels, latents = (
+        jnp.zeros((1, 3, side, side)),
+        jnp.zeros((1, config.get("latent_channels", 4), 1, 1)),
+    )
+    return shapes(lambda p: encode(p, config, pixels)) | shapes(
+        lambda p: decode(p, config, latents)
+    )

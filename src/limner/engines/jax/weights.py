@@ -1,4 +1,5 @@
-"""A component's arrays from its folder, by the names and in the layouts of its safetensors files; what is missing, strange or of another shape is refused."""
+"""A component's arrays from its folder, by the names and in the layouts of its safetensors files;
+what is missing, strange or of another shape is refused."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,12 @@ from limner.engines.jax import clip, unet, vae
 from limner.faults import InputFault
 
 SHOWN = 8  # names that a message lists
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of an autoencoder's attention before diffusers 0.17
+OLD_NAMES = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}  # of an autoencoder's attention before diffusers 0.17
 
 
 def expected(kind: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -22,15 +28,22 @@ def expected(kind: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         InputFault: for a config that there is no code for.
     """
     surveys: dict[str, Any] = {
-        "UNet2DConditionModel": (unet.strange, unet.unet_shapes), "AutoencoderKL": (vae.strange, vae.vae_shapes),
+        "UNet2DConditionModel": (unet.strange, unet.unet_shapes),
+        "AutoencoderKL": (vae.strange, vae.vae_shapes),
         "CLIPTextModel": (clip.strange, lambda c: clip.text_shapes(c, False)),
         "CLIPTextModelWithProjection": (clip.strange, lambda c: clip.text_shapes(c, True)),
-    }  # fmt: skip
+    }
     if kind not in surveys:
-        raise InputFault(f'engine.kind="jax" knows no {kind}; it has {", ".join(surveys)}. Use engine.kind="torch".')
+        raise InputFault(
+            f'engine.kind="jax" knows no {kind}; it has {", ".join(surveys)}. Use '
+            'engine.kind="torch".'
+        )
     strange, survey = surveys[kind]
     if problems := strange(config):
-        raise InputFault(f'the JAX engine has no code for this {kind}: {"; ".join(problems)}. Use engine.kind="torch".')
+        raise InputFault(
+            f"the JAX engine has no code for this {kind}: {'; '.join(problems)}. Use "
+            'engine.kind="torch".'
+        )
     return survey(config)  # type: ignore[no-any-return]
 
 
@@ -38,7 +51,8 @@ def read(base: Base, component: str) -> dict[str, np.ndarray]:
     """The arrays of a component, float32 whatever they are stored in.
 
     Raises:
-        InputFault: listing names that are missing, that there is no place for, or that have another shape.
+        InputFault: listing names that are missing, that there is no place for, or that have another
+            shape.
     """
     wanted, found = expected(base.kind(component)[1], base.configs[component]), {}
     for path in base.weight_files(component):
@@ -48,9 +62,23 @@ def read(base: Base, component: str) -> dict[str, np.ndarray]:
     check(f"{base.part(component)}", wanted, found)
     arrays: dict[str, np.ndarray] = {}
     for path in base.weight_files(component):
-        arrays |= read_file(path, {stored: name for name, (where, stored) in found.items() if where == path and name in wanted})
-    if wrong := [f"{name} is {list(a.shape)}, {list(wanted[name])} is expected" for name, a in arrays.items() if a.shape != wanted[name]]:
-        raise InputFault(f"{base.part(component)}: {len(wrong)} arrays do not fit its config: {'; '.join(wrong[:SHOWN])}. Fetch or copy the model again.")
+        arrays |= read_file(
+            path,
+            {
+                stored: name
+                for name, (where, stored) in found.items()
+                if where == path and name in wanted
+            },
+        )
+    if wrong := [
+        f"{name} is {list(a.shape)}, {list(wanted[name])} is expected"
+        for name, a in arrays.items()
+        if a.shape != wanted[name]
+    ]:
+        raise InputFault(
+            f"{base.part(component)}: {len(wrong)} arrays do not fit its config: "
+            f"{'; '.join(wrong[:SHOWN])}. Fetch or copy the model again."
+        )
     return arrays
 
 
@@ -67,14 +95,21 @@ def read_file(path: Path, names: Mapping[str, str]) -> dict[str, np.ndarray]:
 
 def squeezed(array: np.ndarray, name: str) -> np.ndarray:
     """Attention weights of old autoencoders were convolutions of one pixel."""
-    return array[:, :, 0, 0] if array.ndim == 4 and array.shape[2:] == (1, 1) and name.rpartition(".attentions.0.")[2] in OLD_VAE else array
+    return (
+        array[:, :, 0, 0]
+        if array.ndim == 4
+        and array.shape[2:] == (1, 1)
+        and name.rpartition(".attentions.0.")[2] in OLD_VAE
+        else array
+    )
 
 
 OLD_VAE = {f"{name}.weight" for name in OLD_NAMES.values()}
 
 
 def plain_name(name: str, wanted: Mapping[str, Any]) -> str:
-    """The name that the models here use: ``text_model.`` before all of a text encoder, today's names in an autoencoder's attention."""
+    """The name that the models here use: ``text_model.`` before all of a text encoder, today's
+    names in an autoencoder's attention."""
     if name in wanted:
         return name
     if f"text_model.{name}" in wanted:
@@ -87,11 +122,19 @@ def plain_name(name: str, wanted: Mapping[str, Any]) -> str:
 def check(where: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Refuse a set of names that is not the one a model asks for."""
     missing = sorted(wanted.keys() - found.keys())
-    strange = sorted(name for name in found.keys() - wanted.keys() if not name.endswith("position_ids"))
+    strange = sorted(
+        name for name in found.keys() - wanted.keys() if not name.endswith("position_ids")
+    )
     problems = [
         f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)}"
-        for what, names in (("arrays are missing", missing), ("arrays have no place in the model", strange))
+        for what, names in (
+            ("arrays are missing", missing),
+            ("arrays have no place in the model", strange),
+        )
         if names
     ]
     if problems:
-        raise InputFault(f"{where}: {'; '.join(problems)}. Is it the model that its config says? Fetch or copy it again.")
+        raise InputFault(
+            f"{where}: {'; '.join(problems)}. Is it the model that its config says? Fetch or copy "
+            "it again."
+        )

@@ -1,4 +1,5 @@
-"""One process of a JAX run, its place among the others, and the mesh of all their devices; several hosts meet by ``jax.distributed``."""
+"""One process of a JAX run, its place among the others, and the mesh of all their devices; several
+hosts meet by ``jax.distributed``."""
 
 import itertools
 import json
@@ -18,33 +19,51 @@ from limner.engines.machine import one_heap
 from limner.faults import InputFault, described, rebuilt
 
 T = TypeVar("T")
-PATIENCE = 7 * 24 * 3600 * 1000  # milliseconds: the first process may encode or download for hours while the others wait
+PATIENCE = (
+    7 * 24 * 3600 * 1000
+)  # milliseconds: the first process may encode or download for hours while the others wait
 TALKS = itertools.count()  # so far, in this process
 
 
 class World:
-    """The processes that were started together, and their devices as one mesh of ``data`` and ``fsdp``.
+    """The processes that were started together, and their devices as one mesh of ``data`` and
+    ``fsdp``.
 
     Args:
         settings: the recipe's engine.
 
     Raises:
-        InputFault: for a device that is not there, a mesh that the devices do not make, or processes that do not find each other.
+        InputFault: for a device that is not there, a mesh that the devices do not make, or
+            processes that do not find each other.
     """
 
     def __init__(self, settings: config.Engine):
         self.precision: str = settings.precision or "no"
-        if "cpu" in (settings.device, os.environ.get("JAX_PLATFORMS")) or not any(map(find_spec, ("jax_plugins", "libtpu"))):
+        if "cpu" in (settings.device, os.environ.get("JAX_PLATFORMS")) or not any(
+            map(find_spec, ("jax_plugins", "libtpu"))
+        ):
             one_heap()
         remember(settings.compile_cache)
         meet()
         devices = choose(settings.device)[: settings.devices]
         if settings.devices is not None and settings.devices > len(devices):
-            raise InputFault(f"engine.devices: {settings.devices} devices are asked for, {len(devices)} are there ({devices[0].platform})")
-        if settings.devices is not None and jax.process_count() > 1 and settings.devices != jax.device_count():
-            raise InputFault("engine.devices: several processes use all of their devices; leave it out")
+            raise InputFault(
+                f"engine.devices: {settings.devices} devices are asked for, {len(devices)} are "
+                f"there ({devices[0].platform})"
+            )
+        if (
+            settings.devices is not None
+            and jax.process_count() > 1
+            and settings.devices != jax.device_count()
+        ):
+            raise InputFault(
+                "engine.devices: several processes use all of their devices; leave it out"
+            )
         if len(devices) % settings.fsdp:
-            raise InputFault(f"engine.fsdp: {settings.fsdp} does not divide the {len(devices)} devices; choose a divisor")
+            raise InputFault(
+                f"engine.fsdp: {settings.fsdp} does not divide the {len(devices)} devices; choose "
+                "a divisor"
+            )
         self.rank, self.world = jax.process_index(), jax.process_count()
         grid = np.array(devices).reshape(-1, settings.fsdp)
         self.devices = len(devices) // self.world
@@ -56,7 +75,8 @@ class World:
         return str(self.mesh.devices.flat[0].platform)
 
     def first(self, action: Callable[[], T]) -> T:
-        """Run ``action`` in the first process; every process gets its (JSON) result, or its fault."""
+        """Run ``action`` in the first process; every process gets its (JSON) result, or its
+        fault."""
         if self.world == 1:
             return action()
         answer, caught = None, None
@@ -80,7 +100,10 @@ class World:
         """Each value, added up over the processes in float64: the same bits in all of them."""
         if self.world == 1:
             return list(values)
-        rows = [[float.fromhex(v) for v in text.split()] for text in self.said(" ".join(v.hex() for v in map(float, values)))]
+        rows = [
+            [float.fromhex(v) for v in text.split()]
+            for text in self.said(" ".join(v.hex() for v in map(float, values)))
+        ]
         return [float(sum(column)) for column in zip(*rows, strict=True)]
 
     def barrier(self) -> None:
@@ -89,8 +112,11 @@ class World:
             self.said(None)
 
     def said(self, text: str | None) -> list[str]:
-        """What the processes have to say, in the order of ranks; they meet at JAX's coordinator, and no device is waited for."""
-        client: Any = distributed.global_state.client  # what JAX's public functions offer waits for the devices, and not for hours
+        """What the processes have to say, in the order of ranks; they meet at JAX's coordinator,
+        and no device is waited for."""
+        client: Any = (
+            distributed.global_state.client
+        )  # what JAX's public functions offer waits for the devices, and not for hours
         place = f"limner/{next(TALKS)}/"
         if text is not None:
             client.key_value_set(f"{place}{self.rank:06}", text)
@@ -107,7 +133,8 @@ class World:
 
 
 def choose(kind: str | None) -> list[Any]:
-    """All devices of a kind, cpu, gpu or tpu, in the order of their processes; None: of the best kind that is there. What is not placed lies on them too.
+    """All devices of a kind, cpu, gpu or tpu, in the order of their processes; None: of the best
+    kind that is there. What is not placed lies on them too.
 
     Raises:
         InputFault: when there is none.
@@ -116,9 +143,14 @@ def choose(kind: str | None) -> list[Any]:
         devices = sorted(jax.devices(kind), key=lambda device: (device.process_index, device.id))
     except RuntimeError as error:
         there = ", ".join(dict.fromkeys(str(device.platform) for device in jax.devices()))
-        raise InputFault(f"engine.device: {kind!r} is not there: {str(error).splitlines()[0]}. JAX sees {there}.") from error
+        raise InputFault(
+            f"engine.device: {kind!r} is not there: {str(error).splitlines()[0]}. JAX sees {there}."
+        ) from error
     if kind is not None:
-        jax.config.update("jax_default_device", next(device for device in devices if device.process_index == jax.process_index()))
+        jax.config.update(
+            "jax_default_device",
+            next(device for device in devices if device.process_index == jax.process_index()),
+        )
     return devices
 
 
@@ -128,7 +160,8 @@ def here() -> Any:
 
 
 def meet() -> None:
-    """Join the other processes, where a launcher says that there are some: its own variables, or those of a cluster or a TPU pod that JAX knows.
+    """Join the other processes, where a launcher says that there are some: its own variables, or
+    those of a cluster or a TPU pod that JAX knows.
 
     Raises:
         InputFault: when they do not find each other.
@@ -138,10 +171,17 @@ def meet() -> None:
     count = int(os.environ.get("LIMNER_PROCESSES", "1"))
     if count > 1:
         try:
-            jax.distributed.initialize(os.environ["LIMNER_COORDINATOR"], count, int(os.environ["LIMNER_RANK"]))
+            jax.distributed.initialize(
+                os.environ["LIMNER_COORDINATOR"], count, int(os.environ["LIMNER_RANK"])
+            )
         except KeyError as error:
-            raise InputFault("LIMNER_PROCESSES is set; LIMNER_COORDINATOR (host:port of the first process) and LIMNER_RANK are needed too") from error
+            raise InputFault(
+                "LIMNER_PROCESSES is set; LIMNER_COORDINATOR (host:port of the first process) and "
+                "LIMNER_RANK are needed too"
+            ) from error
         except RuntimeError as error:
-            raise InputFault(f"the {count} processes did not find each other: {str(error).splitlines()[0]}") from error
+            raise InputFault(
+                f"the {count} processes did not find each other: {str(error).splitlines()[0]}"
+            ) from error
     elif os.environ.get("LIMNER_CLUSTER"):
         jax.distributed.initialize()

@@ -1,1 +1,2 @@
-"""The PyTorch engine: one process of a run, its device, its models and the stock diffusers pipeline."""
+"""The PyTorch engine: one process of a run, its device, its models and the stock diffusers
+pipeline."""

@@ -1,4 +1,5 @@
-"""All trainable parameters as views of one flat buffer, so that the optimizer, the gradient norm, the average and the all-reduce are one call each."""
+"""All trainable parameters as views of one flat buffer, so that the optimizer, the gradient norm,
+the average and the all-reduce are one call each."""
 
 import math
 
@@ -8,14 +9,17 @@ import torch
 from limner.engine import Group
 from limner.faults import IntegrityFault
 
-ALIGN = 256  # numbers: no parameter shares a cache line, or a block of an 8-bit optimizer, with another
+ALIGN = (
+    256  # numbers: no parameter shares a cache line, or a block of an 8-bit optimizer, with another
+)
 
 
 class Arena:
     """The flat float32 parameter ``flat`` (its gradient too), and where each name lies in it.
 
     Args:
-        named: the parameters that learn; they keep their identity, their memory moves into the buffer.
+        named: the parameters that learn; they keep their identity, their memory moves into the
+            buffer.
     """
 
     def __init__(self, named: dict[str, torch.nn.Parameter]):
@@ -31,12 +35,17 @@ class Arena:
         weights, gradients = self.views(self.flat.data), self.views(self.flat.grad)
         for name, parameter in named.items():
             weights[name].copy_(parameter.data)
-            parameter.data = weights[name]  # what it had is free now, or was never read into memory: both at once would be the run's peak
+            # what it had is free now, or was never read into memory: both at once would be the
+            # run's peak
+            parameter.data = weights[name]
             parameter.grad = gradients[name]
 
     def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """A flat tensor laid out like the parameters, by name."""
-        return {name: flat[start : start + shape.numel()].view(shape) for name, (start, shape) in self.spans.items()}
+        return {
+            name: flat[start : start + shape.numel()].view(shape)
+            for name, (start, shape) in self.spans.items()
+        }
 
     def read(self, flat: torch.Tensor) -> Group:
         """A flat tensor as numpy arrays by name, on the host."""
@@ -47,10 +56,18 @@ class Arena:
         """The inverse of ``read``; names, shapes and dtypes must be those of the parameters."""
         views = self.views(flat)
         if strange := sorted(arrays.keys() ^ views.keys()):
-            raise IntegrityFault(f"{what}: {len(strange)} names differ from the model's, such as {strange[0]}")
+            raise IntegrityFault(
+                f"{what}: {len(strange)} names differ from the model's, such as {strange[0]}"
+            )
         for name, view in views.items():
             array = arrays[name]
-            if array.shape != tuple(view.shape) or torch.from_numpy(np.empty(0, array.dtype)).dtype != view.dtype:
-                raise IntegrityFault(f"{what}: {name} is {array.dtype} {list(array.shape)}, the model has {view.dtype} {list(view.shape)}")
+            if (
+                array.shape != tuple(view.shape)
+                or torch.from_numpy(np.empty(0, array.dtype)).dtype != view.dtype
+            ):
+                raise IntegrityFault(
+                    f"{what}: {name} is {array.dtype} {list(array.shape)}, the model has "
+                    f"{view.dtype} {list(view.shape)}"
+                )
             with torch.no_grad():
                 view.copy_(torch.tensor(array))

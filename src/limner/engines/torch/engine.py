@@ -1,4 +1,5 @@
-"""Training in PyTorch: one pure-looking step on one flat buffer; nothing is copied to the host but at logging and saving."""
+"""Training in PyTorch: one pure-looking step on one flat buffer; nothing is copied to the host but
+at logging and saving."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,8 @@ PIECE = 1 << 24  # numbers that are held twice while weights and average change 
 
 @dataclass
 class TorchState:
-    """Everything that learns or remembers; ``fault`` is the first step that was not finite, -1 where there was none."""
+    """Everything that learns or remembers; ``fault`` is the first step that was not finite, -1
+    where there was none."""
 
     net: torch.nn.Module
     texts: dict[str, torch.nn.Module]  # the text encoders that learn too, by name
@@ -39,8 +41,23 @@ class TorchState:
 class TorchEngine:
     """The engine of one process; see ``limner.engine.Engine``."""
 
-    def __init__(self, cfg: config.Config, base: Base, family: Family, world: World, micro: int, tell: Callable[[str], None] = print):
-        self.cfg, self.base, self.family, self.process, self.micro, self.tell = cfg, base, family, world, micro, tell
+    def __init__(
+        self,
+        cfg: config.Config,
+        base: Base,
+        family: Family,
+        world: World,
+        micro: int,
+        tell: Callable[[str], None] = print,
+    ):
+        self.cfg, self.base, self.family, self.process, self.micro, self.tell = (
+            cfg,
+            base,
+            family,
+            world,
+            micro,
+            tell,
+        )
         self.rank, self.world, self.device = world.rank, world.world, world.device
         self.half = HALF.get(world.precision)
         safe = {"vae": self.half} if cfg.model.vae is not None and self.half is not None else {}
@@ -62,7 +79,9 @@ class TorchEngine:
 
     def init(self, seed: int) -> TorchState:
         fixed = self.family.fixed
-        nets = {name: load(self.base, name) for name in self.family.learns(self.cfg.adapt.text_encoders)}
+        nets = {
+            name: load(self.base, name) for name in self.family.learns(self.cfg.adapt.text_encoders)
+        }
         net = nets[self.family.trains]
         self.choose_attention(net)
         if self.cfg.engine.gradient_checkpointing:
@@ -74,17 +93,34 @@ class TorchEngine:
                     torch.nn.Module.to(one, self.half)  # diffusers' own warns of nothing
             named = lora.add(nets, self.cfg.adapt, self.family, seed)
         else:
-            named = {name: p.requires_grad_(name not in fixed) for name, p in net.named_parameters() if name not in fixed}
+            named = {
+                name: p.requires_grad_(name not in fixed)
+                for name, p in net.named_parameters()
+                if name not in fixed
+            }
         for one in nets.values():
             one.to(self.device).train()
         arena = Arena(named)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.half is torch.float16)
-        ema = arena.flat.detach().to("cpu" if self.cfg.optim.ema_offload else self.device, copy=True) if self.cfg.optim.ema is not None else None
+        ema = (
+            arena.flat.detach().to("cpu" if self.cfg.optim.ema_offload else self.device, copy=True)
+            if self.cfg.optim.ema is not None
+            else None
+        )
         texts = {name: one for name, one in nets.items() if one is not net}
-        return TorchState(net, texts, arena, self.make_optimizer(arena.flat), scaler, ema, torch.full((), -1, dtype=torch.int64, device=self.device))
+        return TorchState(
+            net,
+            texts,
+            arena,
+            self.make_optimizer(arena.flat),
+            scaler,
+            ema,
+            torch.full((), -1, dtype=torch.int64, device=self.device),
+        )
 
     def choose_attention(self, net: torch.nn.Module) -> None:
-        """PyTorch's memory-efficient attention is diffusers' default; plain products or xFormers serve by wish, and where they can run."""
+        """PyTorch's memory-efficient attention is diffusers' default; plain products or xFormers
+        serve by wish, and where they can run."""
         if self.cfg.engine.attention == "math":
             net.set_default_attn_processor()  # type: ignore[operator]
         if self.cfg.engine.attention == "xformers":
@@ -93,24 +129,47 @@ class TorchEngine:
             except Exception as error:
                 if self.rank == 0:
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    self.tell(f"xFormers cannot run here ({reason}); PyTorch's own memory-efficient attention is used")
+                    self.tell(
+                        f"xFormers cannot run here ({reason}); PyTorch's own memory-efficient "
+                        "attention is used"
+                    )
 
     def make_optimizer(self, flat: torch.nn.Parameter) -> torch.optim.Optimizer:
         o = self.cfg.optim
-        settings: dict[str, Any] = {"lr": o.learning_rate, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
+        settings: dict[str, Any] = {
+            "lr": o.learning_rate,
+            "betas": o.betas,
+            "eps": o.eps,
+            "weight_decay": o.weight_decay,
+        }
         if o.kind == "adamw":
-            return torch.optim.AdamW([flat], fused=self.device.type in ("cpu", "cuda", "xpu", "mps"), **settings)
+            return torch.optim.AdamW(
+                [flat], fused=self.device.type in ("cpu", "cuda", "xpu", "mps"), **settings
+            )
         return eight_bit()([flat], **settings)
 
-    def step(self, state: TorchState, batch: Batch, *, step: int, learning_rate: float, ema: float | None, seed: int) -> tuple[TorchState, Metrics]:
+    def step(
+        self,
+        state: TorchState,
+        batch: Batch,
+        *,
+        step: int,
+        learning_rate: float,
+        ema: float | None,
+        seed: int,
+    ) -> tuple[TorchState, Metrics]:
         arena, gradient = state.arena, state.arena.flat.grad
         assert gradient is not None
         gradient.zero_()
         rows = self.to_device(batch)
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(split(rows, self.micro)):
-            torch.manual_seed((seed * 1_000_003 + step * 8191 + self.rank * 131 + i) % 2**63)  # dropout, addressed by the step
-            loss = self.example_losses(state.net, part, state.texts).sum() / (len(batch["t"]) * self.world)
+            torch.manual_seed(
+                (seed * 1_000_003 + step * 8191 + self.rank * 131 + i) % 2**63
+            )  # dropout, addressed by the step
+            loss = self.example_losses(state.net, part, state.texts).sum() / (
+                len(batch["t"]) * self.world
+            )
             state.scaler.scale(loss).backward()
             total += loss.detach()
         self.process.sum_(gradient)
@@ -122,18 +181,27 @@ class TorchEngine:
             state.ema.lerp_(arena.flat.detach().to(state.ema.device), weight)
         return state, {"loss": total, "grad_norm": norm}
 
-    def update(self, state: TorchState, gradient: torch.Tensor, loss: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clip and step, unless something is not finite; all of it on the device. Returns the gradient norm and whether an update was made."""
+    def update(
+        self, state: TorchState, gradient: torch.Tensor, loss: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip and step, unless something is not finite; all of it on the device. Returns the
+        gradient norm and whether an update was made."""
         optimizer, scaler = state.optimizer, state.scaler
-        scale = scaler._get_scale_async() if scaler.is_enabled() else None  # the one handle on the scale that does not wait for the device
+        scale = (
+            scaler._get_scale_async() if scaler.is_enabled() else None
+        )  # the one handle on the scale that does not wait for the device
         norm = length(gradient) if scale is None else length(gradient) / scale
         good = torch.isfinite(norm) & torch.isfinite(loss)
-        overflow = torch.zeros_like(good) if scale is None else torch.isfinite(loss) & (scale > 1.0)  # the scaler lowers the scale and goes on
+        overflow = (
+            torch.zeros_like(good) if scale is None else torch.isfinite(loss) & (scale > 1.0)
+        )  # the scaler lowers the scale and goes on
         state.fault = torch.where((state.fault < 0) & ~good & ~overflow, step, state.fault)
         shrink = torch.clamp((norm + 1e-6) / self.cfg.optim.max_grad_norm, min=1.0)
         if scaler.is_enabled():
             scaler.unscale_(optimizer)
-        if getattr(optimizer, "_step_supports_amp_scaling", False):  # the fused kernel divides by grad_scale, and does nothing where found_inf is set
+        if getattr(
+            optimizer, "_step_supports_amp_scaling", False
+        ):  # the fused kernel divides by grad_scale, and does nothing where found_inf is set
             optimizer.grad_scale, optimizer.found_inf = shrink, (~good).float()  # type: ignore[attr-defined]
             if scaler.is_enabled():
                 scaler.step(optimizer)
@@ -147,8 +215,14 @@ class TorchEngine:
             scaler.update()
         return norm, good
 
-    def example_losses(self, net: torch.nn.Module, b: dict[str, torch.Tensor], texts: dict[str, torch.nn.Module] | None = None) -> torch.Tensor:
-        """The weighted loss of each example, float32, shape [rows]; where text encoders learn, ``b`` has token ids in place of text features."""
+    def example_losses(
+        self,
+        net: torch.nn.Module,
+        b: dict[str, torch.Tensor],
+        texts: dict[str, torch.nn.Module] | None = None,
+    ) -> torch.Tensor:
+        """The weighted loss of each example, float32, shape [rows]; where text encoders learn,
+        ``b`` has token ids in place of text features."""
 
         def column(name: str) -> torch.Tensor:
             return b[name].view(-1, *[1] * (b["x0"].dim() - 1))
@@ -160,15 +234,20 @@ class TorchEngine:
                 features = told(self.family, Learning(texts), b)
                 b = b | (silenced(features, b["keep"]) if "keep" in b else features)
             inputs = self.family.inputs(b)
-            if self.cfg.objective.dream is not None and net.training:  # algorithm 1 of arXiv:2312.00210
+            if (
+                self.cfg.objective.dream is not None and net.training
+            ):  # algorithm 1 of arXiv:2312.00210
                 with torch.no_grad():
-                    delta = (target - net(x, b["t"], **inputs)[0][:, : x.shape[1]].float()) * column("d")
+                    delta = (
+                        target - net(x, b["t"], **inputs)[0][:, : x.shape[1]].float()
+                    ) * column("d")
                 x, target = x + column("s") * delta, target + delta
             prediction = net(x, b["t"], **inputs)[0][:, : x.shape[1]]
         return b["w"] * (prediction.float() - target).square().flatten(1).mean(1)
 
     def to_device(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Copies of the arrays (so that memory is laid out alike in every run), sent without waiting where the device allows."""
+        """Copies of the arrays (so that memory is laid out alike in every run), sent without
+        waiting where the device allows."""
         host = {name: torch.tensor(np.ascontiguousarray(array)) for name, array in batch.items()}
         if self.device.type != "cuda":
             return {name: t.to(self.device) for name, t in host.items()}
@@ -176,29 +255,58 @@ class TorchEngine:
 
     def fetch(self, state: TorchState, metrics: Sequence[Metrics]) -> list[dict[str, float]]:
         names = list(metrics[0]) if metrics else []
-        table = torch.stack([state.fault.float(), *(m[name].float() for m in metrics for name in names)]).tolist()
+        table = torch.stack(
+            [state.fault.float(), *(m[name].float() for m in metrics for name in names)]
+        ).tolist()
         if table[0] >= 0:
             raise FirstFault(int(table[0]))
-        return [dict(zip(names, table[1 + i * len(names) :], strict=False)) for i in range(len(metrics))]
+        return [
+            dict(zip(names, table[1 + i * len(names) :], strict=False)) for i in range(len(metrics))
+        ]
 
     @torch.no_grad()
     def losses(self, state: TorchState, batch: Batch, *, average: bool) -> np.ndarray:
         with self.weights(state, average), evaluating(state):
-            parts = [self.example_losses(state.net, part, state.texts) for part in split(self.to_device(batch), self.micro)]
+            parts = [
+                self.example_losses(state.net, part, state.texts)
+                for part in split(self.to_device(batch), self.micro)
+            ]
         return torch.cat(parts).cpu().numpy()
 
     def weights(self, state: TorchState, average: bool) -> "Swapped":
-        """A context in which the network has the moving average for weights, where there is one and it is wished for."""
+        """A context in which the network has the moving average for weights, where there is one and
+        it is wished for."""
         return Swapped(state.arena.flat.data, state.ema if average else None)
 
     @torch.no_grad()
-    def pictures(self, state: TorchState, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float, size: int) -> list[np.ndarray]:
+    def pictures(
+        self,
+        state: TorchState,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance_scale: float,
+        size: int,
+    ) -> list[np.ndarray]:
         if self.rank > 0:
             return []
         keep = bool(self.encoders.loaded)
-        with self.weights(state, True), evaluating(state), torch.autocast(self.device.type, self.half, enabled=self.half is not None):
-            stock = pipeline.of_parts(self.family, self.base, self.encoders, {self.family.trains: state.net, **state.texts}, self.predict)
-            made = pipeline.draw(stock, prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size)
+        with (
+            self.weights(state, True),
+            evaluating(state),
+            torch.autocast(self.device.type, self.half, enabled=self.half is not None),
+        ):
+            stock = pipeline.of_parts(
+                self.family,
+                self.base,
+                self.encoders,
+                {self.family.trains: state.net, **state.texts},
+                self.predict,
+            )
+            made = pipeline.draw(
+                stock, prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size
+            )
         if not keep:
             self.release()
         return made
@@ -210,19 +318,33 @@ class TorchEngine:
             yield "ema", arena.read(state.ema) | fixed
         memory: Group = {}
         for key, value in state.optimizer.state[arena.flat].items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() == arena.flat.numel():
+            if (
+                isinstance(value, torch.Tensor)
+                and value.is_floating_point()
+                and value.numel() == arena.flat.numel()
+            ):
                 memory |= {f"{key}/{name}": array for name, array in arena.read(value).items()}
             else:
-                memory[key] = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+                memory[key] = (
+                    value.detach().cpu().numpy()
+                    if isinstance(value, torch.Tensor)
+                    else np.asarray(value)
+                )
         yield "optimizer", memory
         if state.scaler.is_enabled():
-            yield "scaler", {key: np.asarray(value) for key, value in state.scaler.state_dict().items()}
+            yield (
+                "scaler",
+                {key: np.asarray(value) for key, value in state.scaler.state_dict().items()},
+            )
 
     def fixed(self, state: TorchState) -> Group:
-        """The trained network's arrays that do not learn, which a whole network has on disk beside those that do."""
+        """The trained network's arrays that do not learn, which a whole network has on disk beside
+        those that do."""
         if self.cfg.adapt.kind == "lora":
             return {}
-        return {name: state.net.get_parameter(name).detach().cpu().numpy() for name in self.family.fixed}
+        return {
+            name: state.net.get_parameter(name).detach().cpu().numpy() for name in self.family.fixed
+        }
 
     def restore(self, state: TorchState, groups: Callable[[str], Group]) -> TorchState:
         arena, fixed = state.arena, self.fixed(state)
@@ -238,22 +360,39 @@ class TorchEngine:
         for key in {name.split("/")[0] for name in saved}:
             if key in saved:
                 whole = torch.tensor(saved[key])
-                memory[key] = whole if (key == "step" and self.cfg.optim.kind == "adamw") or whole.dim() else whole.item()
+                memory[key] = (
+                    whole
+                    if (key == "step" and self.cfg.optim.kind == "adamw") or whole.dim()
+                    else whole.item()
+                )
                 continue
-            like = {name.partition("/")[2]: array for name, array in saved.items() if name.startswith(key + "/")}
-            memory[key] = torch.zeros(arena.flat.shape, dtype=torch.from_numpy(np.empty(0, next(iter(like.values())).dtype)).dtype, device=self.device)
+            like = {
+                name.partition("/")[2]: array
+                for name, array in saved.items()
+                if name.startswith(key + "/")
+            }
+            memory[key] = torch.zeros(
+                arena.flat.shape,
+                dtype=torch.from_numpy(np.empty(0, next(iter(like.values())).dtype)).dtype,
+                device=self.device,
+            )
             arena.write(memory[key], like, "the checkpoint's optimizer")
-        on_device = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in memory.items()}
+        on_device = {
+            k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in memory.items()
+        }
         if not on_device:
             raise IntegrityFault("the checkpoint's optimizer: it is empty")
         state.optimizer.state[arena.flat] = on_device
         if state.scaler.is_enabled():
-            state.scaler.load_state_dict({key: array.item() for key, array in groups("scaler").items()})
+            state.scaler.load_state_dict(
+                {key: array.item() for key, array in groups("scaler").items()}
+            )
         return state
 
 
 def length(flat: torch.Tensor) -> torch.Tensor:
-    """The Euclidean norm of a buffer, in two steps: in one, PyTorch's kernel for the CPU loses 6e-5 over three million numbers, and more over more."""
+    """The Euclidean norm of a buffer, in two steps: in one, PyTorch's kernel for the CPU loses 6e-5
+    over three million numbers, and more over more."""
     return torch.linalg.vector_norm(flat.view(-1, ALIGN), dim=1).square().sum().sqrt()
 
 
@@ -269,7 +408,8 @@ def evaluating(state: TorchState) -> Iterator[None]:
 
 
 class Swapped:
-    """Exchanges the contents of two flat buffers inside, and back after: copies only, so that not a bit is lost, and a piece at a time."""
+    """Exchanges the contents of two flat buffers inside, and back after: copies only, so that not a
+    bit is lost, and a piece at a time."""
 
     def __init__(self, flat: torch.Tensor, other: torch.Tensor | None):
         self.flat, self.other = flat, other
@@ -303,7 +443,13 @@ def eight_bit() -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise InputFault('optim.kind: adamw8bit needs bitsandbytes, "pip install bitsandbytes", and a CUDA device; or use optim.kind="adamw"') from error
+        raise InputFault(
+            'optim.kind: adamw8bit needs bitsandbytes, "pip install bitsandbytes", and a CUDA '
+            'device; or use optim.kind="adamw"'
+        ) from error
     if not torch.cuda.is_available():
-        raise InputFault('optim.kind: adamw8bit runs on CUDA devices only, and there is none; use optim.kind="adamw"')
+        raise InputFault(
+            "optim.kind: adamw8bit runs on CUDA devices only, and there is none; use "
+            'optim.kind="adamw"'
+        )
     return AdamW8bit

@@ -1,4 +1,5 @@
-"""What a machine does in a second and holds at once: clocks, memory, and arithmetic counted on the meta device, where nothing is computed."""
+"""What a machine does in a second and holds at once: clocks, memory, and arithmetic counted on the
+meta device, where nothing is computed."""
 
 import copy
 import itertools
@@ -27,7 +28,8 @@ class Gauge:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def stamp(self, metrics: Any = None) -> Any:
-        """This moment, or that at which a step's metrics are there, on the device's own clock, where it has one; nothing waits."""
+        """This moment, or that at which a step's metrics are there, on the device's own clock,
+        where it has one; nothing waits."""
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -44,26 +46,47 @@ class Gauge:
     def memory(self) -> dict[str, int]:
         """Highest use so far, in bytes: of the GPU as torch counts it, or of the whole process."""
         if self.cuda:
-            return {"allocated": torch.cuda.max_memory_allocated(self.device), "reserved": torch.cuda.max_memory_reserved(self.device)}
+            return {
+                "allocated": torch.cuda.max_memory_allocated(self.device),
+                "reserved": torch.cuda.max_memory_reserved(self.device),
+            }
         return {"process": peak_resident()}
 
     def machine(self) -> dict[str, Any]:
         """Device, precision and versions."""
-        name = torch.cuda.get_device_name(self.device) if self.cuda else f"{self.device.type} ({processor()}, {torch.get_num_threads()} threads)"
-        precision = {None: "TF32" if self.tf32 else "float32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.engine.half]
-        return {"device": name, "precision": precision, "versions": f"torch {torch.__version__}, Python {platform.python_version()}"}
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.cuda
+            else f"{self.device.type} ({processor()}, {torch.get_num_threads()} threads)"
+        )
+        precision = {
+            None: "TF32" if self.tf32 else "float32",
+            torch.float16: "fp16",
+            torch.bfloat16: "bf16",
+        }[self.engine.half]
+        return {
+            "device": name,
+            "precision": precision,
+            "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
+        }
 
     @property
     def tf32(self) -> bool:
         return self.cuda and self.engine.cfg.engine.tf32
 
     def flops(self, batch: Batch, micro: int) -> float:
-        """Floating-point operations of the network in one step's forward and backward passes, with nothing recomputed."""
+        """Floating-point operations of the network in one step's forward and backward passes, with
+        nothing recomputed."""
         torch.manual_seed(0)
         net = on_meta(self.engine.base)
         if self.engine.cfg.adapt.kind == "lora":
             lora.add({self.engine.family.trains: net}, self.engine.cfg.adapt, self.engine.family, 0)
-        rows = {name: torch.empty(micro, *array.shape[1:], dtype=torch.from_numpy(array).dtype, device="meta") for name, array in batch.items()}
+        rows = {
+            name: torch.empty(
+                micro, *array.shape[1:], dtype=torch.from_numpy(array).dtype, device="meta"
+            )
+            for name, array in batch.items()
+        }
         counting = copy.copy(self.engine)
         counting.half = None
         with FlopCounterMode(display=False) as counter:
@@ -71,7 +94,8 @@ class Gauge:
         return counter.get_total_flops() * len(batch["t"]) / micro
 
     def matmul(self) -> float:
-        """Operations per second of a large matrix product in the run's precision: the median of some."""
+        """Operations per second of a large matrix product in the run's precision: the median of
+        some."""
         n = 8192 if self.cuda else 2048
         dtype = self.engine.half or torch.float32
         a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))

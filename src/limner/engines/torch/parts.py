@@ -1,4 +1,5 @@
-"""The frozen encoders in PyTorch: numpy in, numpy out, always float32, loaded when first called and let go of when told."""
+"""The frozen encoders in PyTorch: numpy in, numpy out, always float32, loaded when first called and
+let go of when told."""
 
 import functools
 from collections.abc import Iterable
@@ -11,7 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from limner.base import Base
 from limner.family import chunked
 
-CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}  # of its training pictures, by colour, 0 to 1
+CLIP = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+}  # of its training pictures, by colour, 0 to 1
 
 
 class TorchParts:
@@ -21,7 +25,9 @@ class TorchParts:
         half: the precision of components that are safe in half; all others are float32.
     """
 
-    def __init__(self, base: Base, device: torch.device, half: dict[str, torch.dtype] | None = None):
+    def __init__(
+        self, base: Base, device: torch.device, half: dict[str, torch.dtype] | None = None
+    ):
         self.base, self.device, self.half = base, device, half or {}
         self.loaded: dict[str, Any] = {}
 
@@ -30,27 +36,46 @@ class TorchParts:
         if name not in self.loaded:
             self.loaded[name] = load(self.base, name)
             if isinstance(self.loaded[name], torch.nn.Module):
-                self.loaded[name].requires_grad_(False).eval().to(self.device, self.half.get(name, torch.float32))
+                self.loaded[name].requires_grad_(False).eval().to(
+                    self.device, self.half.get(name, torch.float32)
+                )
         return self.loaded[name]
 
     @torch.no_grad()
     def vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See ``family.Parts``."""
-        posterior = self.component(name).encode(torch.tensor(pixels, device=self.device, dtype=self.half.get(name))).latent_dist
+        posterior = (
+            self.component(name)
+            .encode(torch.tensor(pixels, device=self.device, dtype=self.half.get(name)))
+            .latent_dist
+        )
         return posterior.mean.float().cpu().numpy(), posterior.std.float().cpu().numpy()
 
     @torch.no_grad()
     def movq(self, name: str, pixels: np.ndarray) -> np.ndarray:
         """See ``family.Parts``."""
-        latents: np.ndarray = self.component(name).encode(torch.tensor(pixels, device=self.device)).latents.float().cpu().numpy()
+        latents: np.ndarray = (
+            self.component(name)
+            .encode(torch.tensor(pixels, device=self.device))
+            .latents.float()
+            .cpu()
+            .numpy()
+        )
         return latents
 
     @torch.no_grad()
     def see(self, name: str, processor: str, pixels: np.ndarray) -> np.ndarray:
         """See ``family.Parts``."""
         known = self.base.configs[processor]
-        mean, std = (np.asarray(known.get(f"image_{what}", usual), np.float32)[:, None, None] for what, usual in CLIP.items())
-        embeds: torch.Tensor = self.component(name)(torch.tensor((pixels * np.float32(0.5) + np.float32(0.5) - mean) / std, device=self.device)).image_embeds
+        mean, std = (
+            np.asarray(known.get(f"image_{what}", usual), np.float32)[:, None, None]
+            for what, usual in CLIP.items()
+        )
+        embeds: torch.Tensor = self.component(name)(
+            torch.tensor(
+                (pixels * np.float32(0.5) + np.float32(0.5) - mean) / std, device=self.device
+            )
+        ).image_embeds
         seen: np.ndarray = embeds.float().cpu().numpy()
         return seen
 
@@ -73,14 +98,24 @@ class TorchParts:
 
     def lengths(self, tokenizer: str, captions: list[str]) -> list[int]:
         """Tokens of each caption, its start and end included, uncut."""
-        return [len(ids) for ids in self.component(tokenizer)(captions, truncation=False, verbose=False).input_ids] if captions else []
+        return (
+            [
+                len(ids)
+                for ids in self.component(tokenizer)(
+                    captions, truncation=False, verbose=False
+                ).input_ids
+            ]
+            if captions
+            else []
+        )
 
     def limit(self, tokenizer: str) -> int:
         """Tokens that the text encoder can take."""
         return int(self.component(tokenizer).model_max_length)
 
     def release(self, names: Iterable[str] | None = None) -> None:
-        """Let go of these components, of all where none are named; one that is asked for again is loaded again."""
+        """Let go of these components, of all where none are named; one that is asked for again is
+        loaded again."""
         for name in list(self.loaded) if names is None else names:
             self.loaded.pop(name, None)
         if self.device.type == "cuda":
@@ -88,12 +123,15 @@ class TorchParts:
 
 
 class Learning:
-    """Text encoders that are being trained: token ids in, states with gradients out; see ``family.Encoders``."""
+    """Text encoders that are being trained: token ids in, states with gradients out; see
+    ``family.Encoders``."""
 
     def __init__(self, nets: dict[str, torch.nn.Module]):
         self.nets = nets
 
-    def text(self, name: str, ids: torch.Tensor, skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def text(
+        self, name: str, ids: torch.Tensor, skip: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return hear(self.nets[name], ids, skip)
 
     def beside(self, arrays: list[torch.Tensor]) -> torch.Tensor:
@@ -101,7 +139,8 @@ class Learning:
 
 
 def hear(net: Any, ids: torch.Tensor, skip: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A CLIP text encoder's states and its pooled, where it has a projection projected, embedding."""
+    """A CLIP text encoder's states and its pooled, where it has a projection projected,
+    embedding."""
     heard = net(ids, output_hidden_states=skip > 0)
     pooled = heard.text_embeds if "text_embeds" in heard else heard.pooler_output
     return heard.hidden_states[-1 - skip] if skip else heard.last_hidden_state, pooled
@@ -118,13 +157,18 @@ def load(base: Base, name: str) -> Any:
     folder = base.part(name)
     if not hasattr(cls, "dtype"):
         return cls.from_pretrained(folder)
-    return cls.from_pretrained(folder, use_safetensors=True, variant=base.variant, dtype=torch.float32)
+    return cls.from_pretrained(
+        folder, use_safetensors=True, variant=base.variant, dtype=torch.float32
+    )
 
 
 def recompute(net: torch.nn.Module) -> None:
-    """Gradient checkpointing: diffusers' own, where it has one for this network; else block by block of its transformer (arXiv:1604.06174)."""
+    """Gradient checkpointing: diffusers' own, where it has one for this network; else block by
+    block of its transformer (arXiv:1604.06174)."""
     if getattr(net, "_supports_gradient_checkpointing", True):
-        switch: Any = getattr(net, "enable_gradient_checkpointing", None) or net.gradient_checkpointing_enable
+        switch: Any = (
+            getattr(net, "enable_gradient_checkpointing", None) or net.gradient_checkpointing_enable
+        )
         switch()
         return
     for block in net.transformer_blocks:  # type: ignore[union-attr]

@@ -1,4 +1,5 @@
-"""Pictures through the stock diffusers pipelines: from a folder or the Hub, or from weights that are being trained."""
+"""Pictures through the stock diffusers pipelines: from a folder or the Hub, or from weights that
+are being trained."""
 
 import functools
 from collections.abc import Sequence
@@ -16,16 +17,28 @@ from limner.families import FAMILIES, drawn_by
 from limner.family import Family
 from limner.faults import Fault, InputFault
 
-SCHEDULERS = {  # latents are never clipped, which some classes do unless they are told
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}), "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+# Latents are never clipped, which some classes do unless they are told.
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "dpm++": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "euler": ("EulerDiscreteScheduler", {}), "euler-a": ("EulerAncestralDiscreteScheduler", {}), "heun": ("HeunDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}), "unipc": ("UniPCMultistepScheduler", {}),
-}  # fmt: skip
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def open_pipeline(weights: Weights, partner: Weights | None, *, scheduler: str | None, precision: str, device: str | None) -> Any:
+def open_pipeline(
+    weights: Weights,
+    partner: Weights | None,
+    *,
+    scheduler: str | None,
+    precision: str,
+    device: str | None,
+) -> Any:
     """A stock pipeline ready to draw.
 
     Args:
@@ -37,14 +50,19 @@ def open_pipeline(weights: Weights, partner: Weights | None, *, scheduler: str |
     quiet()
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise InputFault(f"scheduler: {scheduler!r} is not one of {', '.join(SCHEDULERS)}")
-    pipeline = stages(weights, partner, DTYPES[precision]) if partner is not None else load(weights, DTYPES[precision])
+    pipeline = (
+        stages(weights, partner, DTYPES[precision])
+        if partner is not None
+        else load(weights, DTYPES[precision])
+    )
     if scheduler is not None:
         set_scheduler(pipeline, scheduler)
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def load(weights: Weights, dtype: torch.dtype, family: Family | None = None) -> Any:
-    """The pipeline of one model; with ``family`` that of one stage of two, from a folder of its own or from one that holds both."""
+    """The pipeline of one model; with ``family`` that of one stage of two, from a folder of its own
+    or from one that holds both."""
     import diffusers
 
     how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **weights.settings}
@@ -59,7 +77,10 @@ def load(weights: Weights, dtype: torch.dtype, family: Family | None = None) -> 
     except (OSError, ValueError) as error:
         if (plain := of_flax(weights)) is not None:
             return load(plain, dtype, family)
-        raise InputFault(f"{weights.model}: cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}{lonely(weights)}") from error
+        raise InputFault(
+            f"{weights.model}: cannot be loaded as a diffusers pipeline: "
+            f"{str(error).splitlines()[0]}{lonely(weights)}"
+        ) from error
     if weights.lora is not None:
         put_lora(pipeline, weights.lora, family)
     return pipeline
@@ -74,7 +95,9 @@ def of_flax(weights: Weights) -> Weights | None:
     family = drawn_by(kind)
     if family is None or not kind.startswith("Flax"):
         return None
-    model = config.Model(weights.model, family.name, revision=weights.revision, cache_dir=weights.cache_dir)
+    model = config.Model(
+        weights.model, family.name, revision=weights.revision, cache_dir=weights.cache_dir
+    )
     return Weights(str(open_base(model, family).folder), weights.lora, weights.family)
 
 
@@ -85,16 +108,21 @@ def lonely(weights: Weights) -> str:
     except Fault:
         return ""
     hint = f". A {kind} makes pictures together with its other stage; name that too, with --partner"
-    return hint if any(kind == family.pipeline for family in FAMILIES.values() if family.stage) else ""
+    return (
+        hint if any(kind == family.pipeline for family in FAMILIES.values() if family.stage) else ""
+    )
 
 
 def put_lora(pipeline: Any, folder: Path, family: Family | None) -> None:
-    """Put a LoRA on a pipeline, or on the one network of a stage, whose pipeline has no loader of its own."""
+    """Put a LoRA on a pipeline, or on the one network of a stage, whose pipeline has no loader of
+    its own."""
     name = "pytorch_lora_weights.safetensors"
     if family is None or family.stage is None:
         pipeline.load_lora_weights(folder, weight_name=name)
     else:
-        getattr(pipeline, family.trains).load_lora_adapter(folder, prefix=family.trains, weight_name=name)
+        getattr(pipeline, family.trains).load_lora_adapter(
+            folder, prefix=family.trains, weight_name=name
+        )
 
 
 def stages(one: Weights, other: Weights, dtype: torch.dtype) -> Any:
@@ -105,16 +133,31 @@ def stages(one: Weights, other: Weights, dtype: torch.dtype) -> Any:
     """
     pair = [family for family in FAMILIES.values() if family.stage is not None]
     kinds = [kind_of(one), kind_of(other)]
-    known = [next((f for f in pair if weights.family == f.name or kind == f.pipeline), None) for weights, kind in zip((one, other), kinds, strict=True)]
+    known = [
+        next((f for f in pair if weights.family == f.name or kind == f.pipeline), None)
+        for weights, kind in zip((one, other), kinds, strict=True)
+    ]
     if not any(known) and all(f.stage and kinds[0] == f.stage.whole for f in pair):
         known[0] = pair[-1]
-    for i, family in enumerate(known):  # a folder that holds both serves as what the other one is not
-        if family is None and (rest := known[1 - i]) is not None and rest.stage and kinds[i] == rest.stage.whole:
+    for i, family in enumerate(
+        known
+    ):  # a folder that holds both serves as what the other one is not
+        if (
+            family is None
+            and (rest := known[1 - i]) is not None
+            and rest.stage
+            and kinds[i] == rest.stage.whole
+        ):
             known[i] = FAMILIES[rest.stage.partner]
     first, second = known
     if first is None or second is None or first is second:
-        named = ", ".join(f"{weights.model} is of a {kind}" for weights, kind in zip((one, other), kinds, strict=True))
-        raise InputFault(f"{named}; a {' and a '.join(f.pipeline for f in pair)} make pictures together")
+        named = ", ".join(
+            f"{weights.model} is of a {kind}"
+            for weights, kind in zip((one, other), kinds, strict=True)
+        )
+        raise InputFault(
+            f"{named}; a {' and a '.join(f.pipeline for f in pair)} make pictures together"
+        )
     return combined([(first, load(one, dtype, first)), (second, load(other, dtype, second))])
 
 
@@ -123,12 +166,17 @@ def combined(halves: list[tuple[Family, Any]]) -> Any:
     import diffusers
 
     named = [(family.stage, half) for family, half in halves if family.stage is not None]
-    components = {f"{stage.prefix}{name}": part for stage, half in named for name, part in half.components.items()}
+    components = {
+        f"{stage.prefix}{name}": part
+        for stage, half in named
+        for name, part in half.components.items()
+    }
     return getattr(diffusers, named[0][0].whole)(**components)
 
 
 def set_scheduler(pipeline: Any, name: str) -> None:
-    """Exchange the pipeline's scheduler, of two stages that of the one which draws the picture, on the same noise schedule and prediction type."""
+    """Exchange the pipeline's scheduler, of two stages that of the one which draws the picture, on
+    the same noise schedule and prediction type."""
     import diffusers
 
     kind, settings = SCHEDULERS[name]
@@ -138,23 +186,41 @@ def set_scheduler(pipeline: Any, name: str) -> None:
             one.scheduler = made
 
 
-def of_parts(family: Family, base: Base, parts: TorchParts, nets: dict[str, torch.nn.Module], predict: str) -> Any:
-    """A stock pipeline around the components that are being trained, sharing their memory; the autoencoder keeps its own precision."""
+def of_parts(
+    family: Family, base: Base, parts: TorchParts, nets: dict[str, torch.nn.Module], predict: str
+) -> Any:
+    """A stock pipeline around the components that are being trained, sharing their memory; the
+    autoencoder keeps its own precision."""
     import diffusers
 
-    components = {name: parts.component(name) for name in family.components if name not in (*nets, "scheduler")}
+    components = {
+        name: parts.component(name)
+        for name in family.components
+        if name not in (*nets, "scheduler")
+    }
     for name in ("vae", "movq"):
         if name in components:
             components[name].decode = functools.partial(decode_apart, components[name])
-    scheduler = type(parts.component("scheduler")).from_config(parts.component("scheduler").config, prediction_type=predict)
+    scheduler = type(parts.component("scheduler")).from_config(
+        parts.component("scheduler").config, prediction_type=predict
+    )
     cls = getattr(diffusers, family.pipeline)
-    extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False} if family.pipeline == "StableDiffusionPipeline" else {}
+    extra = (
+        {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        if family.pipeline == "StableDiffusionPipeline"
+        else {}
+    )
     if family.pipeline == "StableDiffusionXLPipeline":
-        extra = {"force_zeros_for_empty_prompt": family.empty_is_zeros(base.configs), "add_watermarker": False}
+        extra = {
+            "force_zeros_for_empty_prompt": family.empty_is_zeros(base.configs),
+            "add_watermarker": False,
+        }
     made = cls(**components, **nets, scheduler=scheduler, **extra)
     if family.stage is None or base.partner is None:
         return made
-    return combined([(family, made), (FAMILIES[family.stage.partner], of_partner(family, base, parts))])
+    return combined(
+        [(family, made), (FAMILIES[family.stage.partner], of_partner(family, base, parts))]
+    )
 
 
 def of_partner(family: Family, base: Base, parts: TorchParts) -> Any:
@@ -165,7 +231,9 @@ def of_partner(family: Family, base: Base, parts: TorchParts) -> Any:
     other = FAMILIES[family.stage.partner]
     its = TorchParts(base.partner, parts.device)
     its.loaded = {name: parts.loaded[name] for name in family.stage.needs if name in parts.loaded}
-    made = getattr(diffusers, other.pipeline)(**{name: its.component(name) for name in other.components})
+    made = getattr(diffusers, other.pipeline)(
+        **{name: its.component(name) for name in other.components}
+    )
     if "movq" in made.components:
         made.movq.decode = functools.partial(decode_apart, made.movq)
     if base.partner.adapter is not None:
@@ -190,15 +258,25 @@ def draw(
     negative: str | None = None,
     batch: int = 4,
 ) -> list[np.ndarray]:
-    """One picture per prompt and seed, uint8 [size, size, 3]. The starting noise is drawn on the host: the same for every device and batch size."""
+    """One picture per prompt and seed, uint8 [size, size, 3]. The starting noise is drawn on the
+    host: the same for every device and batch size."""
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[np.ndarray] = []
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]]
+        generators = [
+            torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]
+        ]
         settings: dict[str, Any] = {} if size is None else {"height": size, "width": size}
         settings |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
         against = None if negative is None else [negative] * len(part)
-        made = pipeline(part, negative_prompt=against, generator=generators, num_inference_steps=steps, output_type="np", **settings)
+        made = pipeline(
+            part,
+            negative_prompt=against,
+            generator=generators,
+            num_inference_steps=steps,
+            output_type="np",
+            **settings,
+        )
         pictures += [(picture * 255).round().astype(np.uint8) for picture in made.images]
     return pictures

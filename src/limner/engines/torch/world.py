@@ -1,4 +1,5 @@
-"""One process of a run, its place among the others and its device: what the launcher asked for, or a refusal; never two worlds in one folder."""
+"""One process of a run, its place among the others and its device: what the launcher asked for, or
+a refusal; never two worlds in one folder."""
 
 import json
 import os
@@ -16,20 +17,30 @@ from accelerate.utils import is_torch_xla_available
 from limner.faults import Fault, InputFault, described, rebuilt
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun and accelerate; three MPIs
-PATIENCE = timedelta(days=7)  # the first process may encode or download for hours while the others wait
+SIZES = (
+    "WORLD_SIZE",
+    "PMI_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+)  # torchrun and accelerate; three MPIs
+PATIENCE = timedelta(
+    days=7
+)  # the first process may encode or download for hours while the others wait
 T = TypeVar("T")
 
 
 class World:
-    """The processes that were launched together; with one of them every method does the obvious thing.
+    """The processes that were launched together; with one of them every method does the obvious
+    thing.
 
     Args:
-        device: ``engine.device`` of the recipe; None: what the launcher says, else the accelerator that torch finds, else the CPU.
+        device: ``engine.device`` of the recipe; None: what the launcher says, else the accelerator
+            that torch finds, else the CPU.
         precision: ``engine.precision`` of the recipe; None: what the launcher says, else ``no``.
 
     Raises:
-        InputFault: for a launcher setting that is not supported, a device or precision that cannot run here, or fewer processes than were asked for.
+        InputFault: for a launcher setting that is not supported, a device or precision that cannot
+            run here, or fewer processes than were asked for.
     """
 
     rank: int
@@ -38,7 +49,12 @@ class World:
     device: torch.device
     precision: str
 
-    def __init__(self, device: str | None = None, precision: str | None = None, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self,
+        device: str | None = None,
+        precision: str | None = None,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
         try:
             refuse_settings(environment)
             self.precision = choose_precision(precision, environment)
@@ -54,7 +70,8 @@ class World:
         self._host = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world > 1 else None
 
     def first(self, action: Callable[[], T]) -> T:
-        """Run ``action`` in the first process; every process gets its (JSON) result, or its fault."""
+        """Run ``action`` in the first process; every process gets its (JSON) result, or its
+        fault."""
         answer, caught = "", None
         if self.rank == 0:
             try:
@@ -74,7 +91,11 @@ class World:
             return text
         size = torch.tensor([len(text.encode())])
         dist.broadcast(size, 0, group=self._host)
-        content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+        content = (
+            torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+            if self.rank == 0
+            else torch.empty(int(size), dtype=torch.uint8)
+        )
         dist.broadcast(content, 0, group=self._host)
         return content.numpy().tobytes().decode()
 
@@ -100,7 +121,8 @@ class World:
         return [float(value) for value in sums]
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add up a flat tensor over all processes, in place; all of them hold the same bits afterwards."""
+        """Add up a flat tensor over all processes, in place; all of them hold the same bits
+        afterwards."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -114,34 +136,60 @@ class World:
 
 
 def refuse_settings(environment: Mapping[str, str]) -> None:
-    """Refuse what a launcher passes on and this engine does not do; a setting is never ignored in silence."""
+    """Refuse what a launcher passes on and this engine does not do; a setting is never ignored in
+    silence."""
     dynamo = environment.get("ACCELERATE_DYNAMO_BACKEND", "NO")
-    on = {name for name, value in environment.items() if value.lower() in ("1", "true", "yes", "on")}
-    data_parallel = "Launch with `accelerate launch --multi_gpu --num_processes N` or `torchrun --nproc-per-node N`: every process holds the whole model."
+    on = {
+        name for name, value in environment.items() if value.lower() in ("1", "true", "yes", "on")
+    }
+    data_parallel = (
+        "Launch with `accelerate launch --multi_gpu --num_processes N` or `torchrun "
+        "--nproc-per-node N`: every process holds the whole model."
+    )
     refuse = [
-        ("ACCELERATE_USE_DEEPSPEED" in on, f"DeepSpeed (accelerate's use_deepspeed) is not supported. {data_parallel}"),
-        ("ACCELERATE_USE_FSDP" in on, f"FSDP (accelerate's use_fsdp) is not supported. {data_parallel}"),
-        ("ACCELERATE_USE_MEGATRON_LM" in on, f"Megatron-LM (accelerate's use_megatron_lm) is not supported. {data_parallel}"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG" in on, f"accelerate's parallelism_config (sharded, tensor, context, sequence) is not supported. {data_parallel}"),
         (
-            "ACCELERATE_USE_SAGEMAKER" in on and environment.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE", "NO") != "NO",
+            "ACCELERATE_USE_DEEPSPEED" in on,
+            f"DeepSpeed (accelerate's use_deepspeed) is not supported. {data_parallel}",
+        ),
+        (
+            "ACCELERATE_USE_FSDP" in on,
+            f"FSDP (accelerate's use_fsdp) is not supported. {data_parallel}",
+        ),
+        (
+            "ACCELERATE_USE_MEGATRON_LM" in on,
+            f"Megatron-LM (accelerate's use_megatron_lm) is not supported. {data_parallel}",
+        ),
+        (
+            "ACCELERATE_USE_PARALLELISM_CONFIG" in on,
+            "accelerate's parallelism_config (sharded, tensor, context, sequence) is not "
+            f"supported. {data_parallel}",
+        ),
+        (
+            "ACCELERATE_USE_SAGEMAKER" in on
+            and environment.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE", "NO") != "NO",
             f"SageMaker's own distributed training is not supported. {data_parallel}",
         ),
         (
-            "ACCELERATE_IN_TPU_POD" in on or environment.get("PJRT_DEVICE", "").upper() == "TPU" or is_torch_xla_available(),
-            "TPU and XLA are not supported. Where torch_xla is installed beside a GPU or for the CPU, set USE_TORCH_XLA=0 and PJRT_DEVICE to nothing.",
+            "ACCELERATE_IN_TPU_POD" in on
+            or environment.get("PJRT_DEVICE", "").upper() == "TPU"
+            or is_torch_xla_available(),
+            "TPU and XLA are not supported. Where torch_xla is installed beside a GPU or for the "
+            "CPU, set USE_TORCH_XLA=0 and PJRT_DEVICE to nothing.",
         ),
         (
             dynamo.upper() not in ("NO", ""),
-            f"torch.compile (accelerate's dynamo_backend={dynamo.lower()}) is not supported. Launch with `--dynamo_backend no`.",
+            f"torch.compile (accelerate's dynamo_backend={dynamo.lower()}) is not supported. "
+            "Launch with `--dynamo_backend no`.",
         ),
         (
             environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", ""),
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment is not honoured. Unset it, and give train.accumulate (--gradient_accumulation_steps).",
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment is not honoured. Unset it, "
+            "and give train.accumulate (--gradient_accumulation_steps).",
         ),
         (
             bool(environment.get("ACCELERATE_TORCH_DEVICE")),
-            "ACCELERATE_TORCH_DEVICE in the environment is not honoured. Unset it, and give engine.device.",
+            "ACCELERATE_TORCH_DEVICE in the environment is not honoured. Unset it, and give "
+            "engine.device.",
         ),
     ]
     if problems := [text for wrong, text in refuse if wrong]:
@@ -153,34 +201,58 @@ def choose_precision(wanted: str | None, environment: Mapping[str, str]) -> str:
     given = wanted or environment.get("ACCELERATE_MIXED_PRECISION") or "no"
     if given.lower() not in PRECISIONS:
         source = "engine.precision" if wanted else "the launcher's mixed_precision"
-        raise InputFault(f"{source}: {given!r} is not supported. Give engine.precision (or --mixed_precision) as one of {', '.join(PRECISIONS)}.")
+        raise InputFault(
+            f"{source}: {given!r} is not supported. Give engine.precision (or --mixed_precision) "
+            f"as one of {', '.join(PRECISIONS)}."
+        )
     return given.lower()
 
 
 def choose_device(wanted: str | None, environment: Mapping[str, str]) -> torch.device:
-    """This process's own device: the recipe's, else the CPU if the launcher says so, else the accelerator that torch finds, else the CPU."""
-    several, local = int(environment.get("LOCAL_WORLD_SIZE") or 1), int(environment.get("LOCAL_RANK") or 0)
-    found = {"cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """This process's own device: the recipe's, else the CPU if the launcher says so, else the
+    accelerator that torch finds, else the CPU."""
+    several, local = (
+        int(environment.get("LOCAL_WORLD_SIZE") or 1),
+        int(environment.get("LOCAL_RANK") or 0),
+    )
+    found = {
+        "cuda": torch.cuda.is_available(),
+        "xpu": torch.xpu.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     launcher = "cpu" if environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") else None
     name = wanted or launcher or next(kind for kind, there in found.items() if there)
     kind, colon, index = name.partition(":")
     here = ", ".join(kind for kind, there in found.items() if there)
     if kind not in found or not found[kind] or (colon and not index.isdigit()):
-        raise InputFault(f"engine.device: {name!r} cannot be used; torch finds here: {here}. Give one of these, or leave engine.device out.")
+        raise InputFault(
+            f"engine.device: {name!r} cannot be used; torch finds here: {here}. Give one of "
+            "these, or leave engine.device out."
+        )
     if kind in ("cpu", "mps"):
         return torch.device(kind)
     count = torch.cuda.device_count() if kind == "cuda" else torch.xpu.device_count()
     if colon and several > 1:
-        raise InputFault(f"engine.device: {name!r} names one device for {several} processes. Give engine.device={kind}: each process takes its own.")
+        raise InputFault(
+            f"engine.device: {name!r} names one device for {several} processes. Give "
+            f"engine.device={kind}: each process takes its own."
+        )
     if several > count:
-        raise InputFault(f"{several} processes were launched on this host, it has {count} {kind} devices. Launch {count}, or give engine.device=cpu.")
+        raise InputFault(
+            f"{several} processes were launched on this host, it has {count} {kind} devices. "
+            f"Launch {count}, or give engine.device=cpu."
+        )
     if colon and int(index) >= count:
-        raise InputFault(f"engine.device: {name!r} does not exist, there are {count}, counted from {kind}:0.")
+        raise InputFault(
+            f"engine.device: {name!r} does not exist, there are {count}, counted from {kind}:0."
+        )
     return torch.device(kind, int(index) if colon else local)
 
 
 def probe(device: torch.device, precision: str) -> None:
-    """Refuse a precision in which a small convolution and product, forward and backward, do not really run."""
+    """Refuse a precision in which a small convolution and product, forward and backward, do not
+    really run."""
     if precision == "no":
         return
     wanted = PRECISIONS[precision]
@@ -189,13 +261,23 @@ def probe(device: torch.device, precision: str) -> None:
             warnings.simplefilter("error")  # autocast turns itself off with no more than a warning
             with torch.autocast(device.type, wanted):
                 kernel = torch.ones(4, 3, 3, 3, device=device, requires_grad=True)
-                product = torch.nn.functional.conv2d(torch.ones(1, 3, 8, 8, device=device), kernel, padding=1).flatten(2) @ torch.ones(64, 4, device=device)
+                product = torch.nn.functional.conv2d(
+                    torch.ones(1, 3, 8, 8, device=device), kernel, padding=1
+                ).flatten(2) @ torch.ones(64, 4, device=device)
             product.float().sum().backward()
-        worked, reason = product.dtype == wanted and kernel.grad is not None and bool(kernel.grad.isfinite().all()), "it was computed in another"
+        worked, reason = (
+            product.dtype == wanted
+            and kernel.grad is not None
+            and bool(kernel.grad.isfinite().all()),
+            "it was computed in another",
+        )
     except (RuntimeError, UserWarning) as error:
         worked, reason = False, str(error).partition("\n")[0]
     if not worked:
-        raise InputFault(f"engine.precision: {precision} cannot run on {device} ({reason}). Give engine.precision=no (--mixed_precision=no) or another device.")
+        raise InputFault(
+            f"engine.precision: {precision} cannot run on {device} ({reason}). Give "
+            "engine.precision=no (--mixed_precision=no) or another device."
+        )
 
 
 def join(device: torch.device) -> PartialState:
@@ -207,13 +289,19 @@ def join(device: torch.device) -> PartialState:
                 torch.cuda.set_device(device)
             return PartialState(cpu=device.type == "cpu")
     except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
-        raise InputFault(f"the processes of this run could not meet: {error}. Start them with `torchrun` or `accelerate launch --multi_gpu`.") from error
+        raise InputFault(
+            f"the processes of this run could not meet: {error}. Start them with `torchrun` or "
+            "`accelerate launch --multi_gpu`."
+        ) from error
 
 
 def parent_command() -> list[str]:
-    """The command line of the process that started this one; empty where the system does not tell."""
+    """The command line of the process that started this one; empty where the system does not
+    tell."""
     try:
-        return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        return (
+            Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        )
     except OSError:
         return []
 
@@ -221,15 +309,21 @@ def parent_command() -> list[str]:
 def asked(environment: Mapping[str, str], parent: Sequence[str]) -> int:
     """How many processes the launcher was asked for; 0: several, it does not say how many.
 
-    torchrun, ``accelerate launch --multi_gpu`` and MPI say it in the environment. ``accelerate launch`` without ``--multi_gpu`` starts one process
-    whatever ``--num_processes`` is: then its command line has the number, and an address to meet at, given to a process with no rank, says "several".
+    torchrun, ``accelerate launch --multi_gpu`` and MPI say it in the environment. ``accelerate
+    launch`` without ``--multi_gpu`` starts one process whatever ``--num_processes`` is: then its
+    command line has the number, and an address to meet at, given to a process with no rank, says
+    "several".
     """
     if "LOCAL_RANK" not in environment and "ACCELERATE_MIXED_PRECISION" in environment:
-        if counts := [flag(parent, name) for name in ("num_processes", "num_machines") if flag(parent, name)]:
+        if counts := [
+            flag(parent, name) for name in ("num_processes", "num_machines") if flag(parent, name)
+        ]:
             return max(counts)
         if "MASTER_PORT" in environment and not any(name in environment for name in SIZES):
             return 0
-    return next((int(environment[name]) for name in SIZES if environment.get(name, "").isdigit()), 1)
+    return next(
+        (int(environment[name]) for name in SIZES if environment.get(name, "").isdigit()), 1
+    )
 
 
 def flag(command: Sequence[str], name: str) -> int:
@@ -243,13 +337,16 @@ def flag(command: Sequence[str], name: str) -> int:
 
 
 def refuse_difference(wanted: int, world: int, device: torch.device) -> None:
-    """Refuse a world of another size than was asked for: each of its processes would train alone, in the same folder."""
+    """Refuse a world of another size than was asked for: each of its processes would train alone,
+    in the same folder."""
     if wanted == world:
         return
     n = wanted if wanted > 1 else "N"
     alternative = ", with engine.device=cpu" if device.type == "mps" else ""
     raise InputFault(
-        f"The launcher was asked for {wanted or 'several'} processes, {world} came up together on {device.type}. "
-        f"Start several with `accelerate launch --multi_gpu --num_processes {n} ...` or `torchrun --nproc-per-node {n} ...` (GPUs or CPU{alternative}); "
+        f"The launcher was asked for {wanted or 'several'} processes, {world} came up together on "
+        f"{device.type}. "
+        f"Start several with `accelerate launch --multi_gpu --num_processes {n} ...` or `torchrun "
+        f"--nproc-per-node {n} ...` (GPUs or CPU{alternative}); "
         f"start one with `accelerate launch --num_processes 1 ...` or `python ...`."
     )
