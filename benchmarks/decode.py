@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from limner.data import image
+from limner.data import geometry, image
+from limner.data.geometry import Geometry
 
 CASES = [
     (4000, 3000, 1024, 90, "4:2:0"),
@@ -55,7 +56,7 @@ def photograph(width: int, height: int, seed: int) -> Image.Image:
     return picture
 
 
-def reference(content: bytes, shape: image.Geometry) -> torch.Tensor:
+def reference(content: bytes, shape: Geometry) -> torch.Tensor:
     """What the scripts do to one picture, as [3, height, width]."""
     picture = (
         Image.open(io.BytesIO(content))
@@ -72,9 +73,11 @@ def reference(content: bytes, shape: image.Geometry) -> torch.Tensor:
     return tensor.sub_(torch.full((3, 1, 1), 0.5)).div_(torch.full((3, 1, 1), 0.5))
 
 
-def ours(content: bytes, shape: image.Geometry) -> np.ndarray:
-    return image.pixels(
-        image.load(content, [(shape, "lanczos")], background="white", max_pixels=10**9)[0][None]
+def ours(content: bytes, shape: Geometry) -> np.ndarray:
+    return image.to_pixels(
+        image.load_views(content, [(shape, "lanczos")], background="white", max_pixels=10**9)[0][
+            None
+        ]
     )[0]
 
 
@@ -86,7 +89,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(image.decoder())
+    print(image.decoder_versions())
     print(
         "| JPEG | to | diffusers' chain | Limner's | ratio | difference: mean, 99.9 % below, "
         "largest | PSNR |\n|---|---|---|---|---|---|---|"
@@ -95,8 +98,8 @@ def main() -> None:
         stream = io.BytesIO()
         photograph(width, height, i).save(stream, "JPEG", quality=quality, subsampling=chroma)
         content = stream.getvalue()
-        tall, wide = image.resized((height, width), (side, side))
-        shape = image.Geometry(tall, wide, 0, 0, tall, wide, False)
+        tall, wide = geometry.covering_size((height, width), (side, side))
+        shape = Geometry(tall, wide, 0, 0, tall, wide, False)
         rows = []
         for _ in range(ROUNDS):
             pair = (partial(reference, content, shape), partial(ours, content, shape))

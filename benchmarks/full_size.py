@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from limner import bench
+from limner.commands import bench
+from limner.commands.bench import STAND_INS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
@@ -55,8 +56,8 @@ def make_base(folder: Path) -> None:
     """Stable Diffusion 1.5 with random weights and a small vocabulary."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    for part, known in (("unet", bench.STAND_INS["sd"]["unet"]), ("vae", VAE)):
-        bench.write_random(folder / part, known)
+    for part, known in (("unet", STAND_INS["sd"]["unet"]), ("vae", VAE)):
+        bench.write_random_component(folder / part, known)
     words = tiny.write_tokenizer(folder / "tokenizer")
     CLIPTextModel(
         CLIPTextConfig(**TEXT, bos_token_id=words - 2, eos_token_id=words - 1)
@@ -189,13 +190,13 @@ def main() -> None:
         "data.flip": "false",
         "data.drop_caption": 0.0,
         "data.cache": a.work / "cache",
-        "train.batch": 1,
-        "train.micro": 1,
+        "train.batch_size": 1,
+        "train.micro_batch_size": 1,
         "engine.precision": "no",
         "engine.device": "cpu",
         "engine.tf32": "false",
         "engine.encode_batch": 1,
-        "watch.hold_out": 0,
+        "validation.hold_out": 0,
         "preview.prompts": "[]",
         "checkpoint.keep": 1,
         "log.every": 1,

@@ -162,7 +162,7 @@ def run_limner(
         "data.folder": pictures,
         "data.size": s.size,
         "data.cache": cache,
-        "train.batch": s.batch,
+        "train.batch_size": s.batch,
         "train.steps": s.steps,
         "optim.learning_rate": s.learning_rate,
         "train.seed": seed,

@@ -3,7 +3,8 @@ arithmetic of each chip.
 
     pip install "limner[jax]" libtpu          # the libtpu that the installed jax asks for: see pip
     install "jax[tpu]"
-    python benchmarks/tpu.py recipes/sd15-full.toml --slice v5e:2x2 train.batch=32 train.micro=8
+    python benchmarks/tpu.py recipes/sd15-full.toml --slice v5e:2x2 train.batch_size=32
+    train.micro_batch_size=8
     engine.fsdp=4 optim.ema=none
 
 Nothing is computed and no weight is made: the arrays are descriptions. Stable Diffusion 1.5 takes
@@ -31,12 +32,15 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from limner import bench, config, plan
-from limner.base import Base
+from limner.base_model.base import BaseModel
+from limner.commands.bench import STAND_INS
+from limner.config import toml
 from limner.engines.jax import weights
-from limner.engines.jax.engine import JaxEngine, numbers
-from limner.engines.jax.learnt import Layout, adapters
-from limner.families import family_of
+from limner.engines.jax.engine import JaxEngine, to_scalars
+from limner.engines.jax.layout import Layout, make_adapters
+from limner.families import get_family
+from limner.features import stand_in
+from limner.training import batch_plan
 
 GIB = 2**30
 
@@ -63,20 +67,22 @@ def described(engine: JaxEngine, batch: dict[str, np.ndarray]) -> tuple[Any, Any
             array.shape, kind or array.dtype, sharding=engine.sharding(path[-1].key, array.shape)
         )
 
-    name, cfg = engine.family.trains, engine.cfg
-    shapes = weights.expected(engine.base.kind(name)[1], engine.base.configs[name])
+    name, cfg = engine.family.trained_component, engine.config
+    shapes = weights.expected_shapes(
+        engine.base.component_class(name)[1], engine.base.configs[name]
+    )
     arrays = {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()}
-    if cfg.adapt.kind == "lora":
+    if cfg.adapter.kind == "lora":
         engine.frozen = {
             name: jax.tree_util.tree_map_with_path(partial(like, kind=engine.half), arrays)
         }  # type: ignore[dict-item]
-        arrays = adapters({name: shapes}, cfg.adapt, engine.family, 0)  # type: ignore[assignment]
+        arrays = make_adapters({name: shapes}, cfg.adapter, engine.family, 0)  # type: ignore[assignment]
     engine.layout = Layout({key: a.shape for key, a in arrays.items()})
     state = jax.tree_util.tree_map_with_path(
-        like, jax.eval_shape(lambda named: engine.fresh(engine.layout.pack(named)), arrays)
+        like, jax.eval_shape(lambda named: engine.make_state(engine.layout.pack(named)), arrays)
     )
     rows = NamedSharding(engine.mesh, PartitionSpec(None, ("data", "fsdp")))
-    pieces = len(batch["t"]) // engine.micro
+    pieces = len(batch["timestep"]) // engine.micro_batch_size
     given = {
         key: jax.ShapeDtypeStruct(
             (pieces, len(a) // pieces, *a.shape[1:]),
@@ -85,7 +91,7 @@ def described(engine: JaxEngine, batch: dict[str, np.ndarray]) -> tuple[Any, Any
         )
         for key, a in batch.items()
     }
-    return state, given, numbers(0, cfg.optim.learning_rate, cfg.optim.ema, 0)
+    return state, given, to_scalars(0, cfg.optim.learning_rate, cfg.optim.ema, 0)
 
 
 def main() -> None:
@@ -97,27 +103,31 @@ def main() -> None:
     parser.add_argument("--slice", default="v5e:2x2", help="kind and shape of the TPUs (v5e:2x2)")
     parser.add_argument("--json", type=Path)
     given = parser.parse_intermixed_args()
-    cfg = config.load(given.recipe, ['engine.kind="jax"', *given.overrides])
-    family = family_of(cfg)
+    cfg = toml.load_recipe(given.recipe, ['engine.kind="jax"', *given.overrides])
+    family = get_family(cfg)
     chips = topologies.get_topology_desc(given.slice, platform="tpu").devices
     mesh = Mesh(
         np.array(chips).reshape(-1, cfg.engine.fsdp),
         ("data", "fsdp"),
         axis_types=(AxisType.Auto,) * 2,
     )
-    known = bench.STAND_INS[family.name]
-    base = Base(Path(), {}, family.trains, known["model_index"]["_name"], None, None, known)
+    known = STAND_INS[family.name]
+    base = BaseModel(
+        Path(), {}, family.trained_component, known["model_index"]["_name"], None, None, known
+    )
     world = Slice(mesh, cfg.engine.precision or "no", len(chips))
-    division = plan.make(cfg, 1, 1, None, 0, devices=len(chips))
-    engine = JaxEngine(cfg, base, family, world, division.micro, print)  # type: ignore[arg-type]
-    state, rows, scalars = described(engine, bench.stand_in(cfg, known, family, division.batch))
+    division = batch_plan.make_plan(cfg, 1, 1, None, 0, devices=len(chips))
+    engine = JaxEngine(cfg, base, family, world, division.micro_batch_size, print)  # type: ignore[arg-type]
+    state, rows, scalars = described(
+        engine, stand_in.make_batch(cfg, known, family, division.batch_size)
+    )
     began = time.monotonic()
     made = engine.compile(state, rows, scalars)
     took, memory, cost = time.monotonic() - began, made.memory_analysis(), made.cost_analysis()
     figures = {
         "slice": given.slice,
         "chips": len(chips),
-        "images_per_chip": division.micro // len(chips),
+        "images_per_chip": division.micro_batch_size // len(chips),
         "compile_seconds": took,
         "jax": jax.__version__,
         "peak_gib": getattr(memory, "peak_memory_in_bytes", 0) / GIB,

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from limner import durable
+from limner.storage import atomic
 
 NOISE = {
     "num_train_timesteps": 1000,
@@ -140,7 +140,7 @@ def main() -> None:
     )
     if not a.fresh_unet:
         pipeline.to(dtype=torch.float16)
-    with durable.folder(a.output, manifest=False) as path:
+    with atomic.write_folder(a.output, manifest=False) as path:
         pipeline.save_pretrained(path, safe_serialization=True)
         for config in (path / "vae" / "config.json", path / "unet" / "config.json"):
             known = json.loads(config.read_text())

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from limner import checkpoint, rng
+from limner import rng
+from limner.storage import checkpoint
 
 CONFIG = {
     "block_out_channels": (32, 64, 96),
@@ -109,7 +110,7 @@ def main() -> None:
         params, lr=a.rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
     )
     first = 0
-    if (found := checkpoint.latest(a.work)) is not None:
+    if (found := checkpoint.find_latest(a.work)) is not None:
         first = found.step
         for kind, targets in (("model", params), ("ema", average)):
             for name, p in zip(names, targets, strict=True):

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from limner import durable, rng
+from limner import rng
+from limner.storage import atomic
+from limner.storage.atomic import MANIFEST
 
 SIDE, SCALE = 64, 4
 PAPER, GRID, LINE, THIN = (18, 52, 118), (40, 80, 150), (244, 250, 255), (110, 205, 240)
@@ -505,13 +507,13 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="also save one picture of all of them")
     a = parser.parse_args()
     made, lines = drawings(), []
-    with durable.folder(a.folder) as path:
+    with atomic.write_folder(a.folder) as path:
         for number, (name, caption, image) in enumerate(made):
             file = f"{number:03}-{name}.png"
             image.save(path / file, optimize=True)
             lines.append(json.dumps({"file_name": file, "text": caption}) + "\n")
         (path / "metadata.jsonl").write_text("".join(lines))
-    (a.folder / durable.MANIFEST).unlink()
+    (a.folder / MANIFEST).unlink()
     print(
         f"{len(made)} pictures, {sum(f.stat().st_size for f in a.folder.iterdir()) / 1000:.0f} kB"
     )

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import emoji
 
-from limner import durable
+from limner.storage import atomic
+from limner.storage.atomic import MANIFEST
 
 COMMIT = "b3e3051a088047d19fd4d49b1c3ac42fb8c3aaf8"
 SKIN_TONES = {f"{0x1F3FB + i:x}" for i in range(5)}
@@ -63,7 +64,7 @@ def main() -> None:
     ).stdout.split()
     known = names()
     chosen = [file for file in sorted(files) if file in known and wanted(file)]
-    with durable.folder(a.pictures) as path:
+    with atomic.write_folder(a.pictures) as path:
         for file in chosen:
             (path / file).write_bytes(
                 subprocess.run(
@@ -80,7 +81,7 @@ def main() -> None:
             for file in chosen
         ]
         (path / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-    (a.pictures / durable.MANIFEST).unlink()
+    (a.pictures / MANIFEST).unlink()
     print(f"{len(chosen)} pictures")
 
 

@@ -28,7 +28,9 @@ from tokenizers import Tokenizer, models, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from limner import checkpoint, durable, rng
+from limner import rng
+from limner.storage import atomic, checkpoint
+from limner.storage.atomic import MANIFEST
 
 LENGTH = 32
 VOCABULARY = 2048
@@ -99,7 +101,7 @@ def learn_tokenizer(names: list[str], folder: Path) -> CLIPTokenizer:
         : VOCABULARY - len(entries) - 2
     ]
     entries = list(dict.fromkeys(entries + ["".join(m) for m in merges] + [START, END]))
-    with durable.folder(folder) as path:
+    with atomic.write_folder(folder) as path:
         tokenizer = CLIPTokenizer(
             vocab={e: i for i, e in enumerate(entries)}, merges=merges, model_max_length=LENGTH
         )
@@ -110,7 +112,7 @@ def learn_tokenizer(names: list[str], folder: Path) -> CLIPTokenizer:
         (path / "merges.txt").write_text(
             "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges)
         )
-    (folder / durable.MANIFEST).unlink()
+    (folder / MANIFEST).unlink()
     return CLIPTokenizer.from_pretrained(folder)
 
 
@@ -208,7 +210,7 @@ def main() -> None:
     ]
     optimizer = torch.optim.AdamW(groups, lr=a.rate, betas=(0.9, 0.98), fused=True)
     first = 0
-    if (found := checkpoint.latest(a.work)) is not None:
+    if (found := checkpoint.find_latest(a.work)) is not None:
         first = found.step
         weights, moments = found.arrays("model.safetensors"), found.arrays("optimizer.safetensors")
         for key, p in zip(keys, params, strict=True):

@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 import tiny
 
-from limner import cli, durable, training
+from limner import cli
 from limner.compat import diffusers
+from limner.storage import atomic
+from limner.training import setup
 
 SETTINGS = [
     "data.size=32",
     "data.cache=off",
     "train.steps=2",
-    "train.batch=2",
+    "train.batch_size=2",
     "train.seed=5",
     "checkpoint.every=1",
     "engine.device=cpu",
@@ -84,7 +86,7 @@ def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def opened(*_: Any) -> None:
         raise AssertionError("an engine was opened")
 
-    monkeypatch.setattr(training.engines, "open_engine", opened)
+    monkeypatch.setattr(setup.engines, "open_engine", opened)
     yield
 
 
@@ -101,7 +103,7 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str, given: i
 
 def contents(folder: Path) -> dict[str, str]:
     return {
-        str(p.relative_to(folder)): durable.digest(p)
+        str(p.relative_to(folder)): atomic.digest_file(p)
         for p in sorted(folder.rglob("*"))
         if p.is_file() and p.name != ".lock"
     }
@@ -192,7 +194,7 @@ def test_a_bad_record_is_named(
             2,
             *words,
             "1 of 4 records cannot be used",
-            'data.bad="skip"',
+            'data.on_bad_record="skip"',
             given=door(tmp_path / "run", folder),
         )
         assert len(said.splitlines()) <= 4
@@ -208,7 +210,7 @@ def test_skipping_goes_on_writes_down_which_and_why_and_leaves_the_files(
     (folder / "002.png").unlink()
     rewrite(folder, 3, text=None)
     before = contents(folder)
-    assert by_limner(tmp_path / "run", folder, "data.bad=skip") == 0
+    assert by_limner(tmp_path / "run", folder, "data.on_bad_record=skip") == 0
     rows = [
         json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
     ]
@@ -295,7 +297,7 @@ def test_a_wrong_column_is_named_with_the_setting_and_the_flag(
             ("optim.learning_rate: 'fast' was given, a number is expected",),
         ),
         ("optmi.learning_rate=1e-4", ("optmi: no such setting", "did you mean optim?")),
-        ("watch.hold_out=12", ("watch.hold_out", "none is left to train on")),
+        ("validation.hold_out=12", ("validation.hold_out", "none is left to train on")),
         ("data.background=see-through", ("data.background", "'see-through' is no opaque colour")),
         ("checkpoint.resume=checkpoint-9", ("checkpoint-9: no such checkpoint",)),
         ("model.base=nowhere", ("model.base: nowhere", "owner/name")),
@@ -399,7 +401,7 @@ def test_two_runs_in_one_folder(
     tmp_path: Path,
     capsys: Any,
 ) -> None:
-    with durable.lock(tmp_path / "run"):
+    with atomic.lock(tmp_path / "run"):
         for door in (by_limner, by_script):
             said = refused(
                 capsys,
@@ -433,7 +435,7 @@ RESUMED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "batch": (
         ["--train_batch_size=3"],
-        ("train.batch", "begun with a global batch of 2, 3 is asked for", "another folder"),
+        ("train.batch_size", "begun with a global batch of 2, 3 is asked for", "another folder"),
     ),
     "size": (["--resolution=48"], ("data.size (--resolution)", "was 32, now 48", "another folder")),
     "ema": (["--use_ema"], ("optim.ema (--use_ema)", "was None, now 0.9999")),
@@ -519,14 +521,14 @@ def test_a_picture_that_vanishes_while_training_is_named(
     by_limner: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny.pictures(tmp_path / "mine", 2)
-    look = training.look
+    look = setup.index_records
 
     def look_then_lose(*arguments: Any) -> Any:
         seen = look(*arguments)
         (folder / "001.png").unlink()
         return seen
 
-    monkeypatch.setattr(training, "look", look_then_lose)
+    monkeypatch.setattr(setup, "index_records", look_then_lose)
     said = refused(
         capsys,
         2,
@@ -540,6 +542,6 @@ def test_a_picture_that_vanishes_while_training_is_named(
 
 def test_a_setting_that_has_its_flag_beside_it_gets_no_other() -> None:
     assert (
-        diffusers.with_flags(SCRIPT, "leave it out of log.to (--report_to), see data.size")
+        diffusers.name_flags(SCRIPT, "leave it out of log.to (--report_to), see data.size")
         == "leave it out of log.to (--report_to), see data.size (--resolution)"
     )

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hub_server import Hub
 
-from limner.base import open_base
-from limner.config import Model
+from limner.base_model.open import open_base
+from limner.config.schema import ModelSettings
+from limner.errors import HubError, InputError
 from limner.families import FAMILIES
-from limner.faults import HubFault, InputFault
 
 SD = FAMILIES["sd"]
 
@@ -25,8 +25,8 @@ def edit(path: Path, **changes: object) -> None:
 
 
 def refusal(base: Path | str, **settings: str) -> str:
-    with pytest.raises(InputFault) as caught:
-        open_base(Model(base=str(base), **settings), SD)
+    with pytest.raises(InputError) as caught:
+        open_base(ModelSettings(base=str(base), **settings), SD)
     return str(caught.value)
 
 
@@ -40,8 +40,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def test_a_local_folder_is_opened(sd: Path) -> None:
-    base = open_base(Model(base=str(sd)), SD)
-    assert (base.commit, base.name, base.part("unet")) == (None, str(sd), sd / "unet")
+    base = open_base(ModelSettings(base=str(sd)), SD)
+    assert (base.commit, base.name, base.component_folder("unet")) == (None, str(sd), sd / "unet")
     assert base.configs["vae"]["latent_channels"] == 4
     assert base.configs["scheduler"]["prediction_type"] == "epsilon"
     assert base.configs["model_index"]["_class_name"] == "StableDiffusionPipeline"
@@ -51,8 +51,8 @@ def test_a_local_folder_is_opened(sd: Path) -> None:
 
 def test_the_fingerprint_is_of_the_bytes(sd: Path, tmp_path: Path) -> None:
     here, there = (
-        open_base(Model(base=str(sd)), SD),
-        open_base(Model(base=str(copied(sd, tmp_path))), SD),
+        open_base(ModelSettings(base=str(sd)), SD),
+        open_base(ModelSettings(base=str(copied(sd, tmp_path))), SD),
     )
     known = {c: here.fingerprint(c) for c in SD.components}
     assert len(set(known.values())) == len(known)
@@ -71,7 +71,7 @@ def test_the_fingerprint_is_of_the_bytes(sd: Path, tmp_path: Path) -> None:
     weights.write_bytes(data)
     tokens = there.folder / "tokenizer" / "merges.txt"
     tokens.write_text(tokens.read_text() + "x y\n")
-    changed = open_base(Model(base=str(there.folder)), SD)
+    changed = open_base(ModelSettings(base=str(there.folder)), SD)
     assert {c for c in SD.components if changed.fingerprint(c) != known[c]} == {
         "vae",
         "scheduler",
@@ -81,7 +81,7 @@ def test_the_fingerprint_is_of_the_bytes(sd: Path, tmp_path: Path) -> None:
 
 def test_variants_and_shards(sd: Path, sd_fp16: Path, tmp_path: Path) -> None:
     assert "only variants: fp16. Pass model.variant=fp16" in refusal(sd_fp16)
-    base = open_base(Model(base=str(sd_fp16), variant="fp16"), SD)
+    base = open_base(ModelSettings(base=str(sd_fp16), variant="fp16"), SD)
     assert [p.name for p in base.weight_files("vae")] == [
         "diffusion_pytorch_model.fp16.safetensors"
     ]
@@ -91,12 +91,14 @@ def test_variants_and_shards(sd: Path, sd_fp16: Path, tmp_path: Path) -> None:
 
     mixed = copied(sd, tmp_path)
     shutil.copy(sd_fp16 / "vae" / "diffusion_pytorch_model.fp16.safetensors", mixed / "vae")
-    both = open_base(Model(base=str(mixed), variant="fp16"), SD)
+    both = open_base(ModelSettings(base=str(mixed), variant="fp16"), SD)
     assert [p.name for c in ("vae", "text_encoder") for p in both.weight_files(c)] == [
         "diffusion_pytorch_model.fp16.safetensors",
         "model.safetensors",
     ]
-    assert both.fingerprint("vae") != open_base(Model(base=str(mixed)), SD).fingerprint("vae")
+    assert both.fingerprint("vae") != open_base(ModelSettings(base=str(mixed)), SD).fingerprint(
+        "vae"
+    )
 
     short = Path(shutil.copytree(sd_fp16, tmp_path / "short"))
     (short / "unet" / shards[1].name).unlink()
@@ -241,14 +243,14 @@ def test_a_hub_repository_is_fetched_once_and_only_what_is_needed(
     (folder / "v1-5-pruned.safetensors").write_bytes(b"single file")
     (folder / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# card\n")
     hub.add("someone/tiny-sd", folder)
-    model = Model(base="someone/tiny-sd", cache_dir=str(tmp_path / "cache"))
+    model = ModelSettings(base="someone/tiny-sd", cache_dir=str(tmp_path / "cache"))
     base = open_base(model, SD)
     commit = hub.repos[("model", "someone/tiny-sd")].commit("main")
     assert (base.name, base.commit, base.folder.name) == ("someone/tiny-sd", commit, commit)
-    assert base.card() == {"license": "creativeml-openrail-m"}
-    assert base.fingerprint(*SD.components) == open_base(Model(base=str(sd)), SD).fingerprint(
-        *SD.components
-    )
+    assert base.read_card_metadata() == {"license": "creativeml-openrail-m"}
+    assert base.fingerprint(*SD.components) == open_base(
+        ModelSettings(base=str(sd)), SD
+    ).fingerprint(*SD.components)
     fetched = {
         path.split(f"/{commit}/")[1]
         for method, path, _ in hub.requests
@@ -265,9 +267,9 @@ def test_a_hub_repository_is_fetched_once_and_only_what_is_needed(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     assert open_base(model, SD).fingerprint("unet") == base.fingerprint("unet")
     with pytest.raises(
-        HubFault, match=r"cannot be reached at http://127.0.0.1:9, .*local cache does not have"
+        HubError, match=r"cannot be reached at http://127.0.0.1:9, .*local cache does not have"
     ):
-        open_base(Model(base="someone/tiny-sd", cache_dir=str(tmp_path / "empty")), SD)
+        open_base(ModelSettings(base="someone/tiny-sd", cache_dir=str(tmp_path / "empty")), SD)
 
 
 def test_revisions_and_variants_of_a_repository(
@@ -280,22 +282,26 @@ def test_revisions_and_variants_of_a_repository(
     hub.add("someone/tiny-sd", other, revision="non-ema")
     hub.add("someone/half", sd_fp16)
     cache = {"cache_dir": str(tmp_path / "cache")}
-    main = open_base(Model(base="someone/tiny-sd", **cache), SD)
-    moved = open_base(Model(base="someone/tiny-sd", revision="non-ema", **cache), SD)
-    mixed = open_base(Model(base="someone/tiny-sd", trained_revision="non-ema", **cache), SD)
+    main = open_base(ModelSettings(base="someone/tiny-sd", **cache), SD)
+    moved = open_base(ModelSettings(base="someone/tiny-sd", revision="non-ema", **cache), SD)
+    mixed = open_base(
+        ModelSettings(base="someone/tiny-sd", trained_revision="non-ema", **cache), SD
+    )
     assert main.commit == mixed.commit != moved.commit
     assert mixed.fingerprint("unet") == moved.fingerprint("unet") != main.fingerprint("unet")
     assert mixed.fingerprint("vae") == main.fingerprint("vae")
     assert (
-        open_base(Model(base="someone/tiny-sd", revision=str(moved.commit), **cache), SD).folder
+        open_base(
+            ModelSettings(base="someone/tiny-sd", revision=str(moved.commit), **cache), SD
+        ).folder
         == moved.folder
     )
-    with pytest.raises(HubFault, match="no revision nowhere"):
-        open_base(Model(base="someone/tiny-sd", revision="nowhere", **cache), SD)
+    with pytest.raises(HubError, match="no revision nowhere"):
+        open_base(ModelSettings(base="someone/tiny-sd", revision="nowhere", **cache), SD)
 
-    half = open_base(Model(base="someone/half", variant="fp16", **cache), SD)
+    half = open_base(ModelSettings(base="someone/half", variant="fp16", **cache), SD)
     assert half.fingerprint("unet") == open_base(
-        Model(base=str(sd_fp16), variant="fp16"), SD
+        ModelSettings(base=str(sd_fp16), variant="fp16"), SD
     ).fingerprint("unet")
     before = len(hub.requests)
     assert "Pass model.variant=fp16" in refusal("someone/half", cache_dir=str(tmp_path / "second"))
@@ -318,8 +324,8 @@ def test_the_hub_refuses(
 ) -> None:
     hub.add("someone/tiny-sd", sd)
     hub.answer("GET /api/models/someone/tiny-sd", status, code=code)
-    with pytest.raises(HubFault) as caught:
-        open_base(Model(base="someone/tiny-sd", cache_dir=str(tmp_path)), SD)
+    with pytest.raises(HubError) as caught:
+        open_base(ModelSettings(base="someone/tiny-sd", cache_dir=str(tmp_path)), SD)
     assert (
         expected in str(caught.value)
         and "someone/tiny-sd" in str(caught.value)
@@ -352,7 +358,9 @@ def test_another_autoencoder_on_the_hub(
     for name, inner in (("someone/vae", ""), ("someone/xl", "vae/")):
         before = len(hub.requests)
         base = open_base(
-            Model(base=str(sdxl), family="sdxl", vae=name, cache_dir=str(tmp_path / "cache")),
+            ModelSettings(
+                base=str(sdxl), family="sdxl", vae=name, cache_dir=str(tmp_path / "cache")
+            ),
             FAMILIES["sdxl"],
         )
         fetched = {
@@ -363,19 +371,26 @@ def test_another_autoencoder_on_the_hub(
         assert fetched == {f"{inner}config.json", f"{inner}diffusion_pytorch_model.safetensors"}, (
             fetched
         )
-        assert base.part("vae") != sdxl / "vae" and base.part("unet") == sdxl / "unet"
+        assert (
+            base.component_folder("vae") != sdxl / "vae"
+            and base.component_folder("unet") == sdxl / "unet"
+        )
         assert base.fingerprint("vae") == open_base(
-            Model(base=str(sdxl), family="sdxl"), FAMILIES["sdxl"]
+            ModelSettings(base=str(sdxl), family="sdxl"), FAMILIES["sdxl"]
         ).fingerprint("vae")
     monkeypatch.setenv(
         "HF_ENDPOINT", "http://127.0.0.1:9"
     )  # nobody listens there: the cache serves
     again = open_base(
-        Model(base=str(sdxl), family="sdxl", vae="someone/vae", cache_dir=str(tmp_path / "cache")),
+        ModelSettings(
+            base=str(sdxl), family="sdxl", vae="someone/vae", cache_dir=str(tmp_path / "cache")
+        ),
         FAMILIES["sdxl"],
     )
     assert again.weight_files("vae")[0].name == "diffusion_pytorch_model.safetensors"
     with pytest.raises(
-        InputFault, match=r"model.vae: no/such/place: no such folder, and not a name on the Hub"
+        InputError, match=r"model.vae: no/such/place: no such folder, and not a name on the Hub"
     ):
-        open_base(Model(base=str(sdxl), family="sdxl", vae="no/such/place"), FAMILIES["sdxl"])
+        open_base(
+            ModelSettings(base=str(sdxl), family="sdxl", vae="no/such/place"), FAMILIES["sdxl"]
+        )

@@ -12,15 +12,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from limner import bench, config, engines
-from limner.base import open_base
-from limner.checkpoint import read_arrays
-from limner.engines.torch import gauge
+from limner import engines
+from limner.base_model.open import open_base
+from limner.commands import bench
+from limner.commands.bench import STAND_INS
+from limner.config import toml
+from limner.config.schema import Config, ModelSettings
+from limner.engines.torch import encoders
 from limner.engines.torch.engine import TorchEngine
-from limner.engines.torch.world import World
+from limner.engines.torch.processes import TorchProcessGroup
+from limner.engines.torch.profiler import TorchProfiler
+from limner.errors import InputError
 from limner.families import FAMILIES
 from limner.families.sd import SD
-from limner.faults import InputFault
+from limner.features import stand_in
+from limner.storage.safetensors import read_arrays
 
 
 @pytest.fixture(autouse=True)
@@ -28,19 +34,19 @@ def own_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
-def recipe(model: str, family: str = "sd", **sections) -> config.Config:
+def recipe(model: str, family: str = "sd", **sections) -> Config:
     common = {
         "model": {"base": model, "family": family},
         "data": {"size": 32},
         "engine": {"device": "cpu", "precision": "no"},
-        "train": {"steps": 9, "batch": 4},
+        "train": {"steps": 9, "batch_size": 4},
     }
-    return config.build(config.Config, common | sections)
+    return toml.build(Config, common | sections)
 
 
-def measured(cfg: config.Config, **options) -> tuple[dict, str]:
+def measured(cfg: Config, **options) -> tuple[dict, str]:
     said: list[str] = []
-    return bench.run(cfg, tell=said.append, **options), "\n".join(said)
+    return bench.run_bench(cfg, report=said.append, **options), "\n".join(said)
 
 
 def count(base: Path, rows: int, *, size: int = 16, train: str = "all") -> float:
@@ -64,7 +70,10 @@ def count(base: Path, rows: int, *, size: int = 16, train: str = "all") -> float
 def test_the_figures_of_a_recipe(sd, tmp_path):
     engine = {"device": "cpu", "precision": "no", "gradient_checkpointing": True}
     cfg = recipe(
-        str(sd), train={"steps": 9, "micro": 2, "accumulate": 2}, optim={"ema": 0.99}, engine=engine
+        str(sd),
+        train={"steps": 9, "micro_batch_size": 2, "accumulation_steps": 2},
+        optim={"ema": 0.99},
+        engine=engine,
     )
     figures, text = measured(cfg, steps=3, json_file=tmp_path / "figures.json")
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
@@ -96,7 +105,7 @@ def test_the_figures_of_a_recipe(sd, tmp_path):
 
 def test_frozen_weights_need_no_gradient_and_are_counted_so(sd):
     full, _ = measured(recipe(str(sd)), steps=1)
-    lora, _ = measured(recipe(str(sd), adapt={"kind": "lora", "rank": 2}), steps=1)
+    lora, _ = measured(recipe(str(sd), adapter={"kind": "lora", "rank": 2}), steps=1)
     forward = count(sd, 4, train="none") / 1e12
     assert forward < lora["tflop_per_step"] < full["tflop_per_step"] < 3.01 * forward
     assert lora["kind"] == "lora"
@@ -114,19 +123,19 @@ def test_jax_counts_the_same_arithmetic(family, kind, sd, sdxl):
         {"kind": "torch"},
         {"kind": "jax", "gradient_checkpointing": True, "precision": "bf16"},
     ):
-        cfg = recipe(base, family, adapt={"kind": kind}, engine=engine)
-        found, process = open_base(cfg.model, record), engines.join(cfg.engine)
-        measure = engines.open_gauge(
+        cfg = recipe(base, family, adapter={"kind": kind}, engine=engine)
+        found, process = open_base(cfg.model, record), engines.join_processes(cfg.engine)
+        measure = engines.open_profiler(
             cfg.engine.kind, engines.open_engine(cfg, found, record, process, 2, print)
         )
-        counts.append(measure.flops(bench.stand_in(cfg, found.configs, record, 4), 2))
+        counts.append(measure.count_flops(stand_in.make_batch(cfg, found.configs, record, 4), 2))
     assert counts[0] > 1e9 and counts[1] == pytest.approx(counts[0], rel=1e-12)
 
 
 def test_a_step_in_jax_is_measured(sd):
     pytest.importorskip("jax")
     figures, text = measured(
-        recipe(str(sd), adapt={"kind": "lora"}, engine={"kind": "jax"}), steps=2
+        recipe(str(sd), adapter={"kind": "lora"}, engine={"kind": "jax"}), steps=2
     )
     assert (
         figures["images_per_second"] == pytest.approx(4 / figures["step_seconds"]["median"])
@@ -141,28 +150,39 @@ def test_a_step_in_jax_is_measured(sd):
 def test_random_weights_have_one_set_of_names(sd, sdxl):
     """In both engines' eyes, at full size, of every network that both train."""
     pytest.importorskip("jax")
-    for known in (bench.STAND_INS["sd"]["unet"], bench.STAND_INS["sdxl"]["unet"]):
-        assert engines.shapes("jax", known) == engines.shapes("torch", known)
+    for known in (STAND_INS["sd"]["unet"], STAND_INS["sdxl"]["unet"]):
+        assert engines.parameter_shapes("jax", known) == engines.parameter_shapes("torch", known)
 
 
 def test_arithmetic_grows_with_the_batch_and_not_with_the_micro_batch(sd):
     engine = TorchEngine(
-        recipe(str(sd)), open_base(config.Model(base=str(sd)), SD), SD, World("cpu", "no"), 2
+        recipe(str(sd)),
+        open_base(ModelSettings(base=str(sd)), SD),
+        SD,
+        TorchProcessGroup("cpu", "no"),
+        2,
     )
-    four, eight = (bench.stand_in(engine.cfg, engine.base.configs, SD, rows) for rows in (4, 8))
-    measure = gauge.Gauge(engine).flops
+    four, eight = (
+        stand_in.make_batch(engine.config, engine.base.configs, SD, rows) for rows in (4, 8)
+    )
+    measure = TorchProfiler(engine).count_flops
     assert measure(four, 2) == measure(four, 4) == measure(eight, 2) / 2
 
 
 def test_features_have_the_shapes_that_the_configs_promise(sd):
-    configs = open_base(config.Model(base=str(sd)), SD).configs
-    batch = bench.stand_in(recipe(str(sd)), configs, SD, 3)
-    shapes = {"x0": (3, 4, 16, 16), "noise": (3, 4, 16, 16), "context": (3, 77, 32), "t": (3,)}
+    configs = open_base(ModelSettings(base=str(sd)), SD).configs
+    batch = stand_in.make_batch(recipe(str(sd)), configs, SD, 3)
+    shapes = {
+        "x0": (3, 4, 16, 16),
+        "noise": (3, 4, 16, 16),
+        "context": (3, 77, 32),
+        "timestep": (3,),
+    }
     assert {name: batch[name].shape for name in shapes} == shapes
     assert (
         abs(batch["x0"].std() - 1) < 0.1
     )  # noise in the place of latents, not zeros: arithmetic on zeros is faster on some devices
-    at_512 = bench.stand_in(config.Config(), bench.STAND_INS["sd"], SD, 1)
+    at_512 = stand_in.make_batch(Config(), STAND_INS["sd"], SD, 1)
     assert at_512["x0"].shape == (1, 4, 64, 64) and at_512["context"].shape == (1, 77, 768)
 
 
@@ -176,14 +196,14 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_stand_ins_are_the_published_networks(family):
-    net = gauge.of_config(bench.STAND_INS[family][FAMILIES[family].trains])
+    net = encoders.build_from_config(STAND_INS[family][FAMILIES[family].trained_component])
     assert sum(p.numel() for p in net.parameters()) == PUBLISHED[family]
     assert all(p.is_meta for p in net.parameters())
 
 
 def test_what_a_batch_of_kandinsky_looks_like():
     prior, decoder = (
-        bench.stand_in(config.Config(), bench.STAND_INS[name], FAMILIES[name], 2)
+        stand_in.make_batch(Config(), STAND_INS[name], FAMILIES[name], 2)
         for name in ("kandinsky22-prior", "kandinsky22-decoder")
     )
     assert {name: prior[name].shape for name in ("x0", "context", "pooled", "mask")} == {
@@ -201,14 +221,14 @@ def test_what_a_batch_of_kandinsky_looks_like():
 
 
 def test_random_weights_where_the_base_is_not_at_hand(sd, tmp_path, monkeypatch):
-    unet = open_base(config.Model(base=str(sd)), SD).configs["unet"]
+    unet = open_base(ModelSettings(base=str(sd)), SD).configs["unet"]
     small = {
-        **bench.STAND_INS["sd"],
+        **STAND_INS["sd"],
         "unet": unet,
         "text_encoder": {"hidden_size": 32},
         "vae": {"latent_channels": 4, "block_out_channels": [1, 1]},
     }
-    monkeypatch.setitem(bench.STAND_INS, "sd", small)
+    monkeypatch.setitem(STAND_INS, "sd", small)
     figures, text = measured(recipe("nobody/has-this"), steps=1)
     assert figures["weights"] == "random" and figures["base"] == "Stable Diffusion 1.5"
     assert "random, made for this measurement" in text
@@ -221,15 +241,17 @@ def test_a_base_in_the_hubs_cache_is_at_hand_when_it_is_whole(sd, tmp_path):
     shutil.copytree(sd, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    known = config.Model(base="somebody/small", cache_dir=str(tmp_path))
-    assert bench.at_hand(known, SD) == str(repository / "snapshots" / commit)
-    assert bench.at_hand(replace(known, base="somebody/else"), SD) is None
+    known = ModelSettings(base="somebody/small", cache_dir=str(tmp_path))
+    assert bench.find_local_base(known, SD) == str(repository / "snapshots" / commit)
+    assert bench.find_local_base(replace(known, base="somebody/else"), SD) is None
     next((repository / "snapshots" / commit / "unet").glob("*.safetensors")).unlink()
-    assert bench.at_hand(known, SD) is None
+    assert bench.find_local_base(known, SD) is None
 
 
 def test_random_weights_are_drawn_as_layers_start(sd, tmp_path):
-    bench.write_random(tmp_path / "unet", open_base(config.Model(base=str(sd)), SD).configs["unet"])
+    bench.write_random_component(
+        tmp_path / "unet", open_base(ModelSettings(base=str(sd)), SD).configs["unet"]
+    )
     arrays, _ = read_arrays(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     whole = arrays["mid_block.resnets.0.conv1.weight"]
     assert abs(whole).max() <= 1 / np.sqrt(64 * 9) and whole.std() == pytest.approx(
@@ -240,23 +262,27 @@ def test_random_weights_are_drawn_as_layers_start(sd, tmp_path):
 
 def test_a_damaged_base_is_refused_not_replaced(sd, tmp_path):
     (tmp_path / "broken").mkdir()
-    with pytest.raises(InputFault, match=r"model_index\.json"):
+    with pytest.raises(InputError, match=r"model_index\.json"):
         measured(recipe(str(tmp_path / "broken")), steps=1)
 
 
 def test_fewer_than_one_step_is_refused(sd):
-    with pytest.raises(InputFault, match="--steps: 0 is not above 0"):
+    with pytest.raises(InputError, match="--steps: 0 is not above 0"):
         measured(recipe(str(sd)), steps=0)
 
 
 def test_published_peaks_by_device_and_precision(sd, monkeypatch):
     engine = TorchEngine(
-        recipe(str(sd)), open_base(config.Model(base=str(sd)), SD), SD, World("cpu", "no"), 4
+        recipe(str(sd)),
+        open_base(ModelSettings(base=str(sd)), SD),
+        SD,
+        TorchProcessGroup("cpu", "no"),
+        4,
     )
-    measure = gauge.Gauge(engine)
-    assert measure.published() is None
+    measure = TorchProfiler(engine)
+    assert measure.published_peak() is None
     measure.cuda = True
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    assert measure.published() == pytest.approx(66.9e12)
+    assert measure.published_peak() == pytest.approx(66.9e12)
     engine.half = torch.bfloat16
-    assert measure.published() == pytest.approx(989.4e12)
+    assert measure.published_peak() == pytest.approx(989.4e12)

@@ -4,10 +4,11 @@ import math
 
 import pytest
 
-from limner import config
+from limner.config import toml
+from limner.config.schema import BucketSettings, DataSettings
 from limner.data import buckets
-from limner.data.buckets import TooSmall, fit, shapes
-from limner.faults import InputFault
+from limner.data.buckets import TooSmall, choose_shape, make_shapes
+from limner.errors import InputError
 
 # Height x width, of the table in appendix I of arXiv:2307.01952.
 HALF = """
@@ -16,12 +17,12 @@ HALF = """
 """.split()  # noqa: SIM905
 
 
-def data(size: int = 1024, **settings) -> config.Data:
-    return config.build(config.Data, {"size": size, "buckets": settings})
+def data(size: int = 1024, **settings) -> DataSettings:
+    return toml.build(DataSettings, {"size": size, "buckets": settings})
 
 
 def test_the_sizes_of_the_paper_and_their_areas():
-    found = shapes(1024, config.Buckets())
+    found = make_shapes(1024, BucketSettings())
     paper = {(int(a), int(b)) for a, b in (name.split("x") for name in HALF)}
     paper |= {(w, h) for h, w in paper} | {(1024, 1024)}
     near = [min(max(abs(h - a), abs(w - b)) for a, b in found) for h, w in paper]
@@ -43,7 +44,7 @@ def test_the_sizes_of_the_paper_and_their_areas():
     ("size", "step"), [(512, 64), (512, 8), (768, 64), (1024, 8), (64, 8), (65, 8), (100, 64)]
 )
 def test_areas_are_near_whatever_the_size(size, step):
-    found = shapes(size, config.Buckets(step))
+    found = make_shapes(size, BucketSettings(step))
     shortest = min(min(shape) for shape in found)
     assert max(abs(h * w / size**2 - 1) for h, w in found) <= max(
         step / (2 * shortest), 0.7 if size == 100 else 0
@@ -51,18 +52,18 @@ def test_areas_are_near_whatever_the_size(size, step):
 
 
 def test_bounds_are_kept():
-    assert shapes(1024, config.Buckets(64, smallest=1024, largest=1024)) == ((1024, 1024),)
+    assert make_shapes(1024, BucketSettings(64, smallest=1024, largest=1024)) == ((1024, 1024),)
     assert all(
         700 <= side <= 1500
-        for shape in shapes(1024, config.Buckets(64, smallest=700, largest=1500))
+        for shape in make_shapes(1024, BucketSettings(64, smallest=700, largest=1500))
         for side in shape
     )
     with pytest.raises(
-        InputFault,
+        InputError,
         match="no size of about 1024x1024 pixels has sides that are multiples of 64, at least "
         "1280 and at most 1280",
     ):
-        shapes(1024, config.Buckets(64, smallest=1280, largest=1300))
+        make_shapes(1024, BucketSettings(64, smallest=1280, largest=1300))
 
 
 def test_the_nearest_proportions_win():
@@ -75,23 +76,25 @@ def test_the_nearest_proportions_win():
         (1080, 1920),
         (1, 5000),
     ]:
-        chosen = fit(original, settings)
+        chosen = choose_shape(original, settings)
         far = {
             shape: abs(math.log(original[0] / original[1] * shape[1] / shape[0]))
-            for shape in shapes(1024, settings.buckets)
+            for shape in make_shapes(1024, settings.buckets)
         }
         assert far[chosen] == min(far.values())
     assert (
-        fit((3000, 4000), settings) == (896, 1152)
-        and fit((1080, 1920), settings) == (768, 1344)
-        and fit((9, 9), settings) == (1024, 1024)
+        choose_shape((3000, 4000), settings) == (896, 1152)
+        and choose_shape((1080, 1920), settings) == (768, 1344)
+        and choose_shape((9, 9), settings) == (1024, 1024)
     )
-    assert fit((3000, 4000), config.Data(size=512)) == (512, 512)
+    assert choose_shape((3000, 4000), DataSettings(size=512)) == (512, 512)
 
 
 def test_several_resolutions_take_the_largest_that_is_filled():
     settings = data(resolutions=[512, 1024, 768])
-    assert [fit((side, side), settings) for side in (2000, 1024, 1023, 768, 767, 512, 100)] == [
+    assert [
+        choose_shape((side, side), settings) for side in (2000, 1024, 1023, 768, 767, 512, 100)
+    ] == [
         (1024, 1024),
         (1024, 1024),
         (768, 768),
@@ -100,7 +103,7 @@ def test_several_resolutions_take_the_largest_that_is_filled():
         (512, 512),
         (512, 512),
     ]
-    assert fit((1100, 700), settings) == (
+    assert choose_shape((1100, 700), settings) == (
         960,
         640,
     )  # of 768, which it fills; for 1024 it would be 1280x832
@@ -112,6 +115,13 @@ def test_too_small_is_said_in_width_and_height():
         match=r"300x200 pixels are too small for its bucket of 640x384 \(data.buckets.upscale "
         r"= false\)",
     ):
-        fit((200, 300), data(512, upscale=False))
-    assert fit((384, 640), data(512, upscale=False)) == (384, 640) == fit((200, 300), data(512))
-    assert buckets.fit((512, 512), data(1024, upscale=False, resolutions=[512, 1024])) == (512, 512)
+        choose_shape((200, 300), data(512, upscale=False))
+    assert (
+        choose_shape((384, 640), data(512, upscale=False))
+        == (384, 640)
+        == choose_shape((200, 300), data(512))
+    )
+    assert buckets.choose_shape((512, 512), data(1024, upscale=False, resolutions=[512, 1024])) == (
+        512,
+        512,
+    )

@@ -12,9 +12,8 @@ import moments
 import numpy as np
 import pytest
 
-from limner import cache
-from limner.cache import Store
-from limner.faults import DiskFault, IntegrityFault
+from limner.errors import DiskError, IntegrityError
+from limner.features.store import DAY, DiskStore, MemoryStore, name_shard
 
 
 def rows(keys: list[str]) -> dict[str, np.ndarray]:
@@ -30,14 +29,14 @@ def keys(*numbers: int) -> list[str]:
     return [f"a grün caption {n}" for n in numbers]
 
 
-def filled(folder: Path, *parts: tuple[int, ...]) -> Store:
-    store = Store(folder, lambda text: pytest.fail(text))
+def filled(folder: Path, *parts: tuple[int, ...]) -> DiskStore:
+    store = DiskStore(folder, lambda text: pytest.fail(text))
     for part in parts:
         store.put(keys(*part), rows(keys(*part)))
     return store
 
 
-def assert_holds(store: Store, *numbers: int) -> None:
+def assert_holds(store: DiskStore, *numbers: int) -> None:
     found = store.get(keys(*numbers))
     for name, array in rows(keys(*numbers)).items():
         assert (
@@ -50,7 +49,7 @@ def assert_holds(store: Store, *numbers: int) -> None:
 def test_rows_come_back_in_the_order_asked(tmp_path: Path) -> None:
     store = filled(tmp_path / "caption-1", (0, 1, 2), (3, 4))
     assert_holds(store, 4, 0, 3, 0)
-    again = Store(tmp_path / "caption-1")
+    again = DiskStore(tmp_path / "caption-1")
     assert_holds(again, 2, 4, 1)
     assert keys(4)[0] in again and keys(5)[0] not in again
 
@@ -66,7 +65,7 @@ def test_every_flipped_bit_is_found_and_the_rows_encoded_again(tmp_path: Path) -
     into others) and data."""
     folder = tmp_path / "caption-1"
     filled(folder, (0, 1), (2,))
-    path = next(p for p in folder.iterdir() if p.name == cache.shard_name(keys(0, 1)))
+    path = next(p for p in folder.iterdir() if p.name == name_shard(keys(0, 1)))
     whole = path.read_bytes()
     header = whole.index(b"}", whole.rindex(b"data_offsets")) + 2
     harmless = 0
@@ -75,7 +74,7 @@ def test_every_flipped_bit_is_found_and_the_rows_encoded_again(tmp_path: Path) -
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         told: list[str] = []
-        store = Store(folder, told.append)
+        store = DiskStore(folder, told.append)
         if not store.missing(keys(0, 1)):
             assert_holds(store, 0, 1)  # e.g. in the name of an entry that is not used
             harmless += 1
@@ -89,7 +88,7 @@ def test_every_flipped_bit_is_found_and_the_rows_encoded_again(tmp_path: Path) -
         assert_holds(store, 2)
     assert harmless < 8 * header / 10 and header < len(whole) - 40
     path.write_bytes(whole)
-    assert_holds(Store(folder), 0, 1, 2)
+    assert_holds(DiskStore(folder), 0, 1, 2)
 
 
 def test_truncated_and_foreign_files(tmp_path: Path) -> None:
@@ -100,17 +99,17 @@ def test_truncated_and_foreign_files(tmp_path: Path) -> None:
     for damaged in (b"", whole[:4], whole[:100], whole[:-1], b"\0" * len(whole)):
         path.write_bytes(damaged)
         told: list[str] = []
-        assert keys(0)[0] not in Store(folder, told.append)
+        assert keys(0)[0] not in DiskStore(folder, told.append)
         assert "its pictures are encoded again" in told[0]
     told.clear()
     path.write_bytes(whole.replace(b'"version": "2"', b'"version": "1"'))
     assert (
-        keys(0)[0] not in Store(folder, told.append)
+        keys(0)[0] not in DiskStore(folder, told.append)
         and "another version of Limner wrote it, 1 and not 2" in told[0]
     )
     path.write_bytes(whole)
     path.rename(path.with_name("renamed.safetensors"))
-    assert keys(0)[0] not in Store(folder, told.append)
+    assert keys(0)[0] not in DiskStore(folder, told.append)
 
 
 def test_a_damaged_shard_is_replaced_by_the_next_put(tmp_path: Path) -> None:
@@ -119,10 +118,10 @@ def test_a_damaged_shard_is_replaced_by_the_next_put(tmp_path: Path) -> None:
     (path,) = folder.iterdir()
     path.write_bytes(path.read_bytes()[:-5])
     told: list[str] = []
-    store = Store(folder, told.append)
+    store = DiskStore(folder, told.append)
     store.put(keys(0, 1), rows(keys(0, 1)))
     assert_holds(store, 1, 0)
-    assert_holds(Store(folder, lambda text: pytest.fail(text)), 0, 1)
+    assert_holds(DiskStore(folder, lambda text: pytest.fail(text)), 0, 1)
     assert len(told) == 1
 
 
@@ -133,7 +132,7 @@ def test_a_damaged_shard_that_cannot_be_removed(
     traceback."""
     folder = tmp_path / "c"
     filled(folder, (0, 1), (2,))
-    path = folder / cache.shard_name(keys(0, 1))
+    path = folder / name_shard(keys(0, 1))
     path.write_bytes(path.read_bytes()[:-5])
 
     def refuse(path: Path, missing_ok: bool = False) -> None:
@@ -141,7 +140,7 @@ def test_a_damaged_shard_that_cannot_be_removed(
 
     monkeypatch.setattr(Path, "unlink", refuse)
     told: list[str] = []
-    store = Store(folder, told.append)
+    store = DiskStore(folder, told.append)
     store.refresh()
     store.refresh()
     assert len(told) == 1 and str(path) in told[0] and path.exists()
@@ -154,7 +153,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, number: int) -
     holds still serves."""
     folder = tmp_path / "c"
     filled(folder, (0, 1))
-    store = Store(
+    store = DiskStore(
         folder, lambda text: None
     )  # what was just written and then cannot be read is told, and encoded again when it is needed
     faults = 0
@@ -162,7 +161,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, number: int) -
         with moments.failing(n, number) as count:
             try:
                 store.put(keys(7), rows(keys(7)))
-            except DiskFault as fault:
+            except DiskError as fault:
                 faults += 1
                 assert str(folder) in str(fault) and os.strerror(number) in str(fault)
         assert_holds(store, 0, 1)
@@ -170,8 +169,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, number: int) -
         if count[0] < n:
             break
     assert faults > 2 and keys(7)[0] in store
-    with moments.failing(1, number), pytest.raises(DiskFault, match=str(tmp_path / "new")):
-        Store(tmp_path / "new" / "deep")
+    with moments.failing(1, number), pytest.raises(DiskError, match=str(tmp_path / "new")):
+        DiskStore(tmp_path / "new" / "deep")
 
 
 def test_a_cache_that_may_not_be_written_says_so_beforehand(
@@ -180,7 +179,7 @@ def test_a_cache_that_may_not_be_written_says_so_beforehand(
     store = filled(tmp_path, (0,))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(
-        DiskFault,
+        DiskError,
         match=f"{tmp_path}: it cannot be written, and does not hold all that is needed. Set "
         "data.cache to another",
     ):
@@ -191,7 +190,7 @@ def test_a_cache_that_may_not_be_written_says_so_beforehand(
 def test_two_stores_write_at_once(tmp_path: Path) -> None:
     """Different rows and the same rows, from two threads with a store each; both see all of it
     after a refresh."""
-    stores = [Store(tmp_path / "c", lambda text: pytest.fail(text)) for _ in range(2)]
+    stores = [DiskStore(tmp_path / "c", lambda text: pytest.fail(text)) for _ in range(2)]
     start = threading.Barrier(2)
 
     def write(which: int) -> None:
@@ -205,7 +204,7 @@ def test_two_stores_write_at_once(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    for store in (*stores, Store(tmp_path / "c", lambda text: pytest.fail(text))):
+    for store in (*stores, DiskStore(tmp_path / "c", lambda text: pytest.fail(text))):
         store.refresh()
         assert_holds(store, 0, 1000, 1, 101, 19, 119, 1018)
     assert len(list((tmp_path / "c").iterdir())) == 30
@@ -215,16 +214,16 @@ def test_death_at_every_call_leaves_what_was_there(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     filled(folder, (0, 1))
     for n in range(1, 100):
-        died = moments.dies_at(n, lambda: Store(folder).put(keys(5), rows(keys(5))))
-        store = Store(folder, lambda text: pytest.fail(text))
+        died = moments.dies_at(n, lambda: DiskStore(folder).put(keys(5), rows(keys(5))))
+        store = DiskStore(folder, lambda text: pytest.fail(text))
         assert_holds(store, 0, 1)
         if keys(5)[0] in store:
             assert_holds(store, 5)
         if not died:
             break
     assert n > 3 and keys(5)[0] in store
-    assert moments.dies_writing(50, lambda: Store(folder).put(keys(6), rows(keys(6))))
-    assert keys(6)[0] not in Store(folder, lambda text: pytest.fail(text))
+    assert moments.dies_writing(50, lambda: DiskStore(folder).put(keys(6), rows(keys(6))))
+    assert keys(6)[0] not in DiskStore(folder, lambda text: pytest.fail(text))
 
 
 def test_leavings_of_the_dead_go_after_a_day(tmp_path: Path) -> None:
@@ -232,8 +231,8 @@ def test_leavings_of_the_dead_go_after_a_day(tmp_path: Path) -> None:
     old, new = tmp_path / ".x.1.tmp", tmp_path / ".x.2.tmp"
     for path in (old, new):
         path.write_text("")
-    os.utime(old, (time.time() - 2 * cache.DAY,) * 2)
-    assert_holds(Store(tmp_path), 0)
+    os.utime(old, (time.time() - 2 * DAY,) * 2)
+    assert_holds(DiskStore(tmp_path), 0)
     assert new.exists() and not old.exists()
 
 
@@ -249,7 +248,7 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     )
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, before[1]))
-        store = Store(tmp_path, lambda text: pytest.fail(text))
+        store = DiskStore(tmp_path, lambda text: pytest.fail(text))
         assert_holds(store, *range(80))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
@@ -263,7 +262,7 @@ def test_a_row_that_changes_during_the_run_is_found_when_it_is_read(tmp_path: Pa
     path.write_bytes(content)
     assert_holds(store, 0)
     with pytest.raises(
-        IntegrityFault,
+        IntegrityError,
         match=f"{path}: this part of the cache has been removed or changed during the run .a "
         "row's digest differs.. Run",
     ):
@@ -277,14 +276,16 @@ def test_rows_that_are_not_asked_for_are_not_read(
     filled(tmp_path, (0, 1), (2, 3))
     read = []
     monkeypatch.setattr(
-        Store, "read", lambda self, key, whole=Store.read: [read.append(key), whole(self, key)][1]
+        DiskStore,
+        "read",
+        lambda self, key, whole=DiskStore.read: [read.append(key), whole(self, key)][1],
     )
-    store = Store(tmp_path)
+    store = DiskStore(tmp_path)
     assert read == [] and store.missing(keys(1, 7)) == keys(7) and read == keys(1)
 
 
 def test_rows_in_memory() -> None:
-    store = cache.Memory()
+    store = MemoryStore()
     store.put(keys(0, 1), rows(keys(0, 1)))
     store.put(keys(5), rows(keys(5)))
     found = store.get(keys(5, 0))
@@ -297,7 +298,7 @@ def test_a_shard_that_vanishes_during_the_run(tmp_path: Path) -> None:
     (path,) = tmp_path.iterdir()
     path.unlink()
     with pytest.raises(
-        IntegrityFault,
+        IntegrityError,
         match=f"{path}: this part of the cache has been removed or changed during the run",
     ):
         store.get(keys(0))

@@ -13,20 +13,23 @@ import pytest
 import tiny
 from PIL import Image
 
-from limner import check, config, training
 from limner.cli import main
-from limner.engines.torch import parts
-from limner.faults import InputFault
+from limner.commands.check import run_check
+from limner.config import toml
+from limner.config.schema import Config
+from limner.engines.torch.encoders import TorchEncoders
+from limner.errors import InputError
+from limner.training import loop
 
 
-def settings(base: Path, pictures: Path, **data) -> config.Config:
+def settings(base: Path, pictures: Path, **data) -> Config:
     raw = {
         "model": {"base": str(base), "family": "sdxl"},
         "data": {"folder": str(pictures), "size": 32, **data},
     }
-    return config.build(
-        config.Config,
-        raw | {"train": {"epochs": 3.0, "batch": 4, "seed": 1}, "watch": {"hold_out": 1}},
+    return toml.build(
+        Config,
+        raw | {"train": {"epochs": 3.0, "batch_size": 4, "seed": 1}, "validation": {"hold_out": 1}},
     )
 
 
@@ -62,12 +65,12 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def test_everything_is_counted(sdxl, mixed, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts.TorchParts, "vae", None)
-    monkeypatch.setattr(parts.TorchParts, "text", None)
+    monkeypatch.setattr(TorchEncoders, "encode_vae", None)
+    monkeypatch.setattr(TorchEncoders, "encode_text", None)
     before = sorted(tmp_path.rglob("*"))
     said: list[str] = []
     cfg = settings(sdxl, mixed, buckets={"step": 8}, flip=True)
-    r = check.run(cfg, json_file=tmp_path / "r.json", sheet=tmp_path / "s.png", tell=said.append)
+    r = run_check(cfg, json_file=tmp_path / "r.json", sheet=tmp_path / "s.png", report=said.append)
     assert json.loads((tmp_path / "r.json").read_text()) == r
     assert (r["pictures"]["listed"], r["pictures"]["good"], r["pictures"]["bad"]) == (12, 12, [])
     assert r["pictures"]["sizes"] == {"smallest": "36x40", "median": "36x40", "largest": "72x80"}
@@ -122,10 +125,10 @@ def test_the_size_of_the_cache_is_what_training_keeps(sdxl, mixed, tmp_path):
     cfg = settings(
         sdxl, mixed, buckets={"step": 8}, cache=str(tmp_path / "cache"), cache_dtype="float16"
     )
-    promised = check.run(cfg, tell=lambda text: None)["cache"]
-    kept = training.run(
-        config.build(config.Config, {**config.plain(cfg), "run": str(tmp_path / "run")}),
-        tell=lambda text: None,
+    promised = run_check(cfg, report=lambda text: None)["cache"]
+    kept = loop.run_training(
+        toml.build(Config, {**toml.to_plain(cfg), "run": str(tmp_path / "run")}),
+        report=lambda text: None,
         only_encode=True,
     )
     arrays = {"picture": 0, "caption": 0}
@@ -200,7 +203,7 @@ def test_a_broken_folder_is_looked_at_to_the_end(sdxl, tmp_path, capsys):
     recipe = tmp_path / "r.toml"
     data = f'[data]\nsize = 32\nfolder = "{folder}"\nbuckets = {{ step = 8, upscale = false }}\n'
     recipe.write_text(
-        f'[model]\nbase = "{sdxl}"\nfamily = "sdxl"\n{data}[train]\nsteps = 1\nbatch = 8\n'
+        f'[model]\nbase = "{sdxl}"\nfamily = "sdxl"\n{data}[train]\nsteps = 1\nbatch_size = 8\n'
     )
     assert main(["check", str(recipe), "--json", str(tmp_path / "r.json")]) == 2
     said = capsys.readouterr()
@@ -226,19 +229,21 @@ def test_a_broken_folder_is_looked_at_to_the_end(sdxl, tmp_path, capsys):
         and [row["empty_rows"] for row in r["buckets"]] == [1]
     )
     assert (
-        '9 bad records (mend them, or set data.bad="skip")' in said.err
+        '9 bad records (mend them, or set data.on_bad_record="skip")' in said.err
         and "fewer than a batch" in said.out
         and "and 4 more" in said.out
     )
-    assert main(["check", str(recipe), "data.bad=skip"]) == 0
-    with pytest.raises(InputFault, match="9 of 16 records cannot be used"):
-        training.run(config.load(recipe, [f"run={tmp_path / 'run'}"]), tell=lambda line: None)
+    assert main(["check", str(recipe), "data.on_bad_record=skip"]) == 0
+    with pytest.raises(InputError, match="9 of 16 records cannot be used"):
+        loop.run_training(
+            toml.load_recipe(recipe, [f"run={tmp_path / 'run'}"]), report=lambda line: None
+        )
 
 
 def test_encode_is_a_verb(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(
-        training, "run", lambda cfg, **settings: seen.append((cfg.train.steps, settings))
+        loop, "run_training", lambda cfg, **settings: seen.append((cfg.train.steps, settings))
     )
     recipe = tmp_path / "r.toml"
     recipe.write_text("[train]\nsteps = 5\n")
@@ -251,7 +256,7 @@ def test_encode_is_a_verb(monkeypatch, tmp_path):
                 "check",
                 str(recipe),
                 "model.family=sd3",
-                "train.batch=1",
+                "train.batch_size=1",
                 "data.folder=x",
                 "model.base=y",
             ]

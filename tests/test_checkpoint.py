@@ -13,8 +13,8 @@ import moments
 import numpy as np
 import pytest
 
-from limner import checkpoint, durable
-from limner.faults import DiskFault, InputFault, IntegrityFault
+from limner.errors import DiskError, InputError, IntegrityError
+from limner.storage import atomic, checkpoint
 
 
 def arrays(step: int) -> dict[str, np.ndarray]:
@@ -43,7 +43,7 @@ def save(root: Path, step: int, **settings: Any) -> Path:
 
 
 def steps(root: Path) -> list[int]:
-    return [checkpoint.step_of(path) for path in checkpoint.listed(root)]
+    return [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(root)]
 
 
 def damage(path: Path) -> None:
@@ -55,8 +55,8 @@ def damage(path: Path) -> None:
 
 def is_good(path: Path) -> bool:
     try:
-        checkpoint.read(path)
-    except IntegrityFault:
+        checkpoint.open_checkpoint(path)
+    except IntegrityError:
         return False
     return True
 
@@ -71,7 +71,7 @@ def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
 
 
 def test_what_is_read_is_what_was_saved(tmp_path: Path) -> None:
-    found = checkpoint.read(
+    found = checkpoint.open_checkpoint(
         save(
             tmp_path,
             12,
@@ -86,7 +86,7 @@ def test_what_is_read_is_what_was_saved(tmp_path: Path) -> None:
     same(arrays(12), dict(found.arrays("unet/weights.safetensors")))
     same(arrays(13), dict(found.arrays("optimizer.safetensors")))
     assert "unet/config.json" in json.loads((found.folder / "MANIFEST.json").read_text())["files"]
-    assert checkpoint.trusted(found.folder) == found
+    assert checkpoint.open_verified(found.folder) == found
 
 
 def test_files_are_stock_safetensors(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_there_is_no_pickle(tmp_path: Path) -> None:
             b"\x80\x05",
             b"PK",
         )
-    source = Path(checkpoint.__file__).read_text() + Path(durable.__file__).read_text()
+    source = Path(checkpoint.__file__).read_text() + Path(atomic.__file__).read_text()
     assert "import pickle" not in source and "import torch" not in source
 
 
@@ -128,7 +128,7 @@ def test_listed_knows_its_own(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-50").write_text("a file")
     assert steps(tmp_path) == [100, 10, 5]
-    assert checkpoint.listed(tmp_path / "none") == []
+    assert checkpoint.list_checkpoints(tmp_path / "none") == []
     save(tmp_path, 110, keep=1)
     assert steps(tmp_path) == [110] and (tmp_path / "checkpoint-best").is_dir()
 
@@ -160,10 +160,10 @@ def test_keep_does_not_count_on_damaged_newer_ones(tmp_path: Path) -> None:
         save(tmp_path, step)
     damage(tmp_path / "checkpoint-20")
     damage(tmp_path / "checkpoint-30")
-    found = checkpoint.latest(tmp_path, lambda text: None)
+    found = checkpoint.find_latest(tmp_path, lambda text: None)
     assert found is not None and found.step == 10
     save(tmp_path, 15, keep=1)
-    found = checkpoint.latest(tmp_path, lambda text: None)
+    found = checkpoint.find_latest(tmp_path, lambda text: None)
     assert found is not None and found.step == 15
     save(tmp_path, 20, keep=1)
     save(tmp_path, 30, keep=1)
@@ -176,14 +176,14 @@ def test_keep_removes_nothing_when_the_new_one_is_damaged(
     """A disk that writes other bits than it was given: found by reading back, before an older
     checkpoint is touched."""
     save(tmp_path, 1, keep=1)
-    real = durable.seal
+    real = atomic.seal
 
     def lying(path: Path) -> None:
         real(path)
         damage(path)
 
-    monkeypatch.setattr(durable, "seal", lying)
-    with pytest.raises(IntegrityFault, match=r"checkpoint-2/optimizer\.safetensors: changed"):
+    monkeypatch.setattr(atomic, "seal", lying)
+    with pytest.raises(IntegrityError, match=r"checkpoint-2/optimizer\.safetensors: changed"):
         save(tmp_path, 2, keep=1)
     assert steps(tmp_path) == [2, 1] and is_good(tmp_path / "checkpoint-1")
 
@@ -204,7 +204,7 @@ def test_every_damage_is_found_named_and_passed_over(tmp_path: Path) -> None:
         for damaged in [*flipped, b"", whole[:-1], whole[: len(whole) // 2], None]:
             file.write_bytes(damaged) if damaged is not None else file.unlink()
             told.clear()
-            found = checkpoint.latest(tmp_path, told.append)
+            found = checkpoint.find_latest(tmp_path, told.append)
             assert found is not None and found.step == 1
             assert (
                 len(told) == 1
@@ -212,7 +212,7 @@ def test_every_damage_is_found_named_and_passed_over(tmp_path: Path) -> None:
                 and str(file) in told[0]
             )
         file.write_bytes(whole)
-    found = checkpoint.latest(tmp_path, told.append)
+    found = checkpoint.find_latest(tmp_path, told.append)
     assert found is not None and found.step == 2
 
 
@@ -220,11 +220,11 @@ def test_when_none_is_good_there_is_none(tmp_path: Path) -> None:
     damage(save(tmp_path, 1))
     (tmp_path / "checkpoint-9").mkdir()
     told: list[str] = []
-    assert checkpoint.latest(tmp_path, told.append) is None
+    assert checkpoint.find_latest(tmp_path, told.append) is None
     assert [text.split()[0] for text in told] == ["checkpoint-9", "checkpoint-1"]
     assert (
-        checkpoint.find(tmp_path, "latest", told.append) is None
-        and checkpoint.latest(tmp_path / "none") is None
+        checkpoint.find_checkpoint(tmp_path, "latest", told.append) is None
+        and checkpoint.find_latest(tmp_path / "none") is None
     )
 
 
@@ -234,7 +234,7 @@ def test_find_takes_what_a_user_writes(tmp_path: Path) -> None:
     save(root, 50)
     save(other, 7)
     assert [
-        getattr(checkpoint.find(root, which), "step", None)
+        getattr(checkpoint.find_checkpoint(root, which), "step", None)
         for which in ("latest", "checkpoint-5", "checkpoint-5/", str(other / "checkpoint-7"))
     ] == [
         50,
@@ -244,16 +244,16 @@ def test_find_takes_what_a_user_writes(tmp_path: Path) -> None:
     ]
     for which in ("checkpoint-6", str(other / "checkpoint-8"), "lastest"):
         with pytest.raises(
-            InputFault,
+            InputError,
             match=f"{which}: no such checkpoint. In {root} there are: checkpoint-50, checkpoint-5. "
             "Pass one of these",
         ):
-            checkpoint.find(root, which)
+            checkpoint.find_checkpoint(root, which)
     damage(root / "checkpoint-5")
     with pytest.raises(
-        IntegrityFault, match=r"checkpoint-5/optimizer\.safetensors: changed since it was written"
+        IntegrityError, match=r"checkpoint-5/optimizer\.safetensors: changed since it was written"
     ):
-        checkpoint.find(root, "checkpoint-5")
+        checkpoint.find_checkpoint(root, "checkpoint-5")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
@@ -267,13 +267,13 @@ def test_a_disk_that_fails_at_any_call_leaves_a_good_one(tmp_path: Path, number:
         with moments.failing(n, number) as count:
             try:
                 save(root, 2, keep=1)
-            except DiskFault as fault:
+            except DiskError as fault:
                 faults += 1
                 assert str(root) in str(fault) and os.strerror(number) in str(fault)
-            except IntegrityFault as fault:
+            except IntegrityError as fault:
                 assert str(root) in str(fault)  # it could not be read back
-        durable.sweep(root)
-        found = checkpoint.latest(root, lambda text: pytest.fail(text))
+        atomic.sweep(root)
+        found = checkpoint.find_latest(root, lambda text: pytest.fail(text))
         assert found is not None
         same(arrays(found.step), dict(found.arrays("unet/weights.safetensors")))
         if count[0] < n:
@@ -289,14 +289,14 @@ def test_death_at_any_call_leaves_a_good_one(tmp_path: Path) -> None:
             if again:
                 save(tmp_path, 2)
             died = moments.dies_at(n, lambda: save(tmp_path, 2, keep=1))
-            durable.sweep(tmp_path)
-            found = checkpoint.latest(tmp_path, lambda text: pytest.fail(text))
+            atomic.sweep(tmp_path)
+            found = checkpoint.find_latest(tmp_path, lambda text: pytest.fail(text))
             assert found is not None and found.step in ((2,) if again else (1, 2))
             assert not list(tmp_path.glob(".*"))
             if not died:
                 break
         assert n > 20 and steps(tmp_path) == [2]
-        durable.remove(tmp_path / "checkpoint-2")
+        atomic.remove_folder(tmp_path / "checkpoint-2")
 
 
 def test_death_inside_a_file_leaves_a_good_one(tmp_path: Path) -> None:
@@ -305,10 +305,10 @@ def test_death_inside_a_file_leaves_a_good_one(tmp_path: Path) -> None:
     assert [moments.dies_writing(size, lambda: save(tmp_path, 2, keep=1)) for size in sizes] == [
         True
     ] * len(sizes)
-    assert [p.name for p in checkpoint.listed(tmp_path)] == ["checkpoint-1"] and len(
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-1"] and len(
         list(tmp_path.glob(".*.tmp"))
     ) == len(sizes)
-    durable.sweep(tmp_path)
+    atomic.sweep(tmp_path)
     assert is_good(tmp_path / "checkpoint-1") and sorted(p.name for p in tmp_path.iterdir()) == [
         "checkpoint-1"
     ]
@@ -327,7 +327,7 @@ def test_a_disk_that_is_full_inside_a_file_is_named(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
         try:
             save(tmp_path, 2, keep=1)
-        except DiskFault as fault:
+        except DiskError as fault:
             os.write(say, str(fault).encode())
 
     assert moments.in_child(limited) == 0

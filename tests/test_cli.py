@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 import limner
-from limner import bench, cli, config, export, generate
+from limner import cli
+from limner.cli import TORCH_PACKAGES
+from limner.commands import bench, export, generate
+from limner.config import toml
 
 ROOT = Path(__file__).parents[1]
-GOOD = 'run = "r"\n[model]\nbase = "b"\n[data]\nfolder = "f"\n[train]\nsteps = 1\nbatch = 1\n'
+GOOD = 'run = "r"\n[model]\nbase = "b"\n[data]\nfolder = "f"\n[train]\nsteps = 1\nbatch_size = 1\n'
 
 
 @pytest.fixture
@@ -27,9 +30,9 @@ def recipe(tmp_path: Path) -> Path:
 def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the verbs hand on."""
     calls: list[Any] = []
-    monkeypatch.setattr(generate, "run", lambda **settings: calls.append(settings))
-    monkeypatch.setattr(bench, "run", lambda cfg, **settings: calls.append((cfg, settings)))
-    monkeypatch.setattr(export, "again", lambda run, **settings: calls.append((run, settings)))
+    monkeypatch.setattr(generate, "run_generate", lambda **settings: calls.append(settings))
+    monkeypatch.setattr(bench, "run_bench", lambda cfg, **settings: calls.append((cfg, settings)))
+    monkeypatch.setattr(export, "export_run", lambda run, **settings: calls.append((run, settings)))
     return calls
 
 
@@ -51,10 +54,10 @@ def test_prompts_and_options_mix(called: list[Any], line: list[str]) -> None:
 
 @pytest.mark.parametrize("order", ["r --steps 5 o", "--steps 5 r o", "r o --steps 5"])
 def test_overrides_and_options_mix(called: list[Any], recipe: Path, order: str) -> None:
-    words = {"r": str(recipe), "o": "train.batch=2"}
+    words = {"r": str(recipe), "o": "train.batch_size=2"}
     assert cli.main(["bench", *(words.get(word, word) for word in order.split())]) == 0
     [(cfg, settings)] = called
-    assert cfg.train.batch == 2 and settings["steps"] == 5
+    assert cfg.train.batch_size == 2 and settings["steps"] == 5
 
 
 @pytest.mark.parametrize(
@@ -98,12 +101,12 @@ def test_the_users_home_is_meant_wherever_a_path_is_given(
         "data.hub_files",
         "checkpoint.resume",
     ]
-    cfg = config.load(
+    cfg = toml.load_recipe(
         Path("~/mine.toml"), [*(f"{name}=~/{name}" for name in paths), "data.caption=~/text"]
     )
     assert [cfg[name] for name in paths] == [str(tmp_path / name) for name in paths]
     assert cfg.data.folder == str(tmp_path / "pictures") and cfg.data.caption == "~/text"
-    assert config.load(Path("~/mine.toml"), ["data.cache=~"]).data.cache == str(tmp_path)
+    assert toml.load_recipe(Path("~/mine.toml"), ["data.cache=~"]).data.cache == str(tmp_path)
     assert (
         cli.main(["bench", "~/mine.toml", "--json=~/figures.json"]) == 0
         and called[0][1]["json_file"] == tmp_path / "figures.json"
@@ -111,13 +114,13 @@ def test_the_users_home_is_meant_wherever_a_path_is_given(
 
 
 @pytest.mark.parametrize(
-    ("missing", "code"), [*((name, 2) for name in cli.TORCH), ("numpy", 1), ("torchx", 1)]
+    ("missing", "code"), [*((name, 2) for name in TORCH_PACKAGES), ("numpy", 1), ("torchx", 1)]
 )
 def test_a_missing_framework_is_one_message(missing: str, code: int) -> None:
     """In a process of its own: here they are all imported already."""
     script = (
-        f"import sys; from limner.cli import guard; sys.modules[{missing!r}] = None; "
-        f"sys.exit(guard(lambda: __import__({missing!r})))"
+        f"import sys; from limner.cli import run_guarded; sys.modules[{missing!r}] = None; "
+        f"sys.exit(run_guarded(lambda: __import__({missing!r})))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -135,19 +138,19 @@ def test_own_recipes_are_found_from_anywhere_and_never_instead_of_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert config.load(Path("recipes/sd15-lora.toml")).run == "runs/sd15-lora"
+    assert toml.load_recipe(Path("recipes/sd15-lora.toml")).run == "runs/sd15-lora"
     for other in ("sd15-lora.toml", "my/recipes/sd15-lora.toml", "recipes/none.toml"):
-        with pytest.raises(limner.faults.InputFault, match="No such file"):
-            config.load(Path(other))
+        with pytest.raises(limner.errors.InputError, match="No such file"):
+            toml.load_recipe(Path(other))
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "sd15-lora.toml").write_text(GOOD)
-    assert config.load(Path("recipes/sd15-lora.toml")).run == "r"
+    assert toml.load_recipe(Path("recipes/sd15-lora.toml")).run == "r"
     monkeypatch.setattr(
-        config, "__file__", str(tmp_path / "site" / "limner" / "config.py")
+        toml, "__file__", str(tmp_path / "site" / "limner" / "config" / "toml.py")
     )  # an installed package has them inside
     (tmp_path / "site" / "limner" / "recipes").mkdir(parents=True)
     (tmp_path / "site" / "limner" / "recipes" / "other.toml").write_text(GOOD)
-    assert config.load(Path("recipes/other.toml")).run == "r"
+    assert toml.load_recipe(Path("recipes/other.toml")).run == "r"
 
 
 def test_the_package_brings_all_its_parts_along() -> None:
@@ -171,7 +174,7 @@ def test_the_package_brings_all_its_parts_along() -> None:
 
 
 def test_a_record_is_at_hand() -> None:
-    from limner.data.records import Record
+    from limner.data.source import Record
 
     assert limner.Record is Record
     assert limner.Record("a", "a.png", "a cat").captions == ("a cat",)

@@ -18,8 +18,9 @@ from flags_reached import REACHED
 import limner
 from limner.compat import diffusers
 from limner.compat.flags import SCRIPTS
-from limner.config import Config, flat, plain
-from limner.faults import InputFault
+from limner.config.schema import Config
+from limner.config.toml import flatten, to_plain
+from limner.errors import InputError
 
 HERE = Path(__file__).parent
 REFERENCE = json.loads((HERE / "data" / "diffusers_flags.json").read_text())
@@ -39,23 +40,27 @@ def surroundings(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.setattr(
-        importlib.import_module("limner.log"), "installed", lambda: ("tensorboard", "wandb")
+        importlib.import_module("limner.training.sinks"),
+        "installed_sinks",
+        lambda: ("tensorboard", "wandb"),
     )
 
 
 def config(script, *argv, base=None):
     base = (BASE[1:] if script in STAGES else BASE) if base is None else base
-    return diffusers.to_config(script, diffusers.parser(script).parse_args([*base, *argv]))
+    return diffusers.to_config(script, diffusers.make_parser(script).parse_args([*base, *argv]))
 
 
 def settings(cfg):
-    return flat(plain(cfg))
+    return flatten(to_plain(cfg))
 
 
 def remarks(script, *argv):
-    return diffusers.remarks(
+    return diffusers.list_remarks(
         script,
-        diffusers.parser(script).parse_args([*(BASE[1:] if script in STAGES else BASE), *argv]),
+        diffusers.make_parser(script).parse_args(
+            [*(BASE[1:] if script in STAGES else BASE), *argv]
+        ),
     )
 
 
@@ -79,7 +84,7 @@ def written(action):
 def test_the_flags_are_those_of_the_namesake(script):
     ours = {
         action.option_strings[0]: written(action)
-        for action in diffusers.parser(script)._actions
+        for action in diffusers.make_parser(script)._actions
         if action.dest != "help"
     }
     assert ours == REFERENCE[f"{script}.py"] | (
@@ -87,7 +92,7 @@ def test_the_flags_are_those_of_the_namesake(script):
     )
     assert [
         action.option_strings
-        for action in diffusers.parser(script)._actions
+        for action in diffusers.make_parser(script)._actions
         if len(action.option_strings) > 1
     ] == [["-h", "--help"]]
 
@@ -115,7 +120,7 @@ def test_a_flag_may_be_shortened_as_long_as_it_is_the_only_one():
 
 CATS = {"preview.prompts": ["cat"]}
 BESIDE = {
-    "model.partner": "kandinsky-community/kandinsky-2-2-decoder"
+    "model.other_stage": "kandinsky-community/kandinsky-2-2-decoder"
 }  # previews of a prior are drawn by a decoder, and only they
 PRIOR_NAME, DECODER_NAME = (
     f"pretrained_{stage}_model_name_or_path" for stage in ("prior", "decoder")
@@ -154,7 +159,7 @@ SPELT = {
         for script in (PRIOR, PRIOR_LORA)
     },
     **{
-        (PRIOR_NAME, script): (f"--{PRIOR_NAME}=me/prior", {"model.partner": "me/prior"})
+        (PRIOR_NAME, script): (f"--{PRIOR_NAME}=me/prior", {"model.other_stage": "me/prior"})
         for script in (DECODER, DECODER_LORA)
     },
     **{
@@ -163,15 +168,15 @@ SPELT = {
     },
     (DECODER_NAME, PRIOR): (
         f"--validation_prompts cat --{DECODER_NAME}=me/decoder",
-        CATS | {"model.partner": "me/decoder", "preview.every_epochs": 5.0},
+        CATS | {"model.other_stage": "me/decoder", "preview.every_epochs": 5.0},
     ),
     (DECODER_NAME, PRIOR_LORA): (
         f"--validation_prompt=cat --{DECODER_NAME}=me/decoder",
-        CATS | {"model.partner": "me/decoder", "preview.count": 4, "preview.every_epochs": 1.0},
+        CATS | {"model.other_stage": "me/decoder", "preview.count": 4, "preview.every_epochs": 1.0},
     ),
     ("scale_lr", FLAX): (
         "--scale_lr --train_batch_size=2",
-        {"train.micro": 2, "optim.learning_rate": 2e-4},
+        {"train.micro_batch_size": 2, "optim.learning_rate": 2e-4},
     ),
     ("seed", FLAX): ("--seed=7", {"train.seed": 7}),
     ("mixed_precision", FLAX): ("--mixed_precision=bf16", {"engine.precision": "bf16"}),
@@ -206,7 +211,7 @@ def test_every_place_exists(script):
         place for flag in SCRIPTS[script].flags.values() for place in flag.places.split()
     } | set(SCRIPTS[script].settings)
     assert places <= known
-    assert set(SCRIPTS[script].settings["checkpoint.allow"]) <= known
+    assert set(SCRIPTS[script].settings["checkpoint.allow_changes"]) <= known
 
 
 PLAIN = {  # what differs from a recipe's defaults when only a model and a folder are given
@@ -217,10 +222,10 @@ PLAIN = {  # what differs from a recipe's defaults when only a model and a folde
     "data.threads": 1,
     "optim.warmup": 500,
     "train.epochs": 100.0,
-    "train.micro": 16,
-    "train.accumulate": 1,
+    "train.micro_batch_size": 16,
+    "train.accumulation_steps": 1,
     "checkpoint.resume": "never",
-    "checkpoint.allow": [
+    "checkpoint.allow_changes": [
         f"optim.{k}"
         for k in (
             "learning_rate",
@@ -246,7 +251,7 @@ PLAIN_XL = PLAIN | {
 PLAIN_XL = {k: v for k, v in PLAIN_XL.items() if k != "preview.steps"} | {
     "preview.guidance_scale": 5.0
 }
-PLAIN_LORA = PLAIN | {"run": "sd-model-finetuned-lora", "adapt.kind": "lora", "preview.steps": 30}
+PLAIN_LORA = PLAIN | {"run": "sd-model-finetuned-lora", "adapter.kind": "lora", "preview.steps": 30}
 
 
 def changed(cfg):
@@ -260,7 +265,7 @@ def test_without_further_flags_the_run_is_what_diffusers_runs():
     assert changed(config(XL)) == PLAIN_XL
     assert changed(config(XL_LORA)) == PLAIN_XL | {
         "run": "sd-model-finetuned-lora",
-        "adapt.kind": "lora",
+        "adapter.kind": "lora",
         "preview.steps": 50,
         "log.project": "text2image-fine-tune",
     }
@@ -271,13 +276,13 @@ def test_kandinsky_runs_what_diffusers_runs():
         "run": "kandi_2_2-model-finetuned",
         "data.resample": "bicubic",
         "optim.weight_decay": 0.0,
-        "train.micro": 1,
+        "train.micro_batch_size": 1,
         "preview.guidance_scale": 4.0,
     }
     prior, decoder = (
         "kandinsky-community/kandinsky-2-2-" + stage for stage in ("prior", "decoder")
     )
-    lora = {"run": "kandi_2_2-model-finetuned-lora", "adapt.kind": "lora", "preview.steps": 30}
+    lora = {"run": "kandi_2_2-model-finetuned-lora", "adapter.kind": "lora", "preview.steps": 30}
     assert changed(config(PRIOR)) == plain | {
         "model.family": "kandinsky22-prior",
         "model.base": prior,
@@ -285,7 +290,7 @@ def test_kandinsky_runs_what_diffusers_runs():
     assert changed(config(DECODER)) == plain | {
         "model.family": "kandinsky22-decoder",
         "model.base": decoder,
-        "model.partner": prior,
+        "model.other_stage": prior,
     }
     assert changed(config(PRIOR_LORA)) == changed(config(PRIOR)) | lora
     assert changed(config(DECODER_LORA)) == changed(config(DECODER)) | lora
@@ -338,8 +343,8 @@ GUIDE_FULL = without(PLAIN, "data.crop", "optim.warmup", "train.epochs", "data.f
     "model.base": SD15,
     "data.hub": NARUTO,
     "data.flip": True,
-    "train.micro": 1,
-    "train.accumulate": 4,
+    "train.micro_batch_size": 1,
+    "train.accumulation_steps": 4,
     "train.steps": 15000,
     "optim.learning_rate": 1e-5,
     "optim.ema": 0.9999,
@@ -380,8 +385,8 @@ def test_the_lora_guide_word_for_word():
         "data.hub": NARUTO,
         "data.flip": True,
         "data.threads": 8,
-        "train.micro": 1,
-        "train.accumulate": 4,
+        "train.micro_batch_size": 1,
+        "train.accumulation_steps": 4,
         "train.steps": 15000,
         "train.seed": 1337,
         "optim.schedule": "cosine",
@@ -400,7 +405,7 @@ def test_the_lora_readme_word_for_word():
         "model.base": SD14,
         "data.hub": NARUTO,
         "data.flip": True,
-        "train.micro": 1,
+        "train.micro_batch_size": 1,
         "train.seed": 42,
         "checkpoint.every": 5000,
         "preview.prompts": ["cute dragon creature"],
@@ -453,7 +458,7 @@ def test_previews_without_prompt_or_with_no_pictures_are_none():
     ],
 )
 def test_trackers(monkeypatch, asked, installed, expected):
-    monkeypatch.setattr(sys.modules["limner.log"], "installed", lambda: installed)
+    monkeypatch.setattr(sys.modules["limner.training.sinks"], "installed_sinks", lambda: installed)
     assert config(FULL, f"--report_to={asked}").log.to == expected
     assert any(
         "TensorBoard is not installed" in line for line in remarks(FULL, f"--report_to={asked}")
@@ -515,13 +520,13 @@ def test_what_cannot_be_honoured_is_refused_with_the_reason(script, argv, messag
         return  # its namesake has no such flag
     if "scale_lr" not in SCRIPTS[script].flags:
         message = message.replace(", --scale_lr", "")
-    with pytest.raises(InputFault) as fault:
+    with pytest.raises(InputError) as fault:
         config(script, *argv)
     assert message in str(fault.value)
 
 
 def test_no_data_at_all_is_refused_naming_both_flags():
-    with pytest.raises(InputFault, match=r"--dataset_name .* or --train_data_dir"):
+    with pytest.raises(InputError, match=r"--dataset_name .* or --train_data_dir"):
         config(FULL, base=BASE[:1])
 
 
@@ -547,7 +552,9 @@ def trained(monkeypatch):
     """Stands for training: the configs it was called with."""
     seen = []
     monkeypatch.setattr(
-        importlib.import_module("limner.training"), "run", lambda cfg, tell: seen.append(cfg)
+        importlib.import_module("limner.training.loop"),
+        "run_training",
+        lambda cfg, report: seen.append(cfg),
     )
     return seen
 
@@ -556,7 +563,7 @@ def test_the_token_reaches_the_process_and_no_setting(trained, capsys, monkeypat
     monkeypatch.setenv("HF_TOKEN", "from a login")
     assert diffusers.main(FULL, [*BASE, "--push_to_hub", "--hub_token=hf_secret"]) == 0
     assert os.environ["HF_TOKEN"] == "hf_secret"
-    assert "hf_secret" not in json.dumps(plain(trained[0])) + repr(trained[0])
+    assert "hf_secret" not in json.dumps(to_plain(trained[0])) + repr(trained[0])
     said = "".join(capsys.readouterr())
     assert "hf_secret" not in said
     assert "HF_TOKEN is safer" in said
@@ -573,20 +580,20 @@ def test_only_the_first_process_speaks(trained, capsys, monkeypatch):
 def test_a_folder_with_checkpoints_is_refused_unless_resume_is_asked_for(
     tmp_path, capsys, monkeypatch
 ):
-    train = importlib.import_module("limner.training")
+    setup = importlib.import_module("limner.training.setup")
     (tmp_path / "checkpoint-4").mkdir()
-    with pytest.raises(InputFault, match="--resume_from_checkpoint latest"):
-        train.found_at(tmp_path, config(FULL).checkpoint.resume, print)
+    with pytest.raises(InputError, match="--resume_from_checkpoint latest"):
+        setup.find_resume_point(tmp_path, config(FULL).checkpoint.resume, print)
 
 
 def test_what_training_says_names_the_flags(monkeypatch, capsys):
-    def refuse(cfg, tell):
-        tell("finished; ask for more with train.steps.")
-        raise InputFault(
+    def refuse(cfg, report):
+        report("finished; ask for more with train.steps.")
+        raise InputError(
             "data.size: 100 is not a multiple of 8; see data.sizes, /tmp/data.size and data.size=64"
         )
 
-    monkeypatch.setattr(importlib.import_module("limner.training"), "run", refuse)
+    monkeypatch.setattr(importlib.import_module("limner.training.loop"), "run_training", refuse)
     assert diffusers.main(FULL, BASE) == 2
     said = "".join(capsys.readouterr())
     assert "ask for more with train.steps (--max_train_steps).\n" in said
@@ -643,7 +650,7 @@ def test_help_is_quick_and_loads_no_framework():
 
 def test_the_flag_table_of_the_docs_is_what_the_code_says():
     page = (HERE.parent / "docs" / "coming-from-diffusers.md").read_text(encoding="utf-8")
-    assert diffusers.refresh(page) == page, (
+    assert diffusers.refresh_page(page) == page, (
         "run: python -m limner.compat.diffusers docs/coming-from-diffusers.md"
     )
     for name in {name for script in SCRIPTS for name in REFERENCE[f"{script}.py"]}:

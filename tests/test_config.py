@@ -3,34 +3,37 @@ second zero."""
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from limner import config
-from limner.config import Config, build, flat, load, override, plain
-from limner.faults import InputFault
+from limner.config.rules import check_config
+from limner.config.schema import Config, TimestepBiasSettings
+from limner.config.toml import RENAMED, apply_overrides, build, flatten, load_recipe, to_plain
+from limner.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 GOOD: dict[str, Any] = {
     "model": {"base": "b"},
     "data": {"folder": "f"},
-    "train": {"steps": 1, "batch": 1},
+    "train": {"steps": 1, "batch_size": 1},
 }
 
 
 def refusal(raw: dict[str, Any]) -> str:
-    with pytest.raises(InputFault) as caught:
+    with pytest.raises(InputError) as caught:
         build(Config, raw)
     return str(caught.value)
 
 
 def wrong(*overrides: str, raw: dict[str, Any] = GOOD, own_records: bool = False) -> str:
     """What ``check`` says about a good recipe with some settings changed."""
-    with pytest.raises(InputFault) as caught:
-        build(Config, override(json.loads(json.dumps(raw)), overrides)).check(
-            own_records=own_records
+    with pytest.raises(InputError) as caught:
+        check_config(
+            build(Config, apply_overrides(json.loads(json.dumps(raw)), overrides)),
+            own_records=own_records,
         )
     return str(caught.value)
 
@@ -49,13 +52,36 @@ def wrong(*overrides: str, raw: dict[str, Any] = GOOD, own_records: bool = False
             "objective.timestep_bias.portion?",
         ),
         (
-            {"watch": {"zzz": 1}},
-            "watch.zzz: no such setting; known here: hold_out, every, timesteps",
+            {"validation": {"zzz": 1}},
+            "validation.zzz: no such setting; known here: hold_out, every, timesteps",
         ),
     ],
 )
 def test_unknown_keys(raw: dict, message: str) -> None:
     assert refusal(raw) == message
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_name_says_the_new_one(old: str, tmp_path: Path) -> None:
+    new = RENAMED[old]
+    Config()[new]  # a setting or a section
+    if "." not in old:
+        old, new = f"{old}.every", f"{new}.every"
+    section, key = old.split(".")
+    assert refusal({section: {key: 1}}) == f"{old}: renamed to {new}"
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("")
+    with pytest.raises(InputError, match=f"^{re.escape(old)}: renamed to {re.escape(new)}$"):
+        load_recipe(recipe, [f"{old}=1"])
+
+
+def test_all_old_names_are_said_at_once() -> None:
+    lines = refusal({"watch": {"hold_out": 4, "every": 5}}).splitlines()
+    assert lines == [
+        "watch.hold_out: renamed to validation.hold_out",
+        "watch.every: renamed to validation.every",
+    ]
+    assert refusal({"train": {"batch": 1, "micro": 1}}).count("renamed to") == 2
 
 
 @pytest.mark.parametrize(
@@ -104,8 +130,8 @@ def test_unknown_keys(raw: dict, message: str) -> None:
         ),
         (
             {"train": 5},
-            "train: 5 was given, a table with steps, epochs, batch, micro, accumulate, seed is "
-            "expected",
+            "train: 5 was given, a table with steps, epochs, batch_size, micro_batch_size, "
+            "accumulation_steps, seed is expected",
         ),
         (
             {"objective": {"timestep_bias": "later"}},
@@ -131,7 +157,7 @@ def test_values_take_their_declared_type() -> None:
         and cfg.optim.betas == (0.0, 0.5)
         and cfg.preview.prompts == ("a", "b")
     )
-    assert cfg.objective.timestep_bias == config.TimestepBias(strategy="range")
+    assert cfg.objective.timestep_bias == TimestepBiasSettings(strategy="range")
     assert cfg["objective.timestep_bias.end"] == 1000 and cfg["train.steps"] is None
 
 
@@ -153,7 +179,7 @@ def test_overrides() -> None:
         "data.background=#ffffff",
     ]
     cfg = build(
-        Config, override({"train": {"steps": 1, "seed": 3}, "data": {"flip": False}}, wanted)
+        Config, apply_overrides({"train": {"steps": 1, "seed": 3}, "data": {"flip": False}}, wanted)
     )
     assert (cfg.train.steps, cfg.train.seed, cfg.optim.learning_rate, cfg.data.flip) == (
         7,
@@ -172,13 +198,15 @@ def test_overrides() -> None:
         "true",
         "#ffffff",
     )
-    assert cfg.objective.timestep_bias == config.TimestepBias(multiplier=2.0)
+    assert cfg.objective.timestep_bias == TimestepBiasSettings(multiplier=2.0)
 
 
 def test_overrides_of_a_table_that_is_not_set() -> None:
     """``plain`` says null for it."""
-    again = build(Config, override(plain(Config()), ["objective.timestep_bias.portion=0.5"]))
-    assert again.objective.timestep_bias == config.TimestepBias(portion=0.5)
+    again = build(
+        Config, apply_overrides(to_plain(Config()), ["objective.timestep_bias.portion=0.5"])
+    )
+    assert again.objective.timestep_bias == TimestepBiasSettings(portion=0.5)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +220,8 @@ def test_overrides_of_a_table_that_is_not_set() -> None:
     ],
 )
 def test_wrong_overrides(item: str, message: str) -> None:
-    with pytest.raises(InputFault, match=message):
-        build(Config, override({"run": "r"}, [item]))
+    with pytest.raises(InputError, match=message):
+        build(Config, apply_overrides({"run": "r"}, [item]))
 
 
 def test_plain_and_build_are_inverse() -> None:
@@ -202,18 +230,18 @@ def test_plain_and_build_are_inverse() -> None:
         {
             **GOOD,
             "objective": {"timestep_bias": {"portion": 0.5}},
-            "checkpoint": {"allow": ["optim.warmup"]},
+            "checkpoint": {"allow_changes": ["optim.warmup"]},
             "optim": {"ema": 0.99},
         },
     )
-    again = json.loads(json.dumps(plain(cfg)))
+    again = json.loads(json.dumps(to_plain(cfg)))
     assert build(Config, again) == cfg
-    assert plain(build(Config, plain(Config()))) == plain(Config())
-    names = flat(again)
+    assert to_plain(build(Config, to_plain(Config()))) == to_plain(Config())
+    names = flatten(again)
     assert (
         names["optim.ema"] == 0.99
         and names["objective.timestep_bias.portion"] == 0.5
-        and names["checkpoint.allow"] == ["optim.warmup"]
+        and names["checkpoint.allow_changes"] == ["optim.warmup"]
     )
 
 
@@ -234,19 +262,23 @@ def test_config_is_frozen() -> None:
         (["data.folder=none"], "give exactly one of data.folder, data.hub and data.sets"),
         (["train.steps=none"], "give exactly one of train.steps and train.epochs"),
         (["train.epochs=2"], "give exactly one of train.steps and train.epochs"),
-        (["train.accumulate=2"], "give train.batch (global) or train.accumulate, not both"),
         (
-            ["train.batch=none"],
-            "give train.batch (global: what one optimizer step sees), or train.micro",
+            ["train.accumulation_steps=2"],
+            "give train.batch_size (global) or train.accumulation_steps, not both",
         ),
-        (["data.crops=2"], "data.crops: only a random crop comes in several"),
+        (
+            ["train.batch_size=none"],
+            "give train.batch_size (global: what one optimizer step sees), or "
+            "train.micro_batch_size",
+        ),
+        (["data.crop_variants=2"], "data.crop_variants: only a random crop comes in several"),
         (["train.seed=-1"], "train.seed: -1 is not within 0 to 2**63 - 1"),
         ([f"train.seed={2**63}"], f"train.seed: {2**63} is not within"),
         (["data.drop_caption=1.5"], "data.drop_caption: 1.5 is not a probability"),
         (["optim.ema=1.0"], "optim.ema: 1.0 is not a decay"),
         (["optim.betas=[0.9, 1.0]"], "optim.betas: (0.9, 1.0) are not both"),
         (["objective.min_snr=0"], "objective.min_snr: 0.0 is not above 0"),
-        (["adapt.dropout=1.0"], "adapt.dropout: 1.0 is not within 0 to below 1"),
+        (["adapter.dropout=1.0"], "adapter.dropout: 1.0 is not within 0 to below 1"),
         (
             ["preview.every=1", "preview.every_epochs=1"],
             "give preview.every (steps) or preview.every_epochs",
@@ -268,31 +300,33 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 
 
 def test_good_recipes_pass() -> None:
-    build(Config, GOOD).check()
-    build(
-        Config, {"model": {"base": "b"}, "train": {"epochs": 0.5, "micro": 2, "accumulate": 4}}
-    ).check(own_records=True)
+    check_config(build(Config, GOOD))
+    raw = {
+        "model": {"base": "b"},
+        "train": {"epochs": 0.5, "micro_batch_size": 2, "accumulation_steps": 4},
+    }
+    check_config(build(Config, raw), own_records=True)
 
 
 def test_a_missing_recipe_and_one_that_is_not_toml(tmp_path: Path) -> None:
     with pytest.raises(
-        InputFault, match=r"none\.toml: No such file or directory\. Give the path of a recipe"
+        InputError, match=r"none\.toml: No such file or directory\. Give the path of a recipe"
     ):
-        load(tmp_path / "none.toml")
-    with pytest.raises(InputFault, match="Is a directory"):
-        load(tmp_path)
+        load_recipe(tmp_path / "none.toml")
+    with pytest.raises(InputError, match="Is a directory"):
+        load_recipe(tmp_path)
     (tmp_path / "bad.toml").write_text("[train\nsteps = 1")
-    with pytest.raises(InputFault, match=r"bad\.toml: not a TOML file: .*line 1"):
-        load(tmp_path / "bad.toml")
+    with pytest.raises(InputError, match=r"bad\.toml: not a TOML file: .*line 1"):
+        load_recipe(tmp_path / "bad.toml")
     (tmp_path / "picture.toml").write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(InputFault, match=r"picture\.toml: not a TOML file"):
-        load(tmp_path / "picture.toml")
+    with pytest.raises(InputError, match=r"picture\.toml: not a TOML file"):
+        load_recipe(tmp_path / "picture.toml")
 
 
 def test_overrides_beat_the_recipe(tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text('run = "a"\n[train]\nsteps = 1\nbatch = 2\n')
-    cfg = load(tmp_path / "recipe.toml", ["train.steps=9"])
-    assert (cfg.run, cfg.train.steps, cfg.train.batch) == ("a", 9, 2)
+    (tmp_path / "recipe.toml").write_text('run = "a"\n[train]\nsteps = 1\nbatch_size = 2\n')
+    cfg = load_recipe(tmp_path / "recipe.toml", ["train.steps=9"])
+    assert (cfg.run, cfg.train.steps, cfg.train.batch_size) == ("a", 9, 2)
 
 
 def test_there_are_recipes() -> None:
@@ -303,6 +337,6 @@ def test_there_are_recipes() -> None:
 def test_every_recipe_loads(path: Path) -> None:
     """It holds for what its header says: command, hardware, time, memory and loss are all spoken
     of."""
-    load(path).check()
+    check_config(load_recipe(path))
     header = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert all(f"# {word}:" in header for word in ("command", "hardware", "time", "memory", "loss"))

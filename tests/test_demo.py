@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limner import cli, demo
+from limner import cli
+from limner.commands import demo
+from limner.commands.demo import BUNDLED, PROMPTS
 
 
 def test_the_pictures_are_few_small_and_captioned():
-    folder = demo.BUNDLED / "pictures"
+    folder = BUNDLED / "pictures"
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert 40 <= len(rows) <= 80
     assert {row["file_name"] for row in rows} == {p.name for p in folder.glob("*.png")}
@@ -24,7 +26,7 @@ def test_the_pictures_are_few_small_and_captioned():
 def test_the_model_is_small_complete_and_loads_in_stock_diffusers():
     from diffusers import StableDiffusionPipeline
 
-    folder = demo.BUNDLED / "model"
+    folder = BUNDLED / "model"
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 20 * 2**20
     assert re.search(
         r"Noto Emoji.*Apache|Apache.*Noto Emoji", (folder / "README.md").read_text(), re.DOTALL
@@ -39,19 +41,19 @@ def test_the_demo_trains_and_ends_with_a_picture(tmp_path, capsys):
     output = tmp_path / "before-after.png"
     small = [
         "train.steps=2",
-        "train.batch=4",
-        "watch.every=2",
-        "watch.timesteps=1",
+        "train.batch_size=4",
+        "validation.every=2",
+        "validation.timesteps=1",
         "optim.warmup=0",
     ]
-    assert demo.run(tmp_path / "run", output, small) == output
+    assert demo.run_demo(tmp_path / "run", output, small) == output
     with Image.open(output) as sheet:
-        assert sheet.size == (200 + 2 * 134 + 6, 28 + len(demo.PROMPTS) * 134)
+        assert sheet.size == (200 + 2 * 134 + 6, 28 + len(PROMPTS) * 134)
     said = capsys.readouterr().out
-    before, after = demo.held_out(tmp_path / "run")
+    before, after = demo.read_validation_losses(tmp_path / "run")
     assert f"held-out loss: {before:.4f} before, {after:.4f} after" in said and before != after
     assert "limner train recipes/sd15-lora.toml data.folder=my/pictures" in said
-    assert demo.held_out(tmp_path / "run")[0] == pytest.approx(before)
+    assert demo.read_validation_losses(tmp_path / "run")[0] == pytest.approx(before)
 
 
 def test_again_it_is_finished_and_draws_and_another_bundle_gets_another_folder(
@@ -61,8 +63,8 @@ def test_again_it_is_finished_and_draws_and_another_bundle_gets_another_folder(
     shutil.copytree(base, bundle / "model")
     shutil.copytree(pictures, bundle / "pictures")
     recipe = (
-        "[data]\nsize = 32\n[train]\nsteps = {}\nbatch = 2\nseed = 0\n[engine]\ndevice = "
-        '"cpu"\n[watch]\nhold_out = 2\ntimesteps = 1\n'
+        "[data]\nsize = 32\n[train]\nsteps = {}\nbatch_size = 2\nseed = 0\n[engine]\ndevice = "
+        '"cpu"\n[validation]\nhold_out = 2\ntimesteps = 1\n'
     )
     (bundle / "demo.toml").write_text(recipe.format(2))
     run.mkdir()

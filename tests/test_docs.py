@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from limner import checkpoint, log
+from limner.storage import checkpoint
+from limner.training import sinks
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCKS = [
@@ -21,7 +22,7 @@ def test_the_block_runs(base, tmp_path, monkeypatch, name, block):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(recipes)
     smaller = (
-        '"train.steps=3", "data.size=32", "train.batch=4", "train.micro=4", '
+        '"train.steps=3", "data.size=32", "train.batch_size=4", "train.micro_batch_size=4", '
         '"engine.precision=no", "log.every=1", "preview.prompts=[]"'
     )
     block = block.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(base)).replace(
@@ -29,6 +30,6 @@ def test_the_block_runs(base, tmp_path, monkeypatch, name, block):
     )
     exec(compile(block, name, "exec"), {"__name__": name})
     [run] = (tmp_path / "runs").iterdir()
-    assert checkpoint.latest(run).step == 3
-    assert len([row for row in log.read(run / "metrics.jsonl") if "loss" in row]) == 3
+    assert checkpoint.find_latest(run).step == 3
+    assert len([row for row in sinks.read_metrics(run / "metrics.jsonl") if "loss" in row]) == 3
     assert (run / "pytorch_lora_weights.safetensors").exists()

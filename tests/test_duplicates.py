@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from limner.data import duplicates
+from limner.data import similarity
+from limner.data.similarity import FLAT
 
 
 def scene(seed: int, size: tuple[int, int] = (180, 240)) -> Image.Image:
@@ -33,18 +34,19 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_copy_is_found_and_others_are_not(name: str) -> None:
-    hashes = [duplicates.look(scene(i)) for i in range(30)] + [
-        duplicates.look(CHANGES[name](scene(i))) for i in range(30)
+    hashes = [similarity.perceptual_hash(scene(i)) for i in range(30)] + [
+        similarity.perceptual_hash(CHANGES[name](scene(i))) for i in range(30)
     ]
-    found = duplicates.groups(hashes)
+    found = similarity.group_similar(hashes)
     assert len(found) >= 29 and all(group == [group[0], group[0] + 30] for group in found)
 
 
 def test_flat_pictures_are_in_no_group() -> None:
     flat = [
-        duplicates.look(Image.new("RGB", (90, 70), colour)) for colour in ("white", "black", "red")
+        similarity.perceptual_hash(Image.new("RGB", (90, 70), colour))
+        for colour in ("white", "black", "red")
     ]
-    assert flat == [duplicates.FLAT] * 3 and duplicates.groups(flat) == []
+    assert flat == [FLAT] * 3 and similarity.group_similar(flat) == []
 
 
 @pytest.mark.parametrize("distance", [0, 1, 4, 7])
@@ -69,10 +71,10 @@ def test_groups_are_those_of_comparing_all_with_all(distance: int) -> None:
         seen |= group
         if len(group) > 1:
             wanted.append(sorted(group))
-    assert duplicates.groups(hashes, distance) == sorted(wanted) and len(wanted) > 5
+    assert similarity.group_similar(hashes, distance) == sorted(wanted) and len(wanted) > 5
 
 
 def test_a_bucket_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "BLOCK", 3)
+    monkeypatch.setattr(similarity, "BLOCK", 3)
     hashes = [(1 << 40) + i for i in range(1, 16)]  # all equal in most bands
-    assert duplicates.groups(hashes, 4) == [list(range(15))]
+    assert similarity.group_similar(hashes, 4) == [list(range(15))]

@@ -14,8 +14,8 @@ from pathlib import Path
 import moments
 import pytest
 
-from limner import durable
-from limner.faults import DiskFault, IntegrityFault, Locked
+from limner.errors import DiskError, IntegrityError, LockedError
+from limner.storage import atomic
 
 
 def fill(path: Path, text: str = "new") -> None:
@@ -25,7 +25,7 @@ def fill(path: Path, text: str = "new") -> None:
 
 
 def made(final: Path, text: str = "new") -> Path:
-    with durable.folder(final) as path:
+    with atomic.write_folder(final) as path:
         fill(path, text)
     return final
 
@@ -36,15 +36,15 @@ def names(root: Path) -> list[str]:
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
     final = tmp_path / "deep" / "final"
-    with durable.folder(final) as path:
+    with atomic.write_folder(final) as path:
         fill(path)
         assert not final.exists() and path.parent == final.parent
-    durable.verify(final)
+    atomic.verify(final)
     assert names(final.parent) == ["final"] and names(final) == ["MANIFEST.json", "a.txt", "inner"]
 
 
 def test_an_exception_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="midway"), durable.folder(tmp_path / "final") as path:
+    with pytest.raises(ValueError, match="midway"), atomic.write_folder(tmp_path / "final") as path:
         fill(path)
         raise ValueError("midway")
     assert names(tmp_path) == []
@@ -52,21 +52,21 @@ def test_an_exception_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
 
 def test_an_exception_in_the_middle_leaves_the_previous(tmp_path: Path) -> None:
     final = made(tmp_path / "final", "old")
-    with pytest.raises(KeyboardInterrupt), durable.folder(final) as path:
+    with pytest.raises(KeyboardInterrupt), atomic.write_folder(final) as path:
         fill(path)
         raise KeyboardInterrupt
-    durable.verify(final)
+    atomic.verify(final)
     assert (final / "a.txt").read_text() == "old" and names(tmp_path) == ["final"]
     made(final, "newer")
     assert (final / "a.txt").read_text() == "newer" and names(tmp_path) == ["final"]
 
 
 def test_without_manifest(tmp_path: Path) -> None:
-    with durable.folder(tmp_path / "final", manifest=False) as path:
+    with atomic.write_folder(tmp_path / "final", manifest=False) as path:
         fill(path)
     assert names(tmp_path / "final") == ["a.txt", "inner"]
-    with pytest.raises(IntegrityFault, match=r"MANIFEST\.json: missing or unreadable"):
-        durable.verify(tmp_path / "final")
+    with pytest.raises(IntegrityError, match=r"MANIFEST\.json: missing or unreadable"):
+        atomic.verify(tmp_path / "final")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
@@ -79,11 +79,11 @@ def test_every_call_can_fail(tmp_path: Path, number: int) -> None:
         with moments.failing(n, number) as count:
             try:
                 made(final, "new")
-            except DiskFault as fault:
+            except DiskError as fault:
                 faults += 1
                 assert str(final) in str(fault) and os.strerror(number) in str(fault)
-        durable.verify(final)
-        durable.sweep(tmp_path)
+        atomic.verify(final)
+        atomic.sweep(tmp_path)
         assert names(tmp_path) == ["final"]
         if count[0] < n:
             break
@@ -98,9 +98,9 @@ def test_death_at_every_call_loses_nothing(tmp_path: Path) -> None:
         n += 1
         made(final, "old")
         died = moments.dies_at(n, lambda: made(final, "new"))
-        durable.sweep(tmp_path)
+        atomic.sweep(tmp_path)
         assert names(tmp_path) == ["final"]
-        durable.verify(final)
+        atomic.verify(final)
         seen.add((final / "a.txt").read_text())
         if not died:
             break
@@ -111,8 +111,8 @@ def test_what_was_set_aside_is_put_back(tmp_path: Path) -> None:
     """The state between the two renames of ``replace``, made by hand."""
     made(tmp_path / "checkpoint-1.5 x", "old").rename(tmp_path / ".checkpoint-1.5 x.77.old")
     (tmp_path / ".checkpoint-1.5 x.77.tmp").mkdir()
-    durable.sweep(tmp_path)
-    durable.verify(tmp_path / "checkpoint-1.5 x")
+    atomic.sweep(tmp_path)
+    atomic.verify(tmp_path / "checkpoint-1.5 x")
     assert names(tmp_path) == ["checkpoint-1.5 x"]
 
 
@@ -123,16 +123,16 @@ def test_sweep_takes_leavings_only(tmp_path: Path) -> None:
     (tmp_path / ".metrics.jsonl.4.tmp").write_text("half")
     (tmp_path / "mine.tmp").write_text("keep")
     (tmp_path / ".git").mkdir()
-    durable.sweep(tmp_path)
+    atomic.sweep(tmp_path)
     assert names(tmp_path) == [".git", "final", "mine.tmp"]
 
 
 def test_write_text_is_whole_or_the_old(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "config.json"
-    durable.write_text(file, "old ä")
+    atomic.write_text(file, "old ä")
     for n in itertools.count(1):
-        with moments.failing(n, errno.ENOSPC) as count, contextlib.suppress(DiskFault):
-            durable.write_text(file, "new ä" * 1000)
+        with moments.failing(n, errno.ENOSPC) as count, contextlib.suppress(DiskError):
+            atomic.write_text(file, "new ä" * 1000)
         assert file.read_text(encoding="utf-8") in ("old ä", "new ä" * 1000) and names(
             file.parent
         ) == ["config.json"]
@@ -140,10 +140,10 @@ def test_write_text_is_whole_or_the_old(tmp_path: Path) -> None:
             break
     for n in itertools.count(1):
         file.write_text("old")
-        if not moments.dies_at(n, lambda: durable.write_text(file, "new")):
+        if not moments.dies_at(n, lambda: atomic.write_text(file, "new")):
             break
         assert file.read_text() in ("old", "new")
-    durable.sweep(file.parent)
+    atomic.sweep(file.parent)
     assert names(file.parent) == ["config.json"] and file.read_text() == "new"
 
 
@@ -162,11 +162,11 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
             damaged[bit // 8] ^= 1 << bit % 8
             file.write_bytes(damaged)
             with pytest.raises(
-                IntegrityFault, match=file.name if file.name != "MANIFEST.json" else "final"
+                IntegrityError, match=file.name if file.name != "MANIFEST.json" else "final"
             ):
-                durable.verify(final)
+                atomic.verify(final)
         file.write_bytes(whole)
-    durable.verify(final)
+    atomic.verify(final)
 
 
 @pytest.mark.parametrize("file", ["a.txt", "inner/b.bin", "MANIFEST.json"])
@@ -178,11 +178,11 @@ def test_truncated_longer_missing_and_unreadable_files_are_named(tmp_path: Path,
         path.unlink()
         if damaged is not None:
             path.write_bytes(damaged)
-        with pytest.raises(IntegrityFault, match=str(path)):
-            durable.verify(final)
+        with pytest.raises(IntegrityError, match=str(path)):
+            atomic.verify(final)
     path.mkdir()
-    with pytest.raises(IntegrityFault, match=str(path)):
-        durable.verify(final)
+    with pytest.raises(IntegrityError, match=str(path)):
+        atomic.verify(final)
 
 
 def test_a_disk_that_cannot_read_is_no_traceback(
@@ -193,9 +193,9 @@ def test_a_disk_that_cannot_read_is_no_traceback(
     def fail(path: Path) -> str:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(durable, "digest", fail)
-    with pytest.raises(IntegrityFault, match="Input/output error"):
-        durable.verify(final)
+    monkeypatch.setattr(atomic, "digest_file", fail)
+    with pytest.raises(IntegrityError, match="Input/output error"):
+        atomic.verify(final)
 
 
 @pytest.mark.parametrize(
@@ -212,18 +212,18 @@ def test_a_disk_that_cannot_read_is_no_traceback(
 def test_a_manifest_of_another_kind(tmp_path: Path, manifest: str) -> None:
     final = made(tmp_path / "final")
     (final / "MANIFEST.json").write_bytes(manifest.encode("latin-1"))
-    with pytest.raises(IntegrityFault, match=r"MANIFEST\.json"):
-        durable.verify(final)
+    with pytest.raises(IntegrityError, match=r"MANIFEST\.json"):
+        atomic.verify(final)
 
 
 @pytest.mark.parametrize("place", ["file/run", "file"])
 def test_a_place_that_is_no_folder(tmp_path: Path, place: str) -> None:
     """An output below, or in place of, a file is the user's mistake: said in words."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskFault, match=f"{tmp_path / place}"), durable.lock(tmp_path / place):
+    with pytest.raises(DiskError, match=f"{tmp_path / place}"), atomic.lock(tmp_path / place):
         pass
-    with pytest.raises(DiskFault, match="file"):
-        durable.write_text(tmp_path / "file" / "x.json", "")
+    with pytest.raises(DiskError, match="file"):
+        atomic.write_text(tmp_path / "file" / "x.json", "")
 
 
 def test_space_is_named(tmp_path: Path) -> None:
@@ -231,18 +231,18 @@ def test_space_is_named(tmp_path: Path) -> None:
         r"No space left on device; 3 MiB are needed, \d+ MiB are free\. What was whole "
         r"before is whole still"
     )
-    with pytest.raises(DiskFault, match=words), durable.disk_errors(tmp_path / "x", 3 << 20):
+    with pytest.raises(DiskError, match=words), atomic.disk_errors(tmp_path / "x", 3 << 20):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_other_errors_are_not_the_disk_s(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), durable.disk_errors(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic.disk_errors(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "a defect of the program")
 
 
 HOLDER = """
-import sys; from pathlib import Path; from limner import durable
-with durable.lock(Path(sys.argv[1])):
+import sys; from pathlib import Path; from limner.storage import atomic
+with atomic.lock(Path(sys.argv[1])):
     print("held", flush=True); sys.stdin.read()
 """
 
@@ -267,20 +267,21 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     with holder(root) as process:
         with (
             pytest.raises(
-                Locked, match=f"{root}: another run is writing here \\(process {process.pid} on "
+                LockedError,
+                match=f"{root}: another run is writing here \\(process {process.pid} on ",
             ),
-            durable.lock(root),
+            atomic.lock(root),
         ):
             pass
         process.send_signal(signal.SIGKILL)
         process.wait()
         with (
-            durable.lock(root),
-            pytest.raises(Locked, match=f"process {os.getpid()} on "),
-            durable.lock(root),
+            atomic.lock(root),
+            pytest.raises(LockedError, match=f"process {os.getpid()} on "),
+            atomic.lock(root),
         ):
             pass
-    with durable.lock(root):
+    with atomic.lock(root):
         pass
 
 
@@ -292,24 +293,24 @@ def test_a_full_disk_at_the_lock_is_said_in_words(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(DiskFault, match="No space left"), durable.lock(tmp_path):
+    with pytest.raises(DiskError, match="No space left"), atomic.lock(tmp_path):
         pass
     monkeypatch.undo()
-    with durable.lock(tmp_path):
+    with atomic.lock(tmp_path):
         pass
 
 
 def test_digest_json_looks_at_values_not_at_order() -> None:
     assert (
-        durable.digest_json({"a": 1, "b": [1, 2]})
-        == durable.digest_json({"b": (1, 2), "a": 1})
-        != durable.digest_json({"a": 1, "b": [2, 1]})
+        atomic.digest_json({"a": 1, "b": [1, 2]})
+        == atomic.digest_json({"b": (1, 2), "a": 1})
+        != atomic.digest_json({"a": 1, "b": [2, 1]})
     )
 
 
 def test_user_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "x"))
-    assert durable.user_cache() == tmp_path / "x"
+    assert atomic.user_cache_folder() == tmp_path / "x"
     monkeypatch.delenv("LIMNER_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert durable.user_cache() == tmp_path / "limner"
+    assert atomic.user_cache_folder() == tmp_path / "limner"

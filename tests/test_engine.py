@@ -11,24 +11,25 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_dream_and_update_latents, compute_snr
 
-from limner import config
-from limner.base import open_base
-from limner.engine import Batch, FirstFault
+from limner.base_model.open import open_base
+from limner.config import toml
+from limner.config.schema import Config
+from limner.diffusion.objective import Objective
 from limner.engines.torch.engine import TorchEngine, TorchState
-from limner.engines.torch.world import World
+from limner.engines.torch.processes import TorchProcessGroup
+from limner.errors import InputError, IntegrityError
 from limner.families.sd import SD
-from limner.faults import InputFault, IntegrityFault
-from limner.objective import Objective
+from limner.protocols import Batch, NonFiniteStep
 
 
 def make(base: Path, micro: int = 4, precision: str = "no", **sections) -> TorchEngine:
-    cfg = config.build(
-        config.Config,
-        {"model": {"base": str(base)}, "train": {"steps": 10, "batch": 4}, **sections},
+    cfg = toml.build(
+        Config,
+        {"model": {"base": str(base)}, "train": {"steps": 10, "batch_size": 4}, **sections},
     )
     said: list[str] = []
     engine = TorchEngine(
-        cfg, open_base(cfg.model, SD), SD, World("cpu", precision), micro, said.append
+        cfg, open_base(cfg.model, SD), SD, TorchProcessGroup("cpu", precision), micro, said.append
     )
     engine.said = said
     return engine
@@ -36,7 +37,7 @@ def make(base: Path, micro: int = 4, precision: str = "no", **sections) -> Torch
 
 def batch(engine: TorchEngine, seed: int = 0, rows: int = 4) -> Batch:
     g = np.random.default_rng(seed)
-    objective = Objective.of(engine.base.configs["scheduler"], engine.cfg.objective)
+    objective = Objective.from_scheduler(engine.base.configs["scheduler"], engine.config.objective)
     numbers = vars(objective.at(g.random(rows)))
     normal = lambda *shape: g.standard_normal((rows, *shape)).astype(np.float32)  # noqa: E731
     return {
@@ -59,7 +60,7 @@ def steps(
             **{"learning_rate": 1e-3, "ema": None, "seed": 0, **options},
         )
         out.append(metrics)
-    return engine.fetch(state, out)
+    return engine.fetch_metrics(state, out)
 
 
 def weights(engine: TorchEngine, state: TorchState) -> dict[str, np.ndarray]:
@@ -83,7 +84,7 @@ def reference(
     utilities make them."""
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet").train()
     scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
-    x0, noise, t, context = (torch.from_numpy(b[k]) for k in ("x0", "noise", "t", "context"))
+    x0, noise, t, context = (torch.from_numpy(b[k]) for k in ("x0", "noise", "timestep", "context"))
     target = noise if prediction == "epsilon" else scheduler.get_velocity(x0, noise, t)
     each = (
         (unet(scheduler.add_noise(x0, noise, t), t, context).sample - target)
@@ -108,12 +109,12 @@ def test_a_step_is_diffusers_objective_then_clipped_adamw(sd, prediction, gamma)
         objective={"predict": prediction, "min_snr": gamma},
         optim={"max_grad_norm": 0.5, "eps": 1e-3},
     )
-    state, b = engine.init(0), batch(engine)
+    state, b = engine.init_state(0), batch(engine)
     unet, loss = reference(sd, b, prediction, gamma)
     norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 0.5)
     torch.optim.AdamW(unet.parameters(), lr=1e-3, eps=1e-3).step()
     state, metrics = engine.step(state, b, step=0, learning_rate=1e-3, ema=None, seed=0)
-    [values] = engine.fetch(state, [metrics])
+    [values] = engine.fetch_metrics(state, [metrics])
     assert values["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert values["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     ours = dict(engine.snapshot(state))["model"]
@@ -127,16 +128,16 @@ def test_a_step_is_diffusers_objective_then_clipped_adamw(sd, prediction, gamma)
 def test_the_update_after_clipping_has_the_norm_that_was_asked_for(sd, kind):
     engine = make(
         sd,
-        adapt={"kind": kind},
+        adapter={"kind": kind},
         optim={"max_grad_norm": 1e-3, "betas": [0.0, 0.0], "eps": 1e3, "weight_decay": 0.0},
     )
-    state = engine.init(0)
-    before = state.arena.flat.detach().clone()
+    state = engine.init_state(0)
+    before = state.parameters.flat.detach().clone()
     [values] = steps(
         engine, state, 1, learning_rate=1e6
     )  # with such an epsilon Adam's update is the clipped gradient itself, times lr / eps
     assert values["grad_norm"] > 0.01
-    update = (before - state.arena.flat.detach()) / 1e3
+    update = (before - state.parameters.flat.detach()) / 1e3
     assert update.norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
@@ -144,8 +145,8 @@ def test_the_update_after_clipping_has_the_norm_that_was_asked_for(sd, kind):
 def test_micro_batches_change_rounding_only(sd, kind):
     norms = []
     for micro in (4, 2, 1):
-        engine = make(sd, micro=micro, adapt={"kind": kind})
-        norms.append([v for m in steps(engine, engine.init(3), 3) for v in m.values()])
+        engine = make(sd, micro=micro, adapter={"kind": kind})
+        norms.append([v for m in steps(engine, engine.init_state(3), 3) for v in m.values()])
     np.testing.assert_allclose(norms[1], norms[0], rtol=1e-5)
     np.testing.assert_allclose(norms[2], norms[0], rtol=1e-5)
 
@@ -154,10 +155,10 @@ def test_gradient_checkpointing_gives_equal_gradients(sd):
     gradients = []
     for on in (False, True):
         engine = make(sd, engine={"gradient_checkpointing": on})
-        state = engine.init(0)
+        state = engine.init_state(0)
         assert state.net.is_gradient_checkpointing is on
         steps(engine, state, 1, learning_rate=0.0)
-        gradients.append(state.arena.flat.grad.clone())
+        gradients.append(state.parameters.flat.grad.clone())
     assert gradients[0].norm() > 0
     np.testing.assert_allclose(
         gradients[1].numpy(),
@@ -169,15 +170,15 @@ def test_gradient_checkpointing_gives_equal_gradients(sd):
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_average_is_diffusers_emamodel(sd, offload):
-    from limner.schedule import ema_decay
+    from limner.diffusion.schedules import ema_decay
 
     engine = make(sd, optim={"ema": 0.5, "ema_offload": offload})
-    state = engine.init(0)
-    average = EMAModel([torch.nn.Parameter(state.arena.flat.detach().clone())], decay=0.5)
+    state = engine.init_state(0)
+    average = EMAModel([torch.nn.Parameter(state.parameters.flat.detach().clone())], decay=0.5)
     for step in range(4):
         steps(engine, state, 1, first=step, ema=ema_decay(step, 0.5))
-        average.step([torch.nn.Parameter(state.arena.flat.detach().clone())])
-    assert not torch.equal(state.ema, state.arena.flat)
+        average.step([torch.nn.Parameter(state.parameters.flat.detach().clone())])
+    assert not torch.equal(state.ema, state.parameters.flat)
     np.testing.assert_allclose(
         state.ema.numpy(), average.shadow_params[0].detach().numpy(), rtol=1e-6, atol=1e-7
     )
@@ -185,9 +186,9 @@ def test_the_average_is_diffusers_emamodel(sd, offload):
 
 def test_dream_is_diffusers_dream(sd):
     engine = make(sd, objective={"dream": 2.0})
-    state, b = engine.init(0), batch(engine)
+    state, b = engine.init_state(0), batch(engine)
     scheduler = DDPMScheduler.from_pretrained(sd, subfolder="scheduler")
-    x0, noise, t, context = (torch.from_numpy(b[k]) for k in ("x0", "noise", "t", "context"))
+    x0, noise, t, context = (torch.from_numpy(b[k]) for k in ("x0", "noise", "timestep", "context"))
     unet = UNet2DConditionModel.from_pretrained(sd, subfolder="unet").train()
     noisy, target = compute_dream_and_update_latents(
         unet, scheduler, t, noise, scheduler.add_noise(x0, noise, t), noise, context, 2.0
@@ -195,23 +196,23 @@ def test_dream_is_diffusers_dream(sd):
     want = (unet(noisy, t, context).sample - target).square().mean((1, 2, 3))
     plain = engine.losses(state, b, average=False)  # what is watched is the plain loss
     state, metrics = engine.step(state, b, step=0, learning_rate=0.0, ema=None, seed=0)
-    [values] = engine.fetch(state, [metrics])
+    [values] = engine.fetch_metrics(state, [metrics])
     assert values["loss"] == pytest.approx(want.mean().item(), rel=1e-5)
     assert abs(plain.mean() - values["loss"]) > 0.01
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("where", ["x0", "context", "w"])
+@pytest.mark.parametrize("where", ["x0", "context", "weight"])
 def test_what_is_not_finite_never_reaches_weights_or_average(sd, kind, where):
-    engine = make(sd, adapt={"kind": kind}, optim={"ema": 0.9})
-    state = engine.init(0)
+    engine = make(sd, adapter={"kind": kind}, optim={"ema": 0.9})
+    state = engine.init_state(0)
     steps(engine, state, 1, ema=0.0)
     before = weights(engine, state)
     bad = batch(engine, 1)
-    bad[where].reshape(-1)[0] = np.nan if where != "w" else np.inf
+    bad[where].reshape(-1)[0] = np.nan if where != "weight" else np.inf
     engine.step(state, bad, step=1, learning_rate=1e-3, ema=0.5, seed=0)
     assert same(before, weights(engine, state))
-    with pytest.raises(FirstFault) as caught:
+    with pytest.raises(NonFiniteStep) as caught:
         steps(engine, state, 1, first=2, ema=0.5)
     assert caught.value.step == 1
     assert all(np.isfinite(a).all() for a in weights(engine, state).values())
@@ -220,23 +221,23 @@ def test_what_is_not_finite_never_reaches_weights_or_average(sd, kind, where):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_keeps_float32_masters_and_learns(sd, kind, precision):
-    engine = make(sd, precision=precision, adapt={"kind": kind}, optim={"ema": 0.9})
-    state = engine.init(0)
-    exact = make(sd, adapt={"kind": kind})
-    reference_state = exact.init(0)
+    engine = make(sd, precision=precision, adapter={"kind": kind}, optim={"ema": 0.9})
+    state = engine.init_state(0)
+    exact = make(sd, adapter={"kind": kind})
+    reference_state = exact.init_state(0)
     ours, theirs = steps(engine, state, 4, ema=0.5), steps(exact, reference_state, 4)
     np.testing.assert_allclose([m["loss"] for m in ours], [m["loss"] for m in theirs], rtol=3e-2)
     np.testing.assert_allclose(
         [m["grad_norm"] for m in ours], [m["grad_norm"] for m in theirs], rtol=0.1
     )
-    assert state.arena.flat.dtype == torch.float32
+    assert state.parameters.flat.dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in state.net.parameters() if p.requires_grad)
     assert ours[0]["loss"] != theirs[0]["loss"]  # it really was computed in another precision
 
 
 def test_a_scaler_overflow_is_no_fault_and_its_state_is_saved(sd):
     engine = make(sd, precision="fp16", optim={"ema": 0.9})
-    state = engine.init(0)
+    state = engine.init_state(0)
     state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 2.0**26})
     before = weights(engine, state)
     steps(engine, state, 1, ema=0.5)
@@ -255,7 +256,7 @@ def test_a_scaler_overflow_is_no_fault_and_its_state_is_saved(sd):
         ):
             break
     assert moved
-    twin = engine.init(1)
+    twin = engine.init_state(1)
     groups = dict(engine.snapshot(state))
     engine.restore(twin, groups.__getitem__)
     assert same(weights(engine, state), weights(engine, twin))
@@ -264,12 +265,12 @@ def test_a_scaler_overflow_is_no_fault_and_its_state_is_saved(sd):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_restore_is_the_inverse_of_snapshot_and_refuses_strangers(sd, kind):
     engine = make(
-        sd, adapt={"kind": kind, "dropout": 0.1 if kind == "lora" else 0.0}, optim={"ema": 0.9}
+        sd, adapter={"kind": kind, "dropout": 0.1 if kind == "lora" else 0.0}, optim={"ema": 0.9}
     )
-    state = engine.init(0)
+    state = engine.init_state(0)
     steps(engine, state, 3, ema=0.5)
     groups = copy.deepcopy(dict(engine.snapshot(state)))
-    twin = engine.restore(engine.init(5), groups.__getitem__)
+    twin = engine.restore(engine.init_state(5), groups.__getitem__)
     assert same(weights(engine, state), weights(engine, twin))
     steps(engine, state, 2, first=3, ema=0.5), steps(engine, twin, 2, first=3, ema=0.5)
     assert same(weights(engine, state), weights(engine, twin))
@@ -279,22 +280,22 @@ def test_restore_is_the_inverse_of_snapshot_and_refuses_strangers(sd, kind):
         {name: groups["model"][name].astype(np.float64)},
         {"stranger": np.zeros(1, np.float32)},
     ):
-        with pytest.raises(IntegrityFault):
+        with pytest.raises(IntegrityError):
             engine.restore(
-                engine.init(5),
+                engine.init_state(5),
                 lambda g, c=change: {**groups[g], **c} if g == "model" else groups[g],
             )
 
 
 def test_looking_moves_nothing(sd):
-    engine = make(sd, optim={"ema": 0.9}, adapt={"kind": "lora", "dropout": 0.2})
-    quiet, watched = engine.init(0), engine.init(0)
+    engine = make(sd, optim={"ema": 0.9}, adapter={"kind": "lora", "dropout": 0.2})
+    quiet, watched = engine.init_state(0), engine.init_state(0)
     for step in range(3):
         steps(engine, quiet, 1, first=step, ema=0.5)
         steps(engine, watched, 1, first=step, ema=0.5)
         engine.losses(watched, batch(engine, 99), average=True)
         engine.losses(watched, batch(engine, 99), average=False)
-        [picture] = engine.pictures(
+        [picture] = engine.draw_previews(
             watched, ["red circle"], [step], steps=2, guidance_scale=3.0, size=32
         )
         assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
@@ -304,7 +305,7 @@ def test_looking_moves_nothing(sd):
 
 def test_losses_with_the_average_use_the_average(sd):
     engine = make(sd, optim={"ema": 0.9})
-    state = engine.init(0)
+    state = engine.init_state(0)
     b = batch(engine, 7)
     first = engine.losses(state, b, average=False)
     steps(engine, state, 3, ema=0.999)
@@ -315,50 +316,50 @@ def test_losses_with_the_average_use_the_average(sd):
 
 
 def test_lora_starts_from_the_base_and_from_the_same_values_everywhere(sd):
-    full, lora = make(sd), make(sd, adapt={"kind": "lora", "rank": 2, "alpha": 6.0})
+    full, lora = make(sd), make(sd, adapter={"kind": "lora", "rank": 2, "alpha": 6.0})
     b = batch(full)
-    state = lora.init(11)
+    state = lora.init_state(11)
     np.testing.assert_array_equal(
-        full.losses(full.init(0), b, average=False), lora.losses(state, b, average=False)
+        full.losses(full.init_state(0), b, average=False), lora.losses(state, b, average=False)
     )
-    assert same(weights(lora, state), weights(lora, lora.init(11)))
-    assert not same(weights(lora, state), weights(lora, lora.init(12)))
+    assert same(weights(lora, state), weights(lora, lora.init_state(11)))
+    assert not same(weights(lora, state), weights(lora, lora.init_state(12)))
     names = list(dict(lora.snapshot(state))["model"])
     assert all(n.endswith((".lora_A.weight", ".lora_B.weight")) for n in names)
     assert {n.rsplit(".lora_", 1)[0].split(".")[-1] for n in names} == {"to_q", "to_k", "to_v", "0"}
     module = next(m for m in state.net.modules() if hasattr(m, "scaling"))
     assert module.scaling["default"] == 3.0
-    with pytest.raises(InputFault, match="no module named to_x"):
-        make(sd, adapt={"kind": "lora", "targets": ["to_x"]}).init(0)
+    with pytest.raises(InputError, match="no module named to_x"):
+        make(sd, adapter={"kind": "lora", "targets": ["to_x"]}).init_state(0)
 
 
 def test_what_cannot_run_is_refused_or_said(sd):
-    with pytest.raises(InputFault, match="adamw8bit"):
-        make(sd, optim={"kind": "adamw8bit"}).init(0)
+    with pytest.raises(InputError, match="adamw8bit"):
+        make(sd, optim={"kind": "adamw8bit"}).init_state(0)
     engine = make(sd, engine={"attention": "xformers"})
-    state = engine.init(0)
+    state = engine.init_state(0)
     assert len(engine.said) == 1 and "xFormers cannot run here" in engine.said[0]
     plain = make(sd)
     np.testing.assert_array_equal(
         engine.losses(state, batch(engine), average=False),
-        plain.losses(plain.init(0), batch(plain), average=False),
+        plain.losses(plain.init_state(0), batch(plain), average=False),
     )
 
 
 def test_dropout_is_addressed_by_the_step(sd):
-    engine = make(sd, adapt={"kind": "lora", "dropout": 0.5})
-    one, other = engine.init(0), engine.init(0)
+    engine = make(sd, adapter={"kind": "lora", "dropout": 0.5})
+    one, other = engine.init_state(0), engine.init_state(0)
     torch.manual_seed(1)
     first = steps(engine, one, 3)
     torch.manual_seed(2)
     assert steps(engine, other, 3) == first
-    plain = make(sd, adapt={"kind": "lora"})
-    assert steps(plain, plain.init(0), 3) != first
+    plain = make(sd, adapter={"kind": "lora"})
+    assert steps(plain, plain.init_state(0), 3) != first
 
 
 def test_an_input_noise_of_its_own_is_what_the_network_sees(sd):
     engine = make(sd)
-    state, b = engine.init(0), batch(engine)
+    state, b = engine.init_state(0), batch(engine)
     same_noise = engine.losses(state, {**b, "input_noise": b["noise"]}, average=False)
     np.testing.assert_array_equal(same_noise, engine.losses(state, b, average=False))
     assert not np.allclose(
@@ -368,12 +369,14 @@ def test_an_input_noise_of_its_own_is_what_the_network_sees(sd):
 
 def test_the_batch_weights_multiply_the_loss(sd):
     engine = make(sd)
-    state, b = engine.init(0), batch(engine)
+    state, b = engine.init_state(0), batch(engine)
     half = {
         **b,
-        "w": replace(Objective.of(engine.base.configs["scheduler"], engine.cfg.objective))
+        "weight": replace(
+            Objective.from_scheduler(engine.base.configs["scheduler"], engine.config.objective)
+        )
         .at(np.zeros(4))
-        .w
+        .weight
         * 0.5,
     }
     np.testing.assert_allclose(

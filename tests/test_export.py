@@ -18,10 +18,21 @@ import yaml
 from hub_server import Hub
 from safetensors.numpy import load_file
 
-from limner import config, durable, export
-from limner.base import Base, open_base
+from limner.base_model.base import BaseModel
+from limner.base_model.open import open_base
+from limner.config import toml
+from limner.config.schema import (
+    AdapterSettings,
+    Config,
+    DataSettings,
+    ExportSettings,
+    ModelSettings,
+)
+from limner.errors import HubError, InputError, IntegrityError
 from limner.families import FAMILIES
-from limner.faults import HubFault, InputFault, IntegrityFault
+from limner.storage import atomic
+from limner.storage.layout import LORA_FILE
+from limner.training import model_card, push, result
 
 SD = FAMILIES["sd"]
 CANARY = "hf_" + "canaryToken0" * 3
@@ -29,8 +40,8 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def opened(sd: Path) -> Base:
-    return open_base(config.Model(base=str(sd)), SD)
+def opened(sd: Path) -> BaseModel:
+    return open_base(ModelSettings(base=str(sd)), SD)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +84,7 @@ def everything(folder: Path) -> bytes:
 
 
 def test_a_stock_pipeline_loads_the_trained_weights(
-    sd: Path, opened: Base, trained: dict[str, np.ndarray], tmp_path: Path
+    sd: Path, opened: BaseModel, trained: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     for name in ("unet", "vae"):
         opened.configs[name]["_name_or_path"] = str(sd)
@@ -83,7 +94,7 @@ def test_a_stock_pipeline_loads_the_trained_weights(
     ):  # of an export that died, or of another model
         (tmp_path / left).parent.mkdir()
         (tmp_path / left).write_text("{}")
-    export.write_full(opened, SD, tmp_path, trained, "epsilon", 7)
+    result.write_full(opened, SD, tmp_path, trained, "epsilon", 7)
     loaded = pipeline(tmp_path)
     assert all(np.array_equal(v.numpy(), trained[k]) for k, v in loaded.unet.state_dict().items())
     for part in (
@@ -110,7 +121,7 @@ def test_a_stock_pipeline_loads_the_trained_weights(
     assert written == {*found["files"], "result.json"} and not [
         n for n in written if "MANIFEST" in n
     ]
-    assert str(sd).encode() not in everything(tmp_path) and export.result_is_whole(tmp_path, 7)
+    assert str(sd).encode() not in everything(tmp_path) and result.is_result_whole(tmp_path, 7)
 
 
 def test_variants_shards_and_extras_of_the_base(
@@ -145,9 +156,10 @@ def test_variants_shards_and_extras_of_the_base(
     (folder / "feature_extractor" / "preprocessor_config.json").write_text('{"size": 224}')
 
     half = open_base(
-        config.Model(base=str(folder), variant="fp16"), replace(SD, misfits=lambda configs: [])
+        ModelSettings(base=str(folder), variant="fp16"),
+        replace(SD, incompatibilities=lambda configs: []),
     )
-    export.write_full(half, SD, run, trained, "epsilon", 1)
+    result.write_full(half, SD, run, trained, "epsilon", 1)
     names = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
     assert not [n for n in names if "fp16" in n] and UNET in names
     shards = sorted(n for n in names if n.startswith("vae/") and "-of-" in n)
@@ -177,9 +189,9 @@ def test_variants_shards_and_extras_of_the_base(
     ("predict", "cls"), [("v_prediction", "PNDMScheduler"), ("sample", "DDIMScheduler")]
 )
 def test_the_scheduler_says_what_was_trained(
-    opened: Base, trained: dict[str, np.ndarray], tmp_path: Path, predict: str, cls: str
+    opened: BaseModel, trained: dict[str, np.ndarray], tmp_path: Path, predict: str, cls: str
 ) -> None:
-    export.write_full(opened, SD, tmp_path, trained, predict, 1)
+    result.write_full(opened, SD, tmp_path, trained, predict, 1)
     loaded = pipeline(tmp_path)
     assert (loaded.scheduler.config.prediction_type, type(loaded.scheduler).__name__) == (
         predict,
@@ -193,7 +205,7 @@ def test_the_scheduler_says_what_was_trained(
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 10.0), (3, 1.5)])
 def test_lora_keeps_rank_and_alpha(
-    sd: Path, opened: Base, tmp_path: Path, rank: int, alpha: float
+    sd: Path, opened: BaseModel, tmp_path: Path, rank: int, alpha: float
 ) -> None:
     loaded, draws = pipeline(sd), np.random.default_rng(0)
     targets = ("to_q", "to_out.0")
@@ -207,10 +219,10 @@ def test_lora_keeps_rank_and_alpha(
             )
             arrays |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
             wanted[name] = module.weight.detach().numpy() + alpha / rank * up @ down
-    export.write_lora(
-        opened, SD, tmp_path, arrays, config.Adapt("lora", rank, alpha, targets=targets), 3
+    result.write_lora(
+        opened, SD, tmp_path, arrays, AdapterSettings("lora", rank, alpha, targets=targets), 3
     )
-    assert set(load_file(tmp_path / export.LORA)) == set(arrays)
+    assert set(load_file(tmp_path / LORA_FILE)) == set(arrays)
     loaded.load_lora_weights(tmp_path)
     scales = {
         module.scaling["default_0"]
@@ -227,7 +239,7 @@ def test_lora_keeps_rank_and_alpha(
     assert len(fused) == len(wanted) > 4 and all(
         np.allclose(fused[n], w, atol=1e-6) for n, w in wanted.items()
     )
-    assert export.result_is_whole(tmp_path, 3) and not export.result_is_whole(tmp_path, 4)
+    assert result.is_result_whole(tmp_path, 3) and not result.is_result_whole(tmp_path, 4)
 
 
 DYING = """
@@ -235,9 +247,10 @@ import os, sys
 from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
-from limner import config, export
-from limner.base import open_base
+from limner.base_model.open import open_base
+from limner.config.schema import ModelSettings
 from limner.families import SD
+from limner.training import result
 
 count = 0
 def dying(action):
@@ -249,12 +262,12 @@ def dying(action):
         return action(*arguments, **settings)
     return act
 
-base, run = open_base(config.Model(base=sys.argv[1]), SD), Path(sys.argv[2])
+base, run = open_base(ModelSettings(base=sys.argv[1]), SD), Path(sys.argv[2])
 arrays = load_file(base.weight_files("unet")[0])
 arrays = {k: v * np.float32(sys.argv[4]) for k, v in arrays.items()}
 for name in ("rename", "replace", "unlink", "fsync"):
     setattr(os, name, dying(getattr(os, name)))
-export.write_full(base, SD, run, arrays, "v_prediction", int(sys.argv[5]))
+result.write_full(base, SD, run, arrays, "v_prediction", int(sys.argv[5]))
 print(count)
 """
 
@@ -271,21 +284,21 @@ def dying(
 
 def digests(run: Path) -> dict[str, str]:
     return {
-        p.relative_to(run).as_posix(): durable.digest(p)
+        p.relative_to(run).as_posix(): atomic.digest_file(p)
         for p in sorted(run.rglob("*"))
         if p.is_file() and not p.relative_to(run).parts[0].startswith(".")
     }
 
 
 def test_killed_at_any_moment_it_is_never_a_mixture_and_completes(
-    sd: Path, opened: Base, tmp_path: Path
+    sd: Path, opened: BaseModel, tmp_path: Path
 ) -> None:
     dying(sd, tmp_path / "old", 0, 1.0, 4)
     shutil.copytree(tmp_path / "old", tmp_path / "new")
     moments = int(dying(sd, tmp_path / "new", 0, 2.0, 8).stdout)
     old, new = digests(tmp_path / "old"), digests(tmp_path / "new")
     assert (
-        export.result_is_whole(tmp_path / "new", 8)
+        result.is_result_whole(tmp_path / "new", 8)
         and old.keys() == new.keys()
         and old[UNET] != new[UNET]
     )
@@ -294,53 +307,53 @@ def test_killed_at_any_moment_it_is_never_a_mixture_and_completes(
         run = Path(shutil.copytree(tmp_path / "old", tmp_path / f"run{moment}"))
         assert dying(sd, run, moment, 2.0, 8).returncode == 137
         left = digests(run)
-        assert export.result_is_whole(run, 8) == (left == new)
+        assert result.is_result_whole(run, 8) == (left == new)
         if "model_index.json" in left:
             assert {k: v for k, v in old.items() if k != "result.json"} == {
                 k: v for k, v in left.items() if k != "result.json"
             } or left.items() <= new.items()
-        export.write_full(opened, SD, run, arrays, "v_prediction", 8)
-        durable.sweep(run)
-        assert export.result_is_whole(run, 8) and digests(run) == new
+        result.write_full(opened, SD, run, arrays, "v_prediction", 8)
+        atomic.sweep(run)
+        assert result.is_result_whole(run, 8) and digests(run) == new
         assert {p.name for p in run.iterdir()} == {p.name for p in (tmp_path / "new").iterdir()}
 
 
-def test_damage_is_seen(opened: Base, trained: dict[str, np.ndarray], tmp_path: Path) -> None:
-    assert not export.result_is_whole(tmp_path / "nothing")
-    export.write_full(opened, SD, tmp_path, trained, "epsilon", 5)
+def test_damage_is_seen(opened: BaseModel, trained: dict[str, np.ndarray], tmp_path: Path) -> None:
+    assert not result.is_result_whole(tmp_path / "nothing")
+    result.write_full(opened, SD, tmp_path, trained, "epsilon", 5)
     for name in ("vae/config.json", UNET):
         data = (tmp_path / name).read_bytes()
         for damaged in (data[:-1], data[:-1] + bytes([data[-1] ^ 1])):
             (tmp_path / name).write_bytes(damaged)
-            assert not export.result_is_whole(tmp_path, 5)
-            with pytest.raises(IntegrityFault, match="Run the training command again"):
-                export.push(tmp_path, "someone/thing")
+            assert not result.is_result_whole(tmp_path, 5)
+            with pytest.raises(IntegrityError, match="Run the training command again"):
+                push.push_result(tmp_path, "someone/thing")
         (tmp_path / name).write_bytes(data)
-    assert export.result_is_whole(tmp_path, 5)
+    assert result.is_result_whole(tmp_path, 5)
     found = json.loads((tmp_path / "result.json").read_text())
     (tmp_path / "result.json").write_text(json.dumps(found | {"step": 6}))
-    assert not export.result_is_whole(tmp_path, 6)
+    assert not result.is_result_whole(tmp_path, 6)
 
 
 HOSTILE = 'a "red" <script>alert(1)</script> | ](http://x)\n## title ``` {{x}} \\ é 🍎 *b*'
 
 
-def test_the_card_tells_no_secrets_and_runs_nothing(opened: Base, tmp_path: Path) -> None:
+def test_the_card_tells_no_secrets_and_runs_nothing(opened: BaseModel, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(opened.folder, tmp_path / "base"))
     (folder / "README.md").write_text("---\nlicense: creativeml-openrail-m\ntags: [x]\n---\ntext\n")
-    local = open_base(config.Model(base=str(folder)), SD)
-    cfg = config.build(
-        config.Config,
+    local = open_base(ModelSettings(base=str(folder)), SD)
+    cfg = toml.build(
+        Config,
         {
             "run": "/home/somebody/run",
             "model": {"base": str(folder), "cache_dir": "/home/somebody/cache"},
             "data": {"folder": "/home/somebody/pictures", "cache": "/home/somebody/features"},
-            "adapt": {"kind": "lora", "targets": ["to_q", "a|b<i>"]},
+            "adapter": {"kind": "lora", "targets": ["to_q", "a|b<i>"]},
             "preview": {"prompts": [HOSTILE]},
         },
     )
-    text = export.model_card(
-        config.plain(cfg), local, SD, 12, prompts=[HOSTILE], repo="someone/red-things", grid=True
+    text = model_card.write_model_card(
+        toml.to_plain(cfg), local, SD, 12, prompts=[HOSTILE], repo="someone/red-things", grid=True
     )
     assert "somebody" not in text and str(tmp_path) not in text
     matter = yaml.safe_load(text.split("---\n")[1])
@@ -374,26 +387,27 @@ def test_the_card_tells_no_secrets_and_runs_nothing(opened: Base, tmp_path: Path
     )
 
     on_hub = replace(local, name="someone/base", commit="0" * 40)
-    plain = config.plain(config.Config(data=config.Data(hub="someone/pictures")))
-    matter = yaml.safe_load(export.model_card(plain, on_hub, SD, 1).split("---\n")[1])
+    plain = toml.to_plain(Config(data=DataSettings(hub="someone/pictures")))
+    matter = yaml.safe_load(model_card.write_model_card(plain, on_hub, SD, 1).split("---\n")[1])
     assert (matter["base_model"], matter["base_model_relation"], matter["datasets"]) == (
         "someone/base",
         "finetune",
         ["someone/pictures"],
     )
-    elsewhere = config.plain(config.Config(data=config.Data(hub="/home/somebody/table")))
-    assert "somebody" not in export.model_card(elsewhere, on_hub, SD, 1)
+    elsewhere = toml.to_plain(Config(data=DataSettings(hub="/home/somebody/table")))
+    assert "somebody" not in model_card.write_model_card(elsewhere, on_hub, SD, 1)
     assert "license" not in yaml.safe_load(
-        export.model_card(plain, opened, SD, 1).split("---\n")[1]
+        model_card.write_model_card(plain, opened, SD, 1).split("---\n")[1]
     )
 
 
-def filled(opened: Base, trained: dict[str, np.ndarray], run: Path) -> Path:
+def filled(opened: BaseModel, trained: dict[str, np.ndarray], run: Path) -> Path:
     """A run's folder with all that must stay at home."""
-    export.write_full(opened, SD, run, trained, "epsilon", 5)
-    plain = config.plain(config.Config(export=config.Export(hub="red")))
-    durable.write_text(
-        run / "README.md", export.model_card(plain, opened, SD, 5, repo="tester/red", grid=True)
+    result.write_full(opened, SD, run, trained, "epsilon", 5)
+    plain = toml.to_plain(Config(export=ExportSettings(hub="red")))
+    atomic.write_text(
+        run / "README.md",
+        model_card.write_model_card(plain, opened, SD, 5, repo="tester/red", grid=True),
     )
     (run / "preview.png").write_bytes(b"png")
     for name in (
@@ -412,13 +426,13 @@ def filled(opened: Base, trained: dict[str, np.ndarray], run: Path) -> Path:
 
 
 def test_only_the_result_is_pushed_and_the_token_is_written_nowhere(
-    opened: Base, trained: dict[str, np.ndarray], hub: Hub, tmp_path: Path
+    opened: BaseModel, trained: dict[str, np.ndarray], hub: Hub, tmp_path: Path
 ) -> None:
     run, told = filled(opened, trained, tmp_path / "run"), []
-    assert export.check_push("red", private=True) == "tester/red"
-    address = export.push(run, "red", True, told.append)
+    assert push.check_push("red", private=True) == "tester/red"
+    address = push.push_result(run, "red", True, told.append)
     assert address == f"{hub.url}/tester/red" and hub.repos[("model", "tester/red")].private
-    allowed = {*export.read_result(run)["files"], "README.md", "preview.png"}
+    allowed = {*result.read_result(run)["files"], "README.md", "preview.png"}
     assert len(hub.pushed["tester/red"]) == 1 and sorted(hub.pushed["tester/red"][0]) == sorted(
         allowed
     )
@@ -445,13 +459,13 @@ def test_only_the_result_is_pushed_and_the_token_is_written_nowhere(
     ],
 )
 def test_a_failed_push_leaves_a_whole_result_and_says_how_to_try_again(
-    opened: Base, trained: dict[str, np.ndarray], hub: Hub, tmp_path: Path, request_: str
+    opened: BaseModel, trained: dict[str, np.ndarray], hub: Hub, tmp_path: Path, request_: str
 ) -> None:
     run = filled(opened, trained, tmp_path / "my run")
     before = everything(run)
     hub.answer(request_, 403, times=1)
-    with pytest.raises(HubFault) as caught:
-        export.push(run, "tester/red", False, lambda text: None)
+    with pytest.raises(HubError) as caught:
+        push.push_result(run, "tester/red", False, lambda text: None)
     assert (
         "(403)" in str(caught.value)
         and f"limner export '{run}' --push tester/red" in str(caught.value)
@@ -459,18 +473,18 @@ def test_a_failed_push_leaves_a_whole_result_and_says_how_to_try_again(
     )
     assert (
         everything(run) == before
-        and export.result_is_whole(run, 5)
+        and result.is_result_whole(run, 5)
         and "tester/red" not in hub.pushed
     )
-    export.push(run, "tester/red", False, lambda text: None)
+    push.push_result(run, "tester/red", False, lambda text: None)
     assert len(hub.pushed["tester/red"]) == 1
 
 
 def test_what_would_fail_at_the_end_is_found_before_training(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputFault, match=r"'a/b/c' is no name of a repository"):
-        export.check_push("a/b/c")
+    with pytest.raises(InputError, match=r"'a/b/c' is no name of a repository"):
+        push.check_push("a/b/c")
     for request_, status, expected in [
         ("create", 403, r"\(403\)"),
         ("auth-check/write", 403, r"\(403\)"),
@@ -478,25 +492,26 @@ def test_what_would_fail_at_the_end_is_found_before_training(
         ("whoami", 500, r"\(500\)"),
     ]:
         hub.answer(request_, status, times=1)
-        with pytest.raises(HubFault, match=rf"{expected}.*Nothing was trained yet"):
-            export.check_push("tester/red")
+        with pytest.raises(HubError, match=rf"{expected}.*Nothing was trained yet"):
+            push.check_push("tester/red")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(HubFault, match=r"token is not valid \(401\)"):
-        export.check_push("tester/red")
+    with pytest.raises(HubError, match=r"token is not valid \(401\)"):
+        push.check_push("tester/red")
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(HubFault, match="no token was found"):
-        export.check_push("tester/red")
+    with pytest.raises(HubError, match="no token was found"):
+        push.check_push("tester/red")
     monkeypatch.setenv("HF_TOKEN", CANARY)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(HubFault, match="cannot be reached"):
-        export.check_push("tester/red")
+    with pytest.raises(HubError, match="cannot be reached"):
+        push.check_push("tester/red")
     assert ("model", "tester/red") in hub.repos and not hub.pushed
 
 
 def test_nothing_heavy_is_imported() -> None:
     heavy = ("torch", "diffusers", "transformers", "datasets", "huggingface_hub", "yaml")
     code = (
-        f"import sys, limner.base, limner.export; print([m for m in {heavy} if m in sys.modules])"
+        "import sys, limner.base_model.open, limner.commands.export; print([m for m in "
+        f"{heavy} if m in sys.modules])"
     )
     assert (
         subprocess.run(

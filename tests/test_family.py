@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from limner import checkpoint, config, snapshot
+from limner.config import toml
+from limner.config.schema import AdapterSettings, Config
+from limner.errors import LimnerError
 from limner.families import FAMILIES
-from limner.faults import Fault
+from limner.storage import checkpoint, layout
 
 SD = FAMILIES["sd"]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -22,21 +24,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def test_clean_is_a_scaled_draw_from_the_posterior() -> None:
     """As diffusers' ``latent_dist.sample() * scaling_factor`` with the same normal numbers."""
     mean, std, normal = np.random.default_rng(0).standard_normal((3, 2, 4, 3, 3), np.float32)
-    made = SD.clean({"mean": mean, "std": np.abs(std)}, CONFIGS, normal)
+    made = SD.clean_latents({"mean": mean, "std": np.abs(std)}, CONFIGS, normal)
     assert made.dtype == np.float32
     np.testing.assert_allclose(made, (mean + np.abs(std) * normal) * 0.18215, rtol=1e-6)
     np.testing.assert_allclose(
-        SD.clean({"mean": mean, "std": std * 0}, {"vae": {}}, normal), mean * 0.18215, rtol=1e-6
+        SD.clean_latents({"mean": mean, "std": std * 0}, {"vae": {}}, normal),
+        mean * 0.18215,
+        rtol=1e-6,
     )
-    assert set(SD.latent) == {"mean", "std"} and SD.inputs({"context": 3, "x0": 1}) == {
-        "encoder_hidden_states": 3
-    }
+    assert set(SD.latent_features) == {"mean", "std"} and SD.network_inputs(
+        {"context": 3, "x0": 1}
+    ) == {"encoder_hidden_states": 3}
 
 
 def test_a_plain_base_fits() -> None:
-    assert SD.misfits(CONFIGS) == []
+    assert SD.incompatibilities(CONFIGS) == []
     assert (
-        SD.misfits(CONFIGS | {"unet": {"in_channels": 4, "cross_attention_dim": [768, 768]}}) == []
+        SD.incompatibilities(
+            CONFIGS | {"unet": {"in_channels": 4, "cross_attention_dim": [768, 768]}}
+        )
+        == []
     )
 
 
@@ -56,19 +63,19 @@ def test_a_plain_base_fits() -> None:
     ],
 )
 def test_misfits_are_named(unet: dict, words: str) -> None:
-    (said,) = SD.misfits(CONFIGS | {"unet": CONFIGS["unet"] | unet})
+    (said,) = SD.incompatibilities(CONFIGS | {"unet": CONFIGS["unet"] | unet})
     assert said.startswith("unet: ") and words in said
 
 
 def test_every_fault_has_an_exit_code_of_its_own() -> None:
-    codes = {cls.__name__: cls.code for cls in Fault.__subclasses__()}
+    codes = {cls.__name__: cls.code for cls in LimnerError.__subclasses__()}
     assert codes == {
-        "InputFault": 2,
+        "InputError": 2,
         "Stopped": 3,
         "NonFinite": 4,
-        "DiskFault": 5,
-        "HubFault": 6,
-        "IntegrityFault": 7,
+        "DiskError": 5,
+        "HubError": 6,
+        "IntegrityError": 7,
         "Locked": 8,
     }
 
@@ -87,8 +94,8 @@ def test_a_snapshot_comes_back_and_lies_where_diffusers_looks(
     groups["optimizer"]["step"] = np.array(7.0, np.float32)
     if not ema:
         del groups["ema"]
-    cfg = config.build(config.Config, {"adapt": {"kind": kind, "rank": 3}})
-    path = snapshot.save(
+    cfg = toml.build(Config, {"adapter": {"kind": kind, "rank": 3}})
+    path = layout.save_groups(
         tmp_path,
         9,
         iter(groups.items()),
@@ -97,8 +104,8 @@ def test_a_snapshot_comes_back_and_lies_where_diffusers_looks(
         SD,
         {"_class_name": "UNet2DConditionModel"},
     )
-    found = checkpoint.read(path)
-    read = snapshot.reader(found, cfg.adapt, SD)
+    found = checkpoint.open_checkpoint(path)
+    read = layout.array_reader(found, cfg.adapter, SD)
     for group, arrays in groups.items():
         assert read(group).keys() == arrays.keys()
         for key, array in arrays.items():
@@ -106,7 +113,7 @@ def test_a_snapshot_comes_back_and_lies_where_diffusers_looks(
                 read(group)[key].tobytes() == array.tobytes()
                 and read(group)[key].shape == array.shape
             )
-    assert snapshot.result_group(found, cfg.adapt, SD) == ("ema" if ema else "model")
+    assert layout.result_group(found, cfg.adapter, SD) == ("ema" if ema else "model")
     names = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
     if kind == "lora":
         expected = {"pytorch_lora_weights.safetensors"} | (
@@ -128,10 +135,10 @@ def test_a_snapshot_comes_back_and_lies_where_diffusers_looks(
 
 def test_lora_metadata_says_rank_and_alpha() -> None:
     for adapt, alpha in (
-        (config.Adapt(kind="lora", rank=8), 8),
-        (config.Adapt(kind="lora", rank=8, alpha=16.0), 16.0),
+        (AdapterSettings(kind="lora", rank=8), 8),
+        (AdapterSettings(kind="lora", rank=8, alpha=16.0), 16.0),
     ):
-        said = json.loads(snapshot.lora_metadata(adapt, SD)["lora_adapter_metadata"])
+        said = json.loads(layout.lora_header(adapt, SD)["lora_adapter_metadata"])
         assert (said["unet.r"], said["unet.lora_alpha"], said["unet.target_modules"]) == (
             8,
             alpha,

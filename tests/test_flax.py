@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import tiny
 
-from limner import config, generate
-from limner.base import open_base
+from limner.base_model.open import open_base
+from limner.commands import generate
+from limner.config.schema import ModelSettings
+from limner.data import contact_sheet
+from limner.errors import InputError
 from limner.families import FAMILIES
-from limner.faults import InputFault
 
 pytest.importorskip("msgpack")
 
@@ -19,18 +21,20 @@ def test_a_flax_model_has_the_arrays_of_its_twin(
     name: str, base: Path, sdxl: Path, tmp_path: Path
 ) -> None:
     """In both engines' eyes; large arrays in pieces; converted once."""
-    from limner.engines.torch.parts import load
+    from limner.engines.torch.encoders import load_component
 
     family, base = FAMILIES[name], {"sd": base, "sdxl": sdxl}[name]
     components = ("unet", "vae", "text_encoder", *(["text_encoder_2"] if name == "sdxl" else []))
-    plain = open_base(config.Model(base=str(base), family=name), family)
+    plain = open_base(ModelSettings(base=str(base), family=name), family)
     found = open_base(
-        config.Model(base=str(tiny.as_flax(base, tmp_path / "flax")), family=name), family
+        ModelSettings(base=str(tiny.as_flax(base, tmp_path / "flax")), family=name), family
     )
     for key in ("_class_name", "force_zeros_for_empty_prompt", *components):
         assert found.configs["model_index"].get(key) == plain.configs["model_index"].get(key)
     for component in components:
-        ours, theirs = (dict(load(one, component).named_parameters()) for one in (found, plain))
+        ours, theirs = (
+            dict(load_component(one, component).named_parameters()) for one in (found, plain)
+        )
         assert ours.keys() == theirs.keys()
         assert all(
             np.array_equal(p.detach().numpy(), theirs[name].detach().numpy())
@@ -38,10 +42,10 @@ def test_a_flax_model_has_the_arrays_of_its_twin(
         )
     jax_weights = pytest.importorskip("limner.engines.jax.weights")
     for component in components:
-        a, b = (jax_weights.read(one, component) for one in (found, plain))
+        a, b = (jax_weights.read_component(one, component) for one in (found, plain))
         assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
     changed = found.weight_files("unet")[0].stat().st_mtime_ns
-    again = open_base(config.Model(base=str(tmp_path / "flax"), family=name), family)
+    again = open_base(ModelSettings(base=str(tmp_path / "flax"), family=name), family)
     assert (
         again.folder == found.folder and again.weight_files("unet")[0].stat().st_mtime_ns == changed
     )
@@ -55,7 +59,7 @@ def test_pictures_of_a_flax_model(name: str, base: Path, sdxl: Path, tmp_path: P
     flax = tiny.as_flax(base, tmp_path / "flax")
     for engine in ("torch", "jax"):
         drawn = [
-            generate.run(
+            generate.run_generate(
                 str(m),
                 ["a disc"],
                 steps=2,
@@ -66,11 +70,11 @@ def test_pictures_of_a_flax_model(name: str, base: Path, sdxl: Path, tmp_path: P
             )[0]
             for m in (base, flax)
         ]
-        np.testing.assert_array_equal(*map(generate.read_picture, drawn))
-    before = open_base(config.Model(base=str(flax), family=name), FAMILIES[name])
+        np.testing.assert_array_equal(*map(contact_sheet.read_picture, drawn))
+    before = open_base(ModelSettings(base=str(flax), family=name), FAMILIES[name])
     path = flax / "scheduler" / "scheduler_config.json"
     path.write_text(path.read_text().replace('"epsilon"', '"v_prediction"'))
-    after = open_base(config.Model(base=str(flax), family=name), FAMILIES[name])
+    after = open_base(ModelSettings(base=str(flax), family=name), FAMILIES[name])
     assert [one.configs["scheduler"]["prediction_type"] for one in (before, after)] == [
         "epsilon",
         "v_prediction",
@@ -82,11 +86,11 @@ def test_damaged_flax_weights_are_named(base: Path, tmp_path: Path) -> None:
     path = folder / "vae" / "diffusion_flax_model.msgpack"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(
-        InputFault, match=r"diffusion_flax_model\.msgpack: not a whole file of Flax weights"
+        InputError, match=r"diffusion_flax_model\.msgpack: not a whole file of Flax weights"
     ):
-        open_base(config.Model(base=str(folder)), FAMILIES["sd"])
+        open_base(ModelSettings(base=str(folder)), FAMILIES["sd"])
     path.unlink()
     with pytest.raises(
-        InputFault, match=r"diffusion_flax_model\.msgpack: it is not there; a Flax model has it"
+        InputError, match=r"diffusion_flax_model\.msgpack: it is not there; a Flax model has it"
     ):
-        open_base(config.Model(base=str(folder)), FAMILIES["sd"])
+        open_base(ModelSettings(base=str(folder)), FAMILIES["sd"])

@@ -9,9 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from limner import cli, config, generate, training
-from limner.engine import Weights
-from limner.faults import InputFault
+from limner import cli
+from limner.commands import generate
+from limner.config import toml
+from limner.config.schema import Config
+from limner.errors import InputError
+from limner.protocols import ModelSource
+from limner.training import loop
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +28,10 @@ def runs(base, pictures, tmp_path_factory) -> dict[str, Path]:
             "run": str(run),
             "model": {"base": str(base)},
             "data": {"folder": str(pictures), "size": 32},
-            "adapt": {"kind": kind, "rank": 2, "alpha": 6.0} if kind == "lora" else {},
+            "adapter": {"kind": kind, "rank": 2, "alpha": 6.0} if kind == "lora" else {},
             "objective": {"predict": "v_prediction"} if kind == "full" else {},
             "optim": {"learning_rate": 3e-3, "ema": 0.5},
-            "train": {"steps": 4, "batch": 4, "seed": 5},
+            "train": {"steps": 4, "batch_size": 4, "seed": 5},
             "preview": {
                 "prompts": ["a red circle", "a blue square"],
                 "count": 2,
@@ -36,12 +40,12 @@ def runs(base, pictures, tmp_path_factory) -> dict[str, Path]:
                 "guidance_scale": 3.0,
             },
         }
-        made[kind] = training.run(config.build(config.Config, raw), tell=lambda text: None)
+        made[kind] = loop.run_training(toml.build(Config, raw), report=lambda text: None)
     return made
 
 
 def drawn(run: str, prompts: list[str], folder: Path, **settings) -> list[np.ndarray]:
-    paths = generate.run(
+    paths = generate.run_generate(
         run,
         prompts,
         output=folder,
@@ -112,13 +116,14 @@ def test_a_picture_depends_on_its_seed_alone_not_on_the_batch(runs, tmp_path):
 )
 def test_schedulers_by_name(runs, name):
     from limner.engines.torch import pipeline
+    from limner.engines.torch.pipeline import SCHEDULERS
 
     made = pipeline.open_pipeline(
-        Weights(str(runs["full"])), None, scheduler=name, precision="no", device="cpu"
+        ModelSource(str(runs["full"])), None, scheduler=name, precision="no", device="cpu"
     )
-    assert type(made.scheduler).__name__ == pipeline.SCHEDULERS[name][0]
+    assert type(made.scheduler).__name__ == SCHEDULERS[name][0]
     assert made.scheduler.config.prediction_type == "v_prediction"  # the recipe's, not the base's
-    [picture] = pipeline.draw(made, ["red"], [0], steps=4, guidance_scale=2.0, size=None)
+    [picture] = pipeline.draw_pictures(made, ["red"], [0], steps=4, guidance_scale=2.0, size=None)
     assert picture.std() > 0
 
 
@@ -188,8 +193,8 @@ def test_a_lora_without_its_base_asks_for_it(runs, tmp_path):
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(
         (runs["lora"] / "pytorch_lora_weights.safetensors").read_bytes()
     )
-    with pytest.raises(InputFault, match="--base"):
-        generate.run(str(tmp_path), ["red"])
+    with pytest.raises(InputError, match="--base"):
+        generate.run_generate(str(tmp_path), ["red"])
 
 
 def test_a_lora_takes_its_base_from_where_the_run_kept_it(tmp_path, monkeypatch):
@@ -199,16 +204,16 @@ def test_a_lora_takes_its_base_from_where_the_run_kept_it(tmp_path, monkeypatch)
     (run / "pytorch_lora_weights.safetensors").touch()
     model = {"base": "owner/name", "variant": "fp16", "revision": "abc", "cache_dir": "/downloads"}
     (run / "config.json").write_text(json.dumps({"model": model}))
-    assert generate.locate("~/run", None) == (
-        Weights("owner/name", run, None, "fp16", "abc", "/downloads"),
+    assert generate.find_sources("~/run", None) == (
+        ModelSource("owner/name", run, None, "fp16", "abc", "/downloads"),
         None,
     )
-    assert generate.locate("~/run", "~/other") == (
-        Weights(str(tmp_path / "other"), run, cache_dir="/downloads"),
+    assert generate.find_sources("~/run", "~/other") == (
+        ModelSource(str(tmp_path / "other"), run, cache_dir="/downloads"),
         None,
     )
     (run / "model_index.json").touch()
-    assert generate.locate("~/run", None) == (Weights(str(run)), None)
+    assert generate.find_sources("~/run", None) == (ModelSource(str(run)), None)
 
 
 def test_the_pipeline_is_fetched_into_the_folder_that_is_given(tmp_path, monkeypatch):
@@ -223,9 +228,9 @@ def test_the_pipeline_is_fetched_into_the_folder_that_is_given(tmp_path, monkeyp
         raise OSError("not there")
 
     monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", refuse)
-    with pytest.raises(InputFault, match="not there"):
+    with pytest.raises(InputError, match="not there"):
         engines.open_pipeline(
-            Weights("owner/name", cache_dir="/downloads", revision="abc"),
+            ModelSource("owner/name", cache_dir="/downloads", revision="abc"),
             None,
             scheduler=None,
             precision="no",
@@ -243,17 +248,17 @@ def test_the_pipeline_is_fetched_into_the_folder_that_is_given(tmp_path, monkeyp
 def test_show_writes_any_text_as_toml(text):
     import tomllib
 
-    from limner import show
+    from limner.config import toml
 
-    assert tomllib.loads(f"x = {show.toml([text])}")["x"] == [text]
-    assert "\N{ARTIST PALETTE}" not in text or "\N{ARTIST PALETTE}" in show.toml(text)
+    assert tomllib.loads(f"x = {toml.format_value([text])}")["x"] == [text]
+    assert "\N{ARTIST PALETTE}" not in text or "\N{ARTIST PALETTE}" in toml.format_value(text)
 
 
 def test_show_prints_settings_and_arithmetic(pictures, tmp_path, capsys, monkeypatch):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        f'[model]\nbase = "x"\n[data]\nfolder = "{pictures}"\n[train]\nepochs = 3\nbatch = 8\n'
-        "micro = 2\n[watch]\nhold_out = 2\n"
+        f'[model]\nbase = "x"\n[data]\nfolder = "{pictures}"\n[train]\nepochs = 3\nbatch_size = 8\n'
+        "micro_batch_size = 2\n[validation]\nhold_out = 2\n"
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["show", str(recipe), "optim.learning_rate=2e-5"]) == 0
@@ -264,7 +269,7 @@ def test_show_prints_settings_and_arithmetic(pictures, tmp_path, capsys, monkeyp
     assert "one epoch: 1.25 steps; the run: 4 steps" in said  # ceil(3 * 10 / 8)
     import tomllib
 
-    assert config.build(config.Config, tomllib.loads(said)) == config.load(
+    assert toml.build(Config, tomllib.loads(said)) == toml.load_recipe(
         recipe, ["optim.learning_rate=2e-5"]
     )
-    assert json.loads(json.dumps(tomllib.loads(said)))["train"]["batch"] == 8
+    assert json.loads(json.dumps(tomllib.loads(said)))["train"]["batch_size"] == 8

@@ -18,8 +18,8 @@ import worker
 from hub_server import Hub
 
 import limner
-from limner import generate
-from limner.compat import diffusers as scripts
+from limner.compat import diffusers
+from limner.data import contact_sheet
 
 SCRIPTS, SOURCE = Path(__file__).parent.parent / "scripts", str(Path(limner.__file__).parent.parent)
 MODEL, DATA = "stable-diffusion-v1-5/stable-diffusion-v1-5", "lambdalabs/naruto-blip-captions"
@@ -96,7 +96,7 @@ def test_the_guide_s_command_and_its_snippet(hub: Hub, place: Path) -> None:
     settings = json.loads((run / "config.json").read_text())
     assert (
         settings["engine"]["precision"],
-        settings["train"]["accumulate"],
+        settings["train"]["accumulation_steps"],
         settings["model"]["base"],
     ) == ("fp16", 4, MODEL)
     assert (run / "checkpoint-2" / "scaler.safetensors").is_file(), (
@@ -174,7 +174,7 @@ def test_the_other_commands(
       --max_grad_norm=1 --lr_scheduler=constant --lr_warmup_steps=0
       --output_dir=sd-naruto-model --seed=1""".split()
     assert (
-        scripts.main(
+        diffusers.main(
             "train_text_to_image",
             [*common, "--max_train_steps=4", "--snr_gamma=5.0", "--checkpointing_steps=2"],
         )
@@ -192,13 +192,15 @@ def test_the_other_commands(
         "--checkpointing_steps=2",
         "--resume_from_checkpoint=checkpoint-2",
     ]
-    assert scripts.main("train_text_to_image", again) == 0
+    assert diffusers.main("train_text_to_image", again) == 0
     assert "going on from checkpoint-2" in capsys.readouterr().err
     assert (
         run / "checkpoint-4" / "unet_ema" / "diffusion_pytorch_model.safetensors"
     ).read_bytes() == whole
     assert (
-        scripts.main("train_text_to_image", [*common, "--max_train_steps=4", "--output_dir=plain"])
+        diffusers.main(
+            "train_text_to_image", [*common, "--max_train_steps=4", "--output_dir=plain"]
+        )
         == 0
     )
     assert weighed < loss(tmp_path / "plain") * 0.99, "Min-SNR lowers the weight of what is easy"
@@ -225,7 +227,7 @@ def flax_inference(model: str, place: Path, environment: dict[str, str]) -> np.n
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return generate.read_picture(place / "yoda-flax.png")
+    return contact_sheet.read_picture(place / "yoda-flax.png")
 
 
 def test_the_flax_guide_s_commands_and_their_snippet(
@@ -250,7 +252,7 @@ def test_the_flax_guide_s_commands_and_their_snippet(
         settings = json.loads((place / mine / "config.json").read_text())
         assert (
             settings["engine"]["kind"],
-            settings["train"]["batch"],
+            settings["train"]["batch_size"],
             settings["data"]["resample"],
         ) == ("jax", None, "bilinear")
         pipeline = StableDiffusionPipeline.from_pretrained(place / mine)

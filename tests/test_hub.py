@@ -14,8 +14,8 @@ from hub_server import Hub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError
 
-from limner.faults import DiskFault, HubFault
-from limner.hub import hub_errors
+from limner.base_model.hub import hub_errors
+from limner.errors import DiskError, HubError
 
 CLIENT = """
 import json, sys
@@ -143,11 +143,11 @@ def test_answers_told_beforehand_and_ranges(
 def test_only_the_hub_is_blamed_for_what_the_hub_did() -> None:
     with pytest.raises(KeyError), hub_errors("someone/thing"):
         raise KeyError("a mistake of ours")
-    with pytest.raises(DiskFault), hub_errors("someone/thing"):
-        raise DiskFault("full")
+    with pytest.raises(DiskError), hub_errors("someone/thing"):
+        raise DiskError("full")
     with (
         pytest.raises(
-            HubFault, match=r"someone/thing: the Hub cannot be reached .* Say this last\."
+            HubError, match=r"someone/thing: the Hub cannot be reached .* Say this last\."
         ),
         hub_errors("someone/thing", then="Say this last."),
     ):
@@ -156,7 +156,7 @@ def test_only_the_hub_is_blamed_for_what_the_hub_did() -> None:
         except RuntimeError as error:
             raise ValueError("batch failed") from error
     with (
-        pytest.raises(HubFault, match=r"someone/thing: Consistency check failed\. Try again\."),
+        pytest.raises(HubError, match=r"someone/thing: Consistency check failed\. Try again\."),
         hub_errors("someone/thing"),
     ):
         raise OSError("Consistency check failed\nmore")

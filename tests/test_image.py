@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from limner.data import image
-from limner.faults import InputFault
+from limner.data import geometry, image
+from limner.data.geometry import Geometry
+from limner.data.image import KERNELS, RESAMPLE, Undecodable
+from limner.errors import InputError
 
 MARK = np.array(
     [[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[10, 20, 30], [250, 240, 230], [128, 127, 126]]],
@@ -42,7 +44,7 @@ def decoded(picture: object, background: str = "white", max_pixels: int = 10**6)
 
 
 def reason(picture: object, **options: object) -> str:
-    with pytest.raises(image.Undecodable) as caught:
+    with pytest.raises(Undecodable) as caught:
         decoded(picture, **options)  # type: ignore[arg-type]
     return str(caught.value)
 
@@ -387,7 +389,7 @@ def test_thousands_of_damaged_files_raise_one_kind_of_fault() -> None:
             data[rng.integers(len(data))] = rng.integers(256)
         try:
             image.decode(bytes(data), background="white", max_pixels=10**5)
-        except image.Undecodable as error:
+        except Undecodable as error:
             assert str(error)
             refused += 1
     assert 300 < refused < 3000
@@ -471,10 +473,10 @@ def test_threads_decode_the_same_as_one(tmp_path: Path) -> None:
 
 
 def test_an_unknown_background_is_refused() -> None:
-    assert image.colour("DarkSlateGray") == (47, 79, 79)
+    assert image.parse_color("DarkSlateGray") == (47, 79, 79)
     for wrong in ("whit", "#12", "", "#11223344"):
-        with pytest.raises(InputFault, match=r"data\.background"):
-            image.colour(wrong)
+        with pytest.raises(InputError, match=r"data\.background"):
+            image.parse_color(wrong)
 
 
 @pytest.mark.parametrize(
@@ -491,14 +493,14 @@ def test_an_unknown_background_is_refused() -> None:
 def test_the_shorter_side_is_resized_and_the_longer_rounded_down(
     original: tuple[int, int], wanted: tuple[int, int]
 ) -> None:
-    shape = image.geometry(original, (64, 64))
+    shape = geometry.place_crop(original, (64, 64))
     assert (shape.height, shape.width) == wanted
     assert (shape.top, shape.left) == (round((wanted[0] - 64) / 2), round((wanted[1] - 64) / 2))
-    assert image.distinct_crops(shape) == (wanted[0] - 63) * (wanted[1] - 63)
+    assert geometry.count_crops(shape) == (wanted[0] - 63) * (wanted[1] - 63)
 
 
 def test_centre_crops_round_halves_to_even() -> None:
-    assert [image.geometry((64, 64 + extra), (64, 64)).left for extra in range(8)] == [
+    assert [geometry.place_crop((64, 64 + extra), (64, 64)).left for extra in range(8)] == [
         0,
         0,
         1,
@@ -512,30 +514,30 @@ def test_centre_crops_round_halves_to_even() -> None:
 
 def test_random_crops_reach_every_place_and_no_further() -> None:
     lefts = [
-        image.geometry((10, 13), (10, 10), 0.5, u, False, "random").left
+        geometry.place_crop((10, 13), (10, 10), 0.5, u, False, "random").left
         for u in np.linspace(0, 1, 4001)[:-1]
     ]
     assert np.bincount(lefts).tolist() == [1000] * 4
-    edge = image.geometry((13, 10), (10, 10), np.nextafter(1, 0), 0.0, True, "random")
-    assert edge == image.Geometry(13, 10, 3, 0, 10, 10, True) and all(
+    edge = geometry.place_crop((13, 10), (10, 10), np.nextafter(1, 0), 0.0, True, "random")
+    assert edge == Geometry(13, 10, 3, 0, 10, 10, True) and all(
         type(v) is int for v in (edge.top, edge.left)
     )
-    assert image.geometry((10, 13), (10, 10), 0.99, 0.99, False, "center") == image.Geometry(
+    assert geometry.place_crop((10, 13), (10, 10), 0.99, 0.99, False, "center") == Geometry(
         10, 13, 0, 2, 10, 10, False
     )
 
 
-@pytest.mark.parametrize("resample", sorted(image.RESAMPLE))
+@pytest.mark.parametrize("resample", sorted(RESAMPLE))
 def test_cut_is_resize_then_crop_then_flip(resample: str) -> None:
     rgb = np.random.default_rng(2).integers(0, 256, (30, 47, 3), np.uint8)
     picture = Image.fromarray(rgb)
     kind = Image.Resampling["NEAREST" if resample == "nearest_exact" else resample.upper()]
     wanted = np.asarray(picture.resize((25, 16), kind).crop((5, 0, 21, 16)))
     straight, flipped = (
-        image.cut(picture, image.Geometry(16, 25, 0, 5, 16, 16, flip), resample)
+        image.crop(picture, Geometry(16, 25, 0, 5, 16, 16, flip), resample)
         for flip in (False, True)
     )
-    if resample in image.KERNELS:  # of noise, the hardest that can be resized
+    if resample in KERNELS:  # of noise, the hardest that can be resized
         assert (
             np.abs(straight.astype(int) - wanted).max() <= 10
             and np.abs(straight.astype(float) - wanted).mean() < 0.75
@@ -549,14 +551,14 @@ def test_cut_is_resize_then_crop_then_flip(resample: str) -> None:
 def test_a_picture_of_the_right_size_is_not_resampled() -> None:
     rgb = np.random.default_rng(3).integers(0, 256, (8, 8, 3), np.uint8)
     np.testing.assert_array_equal(
-        image.cut(Image.fromarray(rgb), image.geometry((8, 8), (8, 8)), "lanczos"), rgb
+        image.crop(Image.fromarray(rgb), geometry.place_crop((8, 8), (8, 8)), "lanczos"), rgb
     )
 
 
 def test_pixels_are_what_to_tensor_and_normalize_give() -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(1, 8, 32, 1).repeat(3, 3)
     levels[..., 1] = 255 - levels[..., 1]
-    result = image.pixels(levels)
+    result = image.to_pixels(levels)
     assert (
         result.shape == (1, 3, 8, 32) and result.dtype == np.float32 and result.flags.c_contiguous
     )
@@ -569,7 +571,7 @@ def test_pixels_equal_torch_to_the_bit() -> None:
     torch = pytest.importorskip("torch")
     levels = torch.arange(256, dtype=torch.uint8)
     wanted = levels.to(torch.float32).div(255).sub_(0.5).div_(0.5)
-    result = image.pixels(levels.numpy().reshape(1, 16, 16, 1).repeat(3, 3))
+    result = image.to_pixels(levels.numpy().reshape(1, 16, 16, 1).repeat(3, 3))
     assert np.array_equal(result[0, 2].reshape(-1), wanted.numpy())
 
 
@@ -607,7 +609,7 @@ def jpeg(picture: Image.Image, **settings: object) -> bytes:
 OPTIONS = {"background": "white", "max_pixels": 10**8}
 
 
-@pytest.mark.parametrize("resample", sorted(image.RESAMPLE))
+@pytest.mark.parametrize("resample", sorted(RESAMPLE))
 @pytest.mark.parametrize(
     "kind", ["420", "444", "progressive", "grey", "cmyk", "turned", "profile", "png"]
 )
@@ -629,9 +631,10 @@ def test_loading_is_cutting_what_is_decoded_whatever_the_way(resample: str, kind
     }[kind]()
     whole = image.decode(content, **OPTIONS)
     for shape, flip in (((64, 64), False), ((48, 80), True), ((200, 200), True)):
-        cut = image.geometry((whole.height, whole.width), shape, 0.3, 0.9, flip, "random")
+        cut = geometry.place_crop((whole.height, whole.width), shape, 0.3, 0.9, flip, "random")
         np.testing.assert_array_equal(
-            image.load(content, [(cut, resample)], **OPTIONS)[0], image.cut(whole, cut, resample)
+            image.load_views(content, [(cut, resample)], **OPTIONS)[0],
+            image.crop(whole, cut, resample),
         )
 
 
@@ -640,11 +643,11 @@ def test_loading_is_cutting_what_is_decoded_whatever_the_way(resample: str, kind
 )
 def test_the_fast_filters_are_those_of_pil(resample: str, most: int, mean: float) -> None:
     picture = smooth(600, 800)
-    cut = image.geometry((600, 800), (256, 256))
-    wanted = np.asarray(picture.resize((cut.width, cut.height), image.RESAMPLE[resample]), int)[
+    cut = geometry.place_crop((600, 800), (256, 256))
+    wanted = np.asarray(picture.resize((cut.width, cut.height), RESAMPLE[resample]), int)[
         :, cut.left : cut.left + 256
     ]
-    difference = np.abs(image.cut(picture, cut, resample) - wanted)
+    difference = np.abs(image.crop(picture, cut, resample) - wanted)
     assert (
         difference.max() <= most and difference.mean() < mean and np.percentile(difference, 99) <= 2
     )
@@ -652,12 +655,12 @@ def test_the_fast_filters_are_those_of_pil(resample: str, most: int, mean: float
 
 def test_loading_is_the_same_in_many_threads() -> None:
     contents = [jpeg(smooth(300, 400, seed)) for seed in range(6)]
-    cut = image.geometry((300, 400), (96, 128))
-    alone = [image.load(content, [(cut, "lanczos")], **OPTIONS)[0] for content in contents]
+    cut = geometry.place_crop((300, 400), (96, 128))
+    alone = [image.load_views(content, [(cut, "lanczos")], **OPTIONS)[0] for content in contents]
     with ThreadPoolExecutor(4) as pool:
         for content, found in zip(
             contents * 8,
-            pool.map(lambda c: image.load(c, [(cut, "lanczos")], **OPTIONS)[0], contents * 8),
+            pool.map(lambda c: image.load_views(c, [(cut, "lanczos")], **OPTIONS)[0], contents * 8),
             strict=True,
         ):
             np.testing.assert_array_equal(found, alone[contents.index(content)])
@@ -666,18 +669,16 @@ def test_loading_is_the_same_in_many_threads() -> None:
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.9, 0.999])
 def test_a_damaged_jpeg_is_found_on_the_fast_way(keep: float) -> None:
     content = jpeg(smooth(300, 400))
-    with pytest.raises(image.Undecodable):
-        image.load(
+    with pytest.raises(Undecodable):
+        image.load_views(
             content[: int(len(content) * keep)],
-            [(image.geometry((300, 400), (64, 64)), "lanczos")],
+            [(geometry.place_crop((300, 400), (64, 64)), "lanczos")],
             **OPTIONS,
         )
-    with pytest.raises(
-        image.Undecodable, match=r"400x300 pixels are more than data.max_pixels = 1000"
-    ):
-        image.load(
+    with pytest.raises(Undecodable, match=r"400x300 pixels are more than data.max_pixels = 1000"):
+        image.load_views(
             content,
-            [(image.geometry((300, 400), (64, 64)), "lanczos")],
+            [(geometry.place_crop((300, 400), (64, 64)), "lanczos")],
             background="white",
             max_pixels=1000,
         )

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limner import config
+from limner.config.schema import DataSettings
 from limner.data import image
-from limner.data.index import Entry, Index, caption_report, look, write_skipped
-from limner.data.records import BadRecord, Record
-from limner.faults import InputFault
+from limner.data.index import Entry, Index, build_index, caption_report, write_skipped
+from limner.data.source import BadRecord, Record
+from limner.errors import InputError
 
 
 class Mine:
@@ -32,8 +32,10 @@ class Mine:
 
 def seen(source: Any, *, known: Path | None = None, **settings: Any) -> Index:
     told: list[str] = []
-    index = look(source, config.Data(size=4, **settings), known=known, tell=told.append)
-    assert len(told) == bool(index.skipped) + bool(index.without_caption) + bool(index.repeated)
+    index = build_index(source, DataSettings(size=4, **settings), known=known, report=told.append)
+    assert len(told) == bool(index.skipped) + bool(index.without_caption) + bool(
+        index.exact_duplicates
+    )
     return index
 
 
@@ -85,9 +87,9 @@ def test_good_records_keep_their_order_rows_and_upright_sizes(tmp_path: Path) ->
         index.entries[0].digest == index.entries[1].digest
         and len({e.digest for e in index.entries}) == 3
     )
-    assert [e.key for e in index.repeated] == ["b"] and [e.key for e in index.without_caption] == [
-        "p"
-    ]
+    assert [e.key for e in index.exact_duplicates] == ["b"] and [
+        e.key for e in index.without_caption
+    ] == ["p"]
     assert list(index.captions()) == [("t", "x"), ("b", "y"), ("n", "z"), ("p", "")]
 
 
@@ -100,23 +102,24 @@ def test_empty_captions_and_repeated_pictures_are_told_in_a_line_each(tmp_path: 
         *(Record(f"again-{i}", one, ("a", "")) for i in range(4)),
         other,
     )
-    look(source, config.Data(size=4), tell=told.append)
+    build_index(source, DataSettings(size=4), report=told.append)
     assert told == [
         "5 of 6 records have an empty caption: one; again-0; again-1; ...",
         "4 of 6 records repeat the picture of an earlier one: again-0; again-1; again-2; ...",
     ]
     told.clear()
-    look(Mine(source[0], source[5]), config.Data(size=4), tell=told.append)
+    build_index(Mine(source[0], source[5]), DataSettings(size=4), report=told.append)
     assert told == ["1 of 2 records have an empty caption: one"]
 
 
 def test_refuse_names_each_bad_record_in_one_message(tmp_path: Path) -> None:
-    with pytest.raises(InputFault) as caught:
+    with pytest.raises(InputError) as caught:
         seen(mixed(tmp_path), max_pixels=10_000)
     lines = str(caught.value).splitlines()
     assert (
         lines[0] == "4 of 6 records cannot be used:"
-        and lines[-1] == 'Mend or remove them, or set data.bad="skip" to go on without them.'
+        and lines[-1]
+        == 'Mend or remove them, or set data.on_bad_record="skip" to go on without them.'
     )
     assert lines[1].startswith("  cut.jpg: cannot be read: image file is truncated")
     assert lines[2:5] == [
@@ -129,7 +132,7 @@ def test_refuse_names_each_bad_record_in_one_message(tmp_path: Path) -> None:
 def test_skip_goes_on_without_them_and_writes_them_down(tmp_path: Path) -> None:
     before = None
     for threads in (1, 4):
-        index = seen(mixed(tmp_path), max_pixels=10_000, bad="skip", threads=threads)
+        index = seen(mixed(tmp_path), max_pixels=10_000, on_bad_record="skip", threads=threads)
         assert [(e.row, e.key) for e in index.entries] == [(0, "good.png"), (5, "more.png")]
         assert [key for key, _ in index.skipped] == ["cut.jpg", "gone.png", "big.png", "row.png"]
         assert before in (None, index)
@@ -149,7 +152,7 @@ def test_a_long_list_is_cut_after_ten() -> None:
         *(BadRecord(f"{i}.png", "why") for i in range(14)),
         Record("g", np.zeros((4, 4), np.uint8), ("x",)),
     )
-    with pytest.raises(InputFault) as caught:
+    with pytest.raises(InputError) as caught:
         seen(source)
     lines = str(caught.value).splitlines()
     assert (
@@ -161,15 +164,15 @@ def test_a_long_list_is_cut_after_ten() -> None:
 
 
 def test_nothing_left_is_refused_even_when_skipping(tmp_path: Path) -> None:
-    with pytest.raises(InputFault, match=r"None is left to train on\."):
-        seen(Mine(BadRecord("a", "b")), bad="skip")
-    with pytest.raises(InputFault, match="no records"):
+    with pytest.raises(InputError, match=r"None is left to train on\."):
+        seen(Mine(BadRecord("a", "b")), on_bad_record="skip")
+    with pytest.raises(InputError, match="no records"):
         seen(Mine())
 
 
 def test_a_thread_of_a_picture_is_refused() -> None:
     with pytest.raises(
-        InputFault,
+        InputError,
         match=r"2000x1 pixels are too long and thin: 8000x4 once the shorter side is "
         r"data\.size = 4",
     ):
@@ -177,12 +180,12 @@ def test_a_thread_of_a_picture_is_refused() -> None:
 
 
 def test_a_stranger_in_the_source_is_named() -> None:
-    with pytest.raises(InputFault, match=r"record 0 of the source is dict; limner\.Record"):
+    with pytest.raises(InputError, match=r"record 0 of the source is dict; limner\.Record"):
         seen(Mine({"image": 1}))
 
 
 def test_an_unknown_background_is_refused_before_any_picture_is_read() -> None:
-    with pytest.raises(InputFault, match=r"data\.background"):
+    with pytest.raises(InputError, match=r"data\.background"):
         seen(Mine(ValueError("was read")), background="whit")
 
 
@@ -224,7 +227,7 @@ def test_an_edited_picture_of_the_same_size_and_time_has_another_digest(tmp_path
 def test_a_second_look_only_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = tmp_path / "deep" / "known.json"
     source = mixed(tmp_path)
-    first = seen(source, known=known, bad="skip", max_pixels=10_000)
+    first = seen(source, known=known, on_bad_record="skip", max_pixels=10_000)
     calls: list[Any] = []
     real = image.decode
     monkeypatch.setattr(
@@ -232,17 +235,19 @@ def test_a_second_look_only_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "decode",
         lambda picture, **options: calls.append(picture) or real(picture, **options),
     )
-    assert seen(source, known=known, bad="skip", max_pixels=10_000) == first
+    assert seen(source, known=known, on_bad_record="skip", max_pixels=10_000) == first
     assert sorted(path.name for path in calls) == [
         "big.png",
         "cut.jpg",
     ]  # bad ones are looked at again
     calls.clear()
-    with pytest.raises(InputFault, match=r"data\.max_pixels = 10"):
+    with pytest.raises(InputError, match=r"data\.max_pixels = 10"):
         seen(source, known=known, max_pixels=10)
     assert "good.png" in {path.name for path in calls}
     (tmp_path / "more.png").write_bytes((tmp_path / "more.png").read_bytes()[:-40])
-    assert "more.png" in dict(seen(source, known=known, bad="skip", max_pixels=10_000).skipped)
+    assert "more.png" in dict(
+        seen(source, known=known, on_bad_record="skip", max_pixels=10_000).skipped
+    )
 
 
 @pytest.mark.parametrize(
@@ -256,7 +261,7 @@ def test_a_damaged_memory_is_as_good_as_none(tmp_path: Path, damage: bytes) -> N
     known.write_bytes(damage)
     assert seen(source, known=known) == first
     assert json.loads(known.read_text())["pictures"] == {
-        first.entries[0].digest: [5, 9, first.entries[0].look]
+        first.entries[0].digest: [5, 9, first.entries[0].perceptual_hash]
     }
     known.write_text(known.read_text().replace("[5, 9,", "[5, 8,"))
     assert seen(source, known=known) == first
@@ -284,11 +289,11 @@ def test_the_memory_of_another_decoder_is_not_trusted(
 def test_a_memory_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     told: list[str] = []
-    index = look(
+    index = build_index(
         Mine(Record("a", picture(tmp_path / "a.png"), ("x",))),
-        config.Data(size=4),
+        DataSettings(size=4),
         known=tmp_path / "file" / "known.json",
-        tell=told.append,
+        report=told.append,
     )
     assert len(index.entries) == 1 and len(told) == 1 and "cannot be written" in told[0]
 
@@ -297,27 +302,27 @@ def test_limited_is_a_fixed_choice_in_order() -> None:
     index = Index(
         tuple(Entry(i, str(i), ("x",), str(i), 4, 4) for i in range(50)), (("bad", "why"),)
     )
-    chosen = [entry.row for entry in index.limited(12, 5).entries]
+    chosen = [entry.row for entry in index.sample(12, 5).entries]
     assert (
         len(set(chosen)) == 12
         and chosen == sorted(chosen)
-        and index.limited(12, 5).skipped == index.skipped
+        and index.sample(12, 5).skipped == index.skipped
     )
     assert (
-        [entry.row for entry in index.limited(12, 5).entries]
+        [entry.row for entry in index.sample(12, 5).entries]
         == chosen
-        != [entry.row for entry in index.limited(12, 6).entries]
+        != [entry.row for entry in index.sample(12, 6).entries]
     )
-    assert index.limited(50, 5) is index and index.limited(99, 5) is index
+    assert index.sample(50, 5) is index and index.sample(99, 5) is index
     counts = np.bincount(
-        [entry.row for seed in range(400) for entry in index.limited(5, seed).entries], minlength=50
+        [entry.row for seed in range(400) for entry in index.sample(5, seed).entries], minlength=50
     )
     assert counts.min() >= 15 and counts.max() <= 75
 
 
 def test_an_index_survives_json(tmp_path: Path) -> None:
-    index = seen(mixed(tmp_path), bad="skip", max_pixels=10_000)
-    copy = Index.of_plain(json.loads(json.dumps(index.to_plain())))
+    index = seen(mixed(tmp_path), on_bad_record="skip", max_pixels=10_000)
+    copy = Index.from_plain(json.loads(json.dumps(index.to_plain())))
     assert copy == index and copy.digest == index.digest
 
 

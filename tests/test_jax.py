@@ -22,16 +22,24 @@ import tiny
 import worker
 
 import limner
-from limner import checkpoint, config, engines, generate, training
-from limner.base import open_base
+from limner import engines
+from limner.base_model.open import open_base
+from limner.commands import generate
+from limner.config import toml
+from limner.config.schema import Config, ModelSettings
+from limner.data import contact_sheet
+from limner.engines.jax import clip, unet, vae, weights
+from limner.engines.jax.nn import Params
+from limner.engines.jax.tokenizer import WordTokenizer
+from limner.errors import InputError
 from limner.families import FAMILIES
-from limner.faults import InputFault
+from limner.protocols import ModelSource
+from limner.storage import checkpoint
+from limner.training import loop
+from limner.training.stream import Stream
 
 jax = pytest.importorskip("jax")
 
-from limner.engines.jax import clip, unet, vae, weights  # noqa: E402
-from limner.engines.jax.nn import Params  # noqa: E402
-from limner.engines.jax.tokens import Words  # noqa: E402
 
 DRAWS = np.random.default_rng(0)
 TPU = SimpleNamespace(platform="tpu")
@@ -59,7 +67,7 @@ def in_haste() -> Iterator[None]:
 
 
 def opened(folder: Path, family: str) -> Any:
-    return open_base(config.Model(base=str(folder), family=family), FAMILIES[family])
+    return open_base(ModelSettings(base=str(folder), family=family), FAMILIES[family])
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -80,13 +88,13 @@ def tensors(value: Any) -> Any:
 def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
     import torch
 
-    from limner.engines.torch.parts import load
+    from limner.engines.torch.encoders import load_component
 
     found = opened({"sd": base, "sdxl": sdxl}[family], family)
     known, net, arrays = (
         found.configs["unet"],
-        load(found, "unet").eval(),
-        weights.read(found, "unet"),
+        load_component(found, "unet").eval(),
+        weights.read_component(found, "unet"),
     )
     x, t, context, goal = (
         normal(2, 4, 16, 16),
@@ -137,14 +145,18 @@ def test_latents_of_odd_sides(base: Path) -> None:
     """What is made smaller and larger again comes back to the size that it had."""
     import torch
 
-    from limner.engines.torch.parts import load
+    from limner.engines.torch.encoders import load_component
 
     found = opened(base, "sd")
     x, t, context = normal(1, 4, 9, 7), np.array([500]), normal(1, 9, 32)
     with torch.no_grad():
-        said = load(found, "unet").eval()(tensors(x), tensors(t), tensors(context)).sample.numpy()
+        said = (
+            load_component(found, "unet")
+            .eval()(tensors(x), tensors(t), tensors(context))
+            .sample.numpy()
+        )
     made = jax.jit(lambda a: unet.unet(Params(a), found.configs["unet"], x, t, context))(
-        weights.read(found, "unet")
+        weights.read_component(found, "unet")
     )
     assert said.shape == (1, 4, 9, 7) and np.abs(np.asarray(made) - said).max() < 1e-5
 
@@ -163,7 +175,7 @@ def test_the_fused_kernel_for_tpus(tokens: int, monkeypatch: pytest.MonkeyPatch)
     served = []
 
     def kernel(*arrays: Any) -> Any:
-        served.append(attention.fused(TPU, mesh)(*arrays))
+        served.append(attention.choose_kernel(TPU, mesh)(*arrays))
         return served[-1]
 
     def found(kernel: Any, arrays: Any) -> list[np.ndarray]:
@@ -195,7 +207,7 @@ def test_the_fused_kernel_is_lowered_for_a_mesh_of_tpus() -> None:
     from limner.engines.jax import attention
 
     mesh = AbstractMesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-    kernel = attention.fused(TPU, mesh)
+    kernel = attention.choose_kernel(TPU, mesh)
 
     def loss(*arrays: Any) -> Any:
         return jax.lax.map(
@@ -221,7 +233,7 @@ def test_the_fused_kernel_is_lowered_for_a_mesh_of_tpus() -> None:
 
 
 def test_kernels_are_for_devices_that_have_them() -> None:
-    from limner.engines.jax.attention import cudnn, fused
+    from limner.engines.jax.attention import choose_kernel, cudnn
 
     def card(version: str, capability: str = "8.0") -> Any:
         return SimpleNamespace(
@@ -231,13 +243,13 @@ def test_kernels_are_for_devices_that_have_them() -> None:
         )
 
     assert (
-        fused(card("PJRT C API\ncuda 12090", "8.6")) is cudnn
-        and fused(card("cuda 12090", "10.0")) is cudnn
+        choose_kernel(card("PJRT C API\ncuda 12090", "8.6")) is cudnn
+        and choose_kernel(card("cuda 12090", "10.0")) is cudnn
     )
     assert (
-        fused(card("cuda 12090", "7.5"))
-        is fused(card("rocm 60300", "gfx90a"))
-        is fused(jax.devices()[0])
+        choose_kernel(card("cuda 12090", "7.5"))
+        is choose_kernel(card("rocm 60300", "gfx90a"))
+        is choose_kernel(jax.devices()[0])
         is None
     )
 
@@ -256,7 +268,7 @@ def test_loras_of_others(base: Path, tmp_path: Path) -> None:
     def opened_with(arrays: dict[str, np.ndarray]) -> Any:
         save_file(arrays, path)
         return engines.open_pipeline(
-            generate.Weights(str(base), tmp_path),
+            ModelSource(str(base), tmp_path),
             None,
             "jax",
             scheduler=None,
@@ -284,12 +296,12 @@ def test_loras_of_others(base: Path, tmp_path: Path) -> None:
         {a: down, b: up, f"unet.{stem}.lora_magnitude_vector": normal(64)},
         {conv.format("A"): normal(2, 32, 3, 3), conv.format("B"): normal(32, 2, 1, 1)},
     ):
-        with pytest.raises(InputFault, match="have no place in the unet"):
+        with pytest.raises(InputError, match="have no place in the unet"):
             opened_with(arrays)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(InputFault, match="not a whole safetensors file"):
+    with pytest.raises(InputError, match="not a whole safetensors file"):
         engines.open_pipeline(
-            generate.Weights(str(base), tmp_path),
+            ModelSource(str(base), tmp_path),
             None,
             "jax",
             scheduler=None,
@@ -304,17 +316,21 @@ def test_sizes_that_latents_cannot_have_are_refused(base: Path) -> None:
     found = opened(base, "sd")
     assert latent_side(found, None) == 16 and latent_side(found, 30) == 15
     for size in (0, 1, 31):
-        with pytest.raises(InputFault, match=f"size: {size} pixels are no multiple of 2"):
+        with pytest.raises(InputError, match=f"size: {size} pixels are no multiple of 2"):
             latent_side(found, size)
 
 
 def test_the_autoencoder(base: Path) -> None:
     import torch
 
-    from limner.engines.torch.parts import load
+    from limner.engines.torch.encoders import load_component
 
     found = opened(base, "sd")
-    known, net, arrays = found.configs["vae"], load(found, "vae").eval(), weights.read(found, "vae")
+    known, net, arrays = (
+        found.configs["vae"],
+        load_component(found, "vae").eval(),
+        weights.read_component(found, "vae"),
+    )
     pixels = np.clip(normal(2, 3, 32, 32), -1, 1)
     with torch.no_grad():
         posterior = net.encode(tensors(pixels)).latent_dist
@@ -332,7 +348,7 @@ def test_the_autoencoder(base: Path) -> None:
 def test_the_text_encoders(skip: int, base: Path, sdxl: Path) -> None:
     import torch
 
-    from limner.engines.torch.parts import hear, load
+    from limner.engines.torch.encoders import load_component, run_text_encoder
 
     for family, name in (
         ("sd", "text_encoder"),
@@ -340,13 +356,15 @@ def test_the_text_encoders(skip: int, base: Path, sdxl: Path) -> None:
         ("sdxl", "text_encoder_2"),
     ):
         found = opened({"sd": base, "sdxl": sdxl}[family], family)
-        known, arrays = found.configs[name], weights.read(found, name)
+        known, arrays = found.configs[name], weights.read_component(found, name)
         ids = DRAWS.integers(0, known["vocab_size"] - 2, (3, 77))
         ids[0, 5:], ids[1, 70:] = known["eos_token_id"], known["eos_token_id"]
         with torch.no_grad():
-            states, pooled = hear(load(found, name).eval(), torch.tensor(ids), skip)
+            states, pooled = run_text_encoder(
+                load_component(found, name).eval(), torch.tensor(ids), skip
+            )
         made = jax.jit(
-            lambda a, known=known, name=name, ids=ids: clip.text(
+            lambda a, known=known, name=name, ids=ids: clip.encode_text(
                 Params(a), known, ids, skip, name.endswith("2")
             )
         )(arrays)
@@ -387,7 +405,7 @@ def test_the_tokenizer(base: Path, sdxl: Path, tmp_path: Path) -> None:
             shutil.copy(folder / name, old)
         want = stock(texts, truncation=False, verbose=False).input_ids
         for place in (folder, old):
-            words = Words(place, known)
+            words = WordTokenizer(place, known)
             assert words.encode(texts) == want
             assert (words.start, words.end, words.pad, words.limit) == (
                 want[0][0],
@@ -400,17 +418,17 @@ def test_the_tokenizer(base: Path, sdxl: Path, tmp_path: Path) -> None:
 def test_encoders_give_the_features_that_torch_gives(base: Path, sdxl: Path) -> None:
     import torch
 
-    from limner.engines.jax.parts import JaxParts
-    from limner.engines.torch.parts import TorchParts
-    from limner.family import tokenize, told
+    from limner.engines.jax.encoders import JaxEncoders
+    from limner.engines.torch.encoders import TorchEncoders
+    from limner.families.text import encode_captions, tokenize
 
     captions = ["a red circle", "", "words " * 100]
     for family, folder in (("sd", base), ("sdxl", sdxl)):
         found, record = opened(folder, family), FAMILIES[family]
-        ours, theirs = JaxParts(found), TorchParts(found, torch.device("cpu"))
+        ours, theirs = JaxEncoders(found), TorchEncoders(found, torch.device("cpu"))
         for chunks in (1, 2):
             a, b = (
-                told(record, parts, tokenize(record, parts, captions, chunks))
+                encode_captions(record, parts, tokenize(record, parts, captions, chunks))
                 for parts in (ours, theirs)
             )
             assert a.keys() == b.keys()
@@ -418,11 +436,15 @@ def test_encoders_give_the_features_that_torch_gives(base: Path, sdxl: Path) -> 
                 np.abs(a[name].astype(np.float32) - b[name].astype(np.float32)).max() < 1e-5
                 for name in a
             )
-        assert ours.lengths("tokenizer", captions) == theirs.lengths("tokenizer", captions)
+        assert ours.count_tokens("tokenizer", captions) == theirs.count_tokens(
+            "tokenizer", captions
+        )
         pixels = np.clip(normal(2, 3, 32, 32), -1, 1)
         assert all(
             np.abs(a - b).max() < 1e-5
-            for a, b in zip(ours.vae("vae", pixels), theirs.vae("vae", pixels), strict=True)
+            for a, b in zip(
+                ours.encode_vae("vae", pixels), theirs.encode_vae("vae", pixels), strict=True
+            )
         )
 
 
@@ -434,7 +456,7 @@ def settings(
     family: str = "sd",
     kind: str = "full",
     **sections: Any,
-) -> config.Config:
+) -> Config:
     raw: dict[str, Any] = {
         "run": str(run),
         "model": {"base": str(base), "family": family},
@@ -446,7 +468,7 @@ def settings(
             "drop_caption": 0.3,
             "threads": 1,
         },
-        "adapt": {
+        "adapter": {
             "kind": kind,
             "text_encoders": kind == "lora" and family == "sdxl",
             "rank": 3,
@@ -454,18 +476,16 @@ def settings(
         },
         "optim": {"learning_rate": 1e-5, "ema": 0.9},
         "objective": {"min_snr": 5.0},
-        "train": {"steps": STEPS, "batch": 4, "micro": 2, "seed": 3},
+        "train": {"steps": STEPS, "batch_size": 4, "micro_batch_size": 2, "seed": 3},
         "log": {"every": 1},
-        "watch": {"hold_out": 2, "every": HALFWAY, "timesteps": 2},
+        "validation": {"hold_out": 2, "every": HALFWAY, "timesteps": 2},
         "checkpoint": {"every": HALFWAY},
     }
-    return config.build(
-        config.Config, {**raw, **{k: {**raw.get(k, {}), **v} for k, v in sections.items()}}
-    )
+    return toml.build(Config, {**raw, **{k: {**raw.get(k, {}), **v} for k, v in sections.items()}})
 
 
-def trained(cfg: config.Config) -> dict[str, list[float]]:
-    run = training.run(cfg, tell=lambda line: None)
+def trained(cfg: Config) -> dict[str, list[float]]:
+    run = loop.run_training(cfg, report=lambda line: None)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         name: [row[name] for row in rows if name in row]
@@ -518,7 +538,7 @@ def test_both_engines_leave_the_same_checkpoints_and_results(
     """Names, shapes and types; and numbers, as far as Adam lets round-off be seen."""
     places = pair(family, kind)[2:]
     for name in (f"checkpoint-{HALFWAY}", f"checkpoint-{STEPS}"):
-        one, two = (checkpoint.read(place / name) for place in places)
+        one, two = (checkpoint.open_checkpoint(place / name) for place in places)
         files = sorted(
             p.relative_to(one.folder).as_posix() for p in one.folder.rglob("*.safetensors")
         )
@@ -544,7 +564,7 @@ def test_a_picture_is_the_stock_pipeline_s(family: str, kind: str, pair: Any) ->
     """Of JAX's result, in both: the same latents, within 2 of 255."""
     import torch
 
-    found, _ = generate.locate(str(pair(family, kind)[3]), None)
+    found, _ = generate.find_sources(str(pair(family, kind)[3]), None)
     noise, prompts = normal(2, 4, 16, 16), ["a red circle", "a blue one"]
     for name in ("ddim", "unipc"):
         stock = engines.open_pipeline(found, None, scheduler=name, precision="no", device="cpu")
@@ -573,7 +593,7 @@ def test_a_picture_is_the_stock_pipeline_s(family: str, kind: str, pair: Any) ->
 
 
 def test_the_command_draws_with_jax(pair: Any, tmp_path: Path) -> None:
-    [made] = generate.run(
+    [made] = generate.run_generate(
         str(pair("sd", "full")[3]),
         ["a red circle"],
         steps=2,
@@ -581,7 +601,7 @@ def test_the_command_draws_with_jax(pair: Any, tmp_path: Path) -> None:
         engine="jax",
         output=tmp_path,
     )
-    assert generate.read_picture(made).shape == (32, 32, 3)
+    assert contact_sheet.read_picture(made).shape == (32, 32, 3)
 
 
 def test_previews_are_compiled_once(pictures: Path, tmp_path: Path) -> None:
@@ -589,10 +609,10 @@ def test_previews_are_compiled_once(pictures: Path, tmp_path: Path) -> None:
     base = tiny.stable_diffusion(tmp_path / "base", channels=(96,))
     cfg, compiles = settings(base, pictures, tmp_path / "run", "jax", optim={"ema": None}), []
     engine = engines.open_engine(
-        cfg, opened(base, "sd"), FAMILIES["sd"], engines.join(cfg.engine), 2, print
+        cfg, opened(base, "sd"), FAMILIES["sd"], engines.join_processes(cfg.engine), 2, print
     )
     state, engine.kernel = (
-        engine.init(0),
+        engine.init_state(0),
         lambda q, k, v: None,
     )  # as where there is a fused one: that of pictures is asked for
 
@@ -600,7 +620,7 @@ def test_previews_are_compiled_once(pictures: Path, tmp_path: Path) -> None:
         compiles.append(event) if event.endswith("backend_compile_duration") else None
 
     def drawn() -> np.ndarray:
-        [picture] = engine.pictures(
+        [picture] = engine.draw_previews(
             state, ["a red circle"], [0], steps=2, guidance_scale=5.0, size=32
         )
         return picture.astype(float)
@@ -612,18 +632,21 @@ def test_previews_are_compiled_once(pictures: Path, tmp_path: Path) -> None:
     other = drawn()
     assert count > first > 2 and len(compiles) == count and np.abs(one - other).max() > 5
     words = {
-        name: jax.numpy.asarray(a) for name, a in weights.read(engine.base, "text_encoder").items()
+        name: jax.numpy.asarray(a)
+        for name, a in weights.read_component(engine.base, "text_encoder").items()
     }
     engine.pipeline.nets, gone = (
         {"text_encoder": Params(words)},
         weakref.ref(next(iter(words.values()))),
     )
-    states = engine.pipeline.text("text_encoder", np.zeros((1, 77), np.int64))[0]
+    states = engine.pipeline.encode_text("text_encoder", np.zeros((1, 77), np.int64))[0]
     np.testing.assert_allclose(
-        states, engine.encoders.text("text_encoder", np.zeros((1, 77), np.int64))[0], atol=1e-5
+        states,
+        engine.encoders.encode_text("text_encoder", np.zeros((1, 77), np.int64))[0],
+        atol=1e-5,
     )
     compiled = len(compiles)
-    engine.pipeline.text("text_encoder", np.ones((1, 77), np.int64))
+    engine.pipeline.encode_text("text_encoder", np.ones((1, 77), np.int64))
     jax.monitoring.unregister_event_duration_listener(heard)
     engine.pipeline.nets, words = {}, {}
     gc.collect()
@@ -631,7 +654,7 @@ def test_previews_are_compiled_once(pictures: Path, tmp_path: Path) -> None:
 
 
 def bits(run: Path, step: int) -> dict[str, bytes]:
-    found = checkpoint.read(run / f"checkpoint-{step}")
+    found = checkpoint.open_checkpoint(run / f"checkpoint-{step}")
     files = sorted(
         p.relative_to(found.folder).as_posix() for p in found.folder.rglob("*.safetensors")
     )
@@ -648,11 +671,11 @@ def test_a_resumed_run_ends_with_the_same_bits(
 ) -> None:
     whole = pair(family, kind)[3]
     shutil.copytree(whole / f"checkpoint-{HALFWAY}", tmp_path / "run" / f"checkpoint-{HALFWAY}")
-    training.run(
+    loop.run_training(
         settings(
             {"sd": base, "sdxl": sdxl}[family], pictures, tmp_path / "run", "jax", family, kind
         ),
-        tell=lambda line: None,
+        report=lambda line: None,
     )
     assert bits(tmp_path / "run", STEPS) == bits(whole, STEPS)
 
@@ -660,9 +683,9 @@ def test_a_resumed_run_ends_with_the_same_bits(
 def test_a_number_that_is_not_finite_touches_nothing(
     pair: Any, base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from limner.faults import NonFinite
+    from limner.errors import NonFiniteError
 
-    batch = training.Stream.batch
+    batch = Stream.batch
 
     def poisoned(self: Any, step: int, **how: Any) -> Any:
         found = batch(self, step, **how)
@@ -672,11 +695,11 @@ def test_a_number_that_is_not_finite_touches_nothing(
 
     whole = pair("sd", "full")[3]
     shutil.copytree(whole / f"checkpoint-{HALFWAY}", tmp_path / "run" / f"checkpoint-{HALFWAY}")
-    monkeypatch.setattr(training.Stream, "batch", poisoned)
+    monkeypatch.setattr(Stream, "batch", poisoned)
     with pytest.raises(
-        NonFinite, match=f"step {HALFWAY + 3}: the loss or the gradient is not a finite number"
+        NonFiniteError, match=f"step {HALFWAY + 3}: the loss or the gradient is not a finite number"
     ):
-        training.run(
+        loop.run_training(
             settings(
                 base,
                 pictures,
@@ -685,9 +708,11 @@ def test_a_number_that_is_not_finite_touches_nothing(
                 log={"every": STEPS},
                 checkpoint={"every": STEPS},
             ),
-            tell=lambda line: None,
+            report=lambda line: None,
         )
-    assert [p.name for p in checkpoint.listed(tmp_path / "run")] == [f"checkpoint-{HALFWAY}"]
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path / "run")] == [
+        f"checkpoint-{HALFWAY}"
+    ]
 
 
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.soak)])
@@ -703,13 +728,15 @@ def test_half_precision(
                 pictures,
                 tmp_path / "run",
                 "jax",
-                train={"steps": 3, "micro": 4},
+                train={"steps": 3, "micro_batch_size": 4},
                 engine={"precision": precision},
             )
         )
     assert got["loss"] == pytest.approx(exact[:3], rel=3e-2)
     if precision == "fp16":
-        scaler = checkpoint.read(tmp_path / "run" / "checkpoint-3").arrays("scaler.safetensors")
+        scaler = checkpoint.open_checkpoint(tmp_path / "run" / "checkpoint-3").arrays(
+            "scaler.safetensors"
+        )
         assert scaler["scale"] == 65536.0 and scaler["_growth_tracker"] == 3
 
 
@@ -718,16 +745,18 @@ import json, sys
 for name in ("torch", "diffusers", "transformers", "accelerate", "peft"):
     sys.modules[name] = None  # importing it fails
 from pathlib import Path
-from limner import config, training
+from limner.config.schema import Config
+from limner.config.toml import build
+from limner.training import loop
 for raw in json.loads(Path(sys.argv[1]).read_text()):
-    training.run(config.build(config.Config, raw), tell=lambda line: None)
+    loop.run_training(build(Config, raw), report=lambda line: None)
 """
 
 
-def started(folder: Path, jobs: list[config.Config], **environment: str) -> subprocess.Popen[str]:
+def started(folder: Path, jobs: list[Config], **environment: str) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     (folder / "worker.py").write_text(WORKER)
-    (folder / "jobs.json").write_text(json.dumps([config.plain(job) for job in jobs]))
+    (folder / "jobs.json").write_text(json.dumps([toml.to_plain(job) for job in jobs]))
     whole = {
         **os.environ,
         "PYTHONPATH": str(Path(limner.__file__).parent.parent),
@@ -750,7 +779,7 @@ def rows(run: Path, name: str = "loss") -> list[float]:
     return [row[name] for row in found if name in row]
 
 
-def together(folder: Path, jobs: list[config.Config]) -> list[subprocess.Popen[str]]:
+def together(folder: Path, jobs: list[Config]) -> list[subprocess.Popen[str]]:
     """Two processes of two devices each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -769,9 +798,9 @@ def test_eight_devices_two_processes_and_back(again: bool, pictures: Path, tmp_p
 
     def job(
         name: str, engine: dict[str, Any], steps: int = 6, micro: int = 8, **sections: Any
-    ) -> config.Config:
+    ) -> Config:
         common = {
-            "train": {"steps": steps, "batch": 8, "micro": micro},
+            "train": {"steps": steps, "batch_size": 8, "micro_batch_size": micro},
             "checkpoint": {"every": 3},
             "engine": engine,
         }
@@ -806,18 +835,18 @@ def test_eight_devices_two_processes_and_back(again: bool, pictures: Path, tmp_p
     for name in ("wide", "two") if again else ():
         assert bits(tmp_path / name, 6) == bits(tmp_path / f"{name} again", 6), name
     [shown] = (tmp_path / "two" / "previews" / "step-000006").glob("*.png")
-    found, _ = generate.locate(str(tmp_path / "two"), None)
+    found, _ = generate.find_sources(str(tmp_path / "two"), None)
     pipeline = engines.open_pipeline(
         found, None, "jax", scheduler=None, precision="no", device="cpu"
     )
     [picture] = pipeline.draw(["a red circle"], [3], steps=2, guidance_scale=7.5, size=32)
-    assert np.abs(generate.read_picture(shown).astype(int) - picture).max() <= 1
-    state = checkpoint.read(tmp_path / "two" / "checkpoint-6")
+    assert np.abs(contact_sheet.read_picture(shown).astype(int) - picture).max() <= 1
+    state = checkpoint.open_checkpoint(tmp_path / "two" / "checkpoint-6")
     assert state.state["world"] == 2
     file = "unet/diffusion_pytorch_model.safetensors"
     ours, theirs = (
         state.arrays(file),
-        checkpoint.read(tmp_path / "one" / "checkpoint-6").arrays(file),
+        checkpoint.open_checkpoint(tmp_path / "one" / "checkpoint-6").arrays(file),
     )
     assert max(np.abs(ours[name] - theirs[name]).max() for name in ours) < 1e-5
 
@@ -832,13 +861,17 @@ def test_what_one_of_two_processes_finds_is_said_once(
         tmp_path,
         [
             settings(
-                base, pictures, tmp_path / "run", "jax", train={"steps": 2, "batch": 4, "micro": 2}
+                base,
+                pictures,
+                tmp_path / "run",
+                "jax",
+                train={"steps": 2, "batch_size": 4, "micro_batch_size": 2},
             )
         ],
     )
     said = [process.communicate(timeout=200)[0] for process in both]
     assert all(process.returncode == 1 for process in both)
-    assert all("InputFault" in text and "003.png" in text for text in said)
+    assert all("InputError" in text and "003.png" in text for text in said)
 
 
 @pytest.mark.parametrize(
@@ -856,36 +889,38 @@ def test_what_one_of_two_processes_finds_is_said_once(
         ),
         ({"optim": {"kind": "adamw8bit"}}, r"optim\.kind: adamw8bit is bitsandbytes'"),
         (
-            {"adapt": {"kind": "lora", "targets": ["nothing"]}},
-            r"adapt\.targets: the unet has no module named nothing",
+            {"adapter": {"kind": "lora", "targets": ["nothing"]}},
+            r"adapter\.targets: the unet has no module named nothing",
         ),
         (
             {"optim": {"ema": 0.9, "ema_offload": True}},
             r"optim\.ema_offload: the JAX engine divides the average",
         ),
         (
-            {"adapt": {"kind": "lora", "targets": ["conv1"]}},
-            r"adapt\.targets: .*conv1 is no linear layer",
+            {"adapter": {"kind": "lora", "targets": ["conv1"]}},
+            r"adapter\.targets: .*conv1 is no linear layer",
         ),
     ],
 )
 def test_what_cannot_be_done_is_said(
     sections: dict[str, Any], message: str, base: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputFault, match=message):
-        training.run(settings(base, pictures, tmp_path, "jax", **sections), tell=lambda line: None)
+    with pytest.raises(InputError, match=message):
+        loop.run_training(
+            settings(base, pictures, tmp_path, "jax", **sections), report=lambda line: None
+        )
 
 
 def test_rows_that_a_mesh_cannot_divide_are_refused(
     base: Path, pictures: Path, tmp_path: Path
 ) -> None:
     cfg = settings(base, pictures, tmp_path, "jax")
-    process = engines.join(cfg.engine)
+    process = engines.join_processes(cfg.engine)
     process.mesh = SimpleNamespace(size=3)  # type: ignore[attr-defined]
     with pytest.raises(
-        InputFault,
-        match=r"train\.micro: a micro-batch of 2 rows \(2 for each of 1 processes\) cannot be "
-        r"divided among 3 devices",
+        InputError,
+        match=r"train\.micro_batch_size: a micro-batch of 2 rows \(2 for each of 1 processes\) "
+        r"cannot be divided among 3 devices",
     ):
         engines.open_engine(cfg, opened(base, "sd"), FAMILIES["sd"], process, 2, print)
 
@@ -895,11 +930,11 @@ def test_large_arrays_are_divided_and_the_small_ones_lie_together_everywhere(
 ) -> None:
     from jax.sharding import AbstractMesh
 
-    from limner.engines.jax.learnt import SMALL
+    from limner.engines.jax.layout import SMALL
 
     cfg = settings(base, pictures, tmp_path, "jax")
     engine = engines.open_engine(
-        cfg, opened(base, "sd"), FAMILIES["sd"], engines.join(cfg.engine), 2, print
+        cfg, opened(base, "sd"), FAMILIES["sd"], engines.join_processes(cfg.engine), 2, print
     )
     engine.mesh = AbstractMesh((2, 4), ("data", "fsdp"))
     shapes = {
@@ -921,7 +956,7 @@ def test_large_arrays_are_divided_and_the_small_ones_lie_together_everywhere(
 
 def test_half_a_compiled_program_is_swept_away(tmp_path: Path) -> None:
     """What a kill has left between a program and the time of its last use; whole ones stay."""
-    from limner.engines.jax.programs import sweep
+    from limner.engines.jax.compile_cache import sweep
 
     for name in ("whole-cache", "whole-atime", "half-cache"):
         (tmp_path / name).write_bytes(b"x")
@@ -932,7 +967,7 @@ def test_half_a_compiled_program_is_swept_away(tmp_path: Path) -> None:
 @pytest.fixture
 def programs(tmp_path: Path) -> Any:
     """The programs on disk, in a folder of their own."""
-    from limner.engines.jax import programs
+    from limner.engines.jax import compile_cache
 
     names = (
         "jax_compilation_cache_dir",
@@ -940,19 +975,19 @@ def programs(tmp_path: Path) -> Any:
         "jax_persistent_cache_min_compile_time_secs",
     )
     before = {name: jax.config.values[name] for name in names}
-    programs.compilation_cache.reset_cache()
-    programs.remember(str(tmp_path / "programs"))
-    yield programs
+    compile_cache.compilation_cache.reset_cache()
+    compile_cache.enable(str(tmp_path / "programs"))
+    yield compile_cache
     for name, value in before.items():
         jax.config.update(name, value)
-    programs.compilation_cache.reset_cache()
+    compile_cache.compilation_cache.reset_cache()
 
 
 def test_a_compiled_step_is_found_without_tracing(
     programs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Made once for one meaning; a damaged one is made again, and kept."""
-    monkeypatch.setattr(programs, "WORTH", 0.0)
+    monkeypatch.setattr(programs, "WORTH_SECONDS", 0.0)
     calls = []
 
     def got(factor: float, x: np.ndarray) -> list[float]:
@@ -960,9 +995,9 @@ def test_a_compiled_step_is_found_without_tracing(
             calls.append(factor)
             return jax.jit(lambda given: {"y": factor * given["x"]}).lower({"x": x}).compile()
 
-        return programs.kept(make, jax.devices()[:1], {"factor": factor}, {"x": x})({"x": x})[
-            "y"
-        ].tolist()
+        return programs.load_or_compile(make, jax.devices()[:1], {"factor": factor}, {"x": x})(
+            {"x": x}
+        )["y"].tolist()
 
     x = np.arange(3, dtype=np.float32)
     assert [got(2.0, x), got(2.0, x + 1), got(3.0, x), got(2.0, x[:2])] == [
@@ -971,7 +1006,7 @@ def test_a_compiled_step_is_found_without_tracing(
         [0, 3, 6],
         [0, 2],
     ] and calls == [2.0, 3.0, 2.0]
-    assert programs.named(jax.devices()[:1], {}, x) != programs.named(
+    assert programs.cache_key(jax.devices()[:1], {}, x) != programs.cache_key(
         jax.devices()[:1], {}, x.astype(np.int32)
     )
     paths = sorted((tmp_path / "programs").glob("limner-*-cache"))
@@ -986,7 +1021,7 @@ def test_a_program_that_comes_out_of_jax_s_cache_is_not_written_again(
 ) -> None:
     """As after an edit that leaves the program as it was: written once more it would lack
     functions, and fail where it is run."""
-    monkeypatch.setattr(programs, "WORTH", 0.0)
+    monkeypatch.setattr(programs, "WORTH_SECONDS", 0.0)
     x, made = normal(64, 64), []
 
     def make() -> Any:
@@ -999,7 +1034,7 @@ def test_a_program_that_comes_out_of_jax_s_cache_is_not_written_again(
         return made[-1]
 
     def got(meaning: dict[str, int]) -> Any:
-        return np.asarray(programs.kept(make, jax.devices()[:1], meaning, x)(x))
+        return np.asarray(programs.load_or_compile(make, jax.devices()[:1], meaning, x)(x))
 
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     found = [got({"code": code}) for code in (1, 1, 2, 2)]
@@ -1013,11 +1048,11 @@ def test_kandinsky_is_not_trained_yet(kandinsky: Path, pictures: Path, tmp_path:
         "model": {"base": str(kandinsky / "prior"), "family": "kandinsky22-prior"},
         "data": {"folder": str(pictures)},
     }
-    raw |= {"train": {"steps": 1, "batch": 1}, "engine": {"kind": "jax"}}
+    raw |= {"train": {"steps": 1, "batch_size": 1}, "engine": {"kind": "jax"}}
     with pytest.raises(
-        InputFault, match="does not train a PriorTransformer of family 'kandinsky22-prior' yet"
+        InputError, match="does not train a PriorTransformer of family 'kandinsky22-prior' yet"
     ):
-        training.run(config.build(config.Config, raw), tell=lambda line: None)
+        loop.run_training(toml.build(Config, raw), report=lambda line: None)
 
 
 def test_strange_and_missing_arrays_are_listed(base: Path, tmp_path: Path) -> None:
@@ -1030,32 +1065,35 @@ def test_strange_and_missing_arrays_are_listed(base: Path, tmp_path: Path) -> No
     moved = arrays.pop("conv_in.weight")
     save_file(arrays | {"conv_inn.weight": moved}, path)
     with pytest.raises(
-        InputFault,
+        InputError,
         match=r"1 arrays are missing: conv_in\.weight; 1 arrays have no place in the model: "
         r"conv_inn\.weight",
     ):
-        weights.read(opened(folder, "sd"), "unet")
+        weights.read_component(opened(folder, "sd"), "unet")
     save_file(arrays | {"conv_in.weight": moved[:, :3].copy()}, path)
     with pytest.raises(
-        InputFault, match=r"conv_in\.weight is \[32, 3, 3, 3\], \[32, 4, 3, 3\] is expected"
+        InputError, match=r"conv_in\.weight is \[32, 3, 3, 3\], \[32, 4, 3, 3\] is expected"
     ):
-        weights.read(opened(folder, "sd"), "unet")
+        weights.read_component(opened(folder, "sd"), "unet")
     known = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(
         json.dumps(known | {"resnet_time_scale_shift": "scale_shift"})
     )
     with pytest.raises(
-        InputFault,
+        InputError,
         match="no code for this UNet2DConditionModel: resnet_time_scale_shift is 'scale_shift', "
         "'default' is expected",
     ):
-        weights.read(opened(folder, "sd"), "unet")
+        weights.read_component(opened(folder, "sd"), "unet")
 
 
 def test_half_and_sharded_weights_are_read(base: Path, sd_fp16: Path) -> None:
-    found = open_base(config.Model(base=str(sd_fp16), variant="fp16"), FAMILIES["sd"])
+    found = open_base(ModelSettings(base=str(sd_fp16), variant="fp16"), FAMILIES["sd"])
     assert len(found.weight_files("unet")) > 1
-    ours, plain = weights.read(found, "unet"), weights.read(opened(base, "sd"), "unet")
+    ours, plain = (
+        weights.read_component(found, "unet"),
+        weights.read_component(opened(base, "sd"), "unet"),
+    )
     assert ours.keys() == plain.keys() and all(a.dtype == np.float32 for a in ours.values())
     assert max(np.abs(ours[name] - plain[name]).max() for name in ours) < 1e-2
 
@@ -1068,11 +1106,12 @@ def test_the_old_pipeline_draws_what_the_stock_one_draws(
     from diffusers import AutoPipelineForText2Image
 
     from limner.compat import flax
+    from limner.compat.flax import FlaxStableDiffusionPipeline, FlaxStableDiffusionXLPipeline
 
     folder = {"sd": base, "sdxl": sdxl}[family]
     pipe, params = {
-        "sd": flax.FlaxStableDiffusionPipeline,
-        "sdxl": flax.FlaxStableDiffusionXLPipeline,
+        "sd": FlaxStableDiffusionPipeline,
+        "sdxl": FlaxStableDiffusionXLPipeline,
     }[family].from_pretrained(str(folder))
     noise, prompts = normal(2, 4, 16, 16), ["a red circle", "blue"]
     stock = AutoPipelineForText2Image.from_pretrained(folder)
@@ -1094,7 +1133,7 @@ def test_the_old_pipeline_draws_what_the_stock_one_draws(
     ).images
     assert np.abs(np.asarray(other) - np.asarray(made)).max() > 1e-3
     with (
-        pytest.raises(InputFault, match="3 rows cannot be divided among 2 devices"),
+        pytest.raises(InputError, match="3 rows cannot be divided among 2 devices"),
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(jax, "device_count", lambda: 2)

@@ -17,11 +17,18 @@ import torch
 from PIL import Image
 
 import limner
-from limner import cli, config, export, generate, rng, training
-from limner.base import open_base
+from limner import cli, rng
+from limner.base_model.open import open_base
+from limner.commands import export, generate
+from limner.config import toml
+from limner.config.schema import AdapterSettings, Config, ModelSettings, PreviewSettings
+from limner.data import contact_sheet
 from limner.engines.torch import lora
+from limner.errors import InputError
 from limner.families import FAMILIES
-from limner.faults import InputFault
+from limner.storage import checkpoint
+from limner.training import loop
+from limner.training.stream import Stream
 
 SEED, SIZE, EYE = 3, 32, 24
 PRIOR, DECODER = "kandinsky22-prior", "kandinsky22-decoder"
@@ -35,12 +42,12 @@ def stage(family: str) -> str:
     return family.removeprefix("kandinsky22-")
 
 
-def settings(base: Path, pictures: Path, run: Path, family: str, **sections: Any) -> config.Config:
+def settings(base: Path, pictures: Path, run: Path, family: str, **sections: Any) -> Config:
     raw: dict[str, Any] = {
         "run": str(run),
         "model": {
             "base": str(base / stage(family)),
-            "partner": str(base / stage(OTHER[family])),
+            "other_stage": str(base / stage(OTHER[family])),
             "family": family,
         },
     }
@@ -48,14 +55,12 @@ def settings(base: Path, pictures: Path, run: Path, family: str, **sections: Any
         "data": {"folder": str(pictures), "size": SIZE, "flip": True, "resample": "box"},
         "objective": {"min_snr": 5.0},
     }
-    raw |= {"train": {"steps": 1, "batch": 4, "seed": SEED}, "log": {"every": 1}}
+    raw |= {"train": {"steps": 1, "batch_size": 4, "seed": SEED}, "log": {"every": 1}}
     if family == PRIOR:
         raw["data"] |= {"drop_caption": 0.4}
     else:
-        raw["data"] |= {"crop": "random", "crops": 3}
-    return config.build(
-        config.Config, {**raw, **{k: {**raw.get(k, {}), **v} for k, v in sections.items()}}
-    )
+        raw["data"] |= {"crop": "random", "crop_variants": 3}
+    return toml.build(Config, {**raw, **{k: {**raw.get(k, {}), **v} for k, v in sections.items()}})
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -79,11 +84,11 @@ def result(
         for kind in ("full", "lora"):
             sections = {
                 "train": {"steps": 3},
-                "adapt": {"kind": kind, "rank": 3, "alpha": 6.0},
+                "adapter": {"kind": kind, "rank": 3, "alpha": 6.0},
                 "optim": {"learning_rate": 3e-2, "ema": 0.5},
             }
             preview = {"prompts": ["a red circle"], "steps": 2, "guidance_scale": 4.0, "count": 2}
-            out[family, kind] = training.run(
+            out[family, kind] = loop.run_training(
                 settings(
                     kandinsky,
                     wide,
@@ -92,7 +97,7 @@ def result(
                     **sections,
                     preview=preview,
                 ),
-                tell=lambda line: None,
+                report=lambda line: None,
             )
     return out
 
@@ -105,14 +110,14 @@ def seen_by_clip(pipe: Any, picture: Image.Image) -> torch.Tensor:
 
 
 def learned(
-    net: torch.nn.Module, family: str, adapt: config.Adapt
+    net: torch.nn.Module, family: str, adapter: AdapterSettings
 ) -> dict[str, torch.nn.Parameter]:
     """The parameters that learn; both matrices of a LoRA moved off zero, else the gradient of the
     first is nothing."""
     record = FAMILIES[family]
-    if adapt.kind == "full":
-        return {name: p for name, p in net.named_parameters() if name not in record.fixed}
-    named = lora.add({record.trains: net}, adapt, record, SEED)
+    if adapter.kind == "full":
+        return {name: p for name, p in net.named_parameters() if name not in record.frozen_arrays}
+    named = lora.add_adapters({record.trained_component: net}, adapter, record, SEED)
     for name, p in named.items():
         if ".lora_B." in name:
             p.data += 0.01
@@ -126,14 +131,14 @@ def outcome(loss: torch.Tensor, named: dict[str, torch.nn.Parameter]) -> tuple[f
     ).item()
 
 
-def prior_by_hand(base: Path, pictures: Path, adapt: config.Adapt) -> tuple[float, float]:
+def prior_by_hand(base: Path, pictures: Path, adapter: AdapterSettings) -> tuple[float, float]:
     """Loss and gradient norm of the first step, with diffusers' classes; only the draws are
     Limner's."""
     from diffusers import DDPMScheduler, KandinskyV22PriorPipeline
     from diffusers.training_utils import compute_snr
 
     pipe = KandinskyV22PriorPipeline.from_pretrained(base / "prior")
-    named = learned(pipe.prior, PRIOR, adapt)
+    named = learned(pipe.prior, PRIOR, adapter)
     lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     order = rng.at(SEED, "order", 0).permutation(len(lines))
     embeds, noise, times, captions = [], [], [], []
@@ -170,7 +175,7 @@ def prior_by_hand(base: Path, pictures: Path, adapt: config.Adapt) -> tuple[floa
     return outcome(((made - target).square().mean(1) * weight).mean(), named)
 
 
-def decoder_by_hand(base: Path, pictures: Path, adapt: config.Adapt) -> tuple[float, float]:
+def decoder_by_hand(base: Path, pictures: Path, adapter: AdapterSettings) -> tuple[float, float]:
     """The same for the decoder."""
     from diffusers import DDPMScheduler, KandinskyV22Pipeline, KandinskyV22PriorPipeline
     from diffusers.training_utils import compute_snr
@@ -179,7 +184,7 @@ def decoder_by_hand(base: Path, pictures: Path, adapt: config.Adapt) -> tuple[fl
         KandinskyV22Pipeline.from_pretrained(base / "decoder"),
         KandinskyV22PriorPipeline.from_pretrained(base / "prior"),
     )
-    named = learned(pipe.unet, DECODER, adapt)
+    named = learned(pipe.unet, DECODER, adapter)
     lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     order = rng.at(SEED, "order", 0).permutation(len(lines))
     latents, noise, times, embeds = [], [], [], []
@@ -221,9 +226,9 @@ def decoder_by_hand(base: Path, pictures: Path, adapt: config.Adapt) -> tuple[fl
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("family", [PRIOR, DECODER])
 def test_a_step_is_what_diffusers_computes(family, kind, kandinsky, wide, tmp_path, monkeypatch):
-    adapt = config.Adapt(kind, 3)
-    loss, norm = (prior_by_hand if family == PRIOR else decoder_by_hand)(kandinsky, wide, adapt)
-    add = lora.add
+    adapter = AdapterSettings(kind, 3)
+    loss, norm = (prior_by_hand if family == PRIOR else decoder_by_hand)(kandinsky, wide, adapter)
+    add = lora.add_adapters
 
     def moved(*arguments):
         named = add(*arguments)
@@ -232,10 +237,10 @@ def test_a_step_is_what_diffusers_computes(family, kind, kandinsky, wide, tmp_pa
                 p.data += 0.01
         return named
 
-    monkeypatch.setattr(lora, "add", moved)
-    training.run(
-        settings(kandinsky, wide, tmp_path, family, adapt={"kind": kind, "rank": 3}),
-        tell=lambda line: None,
+    monkeypatch.setattr(lora, "add_adapters", moved)
+    loop.run_training(
+        settings(kandinsky, wide, tmp_path, family, adapter={"kind": kind, "rank": 3}),
+        report=lambda line: None,
     )
     [row] = rows(tmp_path)
     assert row["loss"] == pytest.approx(loss, rel=1e-6) and row["grad_norm"] == pytest.approx(
@@ -248,14 +253,14 @@ def test_what_clip_sees_is_what_its_processor_shows_it(kandinsky, tmp_path):
     odd width."""
     from transformers import CLIPImageProcessorPil
 
-    from limner.data import image
+    from limner.data import geometry, image
 
     processor = CLIPImageProcessorPil.from_pretrained(kandinsky / "prior" / "image_processor")
     for i, shape in enumerate([(300, 417), (333, 250), (96, 96), (24, 24), (20, 31)]):
         path = tiny.pictures(tmp_path / str(i), 1, size=shape) / "000.png"
-        [ours] = image.load(
+        [ours] = image.load_views(
             path.read_bytes(),
-            [(image.whole(shape, EYE), "bicubic")],
+            [(geometry.center_square(shape, EYE), "bicubic")],
             background="white",
             max_pixels=10**9,
         )
@@ -267,10 +272,10 @@ def test_what_clip_sees_is_what_its_processor_shows_it(kandinsky, tmp_path):
         assert difference.mean() < 0.3 and difference.max() < 6, shape
 
 
-def finished(cfg: config.Config) -> tuple[list[Any], dict[str, bytes]]:
+def finished(cfg: Config) -> tuple[list[Any], dict[str, bytes]]:
     """The curve without clocks, and the bytes of all arrays of the last checkpoint."""
-    run = training.run(cfg, tell=lambda line: None)
-    found = training.checkpoint.read(run / f"checkpoint-{cfg.train.steps}")
+    run = loop.run_training(cfg, report=lambda line: None)
+    found = checkpoint.open_checkpoint(run / f"checkpoint-{cfg.train.steps}")
     files = sorted(
         p.relative_to(found.folder).as_posix() for p in found.folder.rglob("*.safetensors")
     )
@@ -285,8 +290,8 @@ def finished(cfg: config.Config) -> tuple[list[Any], dict[str, bytes]]:
 @pytest.mark.parametrize("family", [PRIOR, DECODER])
 def test_cached_equals_uncached_to_the_bit(family, kandinsky, wide, tmp_path):
     common = {
-        "train": {"steps": 3, "micro": 2},
-        "watch": {"hold_out": 1, "every": 2, "timesteps": 2},
+        "train": {"steps": 3, "micro_batch_size": 2},
+        "validation": {"hold_out": 1, "every": 2, "timesteps": 2},
         "optim": {"ema": 0.5},
     }
     seen = []
@@ -313,8 +318,8 @@ def test_recomputing_activations_changes_no_bit(
         "checkpoint",
         checkpointed := counted(torch.utils.checkpoint.checkpoint, calls),
     )
-    monkeypatch.setattr("limner.engines.torch.parts.checkpoint", checkpointed)
-    common = {"train": {"steps": 2, "micro": 2}, "adapt": {"kind": kind}}
+    monkeypatch.setattr("limner.engines.torch.encoders.checkpoint", checkpointed)
+    common = {"train": {"steps": 2, "micro_batch_size": 2}, "adapter": {"kind": kind}}
     kept = finished(settings(kandinsky, wide, tmp_path / "kept", family, **common))
     assert not calls
     again = finished(
@@ -392,25 +397,27 @@ def test_stock_pipelines_load_the_result_and_draw_the_same_picture(
     if kind == "lora":
         net = mine.prior if family == PRIOR else mine.unet
         net.load_lora_adapter(
-            run, prefix=FAMILIES[family].trains, weight_name="pytorch_lora_weights.safetensors"
+            run,
+            prefix=FAMILIES[family].trained_component,
+            weight_name="pytorch_lora_weights.safetensors",
         )
         [adapter] = net.peft_config.values()
         assert (adapter.r, adapter.lora_alpha, set(adapter.target_modules)) == (
             3,
             6,
-            set(FAMILIES[family].lora[FAMILIES[family].trains]),
+            set(FAMILIES[family].lora_targets[FAMILIES[family].trained_component]),
         )
     other = classes[OTHER[family]].from_pretrained(kandinsky / stage(OTHER[family]))
     pipe = stock(*((mine, other) if family == PRIOR else (other, mine)))
     want = [drawn(pipe, SEED + k) for k in range(2)]
     shown = [
-        generate.read_picture(path)
+        contact_sheet.read_picture(path)
         for path in sorted((run / "previews" / "step-000003").glob("*.png"))
     ]
     assert len(shown) == 2 and all(
         np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(shown, want, strict=True)
     )
-    made = generate.run(
+    made = generate.run_generate(
         str(run),
         ["a red circle"],
         seed=SEED,
@@ -422,7 +429,7 @@ def test_stock_pipelines_load_the_result_and_draw_the_same_picture(
         output=tmp_path,
     )
     assert all(
-        np.abs(generate.read_picture(a).astype(int) - b).max() <= 1
+        np.abs(contact_sheet.read_picture(a).astype(int) - b).max() <= 1
         for a, b in zip(made, want, strict=True)
     )
     base = drawn(
@@ -438,15 +445,17 @@ def test_both_stages_tuned(kinds, result, kandinsky, tmp_path):
     """In either order, and beside what one of them was trained with."""
     prior, decoder = result[PRIOR, kinds[0]], result[DECODER, kinds[1]]
     how = {"seed": SEED, "steps": 2, "guidance_scale": 4.0, "size": SIZE, "device": "cpu"}
-    [one] = generate.run(
-        str(prior), ["a red circle"], partner=str(decoder), output=tmp_path / "one", **how
+    [one] = generate.run_generate(
+        str(prior), ["a red circle"], other_stage=str(decoder), output=tmp_path / "one", **how
     )
-    [two] = generate.run(
-        str(decoder), ["a red circle"], partner=str(prior), output=tmp_path / "two", **how
+    [two] = generate.run_generate(
+        str(decoder), ["a red circle"], other_stage=str(prior), output=tmp_path / "two", **how
     )
-    [plain] = generate.run(str(decoder), ["a red circle"], output=tmp_path / "plain", **how)
-    np.testing.assert_array_equal(generate.read_picture(one), generate.read_picture(two))
-    assert not np.array_equal(generate.read_picture(one), generate.read_picture(plain))
+    [plain] = generate.run_generate(
+        str(decoder), ["a red circle"], output=tmp_path / "plain", **how
+    )
+    np.testing.assert_array_equal(contact_sheet.read_picture(one), contact_sheet.read_picture(two))
+    assert not np.array_equal(contact_sheet.read_picture(one), contact_sheet.read_picture(plain))
 
 
 def test_one_folder_of_both_stages(result, tmp_path, capsys):
@@ -459,7 +468,8 @@ def test_one_folder_of_both_stages(result, tmp_path, capsys):
 
     prior, decoder, target = result[PRIOR, "full"], result[DECODER, "full"], tmp_path / "both"
     assert (
-        cli.main(["export", str(decoder), "--combined", str(target), "--partner", str(prior)]) == 0
+        cli.main(["export", str(decoder), "--combined", str(target), "--other-stage", str(prior)])
+        == 0
     )
     halves = stock(
         KandinskyV22PriorPipeline.from_pretrained(prior),
@@ -470,7 +480,7 @@ def test_one_folder_of_both_stages(result, tmp_path, capsys):
         whole = cls.from_pretrained(target)
         assert type(whole) is KandinskyV22CombinedPipeline
         np.testing.assert_array_equal(drawn(whole, 5), want)
-    [made] = generate.run(
+    [made] = generate.run_generate(
         str(target),
         ["a red circle"],
         seed=5,
@@ -481,7 +491,7 @@ def test_one_folder_of_both_stages(result, tmp_path, capsys):
         scheduler=None,
         output=tmp_path / "pictures",
     )
-    np.testing.assert_array_equal(generate.read_picture(made), want)
+    np.testing.assert_array_equal(contact_sheet.read_picture(made), want)
     for message, arguments in {
         "it is there already": ["export", str(decoder), "--combined", str(target)],
         "a LoRA is no folder of weights": [
@@ -489,13 +499,13 @@ def test_one_folder_of_both_stages(result, tmp_path, capsys):
             str(decoder),
             "--combined",
             str(tmp_path / "new"),
-            "--partner",
+            "--other-stage",
             str(result[PRIOR, "lora"]),
         ],
         "nothing is put together without --combined": [
             "export",
             str(decoder),
-            "--partner",
+            "--other-stage",
             str(prior),
         ],
     }.items():
@@ -506,13 +516,16 @@ def test_one_folder_of_both_stages(result, tmp_path, capsys):
 def test_a_folder_of_both_serves_as_either_base(result, wide, tmp_path):
     """With the same numbers as two folders, for training and for pictures."""
     both = tmp_path / "both"
-    export.combine(
-        result[DECODER, "full"], both, partner=str(result[PRIOR, "full"]), tell=lambda line: None
+    export.combine_stages(
+        result[DECODER, "full"],
+        both,
+        other_stage=str(result[PRIOR, "full"]),
+        report=lambda line: None,
     )
     for family in (PRIOR, DECODER):
         halves = {
             "base": str(result[family, "full"]),
-            "partner": str(result[OTHER[family], "full"]),
+            "other_stage": str(result[OTHER[family], "full"]),
         }
         preview = {"prompts": ["a red circle"], "steps": 2, "guidance_scale": 4.0}
         apart = settings(
@@ -523,7 +536,7 @@ def test_a_folder_of_both_serves_as_either_base(result, wide, tmp_path):
             wide,
             tmp_path / f"{family}-both",
             family,
-            model={"base": str(both), "partner": None},
+            model={"base": str(both), "other_stage": None},
             preview=preview,
         )
         assert finished(apart) == finished(together)
@@ -531,8 +544,8 @@ def test_a_folder_of_both_serves_as_either_base(result, wide, tmp_path):
             next((tmp_path / f"{family}-{name}" / "previews" / "step-000001").glob("*.png"))
             for name in ("apart", "both")
         ]
-        np.testing.assert_array_equal(*map(generate.read_picture, pictures))
-        [made] = generate.run(
+        np.testing.assert_array_equal(*map(contact_sheet.read_picture, pictures))
+        [made] = generate.run_generate(
             str(tmp_path / f"{family}-both"),
             ["a red circle"],
             seed=SEED,
@@ -544,7 +557,8 @@ def test_a_folder_of_both_serves_as_either_base(result, wide, tmp_path):
         )
         assert (
             np.abs(
-                generate.read_picture(made).astype(int) - generate.read_picture(pictures[1])
+                contact_sheet.read_picture(made).astype(int)
+                - contact_sheet.read_picture(pictures[1])
             ).max()
             <= 1
         )
@@ -555,15 +569,15 @@ def test_one_command_trains_both_and_draws_with_both(
 ):
     """The decoder's previews are made with the prior of the run before."""
     recipe = (
-        '[model]\nfamily = "{family}"\nbase = "{base}"\npartner = "{partner}"\n[train]\n'
-        'steps = 2\nbatch = 4\nseed = 3\n[adapt]\nkind = "{kind}"\n'
+        '[model]\nfamily = "{family}"\nbase = "{base}"\nother_stage = "{partner}"\n[train]\n'
+        'steps = 2\nbatch_size = 4\nseed = 3\n[adapter]\nkind = "{kind}"\n'
     )
     for kind in ("full", "lora"):
         for family in (PRIOR, DECODER):
             text = recipe.format(
                 family=family,
                 base=kandinsky / stage(family),
-                partner=kandinsky / stage(OTHER[family]),
+                other_stage=kandinsky / stage(OTHER[family]),
                 kind=kind,
             )
             (tmp_path / f"{family}-{kind}.toml").write_text(
@@ -587,12 +601,12 @@ def test_one_command_trains_both_and_draws_with_both(
             == 0
         )
         run, prior = tmp_path / f"{DECODER}-{kind}", tmp_path / f"{PRIOR}-{kind}"
-        assert json.loads((run / "config.json").read_text())["model"]["partner"] == str(prior)
+        assert json.loads((run / "config.json").read_text())["model"]["other_stage"] == str(prior)
         [shown] = (run / "previews" / "step-000002").glob("*.png")
-        [made] = generate.run(
+        [made] = generate.run_generate(
             str(run),
             ["a red circle"],
-            partner=str(prior),
+            other_stage=str(prior),
             seed=3,
             steps=2,
             guidance_scale=7.5,
@@ -601,7 +615,9 @@ def test_one_command_trains_both_and_draws_with_both(
             output=tmp_path / "p" / kind,
         )
         assert (
-            np.abs(generate.read_picture(made).astype(int) - generate.read_picture(shown)).max()
+            np.abs(
+                contact_sheet.read_picture(made).astype(int) - contact_sheet.read_picture(shown)
+            ).max()
             <= 1
         )
     capsys.readouterr()
@@ -630,18 +646,18 @@ def test_recipes_one_after_the_other_share_an_engine(kandinsky, sd, wide, tmp_pa
     first = settings(kandinsky, wide, tmp_path / "first", PRIOR)
     for name, value in (("kind", "jax"), ("precision", "bf16"), ("fsdp", 2)):
         second = settings(kandinsky, wide, tmp_path / "second", DECODER, engine={name: value})
-        with pytest.raises(InputFault, match=f"need the same engine.{name}"):
-            training.run_all([first, second])
+        with pytest.raises(InputError, match=f"need the same engine.{name}"):
+            loop.run_all([first, second])
 
 
 def refusal(family: str, kandinsky: Path, **model: Any) -> str:
     given = {
         "base": str(kandinsky / stage(family)),
-        "partner": str(kandinsky / stage(OTHER[family])),
+        "other_stage": str(kandinsky / stage(OTHER[family])),
         "family": family,
     } | model
-    with pytest.raises(InputFault) as fault:
-        open_base(config.build(config.Model, given), FAMILIES[family])
+    with pytest.raises(InputError) as fault:
+        open_base(toml.build(ModelSettings, given), FAMILIES[family])
     return str(fault.value)
 
 
@@ -670,14 +686,14 @@ def test_what_does_not_fit_is_named_before_weights_are_looked_at(kandinsky, sd, 
         in refusal(PRIOR, kandinsky, base=str(decoder))
     )
     assert "is of a KandinskyV22Pipeline; family 'kandinsky22-prior' needs" in refusal(
-        DECODER, kandinsky, partner=str(decoder)
+        DECODER, kandinsky, other_stage=str(decoder)
     )
     assert "is of a StableDiffusionPipeline; family 'kandinsky22-decoder' needs" in refusal(
         DECODER, kandinsky, base=str(sd)
     )
     assert (
         "goes with a KandinskyV22PriorPipeline, and its image_encoder and image_processor make "
-        "features" in refusal(DECODER, kandinsky, partner=None)
+        "features" in refusal(DECODER, kandinsky, other_stage=None)
     )
     lacking = edited(decoder, tmp_path / "lacking", "movq")
     index = json.loads((lacking / "model_index.json").read_text())
@@ -690,7 +706,7 @@ def test_what_does_not_fit_is_named_before_weights_are_looked_at(kandinsky, sd, 
         DECODER,
         kandinsky,
         base=str(edited(decoder, tmp_path / "d", "unet")),
-        partner=str(with_weights(prior, narrow)),
+        other_stage=str(with_weights(prior, narrow)),
     )
     assert "embedding_dim is 32, the image encoder's projection_dim is 48" in refusal(
         PRIOR, kandinsky, base=str(narrow)
@@ -703,8 +719,8 @@ def test_what_does_not_fit_is_named_before_weights_are_looked_at(kandinsky, sd, 
     assert "in_channels is 9 and out_channels 8, the MOVQ's latent_channels is 4" in refusal(
         DECODER, kandinsky, base=str(four)
     )
-    assert "model.partner: a base of family 'sd' makes pictures alone" in refused_sd(
-        sd, partner=str(prior)
+    assert "model.other_stage: a base of family 'sd' makes pictures alone" in refused_sd(
+        sd, other_stage=str(prior)
     )
 
 
@@ -715,8 +731,8 @@ def with_weights(source: Path, target: Path) -> Path:
 
 
 def refused_sd(sd: Path, **model: Any) -> str:
-    with pytest.raises(InputFault) as fault:
-        open_base(config.Model(base=str(sd), **model), FAMILIES["sd"])
+    with pytest.raises(InputError) as fault:
+        open_base(ModelSettings(base=str(sd), **model), FAMILIES["sd"])
     return str(fault.value)
 
 
@@ -736,13 +752,17 @@ def test_captions_are_for_the_prior_alone(kandinsky, wide, tmp_path):
     pictures = tmp_path / "pictures"
     shutil.copytree(wide, pictures)
     (pictures / "metadata.jsonl").unlink()
-    with pytest.raises(InputFault, match="5 pictures, but no captions"):
-        training.run(
-            settings(kandinsky, pictures, tmp_path / "prior", PRIOR), tell=lambda line: None
+    with pytest.raises(InputError, match="5 pictures, but no captions"):
+        loop.run_training(
+            settings(kandinsky, pictures, tmp_path / "prior", PRIOR), report=lambda line: None
         )
     said: list[str] = []
-    training.run(settings(kandinsky, pictures, tmp_path / "decoder", DECODER), tell=said.append)
-    training.run(settings(kandinsky, wide, tmp_path / "captioned", DECODER), tell=said.append)
+    loop.run_training(
+        settings(kandinsky, pictures, tmp_path / "decoder", DECODER), report=said.append
+    )
+    loop.run_training(
+        settings(kandinsky, wide, tmp_path / "captioned", DECODER), report=said.append
+    )
     assert rows(tmp_path / "decoder")[0]["loss"] == rows(tmp_path / "captioned")[0]["loss"]
     assert not any("empty caption" in line or "for want of" in line for line in said)
 
@@ -754,17 +774,17 @@ def test_captions_are_for_the_prior_alone(kandinsky, wide, tmp_path):
         (PRIOR, "data.buckets", {}),
         (PRIOR, "objective.noise_offset", 0.1),
         (PRIOR, "objective.predict", "epsilon"),
-        (PRIOR, "data.chunks", 2),
+        (PRIOR, "data.caption_chunks", 2),
         (DECODER, "data.drop_caption", 0.1),
         (DECODER, "data.caption", "words"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(family, name, value, kandinsky, wide, tmp_path):
     section, key = name.split(".")
-    with pytest.raises(InputFault, match=f"{name}: it means nothing to family '{family}'"):
-        training.run(
+    with pytest.raises(InputError, match=f"{name}: it means nothing to family '{family}'"):
+        loop.run_training(
             settings(kandinsky, wide, tmp_path, family, **{section: {key: value}}),
-            tell=lambda line: None,
+            report=lambda line: None,
         )
 
 
@@ -774,25 +794,25 @@ def test_previews_of_a_prior_need_a_decoder(kandinsky, wide, tmp_path):
         wide,
         tmp_path / "run",
         PRIOR,
-        model={"partner": None},
+        model={"other_stage": None},
         preview={"prompts": ["a cat"]},
     )
     with pytest.raises(
-        InputFault,
-        match=r"model\.partner: .* goes with a KandinskyV22Pipeline, and pictures are made "
+        InputError,
+        match=r"model\.other_stage: .* goes with a KandinskyV22Pipeline, and pictures are made "
         r"with both",
     ):
-        training.run(cfg, tell=lambda line: None)
-    training.run(replace(cfg, preview=config.Preview()), tell=lambda line: None)
+        loop.run_training(cfg, report=lambda line: None)
+    loop.run_training(replace(cfg, preview=PreviewSettings()), report=lambda line: None)
     with pytest.raises(
-        InputFault,
+        InputError,
         match=r"A KandinskyV22PriorPipeline makes pictures together with its other stage; name "
-        r"that too, with --partner",
+        r"that too, with --other-stage",
     ):
-        generate.run(str(tmp_path / "run"), ["a cat"], device="cpu")
-    with pytest.raises(InputFault, match="make pictures together"):
-        generate.run(
-            str(tmp_path / "run"), ["a cat"], partner=str(kandinsky / "prior"), device="cpu"
+        generate.run_generate(str(tmp_path / "run"), ["a cat"], device="cpu")
+    with pytest.raises(InputError, match="make pictures together"):
+        generate.run_generate(
+            str(tmp_path / "run"), ["a cat"], other_stage=str(kandinsky / "prior"), device="cpu"
         )
 
 
@@ -801,14 +821,14 @@ def test_buckets_leave_the_image_encoder_s_view_as_it_is(kandinsky, tmp_path):
     pictures = tmp_path / "pictures"
     tiny.pictures(pictures, 4, size=(40, 70))
     batches = []
-    draw = training.Stream.batch
+    draw = Stream.batch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            training.Stream,
+            Stream,
             "batch",
             lambda self, step, **k: [b := draw(self, step, **k), batches.append(b)][0],
         )
-        training.run(
+        loop.run_training(
             settings(
                 kandinsky,
                 pictures,
@@ -816,7 +836,7 @@ def test_buckets_leave_the_image_encoder_s_view_as_it_is(kandinsky, tmp_path):
                 DECODER,
                 data={"buckets": {"step": 8}, "flip": False},
             ),
-            tell=lambda line: None,
+            report=lambda line: None,
         )
     assert batches[0]["x0"].shape == (4, 4, 12, 20) and batches[0]["embedding"].shape == (4, 32)
 

@@ -4,6 +4,7 @@ stops training or moves its random numbers."""
 import errno
 import json
 import math
+import os
 import random
 import sys
 import types
@@ -15,15 +16,24 @@ import pytest
 import torch
 from PIL import Image
 
-from limner import config, durable, log
-from limner.faults import InputFault
+from limner.config import toml
+from limner.config.schema import Config
+from limner.errors import InputError
+from limner.storage import atomic
+from limner.training.sinks import (
+    installed_sinks,
+    open_sinks,
+    read_metrics,
+    redact,
+    require_packages,
+)
 
 CANARY = "hf_CanaryCanaryCanaryCanary1234"
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 
 
-def recipe(*to: str, **raw: Any) -> config.Config:
-    return config.build(config.Config, {"log": {"to": list(to), "project": "stars"}, **raw})
+def recipe(*to: str, **raw: Any) -> Config:
+    return toml.build(Config, {"log": {"to": list(to), "project": "stars"}, **raw})
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -66,7 +76,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_rows_are_exact_and_equal_runs_give_equal_lines(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        sinks = log.open_sinks(recipe(), tmp_path / name, 0)
+        sinks = open_sinks(recipe(), tmp_path / name, 0)
         sinks.write(1, {"loss": 0.1 + 0.2, "grad_norm": np.float32(0.1), "count": np.int64(3)})
         sinks.write(2, {"loss": math.nan, "grad_norm": math.inf, "count": 4})
         sinks.close()
@@ -77,22 +87,22 @@ def test_rows_are_exact_and_equal_runs_give_equal_lines(tmp_path: Path) -> None:
         == '{"step": 1, "loss": 0.30000000000000004, "grad_norm": 0.10000000149011612, "count": 3}'
     )
     assert text.splitlines()[1] == '{"step": 2, "loss": null, "grad_norm": null, "count": 4}'
-    assert log.read(tmp_path / "a" / "metrics.jsonl") == rows(tmp_path / "a")
+    assert read_metrics(tmp_path / "a" / "metrics.jsonl") == rows(tmp_path / "a")
 
 
 def test_resume_drops_later_rows_and_half_a_line(tmp_path: Path) -> None:
-    sinks = log.open_sinks(recipe(), tmp_path, 0)
+    sinks = open_sinks(recipe(), tmp_path, 0)
     for step in (2, 4, 6, 8):
         sinks.write(step, {"loss": step / 10})
     path = tmp_path / "metrics.jsonl"
     before = path.read_text().splitlines(keepends=True)
     path.write_text("".join(before) + '{"step": 10, "lo')
-    assert [row["step"] for row in log.read(path)] == [2, 4, 6, 8]
-    resumed = log.open_sinks(recipe(), tmp_path, 4)
+    assert [row["step"] for row in read_metrics(path)] == [2, 4, 6, 8]
+    resumed = open_sinks(recipe(), tmp_path, 4)
     assert path.read_text() == "".join(before[:2])
     resumed.write(6, {"loss": 0.6})
     assert path.read_text() == "".join(before[:3])
-    log.open_sinks(recipe(), tmp_path, 0)
+    open_sinks(recipe(), tmp_path, 0)
     assert path.read_text() == "", "a fresh start begins with no rows"
 
 
@@ -100,9 +110,9 @@ def test_rows_that_a_full_disk_refused_are_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    sinks = log.open_sinks(recipe(), tmp_path, 0, told.append)
+    sinks = open_sinks(recipe(), tmp_path, 0, told.append)
     sinks.write(1, {"loss": 1.0})
-    real = log.os.open
+    real = os.open
 
     def full(path: Any, *args: Any, **kwargs: Any) -> int:
         if str(path).endswith("metrics.jsonl"):
@@ -112,7 +122,7 @@ def test_rows_that_a_full_disk_refused_are_written_later(
         return real(path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(log.os, "open", full)
+        patch.setattr(os, "open", full)
         sinks.write(2, {"loss": 2.0})
         sinks.write(3, {"loss": 3.0})
     assert len(told) == 1 and "No space left" in told[0] and "training goes on" in told[0]
@@ -130,10 +140,10 @@ def test_previews_are_whole_folders_of_exact_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    sinks = log.open_sinks(recipe(), tmp_path, 0, told.append)
+    sinks = open_sinks(recipe(), tmp_path, 0, told.append)
     sinks.images(500, "validation", [("a red apple", PICTURE), ("ein grüner Apfel", PICTURE[::-1])])
     folder = tmp_path / "previews" / "step-000500"
-    durable.verify(folder)
+    atomic.verify(folder)
     with Image.open(folder / "01.png") as second:
         assert np.array_equal(np.asarray(second), PICTURE[::-1])
         assert second.text["caption"] == "ein grüner Apfel"  # type: ignore[attr-defined]
@@ -155,7 +165,7 @@ def accumulated(run: Path) -> Any:
 
 
 def test_tensorboard_holds_the_numbers_pictures_and_settings(tmp_path: Path) -> None:
-    sinks = log.open_sinks(recipe("tensorboard", train={"steps": 7}), tmp_path, 0)
+    sinks = open_sinks(recipe("tensorboard", train={"steps": 7}), tmp_path, 0)
     for step in (1, 2, 3):
         sinks.write(step, {"loss": step / 4, "learning_rate": 1e-4})
     sinks.images(2, "validation", [("a", PICTURE), ("b", PICTURE)])
@@ -172,11 +182,11 @@ def test_tensorboard_holds_the_numbers_pictures_and_settings(tmp_path: Path) -> 
 
 
 def test_tensorboard_after_resume_shows_each_step_once(tmp_path: Path) -> None:
-    first = log.open_sinks(recipe("tensorboard"), tmp_path, 0)
+    first = open_sinks(recipe("tensorboard"), tmp_path, 0)
     for step in (1, 2, 3, 4):
         first.write(step, {"loss": step / 4})
     first.close()
-    second = log.open_sinks(recipe("tensorboard"), tmp_path, 2)
+    second = open_sinks(recipe("tensorboard"), tmp_path, 2)
     for step in (3, 4, 5):
         second.write(step, {"loss": step / 8})
     second.close()
@@ -198,7 +208,7 @@ def test_tensorboard_after_resume_shows_each_step_once(tmp_path: Path) -> None:
 
 def test_wandb(tmp_path: Path, stub: Any) -> None:
     wandb = stub("wandb")
-    sinks = log.open_sinks(recipe("wandb", train={"steps": 7}), tmp_path, 0)
+    sinks = open_sinks(recipe("wandb", train={"steps": 7}), tmp_path, 0)
     sinks.write(3, {"loss": 0.5})
     sinks.images(3, "validation", [("a star", PICTURE)])
     sinks.close()
@@ -217,15 +227,15 @@ def test_wandb(tmp_path: Path, stub: Any) -> None:
     assert pictures["validation"][0][2] == {"caption": "0: a star"}
     assert np.array_equal(pictures["validation"][0][1][0], PICTURE)
     assert len(wandb.named("finish")) == 1
-    log.open_sinks(recipe("wandb"), tmp_path, 3)
-    log.open_sinks(recipe("wandb"), tmp_path, 0)
+    open_sinks(recipe("wandb"), tmp_path, 3)
+    open_sinks(recipe("wandb"), tmp_path, 0)
     first, resumed, fresh = [kwargs["id"] for _, kwargs in wandb.named("init")]
     assert first == resumed != fresh
 
 
 def test_comet(tmp_path: Path, stub: Any) -> None:
     comet = stub("comet_ml")
-    sinks = log.open_sinks(recipe("comet_ml", train={"steps": 7}), tmp_path, 0)
+    sinks = open_sinks(recipe("comet_ml", train={"steps": 7}), tmp_path, 0)
     sinks.write(3, {"loss": 0.5})
     sinks.images(4, "validation", [("a star", PICTURE)])
     sinks.close()
@@ -244,7 +254,7 @@ def test_comet(tmp_path: Path, stub: Any) -> None:
 def test_a_failing_sink_is_told_of_once_and_dropped(tmp_path: Path, stub: Any) -> None:
     wandb, comet, told = stub("wandb"), stub("comet_ml"), []
     wandb.fails = True
-    sinks = log.open_sinks(recipe("wandb", "comet_ml"), tmp_path, 0, told.append)
+    sinks = open_sinks(recipe("wandb", "comet_ml"), tmp_path, 0, told.append)
     for step in (1, 2, 3):
         sinks.write(step, {"loss": 1.0})
     sinks.images(3, "validation", [("x", PICTURE)])
@@ -255,7 +265,7 @@ def test_a_failing_sink_is_told_of_once_and_dropped(tmp_path: Path, stub: Any) -
     ]
     assert len(rows(tmp_path)) == len(comet.named("log_metrics")) == 3
     comet.start = lambda **kwargs: 1 // 0
-    log.open_sinks(recipe("comet_ml"), tmp_path, 0, told.append).write(1, {"loss": 1.0})
+    open_sinks(recipe("comet_ml"), tmp_path, 0, told.append).write(1, {"loss": 1.0})
     assert len(told) == 2 and told[1].startswith("comet_ml failed") and len(rows(tmp_path)) == 1
 
 
@@ -264,16 +274,16 @@ def test_a_missing_package_is_refused_before_anything_is_written(
 ) -> None:
     for name in ("tensorboard", "tensorboardX", "wandb", "comet_ml"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert log.installed() == ()
+    assert installed_sinks() == ()
     with pytest.raises(
-        InputFault, match=r"wandb, comet_ml is not installed\. Run `pip install wandb comet-ml`"
+        InputError, match=r"wandb, comet_ml is not installed\. Run `pip install wandb comet-ml`"
     ):
-        log.open_sinks(recipe("wandb", "comet_ml"), tmp_path / "run", 0)
+        open_sinks(recipe("wandb", "comet_ml"), tmp_path / "run", 0)
     assert not (tmp_path / "run").exists()
     stub("wandb")
     stub("tensorboardX")
-    assert log.installed() == ("tensorboard", "wandb")
-    log.require(log.installed())
+    assert installed_sinks() == ("tensorboard", "wandb")
+    require_packages(installed_sinks())
 
 
 def test_redact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +300,7 @@ def test_redact(monkeypatch: pytest.MonkeyPatch) -> None:
         f"key {CANARY}": 1.5,
         "short": "hf_short",
     }
-    assert log.redact(given) == {
+    assert redact(given) == {
         "hub_token": "[redacted]",
         "Token": None,
         "use_token": True,
@@ -301,8 +311,8 @@ def test_redact(monkeypatch: pytest.MonkeyPatch) -> None:
         "key [redacted]": 1.5,
         "short": "hf_short",
     }
-    plain = config.plain(config.Config())
-    assert log.redact(plain) == plain, "no setting is taken for a secret"
+    plain = toml.to_plain(Config())
+    assert redact(plain) == plain, "no setting is taken for a secret"
 
 
 def test_no_byte_of_the_run_holds_a_token(
@@ -313,7 +323,7 @@ def test_no_byte_of_the_run_holds_a_token(
     wandb, comet = stub("wandb"), stub("comet_ml")
     model = {"base": f"https://me:{CANARY}@hub/model", "cache_dir": f"/{secret}/cache"}
     raw = {"model": model, "preview": {"prompts": [f"a {CANARY}"]}, "export": {"hub": secret}}
-    sinks = log.open_sinks(recipe("tensorboard", "wandb", "comet_ml", **raw), tmp_path, 0)
+    sinks = open_sinks(recipe("tensorboard", "wandb", "comet_ml", **raw), tmp_path, 0)
     sinks.write(1, {"loss": 1.0})
     sinks.images(1, "validation", [(f"a {CANARY} {secret}", PICTURE)])
     sinks.close()
@@ -332,7 +342,7 @@ def test_no_byte_of_the_run_holds_a_token(
 def test_sinks_move_no_random_number(tmp_path: Path) -> None:
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    sinks = log.open_sinks(recipe("tensorboard"), tmp_path, 0)
+    sinks = open_sinks(recipe("tensorboard"), tmp_path, 0)
     sinks.write(1, {"loss": 1.0})
     sinks.images(1, "validation", [("x", PICTURE)])
     sinks.close()

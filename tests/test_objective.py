@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from limner import config
-from limner.faults import InputFault
-from limner.objective import PREDICTIONS, Objective
+from limner.config import toml
+from limner.config.schema import ObjectiveSettings
+from limner.diffusion.objective import PREDICTION_TYPES, Objective
+from limner.errors import InputError
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -53,10 +54,10 @@ def everywhere(scheduler: dict[str, Any]) -> np.ndarray:
 
 
 def objective(scheduler: dict[str, Any], **settings: Any) -> Objective:
-    return Objective.of(scheduler, config.build(config.Objective, settings))
+    return Objective.from_scheduler(scheduler, toml.build(ObjectiveSettings, settings))
 
 
-@pytest.mark.parametrize("predict", PREDICTIONS)
+@pytest.mark.parametrize("predict", PREDICTION_TYPES)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_input_and_target_equal_diffusers(name: str, predict: str) -> None:
     import torch
@@ -64,8 +65,8 @@ def test_input_and_target_equal_diffusers(name: str, predict: str) -> None:
     scheduler = SCHEDULES[name]
     reference = of_diffusers(scheduler, predict)
     n = objective(scheduler, predict=predict).at(everywhere(scheduler))
-    t = torch.arange(len(n.t))
-    assert n.t.tolist() == t.tolist() and n.t.dtype == np.int64
+    t = torch.arange(len(n.timestep))
+    assert n.timestep.tolist() == t.tolist() and n.timestep.dtype == np.int64
     x0, noise = torch.randn(
         2, len(t), 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
@@ -82,11 +83,13 @@ def test_input_and_target_equal_diffusers(name: str, predict: str) -> None:
         )
 
     np.testing.assert_allclose(
-        mix(n.a, n.s), reference.add_noise(x0, noise, t).numpy(), rtol=0, atol=1e-6
+        mix(n.signal_in, n.noise_in), reference.add_noise(x0, noise, t).numpy(), rtol=0, atol=1e-6
     )
-    np.testing.assert_allclose(mix(n.p, n.q), targets[predict]().numpy(), rtol=0, atol=1e-6)
-    assert (n.w == 1).all() and (n.d == 0).all()
-    assert {str(x.dtype) for name, x in vars(n).items() if name != "t"} == {"float32"}
+    np.testing.assert_allclose(
+        mix(n.signal_target, n.noise_target), targets[predict]().numpy(), rtol=0, atol=1e-6
+    )
+    assert (n.weight == 1).all() and (n.dream == 0).all()
+    assert {str(x.dtype) for name, x in vars(n).items() if name != "timestep"} == {"float32"}
 
 
 def test_stock_scheduler_agrees_in_float32() -> None:
@@ -99,8 +102,8 @@ def test_stock_scheduler_agrees_in_float32() -> None:
     t = torch.arange(1000)
     ones, zeros = torch.ones(1000, 1), torch.zeros(1000, 1)
     stock = DDPMScheduler(**STABLE_DIFFUSION)
-    np.testing.assert_allclose(n.a, stock.add_noise(ones, zeros, t)[:, 0], atol=1e-5)
-    np.testing.assert_allclose(n.s, stock.add_noise(zeros, ones, t)[:, 0], atol=1e-5)
+    np.testing.assert_allclose(n.signal_in, stock.add_noise(ones, zeros, t)[:, 0], atol=1e-5)
+    np.testing.assert_allclose(n.noise_in, stock.add_noise(zeros, ones, t)[:, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 5.0, 20.0])
@@ -129,24 +132,29 @@ def test_min_snr_weights_equal_diffusers(name: str, gamma: float) -> None:
         "v_prediction": capped / (snr + 1),
         "sample": capped,
     }.items():
-        weights = objective(scheduler, predict=predict, min_snr=gamma).at(everywhere(scheduler)).w
+        weights = (
+            objective(scheduler, predict=predict, min_snr=gamma).at(everywhere(scheduler)).weight
+        )
         np.testing.assert_allclose(weights, expected, rtol=1e-6, atol=1e-13)
 
 
 @pytest.mark.parametrize("min_snr", [None, 5.0])
-@pytest.mark.parametrize("predict", PREDICTIONS)
+@pytest.mark.parametrize("predict", PREDICTION_TYPES)
 def test_zero_terminal_snr_is_finite(predict: str, min_snr: float | None) -> None:
     n = objective(SCHEDULES["zero_snr"], predict=predict, min_snr=min_snr).at(everywhere({}))
     assert all(np.isfinite(x).all() for x in vars(n).values())
-    assert n.a[-1] == 0.0 and n.s[-1] == 1.0
+    assert n.signal_in[-1] == 0.0 and n.noise_in[-1] == 1.0
     last = {"epsilon": 1.0, "v_prediction": 0.0, "sample": 0.0}[predict] if min_snr else 1.0
-    assert n.w[-1] == last
+    assert n.weight[-1] == last
 
 
 def test_prediction_type_is_the_base_s_unless_overridden() -> None:
-    assert objective({"prediction_type": "v_prediction"}).predict == "v_prediction"
-    assert objective({"prediction_type": "v_prediction"}, predict="epsilon").predict == "epsilon"
-    assert objective({}).predict == "epsilon"
+    assert objective({"prediction_type": "v_prediction"}).prediction_type == "v_prediction"
+    assert (
+        objective({"prediction_type": "v_prediction"}, predict="epsilon").prediction_type
+        == "epsilon"
+    )
+    assert objective({}).prediction_type == "epsilon"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +188,7 @@ def test_prediction_type_is_the_base_s_unless_overridden() -> None:
     ],
 )
 def test_refusals(scheduler: dict, settings: dict, words: str) -> None:
-    with pytest.raises(InputFault, match=words):
+    with pytest.raises(InputError, match=words):
         objective(scheduler, **settings)
 
 
@@ -219,17 +227,17 @@ def test_timestep_bias(settings: dict[str, Any]) -> None:
     none biases nothing."""
     made = objective({}, timestep_bias=settings)
     expected = reference_weights(**settings)
-    assert made.weights is not None
-    np.testing.assert_allclose(made.weights, expected, rtol=1e-12)
+    assert made.probabilities is not None
+    np.testing.assert_allclose(made.probabilities, expected, rtol=1e-12)
     count = 200_000
-    hits = np.bincount(made.timesteps((np.arange(count) + 0.5) / count), minlength=1000)
+    hits = np.bincount(made.to_timesteps((np.arange(count) + 0.5) / count), minlength=1000)
     np.testing.assert_allclose(hits / count, expected, atol=1.5 / count)
 
 
 def test_timesteps_are_uniform_and_within_range() -> None:
     for made in (objective({}), objective({}, timestep_bias={"multiplier": 1.0})):
-        assert made.timesteps(np.array([0.0, np.nextafter(1.0, 0.0)])).tolist() == [0, 999]
-        assert (np.bincount(made.timesteps(everywhere({}) + 1e-7)) == 1).all()
+        assert made.to_timesteps(np.array([0.0, np.nextafter(1.0, 0.0)])).tolist() == [0, 999]
+        assert (np.bincount(made.to_timesteps(everywhere({}) + 1e-7)) == 1).all()
 
 
 @pytest.mark.parametrize("preservation", [0.5, 1.0, 2.0])
@@ -264,18 +272,18 @@ def test_dream_equals_diffusers(preservation: float) -> None:
     draws = torch.Generator().manual_seed(1)
     x0, noise = torch.randn(2, 4, 4, 8, 8, generator=draws)
     context = torch.randn(4, 5, 3, generator=draws)
-    reference, t, toy = DDPMScheduler(**scheduler), torch.from_numpy(n.t), Toy()
+    reference, t, toy = DDPMScheduler(**scheduler), torch.from_numpy(n.timestep), Toy()
     noisy, target = compute_dream_and_update_latents(
         toy, reference, t, noise, reference.add_noise(x0, noise, t), noise, context, preservation
     )
     expected = (toy(noisy, t, context).sample - target).square().flatten(1).mean(1)
 
-    settings = SimpleNamespace(objective=config.Objective(dream=preservation))
+    settings = SimpleNamespace(objective=ObjectiveSettings(dream=preservation))
     engine = SimpleNamespace(
-        cfg=settings,
+        config=settings,
         half=None,
         device=torch.device("cpu"),
-        family=SimpleNamespace(inputs=lambda b: {"encoder_hidden_states": b["context"]}),
+        family=SimpleNamespace(network_inputs=lambda b: {"encoder_hidden_states": b["context"]}),
     )
     batch = {"x0": x0, "noise": noise, "context": context} | {
         name: torch.from_numpy(x) for name, x in vars(n).items()
@@ -285,4 +293,4 @@ def test_dream_equals_diffusers(preservation: float) -> None:
         toy.seen, noisy, atol=1e-5
     )  # diffusers' float32 alpha_bar, see test_stock_scheduler_agrees_in_float32
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    np.testing.assert_allclose(n.d, n.s.astype(np.float64) ** preservation, rtol=1e-6)
+    np.testing.assert_allclose(n.dream, n.noise_in.astype(np.float64) ** preservation, rtol=1e-6)

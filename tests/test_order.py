@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from limner import rng
-from limner.data.order import EMPTY, Order, divided
-from limner.faults import InputFault
+from limner.data.order import PADDING, Order, divide
+from limner.errors import InputError
 
 WIDE, TALL = (64, 128), (128, 64)
 
@@ -50,15 +50,15 @@ def test_every_picture_once_per_epoch_no_batch_mixes_and_remainders_are_filled()
     assert (
         made.length == 16
         and made.steps(2) == 8
-        and made.counts() == [(WIDE, 10, 3, 2), (TALL, 3, 1, 1)]
+        and made.count_batches() == [(WIDE, 10, 3, 2), (TALL, 3, 1, 1)]
     )
     orders = []
     for number in range(4):
         seen = epoch(made, number)
-        assert sorted(seen[seen != EMPTY]) == list(range(13))
+        assert sorted(seen[seen != PADDING]) == list(range(13))
         for batch in seen.reshape(-1, 4):
-            assert len({shapes[i] for i in batch if i != EMPTY}) == 1 and batch[0] != EMPTY
-            assert not np.any(np.diff((batch == EMPTY).astype(int)) < 0)  # empty rows come last
+            assert len({shapes[i] for i in batch if i != PADDING}) == 1 and batch[0] != PADDING
+            assert not np.any(np.diff((batch == PADDING).astype(int)) < 0)  # empty rows come last
         orders.append(seen.tolist())
     assert len({str(o) for o in orders}) == 4
     assert Counter(shapes[o[0]] for o in (epoch(made, e) for e in range(200)))[
@@ -94,13 +94,13 @@ def test_weights_are_exact_in_every_epoch_and_fair_over_all(whole):
     seen, position = [], 0
     for _ in range(6):
         one = []
-        while len([i for i in one if i != EMPTY]) < 20:
+        while len([i for i in one if i != PADDING]) < 20:
             one.append(made.entry(position))
             position += 1
         while whole and position % 4:
-            assert made.entry(position) == EMPTY
+            assert made.entry(position) == PADDING
             position += 1
-        real = [i for i in one if i != EMPTY]
+        real = [i for i in one if i != PADDING]
         assert sum(i < 5 for i in real) == 15
         seen += real
     counts = Counter(seen)
@@ -122,19 +122,19 @@ def test_a_set_may_have_shapes_that_come_and_go_and_steps_are_counted_to_the_end
 
 
 def test_an_empty_set_and_a_weight_for_nothing_are_refused():
-    with pytest.raises(InputFault, match=r"data.sets\[1\]: no record"):
+    with pytest.raises(InputError, match=r"data.sets\[1\]: no record"):
         order("ww", "00", repeats=(1, 1))
     with pytest.raises(
-        InputFault, match=r"data.sets\[0\].weight: 0.001 is so small that an epoch of 4 examples"
+        InputError, match=r"data.sets\[0\].weight: 0.001 is so small that an epoch of 4 examples"
     ):
         order("wwww", "0011", repeats=(1, 1), weights=(0.001, 1.0))
 
 
 def test_divided_is_exact():
     assert (
-        divided(10, [1, 1, 1]) == [4, 3, 3]
-        and divided(7, [0.1, 0.2, 0.7]) == [1, 1, 5]
-        and divided(100, [0.1, 0.2, 0.7]) == [10, 20, 70]
+        divide(10, [1, 1, 1]) == [4, 3, 3]
+        and divide(7, [0.1, 0.2, 0.7]) == [1, 1, 5]
+        and divide(100, [0.1, 0.2, 0.7]) == [10, 20, 70]
     )
 
 

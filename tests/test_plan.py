@@ -6,42 +6,43 @@ from typing import Any, get_args
 
 import pytest
 
-from limner import config, plan
-from limner.faults import InputFault
+from limner.config import schema, toml
+from limner.config.schema import Config
+from limner.errors import InputError
+from limner.training import batch_plan, resume
+from limner.training.batch_plan import BatchPlan
 
 
-def recipe(**train: Any) -> config.Config:
-    return config.build(
-        config.Config,
+def recipe(**train: Any) -> Config:
+    return toml.build(
+        Config,
         {"model": {"base": "b"}, "data": {"folder": "f"}, "train": {"steps": 100, **train}},
     )
 
 
-def saved_of(
-    cfg: config.Config, made: plan.Plan, data: str = "d", base: str = "m"
-) -> dict[str, Any]:
+def saved_of(cfg: Config, made: BatchPlan, data: str = "d", base: str = "m") -> dict[str, Any]:
     """What a checkpoint of this run says, through JSON."""
-    return json.loads(json.dumps(plan.identity(cfg, made, data, base)))
+    return json.loads(json.dumps(resume.make_run_state(cfg, made, data, base)))
 
 
 @pytest.mark.parametrize(
     ("train", "world", "expected"),
     [
-        ({"batch": 16}, 1, (16, 16, 1)),
-        ({"batch": 16}, 4, (16, 4, 1)),
-        ({"batch": 16, "micro": 2}, 1, (16, 2, 8)),
-        ({"batch": 16, "micro": 2}, 4, (16, 2, 2)),
-        ({"batch": 16, "micro": 99}, 2, (16, 8, 1)),
-        ({"micro": 3}, 1, (3, 3, 1)),
-        ({"micro": 3, "accumulate": 4}, 2, (24, 3, 4)),
-        ({"micro": 1, "accumulate": 1}, 8, (8, 1, 1)),
+        ({"batch_size": 16}, 1, (16, 16, 1)),
+        ({"batch_size": 16}, 4, (16, 4, 1)),
+        ({"batch_size": 16, "micro_batch_size": 2}, 1, (16, 2, 8)),
+        ({"batch_size": 16, "micro_batch_size": 2}, 4, (16, 2, 2)),
+        ({"batch_size": 16, "micro_batch_size": 99}, 2, (16, 8, 1)),
+        ({"micro_batch_size": 3}, 1, (3, 3, 1)),
+        ({"micro_batch_size": 3, "accumulation_steps": 4}, 2, (24, 3, 4)),
+        ({"micro_batch_size": 1, "accumulation_steps": 1}, 8, (8, 1, 1)),
     ],
 )
 def test_arithmetic(train: dict, world: int, expected: tuple[int, int, int]) -> None:
-    made = plan.make(recipe(**train), world, 100, None, 5)
-    assert (made.batch, made.micro, made.accumulate) == expected
-    assert made.batch == made.micro * made.accumulate * world and (
-        made.world,
+    made = batch_plan.make_plan(recipe(**train), world, 100, None, 5)
+    assert (made.batch_size, made.micro_batch_size, made.accumulation_steps) == expected
+    assert made.batch_size == made.micro_batch_size * made.accumulation_steps * world and (
+        made.world_size,
         made.seed,
         made.records,
         made.steps,
@@ -51,19 +52,19 @@ def test_arithmetic(train: dict, world: int, expected: tuple[int, int, int]) -> 
 @pytest.mark.parametrize(
     ("train", "world", "message"),
     [
-        ({"batch": 10}, 4, "a global batch of 10 cannot be divided among 4 processes"),
-        ({"batch": 2}, 4, "a global batch of 2 cannot be divided among 4 processes"),
+        ({"batch_size": 10}, 4, "a global batch of 10 cannot be divided among 4 processes"),
+        ({"batch_size": 2}, 4, "a global batch of 2 cannot be divided among 4 processes"),
         (
-            {"batch": 16, "micro": 3},
+            {"batch_size": 16, "micro_batch_size": 3},
             2,
-            "train.micro: each of 2 processes has 8 of the 16 examples of a step, which "
+            "train.micro_batch_size: each of 2 processes has 8 of the 16 examples of a step, which "
             "micro-batches of 3 do not divide; use a divisor of 8",
         ),
     ],
 )
 def test_what_does_not_divide_is_refused(train: dict, world: int, message: str) -> None:
-    with pytest.raises(InputFault, match=message):
-        plan.make(recipe(**train), world, 100, None, 0)
+    with pytest.raises(InputError, match=message):
+        batch_plan.make_plan(recipe(**train), world, 100, None, 0)
 
 
 @pytest.mark.parametrize(
@@ -71,38 +72,64 @@ def test_what_does_not_divide_is_refused(train: dict, world: int, message: str) 
     [(1, 100, 10, 10), (1, 101, 10, 11), (0.5, 100, 10, 5), (3, 7, 4, 6), (0.001, 10, 10, 1)],
 )
 def test_epochs_become_steps(epochs: float, records: int, batch: int, steps: int) -> None:
-    made = plan.make(recipe(steps=None, epochs=epochs, batch=batch), 1, records, None, 0)
+    made = batch_plan.make_plan(
+        recipe(steps=None, epochs=epochs, batch_size=batch), 1, records, None, 0
+    )
     assert made.steps == steps and made.steps_per_epoch == records / batch
 
 
 def test_intervals() -> None:
-    made = plan.make(recipe(batch=10), 1, 95, None, 0)
+    made = batch_plan.make_plan(recipe(batch_size=10), 1, 95, None, 0)
     assert (
-        made.every(7, None),
-        made.every(None, 1.0),
-        made.every(None, 0.01),
-        made.every(None, None),
+        made.to_steps(7, None),
+        made.to_steps(None, 1.0),
+        made.to_steps(None, 0.01),
+        made.to_steps(None, None),
     ) == (7, 10, 1, None)
 
 
-def resumed(first: dict, then: dict, world: int = 1, then_world: int = 1) -> plan.Plan:
+def resumed(first: dict, then: dict, world: int = 1, then_world: int = 1) -> BatchPlan:
     """The plan of a run that was begun as ``first`` and is gone on with as ``then``."""
     cfg = recipe(**first)
-    begun = plan.make(cfg, world, 100, None, 7)
-    return plan.make(recipe(**then), then_world, 100, saved_of(cfg, begun), 7)
+    begun = batch_plan.make_plan(cfg, world, 100, None, 7)
+    return batch_plan.make_plan(recipe(**then), then_world, 100, saved_of(cfg, begun), 7)
 
 
 @pytest.mark.parametrize(
     ("first", "then", "world", "then_world", "expected"),
     [
-        ({"batch": 8}, {"batch": 8}, 1, 2, (8, 4, 1)),
-        ({"batch": 8, "micro": 2}, {"batch": 8, "micro": 2}, 1, 4, (8, 2, 1)),
-        ({"batch": 8, "micro": 2}, {"batch": 8, "micro": 1}, 1, 1, (8, 1, 8)),
-        ({"micro": 2}, {"micro": 2}, 4, 2, (8, 2, 2)),
-        ({"micro": 2, "accumulate": 2}, {"micro": 2, "accumulate": 2}, 1, 2, (4, 2, 1)),
-        ({"micro": 2, "accumulate": 4}, {"micro": 4, "accumulate": 2}, 1, 1, (8, 4, 2)),
-        ({"micro": 2, "accumulate": 4}, {"batch": 8}, 1, 1, (8, 8, 1)),
-        ({"micro": 4}, {"micro": 4}, 1, 2, (4, 2, 1)),
+        ({"batch_size": 8}, {"batch_size": 8}, 1, 2, (8, 4, 1)),
+        (
+            {"batch_size": 8, "micro_batch_size": 2},
+            {"batch_size": 8, "micro_batch_size": 2},
+            1,
+            4,
+            (8, 2, 1),
+        ),
+        (
+            {"batch_size": 8, "micro_batch_size": 2},
+            {"batch_size": 8, "micro_batch_size": 1},
+            1,
+            1,
+            (8, 1, 8),
+        ),
+        ({"micro_batch_size": 2}, {"micro_batch_size": 2}, 4, 2, (8, 2, 2)),
+        (
+            {"micro_batch_size": 2, "accumulation_steps": 2},
+            {"micro_batch_size": 2, "accumulation_steps": 2},
+            1,
+            2,
+            (4, 2, 1),
+        ),
+        (
+            {"micro_batch_size": 2, "accumulation_steps": 4},
+            {"micro_batch_size": 4, "accumulation_steps": 2},
+            1,
+            1,
+            (8, 4, 2),
+        ),
+        ({"micro_batch_size": 2, "accumulation_steps": 4}, {"batch_size": 8}, 1, 1, (8, 8, 1)),
+        ({"micro_batch_size": 4}, {"micro_batch_size": 4}, 1, 2, (4, 2, 1)),
     ],
 )
 def test_the_checkpoint_s_batch_holds(
@@ -110,59 +137,70 @@ def test_the_checkpoint_s_batch_holds(
 ) -> None:
     """Another number of processes changes the accumulation, never what a step sees."""
     made = resumed(first, then, world, then_world)
-    assert (made.batch, made.micro, made.accumulate, made.seed) == (*expected, 7)
+    assert (made.batch_size, made.micro_batch_size, made.accumulation_steps, made.seed) == (
+        *expected,
+        7,
+    )
 
 
 def test_number_of_processes_may_change_again_and_again() -> None:
     """micro * accumulate * processes no longer gives the batch, and still nothing has been asked
     for but to go on."""
-    cfg = recipe(micro=2)
-    made = plan.make(cfg, 4, 100, None, 0)
+    cfg = recipe(micro_batch_size=2)
+    made = batch_plan.make_plan(cfg, 4, 100, None, 0)
     for world in (1, 1, 2, 2, 4, 1):
-        made = plan.make(cfg, world, 100, saved_of(cfg, made), 0)
-        assert (made.batch, made.world) == (8, world)
+        made = batch_plan.make_plan(cfg, world, 100, saved_of(cfg, made), 0)
+        assert (made.batch_size, made.world_size) == (8, world)
 
 
 @pytest.mark.parametrize(
     ("first", "then", "message"),
     [
         (
-            {"batch": 8},
-            {"batch": 16},
-            "train.batch: this run was begun with a global batch of 8, 16 is asked for",
+            {"batch_size": 8},
+            {"batch_size": 16},
+            "train.batch_size: this run was begun with a global batch of 8, 16 is asked for",
         ),
-        ({"micro": 2}, {"micro": 3}, "begun with a global batch of 2, 3 is asked for"),
-        ({"batch": 8, "micro": 2}, {"micro": 2}, "begun with a global batch of 8, 2 is asked for"),
         (
-            {"micro": 2, "accumulate": 2},
-            {"micro": 2},
+            {"micro_batch_size": 2},
+            {"micro_batch_size": 3},
+            "begun with a global batch of 2, 3 is asked for",
+        ),
+        (
+            {"batch_size": 8, "micro_batch_size": 2},
+            {"micro_batch_size": 2},
+            "begun with a global batch of 8, 2 is asked for",
+        ),
+        (
+            {"micro_batch_size": 2, "accumulation_steps": 2},
+            {"micro_batch_size": 2},
             "begun with a global batch of 4, 2 is asked for",
         ),
         (
-            {"batch": 8, "seed": 7},
-            {"batch": 8, "seed": 8},
+            {"batch_size": 8, "seed": 7},
+            {"batch_size": 8, "seed": 8},
             "train.seed: this run was begun with seed 7, 8 is asked for",
         ),
     ],
 )
 def test_another_batch_or_seed_is_refused(first: dict, then: dict, message: str) -> None:
-    with pytest.raises(InputFault, match=message):
+    with pytest.raises(InputError, match=message):
         resumed(first, then)
 
 
 def test_processes_that_do_not_divide_the_checkpoint_s_batch_are_refused() -> None:
-    with pytest.raises(InputFault, match="a global batch of 8 cannot be divided among 3 processes"):
-        resumed({"batch": 8}, {"batch": 8}, 1, 3)
-    with pytest.raises(InputFault, match="a global batch of 4 cannot be divided among 3 processes"):
-        resumed({"micro": 4}, {"micro": 4}, 1, 3)
+    with pytest.raises(InputError, match="a global batch of 8 cannot be divided among 3 processes"):
+        resumed({"batch_size": 8}, {"batch_size": 8}, 1, 3)
+    with pytest.raises(InputError, match="a global batch of 4 cannot be divided among 3 processes"):
+        resumed({"micro_batch_size": 4}, {"micro_batch_size": 4}, 1, 3)
 
 
 def test_a_run_without_seed_keeps_the_one_it_drew() -> None:
     assert (
-        resumed({"batch": 8}, {"batch": 8, "steps": 500}).seed == 7
-        and resumed({"batch": 8}, {"batch": 8, "steps": 500}).steps == 500
+        resumed({"batch_size": 8}, {"batch_size": 8, "steps": 500}).seed == 7
+        and resumed({"batch_size": 8}, {"batch_size": 8, "steps": 500}).steps == 500
     )
-    seeds = {plan.drawn_seed() for _ in range(20)}
+    seeds = {batch_plan.draw_seed() for _ in range(20)}
     assert len(seeds) == 20 and all(0 <= seed < 2**31 for seed in seeds)
 
 
@@ -170,17 +208,22 @@ def matched(
     changes: dict[str, Any], data: str = "d", base: str = "m", allow: tuple[str, ...] = ()
 ) -> list[str]:
     """Go on from a run of a plain recipe with some settings changed."""
-    raw = config.plain(recipe(batch=4, seed=1))
-    saved = saved_of(config.build(config.Config, raw), plan.make(recipe(batch=4), 1, 50, None, 1))
+    raw = toml.to_plain(recipe(batch_size=4, seed=1))
+    saved = saved_of(
+        toml.build(Config, raw), batch_plan.make_plan(recipe(batch_size=4), 1, 50, None, 1)
+    )
     for name, value in changes.items():
         section, key = name.split(".")
         raw[section][key] = value
-    raw["checkpoint"]["allow"] = list(allow)
-    now = config.build(config.Config, raw)
-    return plan.must_match(
+    raw["checkpoint"]["allow_changes"] = list(allow)
+    now = toml.build(Config, raw)
+    return resume.must_match(
         saved,
-        plan.identity(
-            now, plan.make(recipe(batch=4), 1, 40 if data != "d" else 50, None, 1), data, base
+        resume.make_run_state(
+            now,
+            batch_plan.make_plan(recipe(batch_size=4), 1, 40 if data != "d" else 50, None, 1),
+            data,
+            base,
         ),
         30,
     )
@@ -194,7 +237,7 @@ def test_the_same_run_goes_on() -> None:
     ("name", "value"),
     [
         ("train.steps", 900),
-        ("train.micro", 2),
+        ("train.micro_batch_size", 2),
         ("log.every", 3),
         ("preview.prompts", ["x"]),
         ("checkpoint.every", 5),
@@ -203,7 +246,7 @@ def test_the_same_run_goes_on() -> None:
         ("data.cache", "off"),
         ("data.folder", "moved"),
         ("engine.gradient_checkpointing", True),
-        ("watch.every", 9),
+        ("validation.every", 9),
         ("export.hub", "me/model"),
         ("model.base", "moved"),
     ],
@@ -220,7 +263,7 @@ def test_what_moves_no_example_may_change(name: str, value: Any) -> None:
         ("data.size", 256, "data.size: was 512, now 256"),
         ("data.flip", True, "data.flip: was False, now True"),
         ("data.drop_caption", 0.1, "data.drop_caption: was 0.0, now 0.1"),
-        ("adapt.kind", "lora", "adapt.kind: was 'full', now 'lora'"),
+        ("adapter.kind", "lora", "adapter.kind: was 'full', now 'lora'"),
         ("engine.precision", "bf16", "engine.precision: was None, now 'bf16'"),
         ("objective.min_snr", 5.0, "objective.min_snr: was None, now 5.0"),
         (
@@ -228,23 +271,25 @@ def test_what_moves_no_example_may_change(name: str, value: Any) -> None:
             {"portion": 0.5},
             "objective.timestep_bias.portion: was None, now 0.5",
         ),
-        ("watch.hold_out", 3, "watch.hold_out: was 0, now 3"),
+        ("validation.hold_out", 3, "validation.hold_out: was 0, now 3"),
     ],
 )
 def test_another_setting_is_refused_unless_allowed(name: str, value: Any, words: str) -> None:
-    with pytest.raises(InputFault) as caught:
+    with pytest.raises(InputError) as caught:
         matched({name: value})
     message = str(caught.value)
     assert message.startswith("checkpoint-30 cannot be gone on from") and words in message
-    assert (f'checkpoint.allow=["{name}"]' in message) == (name in get_args(config.Allowable))
-    if name in get_args(config.Allowable):
+    assert (f'checkpoint.allow_changes=["{name}"]' in message) == (
+        name in get_args(schema.Allowable)
+    )
+    if name in get_args(schema.Allowable):
         assert matched({name: value}, allow=(name,)) == [f"from step 30 on, {words}"]
-        with pytest.raises(InputFault):
+        with pytest.raises(InputError):
             matched({name: value}, allow=("optim.warmup",))
 
 
 def test_everything_that_changed_is_named_at_once() -> None:
-    with pytest.raises(InputFault) as caught:
+    with pytest.raises(InputError) as caught:
         matched(
             {"optim.learning_rate": 1.0, "data.size": 64, "data.folder": "g", "model.base": "n"},
             data="other",
@@ -262,12 +307,14 @@ def test_everything_that_changed_is_named_at_once() -> None:
 
 
 def test_other_random_numbers_are_refused() -> None:
-    saved = saved_of(recipe(batch=4), plan.make(recipe(batch=4), 1, 50, None, 1))
+    saved = saved_of(
+        recipe(batch_size=4), batch_plan.make_plan(recipe(batch_size=4), 1, 50, None, 1)
+    )
     now = json.loads(json.dumps(saved))
     saved |= {"draws": "other", "numpy": "9.9"}
     with pytest.raises(
-        InputFault,
+        InputError,
         match=r"random numbers: numpy 9\.9 drew others than numpy .*; install numpy 9\.9",
     ):
-        plan.must_match(saved, now, 1)
-    assert plan.draws(1) == plan.draws(1) != plan.draws(2)
+        resume.must_match(saved, now, 1)
+    assert resume.random_digest(1) == resume.random_digest(1) != resume.random_digest(2)

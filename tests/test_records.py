@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limner import config
+from limner.config.schema import DataSettings
+from limner.data.folder import Folder
+from limner.data.hub_dataset import HubDataset
 from limner.data.image import decode
-from limner.data.records import BadRecord, Folder, Hub, Record
-from limner.data.sets import open_source
-from limner.faults import DiskFault, HubFault, InputFault
+from limner.data.mixture import open_source
+from limner.data.source import BadRecord, Record
+from limner.errors import DiskError, HubError, InputError
 
 
 def paint(path: Path, colour: tuple[int, int, int] = (200, 10, 10)) -> Path:
@@ -45,13 +47,13 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def folder(path: Path, **settings: Any) -> tuple[Folder, list[str]]:
     told: list[str] = []
-    source = open_source(config.Data(folder=str(path), **settings), told.append)
+    source = open_source(DataSettings(folder=str(path), **settings), told.append)
     assert isinstance(source, Folder)
     return source, told
 
 
 def refused(path: Path, **settings: Any) -> str:
-    with pytest.raises(InputFault) as caught:
+    with pytest.raises(InputError) as caught:
         folder(path, **settings)
     return str(caught.value)
 
@@ -407,8 +409,8 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_hub_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputFault, match="install"):
-        open_source(config.Data(hub="someone/pictures"), print)
+    with pytest.raises(InputError, match="install"):
+        open_source(DataSettings(hub="someone/pictures"), print)
 
 
 def test_records_take_what_users_have(tmp_path: Path) -> None:
@@ -432,11 +434,11 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return datasets
 
 
-def hub(tmp_path: Path, name: str, **settings: Any) -> Hub:
+def hub(tmp_path: Path, name: str, **settings: Any) -> HubDataset:
     source = open_source(
-        config.Data(hub=name, cache_dir=str(tmp_path / "cache"), **settings), print
+        DataSettings(hub=name, cache_dir=str(tmp_path / "cache"), **settings), print
     )
-    assert isinstance(source, Hub)
+    assert isinstance(source, HubDataset)
     return source
 
 
@@ -489,12 +491,12 @@ def test_hub_reads_parquet_with_embedded_pictures_and_several_captions(
     assert bad(source, 1) == ("row 1", "the list of captions is empty")
     assert bad(source, 2) == ("row 2", "the picture is missing (pic is null)")
     with pytest.raises(
-        InputFault, match=r"no column 'image' \(data\.image\); its columns are pic, text, n\."
+        InputError, match=r"no column 'image' \(data\.image\); its columns are pic, text, n\."
     ):
         hub(tmp_path, str(tmp_path / "set"))
-    with pytest.raises(InputFault, match=r"Did you mean data\.caption=text\?"):
+    with pytest.raises(InputError, match=r"Did you mean data\.caption=text\?"):
         hub(tmp_path, str(tmp_path / "set"), image="pic", caption="txt")
-    with pytest.raises(InputFault, match=r"data\.split=test"):
+    with pytest.raises(InputError, match=r"data\.split=test"):
         hub(tmp_path, str(tmp_path / "set"), image="pic", split="test")
 
 
@@ -543,10 +545,10 @@ def test_hub_columns_of_other_forms(tmp_path: Path, offline: Any, form: str, kin
 
 def test_hub_offline_and_missing(tmp_path: Path, offline: Any) -> None:
     with pytest.raises(
-        HubFault, match=r"data\.hub: someone/pictures: cannot be downloaded: .*HF_HUB_OFFLINE"
+        HubError, match=r"data\.hub: someone/pictures: cannot be downloaded: .*HF_HUB_OFFLINE"
     ):
         hub(tmp_path, "someone/pictures")
-    with pytest.raises(InputFault, match=r"data\.hub: .*nothing"):
+    with pytest.raises(InputError, match=r"data\.hub: .*nothing"):
         hub(tmp_path, str(tmp_path / "nothing"))
 
 
@@ -555,36 +557,36 @@ def test_hub_offline_and_missing(tmp_path: Path, offline: Any) -> None:
     [
         (
             "Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated to access it.",
-            HubFault,
+            HubError,
             "hf auth login",
         ),
         (
             "Dataset 'a/b' doesn't exist on the Hub or cannot be accessed.",
-            InputFault,
+            InputError,
             "Check the name",
         ),
         (
             ConnectionError("Couldn't reach 'a/b' on the Hub (ConnectError)"),
-            HubFault,
+            HubError,
             "Check the connection",
         ),
         (
             ValueError("BuilderConfig 'x' not found. Available: ['en']"),
-            InputFault,
+            InputError,
             "data.hub_config=x",
         ),
         (
             ValueError("Config name is missing. Please pick one among ['en']"),
-            InputFault,
+            InputError,
             "data.hub_config=x",
         ),
         (
             RuntimeError("Dataset scripts are no longer supported, but found b.py"),
-            InputFault,
+            InputError,
             "scripts are no longer supported",
         ),
-        (OSError(28, "No space left on device"), DiskFault, "No space left"),
-        (InterruptedError(), InputFault, "InterruptedError"),
+        (OSError(28, "No space left on device"), DiskError, "No space left"),
+        (InterruptedError(), InputError, "InterruptedError"),
     ],
 )
 def test_what_keeps_a_data_set_from_loading(

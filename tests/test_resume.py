@@ -12,7 +12,9 @@ import pytest
 import tiny
 import worker
 
-from limner import checkpoint, durable, log, rng
+from limner import rng
+from limner.storage import atomic, checkpoint
+from limner.training import sinks
 
 STEPS = 6
 
@@ -34,11 +36,11 @@ def settings(base: Path, pictures: Path, folder: Path, kind: str, **train: Any) 
             "cache": str(folder / "cache"),
             "threads": 2,
         },
-        "adapt": {"kind": kind, "dropout": 0.1 if kind == "lora" else 0.0},
+        "adapter": {"kind": kind, "dropout": 0.1 if kind == "lora" else 0.0},
         "optim": {"learning_rate": 1e-3, "ema": 0.9, "schedule": "cosine", "warmup": 2},
-        "train": {"steps": STEPS, "batch": 4, "micro": 2, "seed": 3, **train},
+        "train": {"steps": STEPS, "batch_size": 4, "micro_batch_size": 2, "seed": 3, **train},
         "checkpoint": {"every": 1, "keep": 2},
-        "watch": {"hold_out": 2, "every": 3, "timesteps": 1},
+        "validation": {"hold_out": 2, "every": 3, "timesteps": 1},
         "preview": {"prompts": ["a red circle"], "every": 3, "steps": 2},
         "log": {"every": 1},
     }
@@ -58,11 +60,11 @@ def settings_xl(sdxl: Path, many: Path, folder: Path, kind: str) -> dict[str, An
         "sets": sets,
         "buckets": {"step": 8},
         "crop": "random",
-        "crops": 2,
-        "chunks": 2,
+        "crop_variants": 2,
+        "caption_chunks": 2,
         "cache_dtype": "float16",
     }
-    cfg["adapt"] |= {"text_encoders": kind == "lora"}
+    cfg["adapter"] |= {"text_encoders": kind == "lora"}
     return cfg
 
 
@@ -74,7 +76,7 @@ def settings_22(
         settings(kandinsky / stage, pictures, folder, kind),
         {"prior": "decoder", "decoder": "prior"}[stage],
     )
-    cfg["model"] |= {"family": f"kandinsky22-{stage}", "partner": str(kandinsky / other)}
+    cfg["model"] |= {"family": f"kandinsky22-{stage}", "other_stage": str(kandinsky / other)}
     cfg["engine"] = {"gradient_checkpointing": True}
     if stage == "decoder":
         del cfg["data"]["drop_caption"]
@@ -100,15 +102,15 @@ def many(tmp_path_factory) -> Path:
 def outcome(run: Path) -> dict[str, Any]:
     """Everything that must not depend on kills: the last checkpoint, the result, and the losses."""
     last = run / f"checkpoint-{STEPS}"
-    durable.verify(last)
+    atomic.verify(last)
     result = json.loads((run / "result.json").read_text())
     files = {
-        p.name if p.parent == last else f"{p.parent.name}/{p.name}": durable.digest(p)
+        p.name if p.parent == last else f"{p.parent.name}/{p.name}": atomic.digest_file(p)
         for p in sorted(last.rglob("*.safetensors"))
     }
     losses = [
         {k: v for k, v in row.items() if k != "images_per_second"}
-        for row in log.read(run / "metrics.jsonl")
+        for row in sinks.read_metrics(run / "metrics.jsonl")
     ]
     left = sorted(p.name for p in run.iterdir() if p.name.endswith((".tmp", ".del")))
     return {
@@ -117,7 +119,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "result": result["files"],
         "losses": losses,
         "left": left,
-        "there": [p.name for p in checkpoint.listed(run)],
+        "there": [p.name for p in checkpoint.list_checkpoints(run)],
     }
 
 
@@ -194,13 +196,13 @@ def test_a_stop_saves_and_the_run_goes_on_to_the_same_bits(processes, base, pict
     assert process.exitcode == 0
     process = worker.start(processes, stopped)
     metrics = Path(stopped["run"]) / "metrics.jsonl"
-    while process.is_alive() and not any("loss" in row for row in log.read(metrics)):
+    while process.is_alive() and not any("loss" in row for row in sinks.read_metrics(metrics)):
         process.join(0.01)
     os.kill(process.pid, signal.SIGTERM)
     process.join()
     assert process.exitcode == 3
-    [saved] = checkpoint.listed(Path(stopped["run"]))
-    assert checkpoint.read(saved).step < STEPS
+    [saved] = checkpoint.list_checkpoints(Path(stopped["run"]))
+    assert checkpoint.open_checkpoint(saved).step < STEPS
     process = worker.start(processes, stopped)
     process.join()
     assert process.exitcode == 0
@@ -219,7 +221,7 @@ def test_finished_is_finished_and_more_steps_go_on(processes, base, pictures, tm
         assert process.exitcode == 0
         seen.append(
             {
-                p.relative_to(run).as_posix(): (durable.digest(p), p.stat().st_mtime_ns)
+                p.relative_to(run).as_posix(): (atomic.digest_file(p), p.stat().st_mtime_ns)
                 for p in run.rglob("*")
                 if p.is_file() and p.name not in (".lock", "config.json")
             }
@@ -241,7 +243,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     said: list[str] = []
-    found = checkpoint.latest(newest.parent, said.append)
+    found = checkpoint.find_latest(newest.parent, said.append)
     assert found is not None and found.step == STEPS - 1
     assert len(said) == 1 and str(weights) in said[0]
     process = worker.start(processes, whole)
@@ -265,7 +267,7 @@ def plain(processes, base, pictures, tmp_path_factory) -> dict[str, str]:
         {"checkpoint": {"every": 3}},
         {"preview": {}},
         {"log": {"every": 4, "to": ["tensorboard"]}},
-        {"watch": {"hold_out": 2, "every": 100, "timesteps": 3}},
+        {"validation": {"hold_out": 2, "every": 100, "timesteps": 3}},
         {"data": {"threads": 1}},
         {"data": {"cache": "off"}},
     ],

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from limner import sampler
-from limner.faults import InputFault
+from limner.diffusion import samplers
+from limner.diffusion.samplers import SAMPLERS
+from limner.errors import InputError
 
 BASE = {
     "num_train_timesteps": 1000,
@@ -28,7 +29,7 @@ SPACINGS = ["leading", "trailing", "linspace"]
         ("v_prediction at no signal", "trailing"),
     ],
 )
-@pytest.mark.parametrize("name", [*sampler.SAMPLERS, "dpm++ as it is"])
+@pytest.mark.parametrize("name", [*SAMPLERS, "dpm++ as it is"])
 def test_a_table_is_what_the_scheduler_does(name: str, predict: str, spacing: str) -> None:
     """Random numbers in the network's place: each step's input, its timestep, and the end."""
     import diffusers
@@ -60,9 +61,9 @@ def test_a_table_is_what_the_scheduler_does(name: str, predict: str, spacing: st
             given.append(scheduler.scale_model_input(x, t).numpy().ravel())
             said.append(draws.standard_normal(noise.shape))
             x = scheduler.step(torch.tensor(said[-1]), t, x).prev_sample
-        found = sampler.table({**dict(scheduler.config), "_class_name": kind}, steps)
-        assert np.isfinite(found.weights).all()
-        ours = found.weights.astype(np.float64) @ np.stack([noise, *said]).reshape(
+        found = samplers.make_table({**dict(scheduler.config), "_class_name": kind}, steps)
+        assert np.isfinite(found.coefficients).all()
+        ours = found.coefficients.astype(np.float64) @ np.stack([noise, *said]).reshape(
             len(said) + 1, -1
         )
         want = np.stack([*given, x.numpy().ravel()])
@@ -79,13 +80,13 @@ def test_settings_without_a_table_are_refused() -> None:
         "UniPCMultistep": "thresholding",
     }
     for kind, setting in settings.items():
-        with pytest.raises(InputFault, match=f"{setting} is True there is no table here"):
-            sampler.table({**BASE, "_class_name": f"{kind}Scheduler", setting: True}, 5)
-    with pytest.raises(InputFault, match="skip_prk_steps is False"):
-        sampler.table({**BASE, "_class_name": "PNDMScheduler", "skip_prk_steps": False}, 5)
+        with pytest.raises(InputError, match=f"{setting} is True there is no table here"):
+            samplers.make_table({**BASE, "_class_name": f"{kind}Scheduler", setting: True}, 5)
+    with pytest.raises(InputError, match="skip_prk_steps is False"):
+        samplers.make_table({**BASE, "_class_name": "PNDMScheduler", "skip_prk_steps": False}, 5)
     assert (
         len(
-            sampler.table(
+            samplers.make_table(
                 {**BASE, "_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True},
                 5,
                 "ddim",
@@ -96,8 +97,8 @@ def test_settings_without_a_table_are_refused() -> None:
 
 
 def test_rows_look_at_the_past_only() -> None:
-    for name in sampler.SAMPLERS:
-        weights = sampler.table(BASE, 9, name).weights
+    for name in SAMPLERS:
+        weights = samplers.make_table(BASE, 9, name).coefficients
         assert (
             all((weights[k, k + 1 :] == 0).all() for k in range(len(weights)))
             and (weights[1:, 0] != 0).all()
@@ -107,8 +108,8 @@ def test_rows_look_at_the_past_only() -> None:
 def test_a_sampler_that_is_unknown_is_refused() -> None:
     config: dict[str, Any] = {"_class_name": "EulerAncestralDiscreteScheduler", **BASE}
     with pytest.raises(
-        InputFault,
+        InputError,
         match=r"'EulerAncestralDiscreteScheduler' has no table here; choose one of ddim, "
         r"dpm\+\+, euler, pndm, unipc",
     ):
-        sampler.table(config, 5)
+        samplers.make_table(config, 5)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from limner import schedule
+from limner.diffusion import schedules
+from limner.diffusion.schedules import SHAPES
 
 SCHEDULES = [
     "constant",
@@ -40,7 +41,7 @@ def of_diffusers(name: str, peak: float, warmup: int, total: int, cycles: int) -
 def test_equal_to_diffusers(name: str, warmup: int, total: int, cycles: int) -> None:
     peak = 3e-4
     rates = [
-        schedule.learning_rate(
+        schedules.learning_rate(
             s, peak=peak, schedule=name, warmup=warmup, total=total, cycles=cycles
         )
         for s in range(total)
@@ -51,7 +52,7 @@ def test_equal_to_diffusers(name: str, warmup: int, total: int, cycles: int) -> 
 
 
 def test_every_schedule_is_tested() -> None:
-    assert sorted(schedule.SHAPES) == sorted(SCHEDULES)
+    assert sorted(SHAPES) == sorted(SCHEDULES)
 
 
 @pytest.mark.parametrize("top", [0.9999, 0.9, 0.3])
@@ -62,5 +63,5 @@ def test_ema_decay_is_equal_to_diffusers(top: float) -> None:
 
     model = EMAModel([torch.nn.Parameter(torch.zeros(1))], decay=top)
     for step in [*range(50), 10_000, 1_000_000]:
-        assert schedule.ema_decay(step, top) == pytest.approx(model.get_decay(step + 1), rel=1e-15)
-    assert schedule.ema_decay(0, top) == 0.0 and schedule.ema_decay(10**9, top) == top
+        assert schedules.ema_decay(step, top) == pytest.approx(model.get_decay(step + 1), rel=1e-15)
+    assert schedules.ema_decay(0, top) == 0.0 and schedules.ema_decay(10**9, top) == top

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import limner
-from limner import durable
-from limner.compat import diffusers as scripts
+from limner.compat import diffusers
+from limner.storage import atomic
 
 FULL, LORA = "train_text_to_image", "train_text_to_image_lora"
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -67,7 +67,7 @@ def same(a: Any, b: Any) -> bool:
 
 def contents(folder: Path) -> dict[str, str]:
     return {
-        str(p.relative_to(folder)): durable.digest(p)
+        str(p.relative_to(folder)): atomic.digest_file(p)
         for p in sorted(folder.rglob("*"))
         if p.is_file()
     }
@@ -78,7 +78,7 @@ def full(base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Four steps with the average kept, saved after every second."""
     run = tmp_path_factory.mktemp("full") / "run"
     assert (
-        scripts.main(
+        diffusers.main(
             FULL,
             flags(
                 base,
@@ -106,7 +106,7 @@ def lora(base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -
         "--seed=0",
         "--num_validation_images=0",
     ]
-    assert scripts.main(LORA, flags(base, pictures, run, *more)) == 0
+    assert diffusers.main(LORA, flags(base, pictures, run, *more)) == 0
     return run
 
 
@@ -164,7 +164,7 @@ def test_a_finished_run_ends_and_touches_nothing(
         "--use_ema",
         "--seed=0",
     ]
-    assert scripts.main(FULL, flags(base, pictures, run, *more)) == 0
+    assert diffusers.main(FULL, flags(base, pictures, run, *more)) == 0
     assert "finished at step 4" in capsys.readouterr().err
     after = contents(run)
     assert {k: v for k, v in after.items() if k != ".lock"} == {
@@ -187,7 +187,7 @@ def test_a_limit_given_on_resume_removes_several_old_checkpoints(
         "--use_ema",
         "--seed=0",
     ]
-    assert scripts.main(FULL, flags(base, pictures, run, *more)) == 0
+    assert diffusers.main(FULL, flags(base, pictures, run, *more)) == 0
     assert checkpoints(run) == {"checkpoint-6", "checkpoint-8"}
     assert json.loads((run / "result.json").read_text())["step"] == 8
     assert picture(DiffusionPipeline.from_pretrained(run, safety_checker=None)).shape == (32, 32, 3)
@@ -207,10 +207,10 @@ def test_an_older_checkpoint_by_name_is_gone_on_from(
         "--use_ema",
         "--seed=0",
     ]
-    assert scripts.main(FULL, flags(base, pictures, run, *more)) == 0
+    assert diffusers.main(FULL, flags(base, pictures, run, *more)) == 0
     assert checkpoints(run) == {"checkpoint-2", "checkpoint-4"}
     for name in (f"unet/{UNET}", f"unet_ema/{UNET}", "optimizer.safetensors"):
-        assert durable.digest(run / "checkpoint-4" / name) == durable.digest(
+        assert atomic.digest_file(run / "checkpoint-4" / name) == atomic.digest_file(
             full / "checkpoint-4" / name
         )
 
@@ -246,7 +246,7 @@ def test_lora_goes_on_within_its_limit(
         "--checkpoints_total_limit=2",
         "--seed=0",
     ]
-    assert scripts.main(LORA, flags(base, pictures, run, *more, "--num_validation_images=0")) == 0
+    assert diffusers.main(LORA, flags(base, pictures, run, *more, "--num_validation_images=0")) == 0
     assert checkpoints(run) == {"checkpoint-8", "checkpoint-10"}
     before, after = (
         load_file(folder / "pytorch_lora_weights.safetensors") for folder in (lora, run)
@@ -267,7 +267,7 @@ def test_previews_and_the_scaled_learning_rate(base: Path, pictures: Path, tmp_p
         "--train_batch_size=3",
     ]
     assert (
-        scripts.main(
+        diffusers.main(
             FULL, flags(base, pictures, run, *more, "--gradient_accumulation_steps=2", "--seed=0")
         )
         == 0
@@ -336,7 +336,7 @@ def test_sdxl_lora_files_have_the_names_that_diffusers_tests_look_for(
         *flags,
     ]
     assert (
-        scripts.main(
+        diffusers.main(
             "train_text_to_image_lora_sdxl", [*common, *(["--train_text_encoder"] if texts else [])]
         )
         == 0
@@ -364,7 +364,7 @@ def test_sdxl_leaves_a_pipeline_folder(sdxl: Path, pictures: Path, tmp_path: Pat
         "--timestep_bias_strategy=later",
     ]
     assert (
-        scripts.main(
+        diffusers.main(
             "train_text_to_image_sdxl",
             [
                 f"--pretrained_model_name_or_path={sdxl}",

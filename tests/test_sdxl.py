@@ -12,38 +12,46 @@ import pytest
 import tiny
 from PIL import Image
 
-from limner import config, generate, rng, training
-from limner.engine import Weights
-from limner.engines.torch import engine, lora, parts, pipeline
+from limner import rng
+from limner.base_model.open import open_base
+from limner.commands import generate
+from limner.config import toml
+from limner.config.schema import AdapterSettings, Config, ModelSettings
+from limner.data import contact_sheet
+from limner.engines.torch import encoders, engine, lora, pipeline
+from limner.engines.torch.encoders import TorchEncoders
+from limner.engines.torch.pipeline import SCHEDULERS
+from limner.errors import InputError
 from limner.families import FAMILIES
-from limner.family import tokenize as tokenize_all
-from limner.family import told
-from limner.faults import InputFault
+from limner.families.text import encode_captions
+from limner.families.text import tokenize as tokenize_all
+from limner.protocols import ModelSource
+from limner.storage import checkpoint
+from limner.training import loop
+from limner.training.stream import Stream
 
 SEED, SIZE = 3, 32
 
 
-def settings(base: Path, pictures: Path, run: Path, **sections: Any) -> config.Config:
+def settings(base: Path, pictures: Path, run: Path, **sections: Any) -> Config:
     raw: dict[str, Any] = {"run": str(run), "model": {"base": str(base), "family": "sdxl"}}
     raw |= {
         "data": {
             "folder": str(pictures),
             "size": SIZE,
             "crop": "random",
-            "crops": 3,
+            "crop_variants": 3,
             "flip": True,
             "drop_caption": 0.4,
             "resample": "box",
         }
     }
     raw |= {
-        "train": {"steps": 1, "batch": 4, "seed": SEED},
+        "train": {"steps": 1, "batch_size": 4, "seed": SEED},
         "log": {"every": 1},
         "objective": {"min_snr": 5.0},
     }
-    return config.build(
-        config.Config, {**raw, **{k: {**raw.get(k, {}), **v} for k, v in sections.items()}}
-    )
+    return toml.build(Config, {**raw, **{k: {**raw.get(k, {}), **v} for k, v in sections.items()}})
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +60,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_hand(
-    base: Path, pictures: Path, adapt: config.Adapt, zeros: bool
+    base: Path, pictures: Path, adapter: AdapterSettings, zeros: bool
 ) -> tuple[float, float, np.ndarray, int]:
     """Loss, gradient norm, time ids and number of dropped captions of the first step, with
     diffusers' classes; only the draws are Limner's."""
@@ -63,15 +71,15 @@ def by_hand(
     pipe = StableDiffusionXLPipeline.from_pretrained(base)
     nets = {"unet": pipe.unet} | (
         {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
-        if adapt.text_encoders
+        if adapter.text_encoders
         else {}
     )
     learned = (
-        lora.add(nets, adapt, FAMILIES["sdxl"], SEED)
-        if adapt.kind == "lora"
+        lora.add_adapters(nets, adapter, FAMILIES["sdxl"], SEED)
+        if adapter.kind == "lora"
         else dict(pipe.unet.requires_grad_(True).named_parameters())
     )
-    if adapt.kind == "lora":  # both matrices, else the gradient of the first is zero at the start
+    if adapter.kind == "lora":  # both matrices, else the gradient of the first is zero at the start
         for name, p in learned.items():
             if ".lora_B." in name:
                 p.data += 0.01
@@ -126,18 +134,18 @@ def by_hand(
 
 
 @pytest.mark.parametrize(
-    "adapt",
-    [config.Adapt(), config.Adapt("lora", 3), config.Adapt("lora", 3, text_encoders=True)],
+    "adapter",
+    [AdapterSettings(), AdapterSettings("lora", 3), AdapterSettings("lora", 3, text_encoders=True)],
     ids=["full", "lora", "texts"],
 )
 @pytest.mark.parametrize("zeros", [True, False])
-def test_a_step_is_what_diffusers_computes(adapt, zeros, sdxl, wide, tmp_path, monkeypatch):
-    loss, norm, ids, dropped = by_hand(sdxl, wide, adapt, zeros)
+def test_a_step_is_what_diffusers_computes(adapter, zeros, sdxl, wide, tmp_path, monkeypatch):
+    loss, norm, ids, dropped = by_hand(sdxl, wide, adapter, zeros)
     assert (
         0 < dropped < 4 and len({tuple(row) for row in ids.tolist()}) > 1 and (ids[:, 3] != 8).all()
     )  # off the centre, which is at 8
-    asked = {"kind": adapt.kind, "rank": adapt.rank, "text_encoders": adapt.text_encoders}
-    add = lora.add
+    asked = {"kind": adapter.kind, "rank": adapter.rank, "text_encoders": adapter.text_encoders}
+    add = lora.add_adapters
 
     def moved(*arguments):
         named = add(*arguments)
@@ -146,23 +154,23 @@ def test_a_step_is_what_diffusers_computes(adapt, zeros, sdxl, wide, tmp_path, m
                 p.data += 0.01
         return named
 
-    monkeypatch.setattr(lora, "add", moved)
+    monkeypatch.setattr(lora, "add_adapters", moved)
     cut = []
-    batch = training.Stream.batch
+    batch = Stream.batch
     monkeypatch.setattr(
-        training.Stream,
+        Stream,
         "batch",
-        lambda self, step, **k: [b := batch(self, step, **k), cut.append(b["cut"])][0],
+        lambda self, step, **k: [b := batch(self, step, **k), cut.append(b["size_and_crop"])][0],
     )
-    training.run(
+    loop.run_training(
         settings(
             sdxl,
             wide,
             tmp_path,
-            adapt=asked,
+            adapter=asked,
             data={"empty_caption": "base" if zeros else "encoded"},
         ),
-        tell=lambda line: None,
+        report=lambda line: None,
     )
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     np.testing.assert_array_equal(cut[0], ids)
@@ -172,14 +180,14 @@ def test_a_step_is_what_diffusers_computes(adapt, zeros, sdxl, wide, tmp_path, m
     )
 
 
-def finished(cfg: config.Config) -> tuple[list[Any], dict[str, bytes]]:
+def finished(cfg: Config) -> tuple[list[Any], dict[str, bytes]]:
     """The curve without clocks, and the bytes of all arrays of the last checkpoint."""
-    run = training.run(cfg, tell=lambda line: None)
+    run = loop.run_training(cfg, report=lambda line: None)
     rows = [
         {k: v for k, v in json.loads(line).items() if k != "images_per_second"}
         for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
-    found = training.checkpoint.read(run / f"checkpoint-{cfg.train.steps}")
+    found = checkpoint.open_checkpoint(run / f"checkpoint-{cfg.train.steps}")
     files = sorted(
         p.relative_to(found.folder).as_posix() for p in found.folder.rglob("*.safetensors")
     )
@@ -192,10 +200,10 @@ def finished(cfg: config.Config) -> tuple[list[Any], dict[str, bytes]]:
 
 CASES: dict[str, dict[str, Any]] = {
     "full": {"data": {}},
-    "lora": {"adapt": {"kind": "lora"}, "data": {"chunks": 2}},
+    "lora": {"adapter": {"kind": "lora"}, "data": {"caption_chunks": 2}},
     "buckets and half": {"data": {"buckets": {"step": 8}, "cache_dtype": "float16"}},
     "text encoders": {
-        "adapt": {"kind": "lora", "text_encoders": True},
+        "adapter": {"kind": "lora", "text_encoders": True},
         "data": {"empty_caption": "encoded"},
     },
 }
@@ -210,8 +218,8 @@ def test_cached_equals_uncached_to_the_bit(name, sdxl, tmp_path):
     ]
     pictures = tiny.pictures(tmp_path / "pictures", 5, size=(40, 61), captions=captions)
     common = CASES[name] | {
-        "train": {"steps": 3, "micro": 2},
-        "watch": {"hold_out": 1, "every": 2, "timesteps": 2},
+        "train": {"steps": 3, "micro_batch_size": 2},
+        "validation": {"hold_out": 1, "every": 2, "timesteps": 2},
         "optim": {"ema": 0.5},
     }
     seen = {}
@@ -239,23 +247,23 @@ def test_encoded_ahead_of_time_training_loads_no_encoder(sdxl, wide, tmp_path, m
         data={"cache": str(tmp_path / "cache"), "buckets": {"step": 8}},
     )
     said: list[str] = []
-    assert training.run(cfg, tell=said.append, only_encode=True) == tmp_path / "cache"
+    assert loop.run_training(cfg, report=said.append, only_encode=True) == tmp_path / "cache"
     assert (
         said[-1] == f"{tmp_path / 'cache'}: 24 pictures and 6 captions are encoded"
     )  # 5 pictures, 3 crops of which some coincide, flipped or not
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     loaded: list[str] = []
     monkeypatch.setattr(
-        parts,
-        "load",
-        lambda base, name, load=parts.load: [loaded.append(name), load(base, name)][1],
+        encoders,
+        "load_component",
+        lambda base, name, load=encoders.load_component: [loaded.append(name), load(base, name)][1],
     )
     monkeypatch.setattr(
         engine,
-        "load",
-        lambda base, name, load=parts.load: [loaded.append(name), load(base, name)][1],
+        "load_component",
+        lambda base, name, load=encoders.load_component: [loaded.append(name), load(base, name)][1],
     )
-    training.run(cfg, tell=said.append)
+    loop.run_training(cfg, report=said.append)
     assert set(loaded) == {"tokenizer", "tokenizer_2", "unet"}
 
 
@@ -265,13 +273,13 @@ def test_the_cache_knows_content_and_encoders_not_names_or_settings(sdxl, tmp_pa
     pictures, base, encoded = (
         tiny.pictures(tmp_path / "pictures", 4, size=(40, 61)),
         tmp_path / "base",
-        {"vae": 0, "text": 0},
+        {"encode_vae": 0, "encode_text": 0},
     )
     shutil.copytree(sdxl, base)
     for name in encoded:
-        whole = getattr(parts.TorchParts, name)
+        whole = getattr(TorchEncoders, name)
         monkeypatch.setattr(
-            parts.TorchParts,
+            TorchEncoders,
             name,
             lambda *a, name=name, whole=whole, **k: [
                 encoded.update({name: encoded[name] + 1}),
@@ -280,21 +288,24 @@ def test_the_cache_knows_content_and_encoders_not_names_or_settings(sdxl, tmp_pa
         )
 
     def calls(run: str, **sections: Any) -> tuple[bool, bool]:
-        encoded.update(vae=0, text=0)
+        encoded.update(encode_vae=0, encode_text=0)
         data = {
             "cache": str(tmp_path / "cache"),
             "crop": "center",
-            "crops": None,
+            "crop_variants": None,
             "flip": False,
             **sections.pop("data", {}),
         }
-        training.run(
-            settings(base, pictures, tmp_path / run, data=data, **sections), tell=lambda line: None
+        loop.run_training(
+            settings(base, pictures, tmp_path / run, data=data, **sections),
+            report=lambda line: None,
         )
-        return encoded["vae"] > 0, encoded["text"] > 0
+        return encoded["encode_vae"] > 0, encoded["encode_text"] > 0
 
     assert calls("1") == (True, True)
-    assert calls("2", optim={"learning_rate": 1e-3}, train={"batch": 2}, data={"threads": 1}) == (
+    assert calls(
+        "2", optim={"learning_rate": 1e-3}, train={"batch_size": 2}, data={"threads": 1}
+    ) == (
         False,
         False,
     )
@@ -321,9 +332,9 @@ def test_results_draw_the_same_in_the_stock_pipeline(sdxl, wide, tmp_path):
     pictures = []
     for kind in ("full", "lora"):
         asked = {"kind": kind, "text_encoders": kind == "lora"}
-        run = training.run(
-            settings(sdxl, wide, tmp_path / kind, adapt=asked, optim={"learning_rate": 1e-2}),
-            tell=lambda line: None,
+        run = loop.run_training(
+            settings(sdxl, wide, tmp_path / kind, adapter=asked, optim={"learning_rate": 1e-2}),
+            report=lambda line: None,
         )
         pipe = StableDiffusionXLPipeline.from_pretrained(run if kind == "full" else sdxl)
         if kind == "lora":
@@ -341,7 +352,7 @@ def test_results_draw_the_same_in_the_stock_pipeline(sdxl, wide, tmp_path):
             generator=torch.Generator().manual_seed(7),
             output_type="np",
         ).images[0]
-        generate.run(
+        generate.run_generate(
             str(run),
             prompts=["a red circle"],
             output=tmp_path / f"drawn-{kind}",
@@ -352,7 +363,9 @@ def test_results_draw_the_same_in_the_stock_pipeline(sdxl, wide, tmp_path):
             **GENERATE,
         )
         (drawn,) = (tmp_path / f"drawn-{kind}").glob("*.png")
-        assert np.abs(generate.read_picture(drawn).astype(int) - np.rint(stock * 255)).max() <= 1
+        assert (
+            np.abs(contact_sheet.read_picture(drawn).astype(int) - np.rint(stock * 255)).max() <= 1
+        )
         pictures.append(stock)
     plain = StableDiffusionXLPipeline.from_pretrained(sdxl)
     plain.set_progress_bar_config(disable=True)
@@ -370,9 +383,9 @@ def test_results_draw_the_same_in_the_stock_pipeline(sdxl, wide, tmp_path):
 def test_latents_are_never_clipped(sdxl):
     """DDIM and DDPM clip unless they are told not to, and the config of another scheduler does not
     tell them."""
-    for name in pipeline.SCHEDULERS:
+    for name in SCHEDULERS:
         stock = pipeline.open_pipeline(
-            Weights(str(sdxl)), None, scheduler=name, precision="no", device="cpu"
+            ModelSource(str(sdxl)), None, scheduler=name, precision="no", device="cpu"
         )
         assert not stock.scheduler.config.get(
             "clip_sample", False
@@ -428,8 +441,8 @@ def test_a_base_that_does_not_fit_is_refused_before_weights_are_loaded(
     else:
         known = json.loads((base / part / "config.json").read_text())
         (base / part / "config.json").write_text(json.dumps(known | change))
-    with pytest.raises(InputFault, match=re.escape(words)):
-        training.run(settings(base, wide, tmp_path / "run"), tell=lambda line: None)
+    with pytest.raises(InputError, match=re.escape(words)):
+        loop.run_training(settings(base, wide, tmp_path / "run"), report=lambda line: None)
 
 
 def test_another_autoencoder(sdxl, wide, tmp_path):
@@ -446,11 +459,11 @@ def test_another_autoencoder(sdxl, wide, tmp_path):
         ).read_bytes()
     wide_latents = tiny.stable_diffusion_xl(tmp_path / "wide", latent_channels=16)
     with pytest.raises(
-        InputFault, match="in_channels is 4, the autoencoder's latent_channels is 16"
+        InputError, match="in_channels is 4, the autoencoder's latent_channels is 16"
     ):
-        training.run(settings(sdxl, wide, tmp_path / "no", model={"vae": str(wide_latents)}))
-    with pytest.raises(InputFault, match="is of a UNet2DConditionModel, AutoencoderKL is expected"):
-        training.run(settings(sdxl, wide, tmp_path / "no", model={"vae": str(sdxl / "unet")}))
+        loop.run_training(settings(sdxl, wide, tmp_path / "no", model={"vae": str(wide_latents)}))
+    with pytest.raises(InputError, match="is of a UNet2DConditionModel, AutoencoderKL is expected"):
+        loop.run_training(settings(sdxl, wide, tmp_path / "no", model={"vae": str(sdxl / "unet")}))
 
 
 def test_long_captions_in_chunks(sdxl):
@@ -459,14 +472,14 @@ def test_long_captions_in_chunks(sdxl):
     import torch
 
     family = FAMILIES["sdxl"]
-    opened = training.base.open_base(config.Model(base=str(sdxl), family="sdxl"), family)
-    frozen = parts.TorchParts(opened, torch.device("cpu"))
+    opened = open_base(ModelSettings(base=str(sdxl), family="sdxl"), family)
+    frozen = TorchEncoders(opened, torch.device("cpu"))
     words, inner = [f"w{i}" for i in range(60)], 75
     for tokenizer in family.tokenizers:
         tokenize = frozen.component(tokenizer)
         for text in ("", "a red circle", " ".join(words), " ".join(words * 4)):
             ids = tokenize(text, truncation=False, verbose=False).input_ids[1:-1]
-            made = frozen.tokens(tokenizer, [text], 3)[0]
+            made = frozen.tokenize(tokenizer, [text], 3)[0]
             for chunk in range(3):
                 piece = tokenize.decode(ids[chunk * inner : (chunk + 1) * inner])
                 wanted = tokenize(
@@ -474,12 +487,12 @@ def test_long_captions_in_chunks(sdxl):
                 ).input_ids
                 assert made[chunk].tolist() == wanted, (text, chunk)
     one, many = (
-        told(family, frozen, tokenize_all(family, frozen, ["a red circle"], chunks))
+        encode_captions(family, frozen, tokenize_all(family, frozen, ["a red circle"], chunks))
         for chunks in (1, 3)
     )
     np.testing.assert_allclose(many["context"][:, :77], one["context"], atol=1e-6)
     assert many["mask"].tolist() == [[True] * 77 + [False] * 154] and "mask" not in one
-    net = parts.load(opened, "unet").eval()
+    net = encoders.load_component(opened, "unet").eval()
     x, t, cut = (
         torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
         torch.tensor([500]),
@@ -487,7 +500,9 @@ def test_long_captions_in_chunks(sdxl):
     )
     made = []
     for features in (one, many):
-        given = {name: torch.from_numpy(array) for name, array in features.items()} | {"cut": cut}
+        given = {name: torch.from_numpy(array) for name, array in features.items()} | {
+            "size_and_crop": cut
+        }
         with torch.no_grad():
-            made.append(net(x, t, **family.inputs(given)).sample.numpy())
+            made.append(net(x, t, **family.network_inputs(given)).sample.numpy())
     np.testing.assert_allclose(made[1], made[0], atol=1e-5)

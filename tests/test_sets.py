@@ -5,18 +5,19 @@ from pathlib import Path
 import pytest
 import tiny
 
-from limner import config
-from limner.data import sets
-from limner.data.records import BadRecord
-from limner.faults import InputFault
+from limner.config import rules, toml
+from limner.config.schema import Config, DataSettings
+from limner.data import mixture
+from limner.data.source import BadRecord
+from limner.errors import InputError
 
 
-def given(*tables: dict, **data: object) -> config.Data:
-    return config.build(
-        config.Config,
+def given(*tables: dict, **data: object) -> DataSettings:
+    return toml.build(
+        Config,
         {
             "model": {"base": "b"},
-            "train": {"steps": 1, "batch": 1},
+            "train": {"steps": 1, "batch_size": 1},
             "data": {"sets": list(tables), **data},
         },
     ).data
@@ -31,11 +32,11 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_records_come_in_the_order_of_the_sets(two: tuple[Path, Path]) -> None:
-    source = sets.open_source(
+    source = mixture.open_source(
         given({"folder": str(two[0])}, {"folder": str(two[1]), "caption": "words"}),
         lambda line: None,
     )
-    assert len(source) == 5 and [sets.set_of(source, i) for i in range(5)] == [0, 0, 0, 1, 1]
+    assert len(source) == 5 and [mixture.set_of(source, i) for i in range(5)] == [0, 0, 0, 1, 1]
     assert (
         source[2].key.endswith("/one: 002.png")
         and source[4].key.endswith("/other: 001.png")
@@ -44,8 +45,8 @@ def test_records_come_in_the_order_of_the_sets(two: tuple[Path, Path]) -> None:
     with pytest.raises(BadRecord) as bad:
         source[3]
     assert bad.value.key.endswith("/other: 000.png")
-    alone = sets.open_source(config.Data(folder=str(two[0])), lambda line: None)
-    assert sets.set_of(alone, 2) == 0 and alone[2].key == "002.png"
+    alone = mixture.open_source(DataSettings(folder=str(two[0])), lambda line: None)
+    assert mixture.set_of(alone, 2) == 0 and alone[2].key == "002.png"
 
 
 def test_a_set_named_twice_is_refused_by_whatever_name(
@@ -54,16 +55,20 @@ def test_a_set_named_twice_is_refused_by_whatever_name(
     (tmp_path / "link").symlink_to(two[0])
     for name in (str(two[0]), str(tmp_path / "link"), f"{two[0]}/../one"):
         with pytest.raises(
-            InputFault, match=r"one is named twice. Name it once, with repeats, or with a weight"
+            InputError, match=r"one is named twice. Name it once, with repeats, or with a weight"
         ):
-            sets.open_source(given({"folder": str(two[0])}, {"folder": name}), lambda line: None)
-    with pytest.raises(InputFault, match=r"data.sets: me/x is named twice"):
-        sets.open_source(given({"hub": "me/x"}, {"hub": "me/x", "repeats": 3}), lambda line: None)
+            mixture.open_source(given({"folder": str(two[0])}, {"folder": name}), lambda line: None)
+    with pytest.raises(InputError, match=r"data.sets: me/x is named twice"):
+        mixture.open_source(
+            given({"hub": "me/x"}, {"hub": "me/x", "repeats": 3}), lambda line: None
+        )
 
 
 def test_what_is_wrong_with_one_set_says_which(two: tuple[Path, Path]) -> None:
-    with pytest.raises(InputFault, match=r"data.sets\[1\]: .*no column 'text'"):
-        sets.open_source(given({"folder": str(two[0])}, {"folder": str(two[1])}), lambda line: None)
+    with pytest.raises(InputError, match=r"data.sets\[1\]: .*no column 'text'"):
+        mixture.open_source(
+            given({"folder": str(two[0])}, {"folder": str(two[1])}), lambda line: None
+        )
 
 
 @pytest.mark.parametrize(
@@ -85,12 +90,12 @@ def test_what_is_wrong_with_one_set_says_which(two: tuple[Path, Path]) -> None:
     ],
 )
 def test_settings_that_cannot_be_honoured(tables: list[dict], words: str) -> None:
-    cfg = config.build(
-        config.Config,
-        {"model": {"base": "b"}, "train": {"steps": 1, "batch": 1}, "data": {"sets": tables}},
+    cfg = toml.build(
+        Config,
+        {"model": {"base": "b"}, "train": {"steps": 1, "batch_size": 1}, "data": {"sets": tables}},
     )
-    with pytest.raises(InputFault) as refused:
-        cfg.check()
+    with pytest.raises(InputError) as refused:
+        rules.check_config(cfg)
     assert words in str(refused.value)
 
 

@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from limner import config, durable, rng
-from limner.cache import Store
+from limner import rng
+from limner.config import toml
+from limner.config.schema import DataSettings, ObjectiveSettings
 from limner.data import buckets
-from limner.data import stream as module
 from limner.data.index import Entry
 from limner.data.order import Order
 from limner.data.prefetch import prefetch
-from limner.data.records import Record
-from limner.data.stream import Stream
+from limner.data.source import Record
+from limner.diffusion.objective import Objective
+from limner.errors import InputError
 from limner.families import FAMILIES
-from limner.faults import InputFault
-from limner.features import Encoded
-from limner.objective import Objective
+from limner.features.encoder import FeatureEncoder
+from limner.features.store import DiskStore
+from limner.storage import atomic
+from limner.training.stream import Draw, Stream
 
 SD = FAMILIES["sd"]
 SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -33,13 +35,15 @@ COUNT = 10
 class Toy:
     """Encoders that show what went in: pixels made small, and the caption's letters."""
 
-    def vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode_vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return pixels[:, :, ::2, ::2].copy(), np.full_like(pixels[:, :, ::2, ::2], 0.25)
 
-    def tokens(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
+    def tokenize(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
         return np.array([[[sum(map(ord, c))] * 2] * chunks for c in captions])
 
-    def text(self, name: str, ids: np.ndarray, skip: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def encode_text(
+        self, name: str, ids: np.ndarray, skip: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         return np.repeat(ids[..., None], 2, axis=2).astype(np.float32), ids.astype(np.float32)
 
 
@@ -67,14 +71,14 @@ def stream(
     **data: Any,
 ) -> Stream:
     entries, source = records(shape)
-    settings = config.build(config.Data, {"size": 8, **data})
-    wanted = config.build(config.Objective, noise or {})
-    stores = (None, None) if folder is None else (Store(folder / "p"), Store(folder / "c"))
-    encoded = Encoded(SD, Toy, *stores, 3)
+    settings = toml.build(DataSettings, {"size": 8, **data})
+    wanted = toml.build(ObjectiveSettings, noise or {})
+    stores = (None, None) if folder is None else (DiskStore(folder / "p"), DiskStore(folder / "c"))
+    encoded = FeatureEncoder(SD, Toy, *stores, 3)
     order = Order(
         seed,
         batch,
-        [buckets.fit(e.size, settings) for e in entries],
+        [buckets.choose_shape(e.size, settings) for e in entries],
         [0] * COUNT,
         [1],
         [],
@@ -86,7 +90,7 @@ def stream(
         source,
         settings,
         wanted,
-        Objective.of(SCHEDULER, wanted),
+        Objective.from_scheduler(SCHEDULER, wanted),
         SD,
         CONFIGS,
         encoded,
@@ -136,20 +140,20 @@ def test_any_order_of_calls_and_any_number_of_threads() -> None:
 
 
 def test_the_cache_moves_no_number(tmp_path: Path) -> None:
-    settings = RICH | {"crops": 2}
+    settings = RICH | {"crop_variants": 2}
     cached = stream(folder=tmp_path, **settings)
-    cached.encoded.fill_images(
-        [cached.picture(e, g) for e in cached.entries for g in cached.variants(e) or ()],
+    cached.features.fill_images(
+        [cached.image_request(e, g) for e in cached.entries for g in cached.variants(e) or ()],
         lambda: None,
     )
-    cached.encoded.fill_texts([c for e in cached.entries for c in e.captions] + [""], lambda: None)
+    cached.features.fill_texts([c for e in cached.entries for c in e.captions] + [""], lambda: None)
     cached = dataclasses.replace(
         cached,
-        encoded=Encoded(
+        features=FeatureEncoder(
             SD,
             lambda: pytest.fail("an encoder was asked for"),
-            cached.encoded.image_store,
-            cached.encoded.text_store,
+            cached.features.image_store,
+            cached.features.text_store,
             3,
         ),
     )
@@ -159,17 +163,17 @@ def test_the_cache_moves_no_number(tmp_path: Path) -> None:
 
 def test_every_epoch_is_a_permutation() -> None:
     made = stream(batch=4)
-    keys = [key for step in range(15) for key in made.names(step)]
+    keys = [key for step in range(15) for key in made.record_names(step)]
     epochs = [keys[i : i + COUNT] for i in range(0, 6 * COUNT, COUNT)]
     assert all(sorted(epoch) == sorted(e.key for e in made.entries) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
-    assert stream(seed=6).names(0) != made.names(0) == stream().names(0)
-    assert made.names(2) == [made.draw(p).entry.key for p in range(8, 12)]
+    assert stream(seed=6).record_names(0) != made.record_names(0) == stream().record_names(0)
+    assert made.record_names(2) == [made.make_draw(p).entry.key for p in range(8, 12)]
 
 
-def draws(**settings: Any) -> list[module.Draw]:
+def draws(**settings: Any) -> list[Draw]:
     made = stream(**settings)
-    return [made.draw(p) for p in range(200)]
+    return [made.make_draw(p) for p in range(200)]
 
 
 ASPECTS = {
@@ -199,7 +203,7 @@ def test_one_setting_moves_no_other_draw(changed: dict, moves: set[str]) -> None
 
 
 def test_crops_move_nothing_but_the_place() -> None:
-    some, other = draws(crop="random", flip=True), draws(crop="random", crops=3, flip=True)
+    some, other = draws(crop="random", flip=True), draws(crop="random", crop_variants=3, flip=True)
     assert {
         name for name, of in ASPECTS.items() if list(map(of, some)) != list(map(of, other))
     } == {"place"}
@@ -207,7 +211,7 @@ def test_crops_move_nothing_but_the_place() -> None:
 
 def test_draws_are_independent_and_fair() -> None:
     made = stream(crop="random", flip=True, drop_caption=0.25)
-    some = [made.draw(p) for p in range(3000)]
+    some = [made.make_draw(p) for p in range(3000)]
     flip = np.array([d.geometry.flip for d in some], float)
     dropped = np.array([d.caption == "" for d in some], float)
     u, top = np.array([d.u for d in some]), np.array([d.geometry.top for d in some], float)
@@ -235,7 +239,7 @@ def test_pixels_are_those_of_the_geometry() -> None:
     made = stream(crop="random", flip=True, shape=(12, 8))
     batch = made.batch(3)
     for row, p in enumerate(range(12, 16)):
-        d = made.draw(p)
+        d = made.make_draw(p)
         g, whole = d.geometry, np.asarray(Image.fromarray(made.source[d.entry.row].image))
         square = whole[g.top : g.top + 8, :8][:, :: -1 if g.flip else 1]
         mean = (square.transpose(2, 0, 1)[:, ::2, ::2] / 127.5 - 1).astype(np.float32)
@@ -250,17 +254,17 @@ def test_a_picture_that_changes_or_goes_during_the_run_is_named(tmp_path: Path) 
     entry, path = made.entries[0], tmp_path / "0.png"
     Image.fromarray(made.source[0].image).save(path)  # type: ignore[arg-type]
     good = dataclasses.replace(made, source=[Record("0.png", path, ("a",))])  # type: ignore[arg-type]
-    entry = dataclasses.replace(entry, digest=durable.digest(path))
+    entry = dataclasses.replace(entry, digest=atomic.digest_file(path))
     (geometry,) = made.variants(entry) or ()
-    good.encoded.fill_images([good.picture(entry, geometry)], lambda: None)
-    flipped = good.picture(entry, dataclasses.replace(geometry, flip=True))
+    good.features.fill_images([good.image_request(entry, geometry)], lambda: None)
+    flipped = good.image_request(entry, dataclasses.replace(geometry, flip=True))
     Image.new("RGB", (16, 24)).save(path)
-    with pytest.raises(InputFault, match="the picture is another than when the run began"):
-        good.encoded.fill_images([flipped], lambda: None)
+    with pytest.raises(InputError, match="the picture is another than when the run began"):
+        good.features.fill_images([flipped], lambda: None)
     path.unlink()
-    with pytest.raises(InputFault, match=r"picture 0: .*No such file"):
+    with pytest.raises(InputError, match=r"picture 0: .*No such file"):
         flipped.load()
-    assert flipped.key not in good.encoded.image_store  # type: ignore[operator]
+    assert flipped.key not in good.features.image_store  # type: ignore[operator]
 
 
 def test_noise_offset_and_input_perturbation() -> None:
@@ -283,9 +287,9 @@ def test_noise_offset_and_input_perturbation() -> None:
     np.testing.assert_allclose(
         perturbed["input_noise"], offset["noise"] + np.float32(0.2) * extra, atol=1e-6
     )
-    for name in ("x0", "t", "w", "context"):
+    for name in ("x0", "timestep", "weight", "context"):
         assert plain[name].tobytes() == perturbed[name].tobytes()
-    assert all(array.dtype == np.float32 for name, array in perturbed.items() if name != "t")
+    assert all(array.dtype == np.float32 for name, array in perturbed.items() if name != "timestep")
 
 
 def test_noise_is_standard_normal_and_no_two_rows_share_it() -> None:
@@ -308,14 +312,14 @@ def test_variants_are_all_there_is() -> None:
     for settings in (
         {},
         {"flip": True},
-        {"crop": "random", "crops": 3},
-        {"crop": "random", "crops": 3, "flip": True},
+        {"crop": "random", "crop_variants": 3},
+        {"crop": "random", "crop_variants": 3, "flip": True},
         {"crop": "random", "flip": True, "shape": (16, 16)},
     ):
         made = stream(**settings)
         asked: dict[int, set] = {}
         for p in range(1500):
-            d = made.draw(p)
+            d = made.make_draw(p)
             asked.setdefault(d.entry.row, set()).add(d.geometry)
         for entry in made.entries:
             ways = made.variants(entry)
@@ -325,30 +329,30 @@ def test_variants_are_all_there_is() -> None:
     assert len(stream(flip=True).variants(made.entries[0]) or ()) == 2
     free = stream(crop="random")
     assert free.variants(free.entries[0]) is None
-    assert len({free.draw(p).geometry for p in range(100)}) > 3
+    assert len({free.make_draw(p).geometry for p in range(100)}) > 3
 
 
 def test_a_picture_s_key_says_all_it_depends_on() -> None:
     made = stream(flip=True)
     entry = made.entries[0]
-    keys = {made.picture(entry, g).key for g in made.variants(entry) or ()}
+    keys = {made.image_request(entry, g).key for g in made.variants(entry) or ()}
     assert len(keys) == 2
     geometry = (made.variants(entry) or [])[0]
     others = [
         dict(resample="box"),
         dict(background="black"),
         dict(size=4),
-        dict(crop="random", crops=1),
+        dict(crop="random", crop_variants=1),
     ]
     for changed in others:
         other = stream(**({"flip": True} | changed))
-        keys |= {other.picture(entry, g).key for g in (other.variants(entry) or [])[:1]}
-    keys.add(made.picture(dataclasses.replace(entry, digest="another"), geometry).key)
-    keys.add(made.picture(entry, dataclasses.replace(geometry, height=13)).key)
+        keys |= {other.image_request(entry, g).key for g in (other.variants(entry) or [])[:1]}
+    keys.add(made.image_request(dataclasses.replace(entry, digest="another"), geometry).key)
+    keys.add(made.image_request(entry, dataclasses.replace(geometry, height=13)).key)
     assert len(keys) == 2 + len(others) + 2 and None not in keys
-    assert made.picture(entry, geometry, cached=False).key is None
+    assert made.image_request(entry, geometry, cached=False).key is None
     renamed = dataclasses.replace(entry, row=entry.row, key="moved.png", captions=("other",))
-    assert made.picture(renamed, geometry).key == made.picture(entry, geometry).key
+    assert made.image_request(renamed, geometry).key == made.image_request(entry, geometry).key
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -359,17 +363,17 @@ def test_held_out_covers_all_and_is_constant(world: int) -> None:
     held = made.entries[:3]
     seen: list[tuple[bytes, int]] = []
     for rank in range(world):
-        for count, batch in made.held_out(held, 5, rank, world):
+        for count, batch in made.validation_batches(held, 5, rank, world):
             assert (
                 {len(array) for array in batch.values()} == {4 // world}
                 and 0 <= count <= 4 // world
                 and "input_noise" not in batch
             )
-            seen += [(batch["noise"][i].tobytes(), int(batch["t"][i])) for i in range(count)]
+            seen += [(batch["noise"][i].tobytes(), int(batch["timestep"][i])) for i in range(count)]
     assert len(seen) == len(set(seen)) == 15
     assert Counter(t for _, t in seen) == {t: 3 for t in (100, 300, 500, 700, 900)}
-    again = [batch for _, batch in stream(**RICH).held_out(held, 5)]
-    for batch, (_, first) in zip(again, made.held_out(held, 5), strict=True):
+    again = [batch for _, batch in stream(**RICH).validation_batches(held, 5)]
+    for batch, (_, first) in zip(again, made.validation_batches(held, 5), strict=True):
         equal(batch, first)
 
 
@@ -378,21 +382,24 @@ def test_held_out_pictures_can_be_encoded_beforehand(tmp_path: Path) -> None:
     nor at any other."""
     made = stream(folder=tmp_path, **RICH)
     held = made.entries[:3]
-    made.encoded.fill_images([made.picture(e, made.watched(e)) for e in held], lambda: None)
-    made.encoded.fill_texts([e.captions[0] for e in held], lambda: None)
-    stores = made.encoded.image_store, made.encoded.text_store
+    made.features.fill_images(
+        [made.image_request(e, made.validation_crop(e)) for e in held], lambda: None
+    )
+    made.features.fill_texts([e.captions[0] for e in held], lambda: None)
+    stores = made.features.image_store, made.features.text_store
     blind = dataclasses.replace(
-        made, encoded=Encoded(SD, lambda: pytest.fail("an encoder was asked for"), *stores, 3)
+        made,
+        features=FeatureEncoder(SD, lambda: pytest.fail("an encoder was asked for"), *stores, 3),
     )
     for (_, batch), (_, expected) in zip(
-        blind.held_out(held, 4), stream(**RICH).held_out(held, 4), strict=True
+        blind.validation_batches(held, 4), stream(**RICH).validation_batches(held, 4), strict=True
     ):
         equal(batch, expected)
 
 
 def test_held_out_noise_is_not_training_s() -> None:
     made = stream()
-    (_, watched), *_ = made.held_out(made.entries[:1], 4)
+    (_, watched), *_ = made.validation_batches(made.entries[:1], 4)
     assert not {row.tobytes() for row in watched["noise"]} & {
         row.tobytes() for step in range(3) for row in made.batch(step)["noise"]
     }

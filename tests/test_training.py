@@ -9,26 +9,32 @@ import pytest
 import tiny
 from PIL import Image
 
-from limner import checkpoint, config, durable, export, generate, signals, training
 from limner.compat import diffusers
-from limner.faults import InputFault, Stopped
+from limner.config import toml
+from limner.config.schema import Config
+from limner.data import contact_sheet
+from limner.errors import InputError, Stopped
+from limner.storage import atomic, checkpoint
+from limner.storage.checkpoint import STATE_FILE
+from limner.storage.run_folder import PUSHED_FILE
+from limner.training import loop, result
+from limner.training import push as push_module
+from limner.training.signals import Stop
 
 
-def settings(base: Path, pictures: Path, run: Path, **sections: Any) -> config.Config:
+def settings(base: Path, pictures: Path, run: Path, **sections: Any) -> Config:
     raw: dict[str, Any] = {
         "run": str(run),
         "model": {"base": str(base)},
         "data": {"folder": str(pictures), "size": 32},
     }
-    raw |= {"train": {"steps": 2, "batch": 2, "seed": 1}, "adapt": {"kind": "lora"}}
-    return config.build(
-        config.Config, {**raw, **{k: {**raw.get(k, {}), **v} for k, v in sections.items()}}
-    )
+    raw |= {"train": {"steps": 2, "batch_size": 2, "seed": 1}, "adapter": {"kind": "lora"}}
+    return toml.build(Config, {**raw, **{k: {**raw.get(k, {}), **v} for k, v in sections.items()}})
 
 
-def run(cfg: config.Config) -> list[str]:
+def run(cfg: Config) -> list[str]:
     said: list[str] = []
-    training.run(cfg, tell=said.append)
+    loop.run_training(cfg, report=said.append)
     return said
 
 
@@ -36,7 +42,7 @@ def test_checkpoints_of_another_tool_are_left_alone(base, pictures, tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "optimizer.bin").write_bytes(b"theirs")
     for resume in ("auto", "latest", "never"):
-        with pytest.raises(InputFault, match="checkpoint-1"):
+        with pytest.raises(InputError, match="checkpoint-1"):
             run(
                 settings(
                     base, pictures, tmp_path, checkpoint={"every": 1, "keep": 1, "resume": resume}
@@ -56,23 +62,23 @@ def test_a_finished_checkpoint_of_another_folder_becomes_a_result_here(base, pic
             checkpoint={"resume": str(tmp_path / "first" / "checkpoint-2")},
         )
     )
-    results = [export.read_result(tmp_path / name) for name in ("first", "second")]
-    assert results[0] == results[1] and export.result_is_whole(tmp_path / "second", 2)
+    results = [result.read_result(tmp_path / name) for name in ("first", "second")]
+    assert results[0] == results[1] and result.is_result_whole(tmp_path / "second", 2)
 
 
 def test_a_finished_run_is_pushed_once_when_it_is_asked_for(base, pictures, tmp_path, monkeypatch):
     run(settings(base, pictures, tmp_path))
     pushed = []
 
-    def push(folder: Path, repository: str, private: bool, tell: Any) -> None:
+    def push(folder: Path, repository: str, private: bool, report: Any) -> None:
         pushed.append(repository)
-        durable.write_text(
-            folder / export.PUSHED,
-            json.dumps({"repository": repository, "digest": export.read_result(folder)["digest"]}),
+        atomic.write_text(
+            folder / PUSHED_FILE,
+            json.dumps({"repository": repository, "digest": result.read_result(folder)["digest"]}),
         )
 
-    monkeypatch.setattr(export, "check_push", lambda repository, private: f"me/{repository}")
-    monkeypatch.setattr(export, "push", push)
+    monkeypatch.setattr(push_module, "check_push", lambda repository, private: f"me/{repository}")
+    monkeypatch.setattr(push_module, "push_result", push)
     with_push = settings(base, pictures, tmp_path, export={"hub": "mine"})
     run(with_push)
     assert "nothing to do" in run(with_push)[-1]
@@ -93,7 +99,7 @@ def test_prompts_without_an_interval_are_drawn_at_the_end_in_a_size_that_pipelin
     )
     assert [p.name for p in (tmp_path / "previews").iterdir()] == ["step-000002"]
     sizes = [
-        generate.read_picture(p).shape
+        contact_sheet.read_picture(p).shape
         for p in sorted((tmp_path / "previews" / "step-000002").glob("*.png"))
     ]
     assert sizes == [(32, 32, 3)] * 4
@@ -102,45 +108,45 @@ def test_prompts_without_an_interval_are_drawn_at_the_end_in_a_size_that_pipelin
 
 
 def test_only_settings_of_the_optimizer_may_be_allowed_to_change(base, pictures, tmp_path):
-    with pytest.raises(InputFault, match=r"'optim\.learning_rate'"):
-        settings(base, pictures, tmp_path, checkpoint={"allow": ["adapt.kind"]})
+    with pytest.raises(InputError, match=r"'optim\.learning_rate'"):
+        settings(base, pictures, tmp_path, checkpoint={"allow_changes": ["adapter.kind"]})
     run(settings(base, pictures, tmp_path, optim={"ema": 0.9}))
     more: dict[str, Any] = {"train": {"steps": 3}}
     with pytest.raises(
-        InputFault,
+        InputError,
         match=r"optim.learning_rate: was 0.0001, now "
-        r'0.01[\s\S]*checkpoint.allow=\["optim.learning_rate"\]',
+        r'0.01[\s\S]*checkpoint.allow_changes=\["optim.learning_rate"\]',
     ):
         run(settings(base, pictures, tmp_path, optim={"ema": 0.9, "learning_rate": 1e-2}, **more))
-    with pytest.raises(InputFault) as refused:
+    with pytest.raises(InputError) as refused:
         run(settings(base, pictures, tmp_path, **more))
-    assert "optim.ema: was 0.9, now None" in str(refused.value) and "checkpoint.allow" not in str(
+    assert "optim.ema: was 0.9, now None" in str(
         refused.value
-    )
+    ) and "checkpoint.allow_changes" not in str(refused.value)
     allowed = {
         "optim": {"ema": 0.9, "learning_rate": 1e-2, "ema_offload": True},
-        "checkpoint": {"allow": ["optim.learning_rate"]},
+        "checkpoint": {"allow_changes": ["optim.learning_rate"]},
     }
     said = run(settings(base, pictures, tmp_path, **allowed, **more))
     assert "from step 2 on, optim.learning_rate: was 0.0001, now 0.01" in said
-    assert checkpoint.latest(tmp_path).step == 3
+    assert checkpoint.find_latest(tmp_path).step == 3
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"adapt": {"targets": ["to_x"]}}, "no module named to_x"),
+        ({"adapter": {"targets": ["to_x"]}}, "no module named to_x"),
         ({"optim": {"kind": "adamw8bit"}}, "adamw8bit"),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused_before_anything_is_loaded(
     base, pictures, tmp_path, monkeypatch, section, message
 ):
-    from limner.engines.torch import engine, parts
+    from limner.engines.torch import encoders, engine
 
-    for module in (engine, parts):
-        monkeypatch.setattr(module, "load", lambda *_: pytest.fail("a weight was loaded"))
-    with pytest.raises(InputFault, match=message):
+    for module in (engine, encoders):
+        monkeypatch.setattr(module, "load_component", lambda *_: pytest.fail("a weight was loaded"))
+    with pytest.raises(InputError, match=message):
         run(settings(base, pictures, tmp_path, **section))
 
 
@@ -158,20 +164,20 @@ def test_the_learning_rate_scales_with_the_batch_that_holds(tmp_path, monkeypatc
     def rate(*more: str) -> float:
         return diffusers.to_config(
             "train_text_to_image",
-            diffusers.parser("train_text_to_image").parse_args([*flags, *more]),
+            diffusers.make_parser("train_text_to_image").parse_args([*flags, *more]),
         ).optim.learning_rate
 
     assert rate() == pytest.approx(8e-5)
     (tmp_path / "checkpoint-5").mkdir()
-    (tmp_path / "checkpoint-5" / checkpoint.STATE).write_text(json.dumps({"step": 5, "batch": 16}))
+    (tmp_path / "checkpoint-5" / STATE_FILE).write_text(json.dumps({"step": 5, "batch": 16}))
     assert rate("--resume_from_checkpoint=latest") == pytest.approx(16e-5)
 
 
 def test_a_signal_while_looking_stops_at_once_and_later_is_a_request(capfd):
-    with signals.Stop(), pytest.raises(Stopped):
+    with Stop(), pytest.raises(Stopped):
         signal.raise_signal(signal.SIGTERM)
-    with signals.Stop() as stop:
-        stop.gently = True
+    with Stop() as stop:
+        stop.save_first = True
         signal.raise_signal(signal.SIGTERM)
         assert stop.asked
     assert "stopping as soon as the state is saved" in capfd.readouterr().err
@@ -187,7 +193,7 @@ def test_a_bucket_that_cannot_fill_a_batch_is_told(base, tmp_path):
             pictures,
             tmp_path / "run",
             data={"folder": None, "sets": sets, "buckets": {"step": 8}},
-            train={"batch": 4},
+            train={"batch_size": 4},
         )
     )
     assert (

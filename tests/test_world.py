@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from limner.engines.torch import world
-from limner.engines.torch.world import World
-from limner.faults import DiskFault, Fault, InputFault, Stopped
+from limner import errors
+from limner.engines.torch import processes
+from limner.engines.torch.processes import PRECISIONS, TorchProcessGroup
+from limner.errors import DiskError, InputError, LimnerError, Stopped
 
 LAUNCHED = (
     "ACCELERATE_",
@@ -33,29 +34,30 @@ CHILD = """
 import json, sys
 from pathlib import Path
 import torch
-from limner import faults
-from limner.engines.torch.world import World
+from limner import errors
+from limner.engines.torch.processes import TorchProcessGroup
 
 def attempt(action):
     try:
         return ["result", world.first(action)]
     except Exception as error:
-        return [type(error).__name__, str(error), getattr(error, "told", False)]
+        return [type(error).__name__, str(error), getattr(error, "reported", False)]
 
 def full_disk():
-    raise faults.DiskFault("disk: no room")
+    raise errors.DiskError("disk: no room")
 
 torch.set_num_threads(1)
 try:
-    world = World()
-except faults.Fault as fault:
+    world = TorchProcessGroup()
+except errors.LimnerError as fault:
     file = Path(sys.argv[1], f"refused-{sys.argv[2] if len(sys.argv) > 2 else 0}.json")
-    file.write_text(json.dumps([type(fault).__name__, str(fault), fault.told]))
+    file.write_text(json.dumps([type(fault).__name__, str(fault), fault.reported]))
     sys.exit(fault.code)
 rank = world.rank
 sums = world.sum_(torch.tensor([0.1, 1.0, 1e-8]) * (rank + 1))
 out = {
-    "rank": rank, "world": world.world, "device": str(world.device), "precision": world.precision,
+    "rank": rank, "world": world.world_size, "device": str(world.device),
+    "precision": world.precision,
     "sum": [x.hex() for x in sums.tolist()], "total": world.total([0.1 + rank, 2.0]),
     "any": [world.any(False), world.any(rank == 1), world.any(rank == 0), world.any(True)],
     "said": attempt(lambda: {"from": rank, "text": "grüße", "pair": (1, 2)}),
@@ -74,7 +76,7 @@ def clean_environment(**more: str) -> dict[str, str]:
         for k, v in os.environ.items()
         if not k.startswith(LAUNCHED) and k not in ("RANK", "WORLD_SIZE", "PYTHONPATH")
     }
-    source = Path(world.__file__).parents[3]
+    source = Path(processes.__file__).parents[3]
     return {
         **kept,
         "PYTHONPATH": str(source),
@@ -132,11 +134,11 @@ def test_two_processes_agree(tmp_path: Path, command: tuple[str, ...]) -> None:
         assert each["said"] == ["result", {"from": 0, "text": "grüße", "pair": [1, 2]}]
         assert each["nothing"] == ["result", None]
         assert each["after"] == ["result", "still together"]
-    assert first["fault"] == ["DiskFault", "disk: no room", False]
-    assert second["fault"] == ["DiskFault", "disk: no room", True]
+    assert first["fault"] == ["DiskError", "disk: no room", False]
+    assert second["fault"] == ["DiskError", "disk: no room", True]
     assert first["bug"][0] == "ZeroDivisionError"
     assert second["bug"] == [
-        "Fault",
+        "LimnerError",
         "the first process failed: ZeroDivisionError: integer division or modulo by zero",
         True,
     ]
@@ -146,7 +148,7 @@ def test_two_processes_that_accelerate_makes_one_of_are_refused(tmp_path: Path) 
     done = launch(tmp_path, *ACCELERATE, "--cpu", "--num_processes", "2")
     assert done.returncode != 0 and seen(tmp_path) == []
     [[kind, text, told]] = seen(tmp_path, "refused-*.json")
-    assert (kind, told) == ("InputFault", False)
+    assert (kind, told) == ("InputError", False)
     assert text.startswith("The launcher was asked for 2 processes, 1 came up together on cpu.")
     assert (
         "`accelerate launch --multi_gpu --num_processes 2 ...` or `torchrun --nproc-per-node 2 ...`"
@@ -219,22 +221,22 @@ def test_config_file_of_a_machine_without_gpu_gives_one_process(tmp_path: Path) 
     ],
 )
 def test_what_the_launcher_asked_for(environment: dict[str, str], parent: str, count: int) -> None:
-    assert world.asked(environment, parent.split(" ")) == count
+    assert processes.requested_world_size(environment, parent.split(" ")) == count
 
 
 def test_a_world_of_another_size_is_refused() -> None:
     cpu = torch.device("cpu")
-    world.refuse_difference(2, 2, cpu)
+    processes.refuse_other_world_size(2, 2, cpu)
     with pytest.raises(
-        InputFault,
+        InputError,
         match=r"asked for several processes, 1 came up .*--num_processes N .*--num_processes 1",
     ):
-        world.refuse_difference(0, 1, cpu)
+        processes.refuse_other_world_size(0, 1, cpu)
     with pytest.raises(
-        InputFault,
+        InputError,
         match=r"asked for 4 processes, 1 came up together on mps.*with engine.device=cpu",
     ):
-        world.refuse_difference(4, 1, torch.device("mps"))
+        processes.refuse_other_world_size(4, 1, torch.device("mps"))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_a_world_of_another_size_is_refused() -> None:
         ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "1", "parallelism_config"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo_backend=inductor"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "train.accumulate"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "train.accumulation_steps"),
         ("ACCELERATE_TORCH_DEVICE", "cuda:1", "engine.device"),
         ("ACCELERATE_IN_TPU_POD", "1", "TPU and XLA"),
         ("PJRT_DEVICE", "TPU", "TPU and XLA"),
@@ -254,23 +256,23 @@ def test_a_world_of_another_size_is_refused() -> None:
 def test_launcher_settings_that_are_not_supported_are_refused(
     name: str, value: str, word: str
 ) -> None:
-    with pytest.raises(InputFault, match=word) as caught:
-        World(environment={name: value, "LOCAL_RANK": "1"})
-    assert caught.value.told, "one process per host says it"
+    with pytest.raises(InputError, match=word) as caught:
+        TorchProcessGroup(environment={name: value, "LOCAL_RANK": "1"})
+    assert caught.value.reported, "one process per host says it"
 
 
 def test_settings_that_are_off_are_let_through() -> None:
-    world.refuse_settings(
+    processes.refuse_settings(
         {
             "ACCELERATE_USE_DEEPSPEED": "false",
             "ACCELERATE_USE_FSDP": "False",
             "ACCELERATE_DYNAMO_BACKEND": "NO",
         }
     )
-    world.refuse_settings({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "PJRT_DEVICE": ""})
-    world.refuse_settings({"ACCELERATE_USE_SAGEMAKER": "true"})
-    with pytest.raises(InputFault, match="SageMaker"):
-        world.refuse_settings(
+    processes.refuse_settings({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "PJRT_DEVICE": ""})
+    processes.refuse_settings({"ACCELERATE_USE_SAGEMAKER": "true"})
+    with pytest.raises(InputError, match="SageMaker"):
+        processes.refuse_settings(
             {
                 "ACCELERATE_USE_SAGEMAKER": "true",
                 "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "DATA_PARALLEL",
@@ -280,52 +282,54 @@ def test_settings_that_are_off_are_let_through() -> None:
 
 def test_recipe_beats_launcher_in_precision() -> None:
     launcher = {"ACCELERATE_MIXED_PRECISION": "fp16"}
-    assert world.choose_precision("bf16", launcher) == "bf16"
-    assert world.choose_precision("no", launcher) == "no"
-    assert world.choose_precision(None, launcher) == "fp16"
-    assert world.choose_precision(None, {}) == "no"
-    with pytest.raises(InputFault, match="the launcher's mixed_precision: 'fp8' is not supported"):
-        world.choose_precision(None, {"ACCELERATE_MIXED_PRECISION": "fp8"})
+    assert processes.choose_precision("bf16", launcher) == "bf16"
+    assert processes.choose_precision("no", launcher) == "no"
+    assert processes.choose_precision(None, launcher) == "fp16"
+    assert processes.choose_precision(None, {}) == "no"
+    with pytest.raises(InputError, match="the launcher's mixed_precision: 'fp8' is not supported"):
+        processes.choose_precision(None, {"ACCELERATE_MIXED_PRECISION": "fp8"})
 
 
 def test_a_precision_that_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_rng_state()
-    for precision in world.PRECISIONS:
-        world.probe(torch.device("cpu"), precision)
+    for precision in PRECISIONS:
+        processes.probe_precision(torch.device("cpu"), precision)
     assert torch.equal(before, torch.get_rng_state())
-    monkeypatch.setitem(world.PRECISIONS, "fp16", torch.complex64)
-    with pytest.raises(InputFault, match="fp16 cannot run on cpu"):
-        world.probe(torch.device("cpu"), "fp16")
+    monkeypatch.setitem(PRECISIONS, "fp16", torch.complex64)
+    with pytest.raises(InputError, match="fp16 cannot run on cpu"):
+        processes.probe_precision(torch.device("cpu"), "fp16")
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert world.choose_device("cpu", {}) == torch.device("cpu")
-    with pytest.raises(InputFault, match=r"'gpu' cannot be used; torch finds here: .*cpu"):
-        world.choose_device("gpu", {})
+    assert processes.choose_device("cpu", {}) == torch.device("cpu")
+    with pytest.raises(InputError, match=r"'gpu' cannot be used; torch finds here: .*cpu"):
+        processes.choose_device("gpu", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert world.choose_device(None, {}) == torch.device("cuda", 0)
-    assert world.choose_device(None, {"ACCELERATE_USE_CPU": "True"}) == torch.device("cpu")
-    assert world.choose_device("cuda", {"ACCELERATE_USE_CPU": "True"}) == torch.device("cuda", 0)
-    assert world.choose_device(None, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == torch.device(
-        "cuda", 1
+    assert processes.choose_device(None, {}) == torch.device("cuda", 0)
+    assert processes.choose_device(None, {"ACCELERATE_USE_CPU": "True"}) == torch.device("cpu")
+    assert processes.choose_device("cuda", {"ACCELERATE_USE_CPU": "True"}) == torch.device(
+        "cuda", 0
     )
-    assert world.choose_device("cuda:1", {}) == torch.device("cuda", 1)
+    assert processes.choose_device(
+        None, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    ) == torch.device("cuda", 1)
+    assert processes.choose_device("cuda:1", {}) == torch.device("cuda", 1)
     refused = [
         ("cuda:2", "1", "does not exist"),
         ("cuda:0", "2", "names one device"),
         ("cuda:x", "1", "cannot be used"),
     ]
     for name, local, text in [*refused, (None, "3", "3 processes .* has 2 cuda devices")]:
-        with pytest.raises(InputFault, match=text):
-            world.choose_device(name, {"LOCAL_WORLD_SIZE": local})
+        with pytest.raises(InputError, match=text):
+            processes.choose_device(name, {"LOCAL_WORLD_SIZE": local})
 
 
 def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [k for k in os.environ if k.startswith(LAUNCHED) or k in ("RANK", "WORLD_SIZE")]:
         monkeypatch.delenv(name)
-    alone = World("cpu")
-    assert (alone.rank, alone.world, alone.device, alone.precision) == (
+    alone = TorchProcessGroup("cpu")
+    assert (alone.rank, alone.world_size, alone.device, alone.precision) == (
         0,
         1,
         torch.device("cpu"),
@@ -335,16 +339,16 @@ def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert alone.any(True) and not alone.any(False)
     assert alone.total([1.5]) == [1.5]
     assert alone.sum_(torch.ones(2)).tolist() == [1, 1]
-    with pytest.raises(DiskFault, match="full") as caught:
-        alone.first(lambda: throw(DiskFault("full")))
-    assert not caught.value.told
+    with pytest.raises(DiskError, match="full") as caught:
+        alone.first(lambda: throw(DiskError("full")))
+    assert not caught.value.reported
     alone.close()
-    again = World("cpu", "bf16")
+    again = TorchProcessGroup("cpu", "bf16")
     assert again.precision == "bf16"
     again.close()
 
 
-def throw(fault: Fault) -> None:
+def throw(fault: LimnerError) -> None:
     raise fault
 
 
@@ -352,5 +356,5 @@ def test_a_fault_keeps_its_class_and_exit_code_elsewhere() -> None:
     class Special(Stopped):
         pass
 
-    fault = world.rebuilt(world.described(Special("at step 3")))
-    assert (type(fault), str(fault), fault.code, fault.told) == (Stopped, "at step 3", 3, True)
+    fault = errors.from_message(errors.to_message(Special("at step 3")))
+    assert (type(fault), str(fault), fault.code, fault.reported) == (Stopped, "at step 3", 3, True)

@@ -17,9 +17,13 @@ import numpy as np
 import pytest
 import tiny
 
-from limner import checkpoint, config, encoding, signals, training
-from limner.engines.torch import world
-from limner.faults import InputFault, Stopped
+from limner.config import toml
+from limner.config.schema import Config
+from limner.engines.torch import processes
+from limner.errors import InputError, Stopped
+from limner.storage import checkpoint
+from limner.training import batch_plan, encode, loop, signals
+from limner.training.signals import Stop
 
 STEPS = 24
 STOPPED_AT_LEAST = 3
@@ -32,22 +36,25 @@ import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from limner import config, training
-from limner.engines.torch.world import World
-from limner.faults import Fault
+from limner import engines
+from limner.config.schema import Config
+from limner.config.toml import build
+from limner.engines.torch.processes import TorchProcessGroup
+from limner.errors import LimnerError
+from limner.training import loop
 
 jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-joined = World("cpu")
+joined = TorchProcessGroup("cpu")
 leave, joined.close = joined.close, lambda: None  # a pair that has parted does not meet again
-training.engines.join = lambda settings: joined
+engines.join_processes = lambda settings: joined
 ends = []
 for raw in jobs:
     lines = []
     try:
-        training.run(config.build(config.Config, raw), tell=lines.append)
+        loop.run_training(build(Config, raw), report=lines.append)
         ends.append(["done", "", False, 0, lines])
-    except Fault as fault:
-        ends.append([type(fault).__name__, str(fault), fault.told, fault.code, lines])
+    except LimnerError as fault:
+        ends.append([type(fault).__name__, str(fault), fault.reported, fault.code, lines])
 (out / f"ends-{joined.rank}.json").write_text(json.dumps(ends))
 leave()
 sys.exit(ends[-1][3])
@@ -57,8 +64,8 @@ sys.exit(ends[-1][3])
 def settings(base: Path, pictures: Path, run: Path, *overrides: str) -> dict[str, Any]:
     given = [
         "train.seed=3",
-        "train.batch=4",
-        "train.micro=2",
+        "train.batch_size=4",
+        "train.micro_batch_size=2",
         f"train.steps={STEPS}",
         "log.every=1",
         "checkpoint.every=100",
@@ -68,25 +75,25 @@ def settings(base: Path, pictures: Path, run: Path, *overrides: str) -> dict[str
     given += [
         "data.flip=true",
         "data.crop=random",
-        "data.crops=2",
+        "data.crop_variants=2",
         "data.threads=1",
         "engine.device=cpu",
-        "watch.hold_out=2",
-        "watch.every=12",
-        "watch.timesteps=2",
+        "validation.hold_out=2",
+        "validation.every=12",
+        "validation.timesteps=2",
     ]
-    return config.override(
+    return toml.apply_overrides(
         {"run": str(run), "model": {"base": str(base)}, "data": {"folder": str(pictures)}},
         [*given, *overrides],
     )
 
 
 def alone(raw: dict[str, Any]) -> Path:
-    return training.run(config.build(config.Config, raw), tell=lambda line: None)
+    return loop.run_training(toml.build(Config, raw), report=lambda line: None)
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(world.__file__).parents[3])}
+    return {**os.environ, "PYTHONPATH": str(Path(processes.__file__).parents[3])}
 
 
 def begin_pair(folder: Path, jobs: list[dict[str, Any]]) -> subprocess.Popen[str]:
@@ -114,7 +121,7 @@ def curve(run: Path, name: str = "loss") -> dict[int, float]:
 
 
 def arrays(run: Path, step: int) -> dict[str, np.ndarray]:
-    found = checkpoint.read(run / f"checkpoint-{step}")
+    found = checkpoint.open_checkpoint(run / f"checkpoint-{step}")
     files = sorted(p.relative_to(found.folder) for p in found.folder.rglob("*.safetensors"))
     return {
         f"{file}:{name}": array for file in files for name, array in found.arrays(str(file)).items()
@@ -149,7 +156,7 @@ def seen(
 ) -> Seen:
     """All the runs; two launches of two processes, the rest in this one."""
     runs = tmp_path_factory.mktemp("runs")
-    lora, ema = ("adapt.kind=lora", "adapt.rank=2"), ("optim.ema=0.9", "checkpoint.every=100")
+    lora, ema = ("adapter.kind=lora", "adapter.rank=2"), ("optim.ema=0.9", "checkpoint.every=100")
 
     tiny.pictures(runs / "wide", 7, size=(40, 80))
     sets = f'data.sets=[{{folder="{pictures}"}}, {{folder="{runs / "wide"}", repeats=2}}]'
@@ -166,14 +173,19 @@ def seen(
     prior, decoder = (
         (
             f"model.base={kandinsky / one}",
-            f"model.partner={kandinsky / other}",
+            f"model.other_stage={kandinsky / other}",
             f"model.family=kandinsky22-{one}",
             "optim.ema=0.9",
             "objective.min_snr=5.0",
         )
         for one, other in (("prior", "decoder"), ("decoder", "prior"))
     )
-    prior += ("data.crop=center", "data.crops=none", "data.drop_caption=0.3", "adapt.kind=lora")
+    prior += (
+        "data.crop=center",
+        "data.crop_variants=none",
+        "data.drop_caption=0.3",
+        "adapter.kind=lora",
+    )
 
     def job(name: str, *overrides: str) -> dict[str, Any]:
         return settings(base, pictures, runs / name, *overrides)
@@ -185,7 +197,7 @@ def seen(
     )  # the first line is the held-out loss
     first.send_signal(signal.SIGTERM)  # torchrun passes it on
     assert first.wait(60) != 0
-    [newest] = checkpoint.listed(runs / "stopped")
+    [newest] = checkpoint.list_checkpoints(runs / "stopped")
     stopped = checkpoint.step_of(newest)
     again, total = runs / "again", f"train.steps={stopped + 3}"
     shutil.copytree(runs / "stopped", again)
@@ -199,8 +211,8 @@ def seen(
     ]
     jobs += [job("buckets-2", *buckets), job("prior-2", *prior), job("decoder-2", *decoder)]
     jobs += [
-        job("full-1", "train.steps=30", "train.batch=3"),
-        job("odd", "train.batch=3"),
+        job("full-1", "train.steps=30", "train.batch_size=3"),
+        job("odd", "train.batch_size=3"),
         job("busy", "data.caption=txet"),
     ]
     second = begin_pair(runs / "second", jobs)
@@ -287,22 +299,26 @@ def test_a_batch_that_does_not_divide_is_refused_and_nothing_is_lost(
     for rank in (0, 1):
         kind, text, _, code, _ = seen.ends[rank][9]
         assert (kind, code) == (
-            "InputFault",
+            "InputError",
             2,
         ) and "a global batch of 3 cannot be divided among 2 processes" in text
         kind, text, _, code, _ = seen.ends[rank][8]
         assert (kind, code) == (
-            "InputFault",
+            "InputError",
             2,
         ) and "begun with a global batch of 4, 3 is asked for" in text
-    assert checkpoint.listed(seen.runs / "odd") == []
-    assert [p.name for p in checkpoint.listed(seen.runs / "full-1")] == [f"checkpoint-{STEPS}"]
+    assert checkpoint.list_checkpoints(seen.runs / "odd") == []
+    assert [p.name for p in checkpoint.list_checkpoints(seen.runs / "full-1")] == [
+        f"checkpoint-{STEPS}"
+    ]
     odd = seen.runs / "odd-alone"
-    three = settings(base, pictures, odd, "train.batch=3", "train.micro=1", "train.steps=1")
+    three = settings(
+        base, pictures, odd, "train.batch_size=3", "train.micro_batch_size=1", "train.steps=1"
+    )
     alone(three)
-    state = checkpoint.read(odd / "checkpoint-1").state
-    with pytest.raises(InputFault, match="a global batch of 3 cannot be divided among 2 processes"):
-        training.plan.make(config.build(config.Config, three), 2, 10, state, 3)
+    state = checkpoint.open_checkpoint(odd / "checkpoint-1").state
+    with pytest.raises(InputError, match="a global batch of 3 cannot be divided among 2 processes"):
+        batch_plan.make_plan(toml.build(Config, three), 2, 10, state, 3)
 
 
 def test_one_process_speaks_for_all(seen: Seen) -> None:
@@ -318,8 +334,8 @@ def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch: pytest.Mo
     inherited = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a job in the background begins with Ctrl-C ignored
-    with signals.Stop() as stop:
-        stop.gently = True
+    with Stop() as stop:
+        stop.save_first = True
         assert not stop.asked
         for now[0] in (
             100.0,
@@ -339,7 +355,7 @@ def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch: pytest.Mo
 def test_a_stop_while_encoding_is_heard_by_all_before_one_leaves(mine: bool) -> None:
     """The process that was told to stop still meets the others, which would wait for it for ever;
     they stop with it."""
-    stop, met = signals.Stop(), []
+    stop, met = Stop(), []
     stop.asked = mine
 
     def fill(requests: list[Any], check: Any) -> None:
@@ -349,19 +365,24 @@ def test_a_stop_while_encoding_is_heard_by_all_before_one_leaves(mine: bool) -> 
         met.append(flag)
         return len(met) == 2  # first: whether one has a fault
 
-    process = SimpleNamespace(rank=0, world=2, any=any_of_all)
-    stream = SimpleNamespace(entries=(), encoded=SimpleNamespace(fill_texts=fill, fill_images=fill))
-    alone = {"verified": False, "held_out": ()}
-    family, data = SimpleNamespace(tokenizers=(), captions=()), SimpleNamespace(drop_caption=0.0)
+    process = SimpleNamespace(rank=0, world_size=2, any=any_of_all)
+    stream = SimpleNamespace(
+        entries=(), features=SimpleNamespace(fill_texts=fill, fill_images=fill)
+    )
+    alone = {"caches_verified": False, "validation_entries": ()}
+    family, data = (
+        SimpleNamespace(tokenizers=(), text_components=()),
+        SimpleNamespace(drop_caption=0.0),
+    )
     job = SimpleNamespace(
         stream=stream,
         **alone,
         process=process,
         stop=stop,
         family=family,
-        cfg=SimpleNamespace(data=data),
-        engine=SimpleNamespace(parts=lambda: None),
+        config=SimpleNamespace(data=data),
+        engine=SimpleNamespace(get_encoders=lambda: None),
     )
     with pytest.raises(Stopped, match="stopped before training began"):
-        encoding.encode(job)  # type: ignore[arg-type]
+        encode.fill_caches(job)  # type: ignore[arg-type]
     assert met == [False, mine]

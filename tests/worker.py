@@ -12,7 +12,7 @@ PRELOAD = [
     "torch",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "peft",
-    "limner.training",
+    "limner.training.loop",
     "limner.engines.torch.engine",
     "limner.engines.jax.engine",
 ]
@@ -43,17 +43,22 @@ def run(raw: dict[str, Any], die_at_write: int | None) -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     import torch
 
-    from limner import config, durable, training
-    from limner.cli import guard
+    from limner.cli import run_guarded
+    from limner.config import toml
+    from limner.config.schema import Config
+    from limner.storage import atomic
+    from limner.training import loop
 
     torch.set_num_threads(1)
     if die_at_write is not None:
-        writes, sync = iter(range(die_at_write)), durable.sync
+        writes, sync = iter(range(die_at_write)), atomic.sync
 
         def counted(path: Any) -> None:
             if next(writes, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
             sync(path)
 
-        durable.sync = counted
-    os._exit(guard(lambda: training.run(config.build(config.Config, raw), tell=lambda text: None)))
+        atomic.sync = counted
+    os._exit(
+        run_guarded(lambda: loop.run_training(toml.build(Config, raw), report=lambda text: None))
+    )

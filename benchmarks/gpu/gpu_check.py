@@ -282,7 +282,13 @@ def check_environment() -> None:
     import torch
 
     say_versions()
-    imports = ["limner.training", "limner.engines.torch.engine", "diffusers", "datasets", "pyvips"]
+    imports = [
+        "limner.training.loop",
+        "limner.engines.torch.engine",
+        "diffusers",
+        "datasets",
+        "pyvips",
+    ]
     for name in (*imports, "simplejpeg", "imagehash", "peft", "torchvision.transforms"):
         began = time.time()
         with guard(f"import {name}", 0):
@@ -290,11 +296,11 @@ def check_environment() -> None:
             say(f"import {name}", seconds=round(time.time() - began, 2))
     flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     say("tf32 as torch starts", cudnn=flags[0], matmul=flags[1])
-    from limner.engines.torch.world import World
+    from limner.engines.torch.processes import TorchProcessGroup
 
     for precision in ("no", "bf16", "fp16"):
         with guard(f"World {precision}", 0):
-            world = World(ARGS.device, precision)
+            world = TorchProcessGroup(ARGS.device, precision)
             say(f"World {precision}", device=str(world.device))
             world.close()
     if is_cuda():
@@ -385,14 +391,14 @@ def build_command(run: Path, device: str, *more: str) -> list[str]:
         "data.cache": find_scratch(ARGS) / f"cache-{run.name}",
     }
     fixed = [f"{key}={json.dumps(str(value))}" for key, value in words.items()]
-    fixed += [f"train.steps={steps}", "train.batch=16", f"log.every={max(1, steps // 20)}"]
-    fixed += [f"watch.every={steps}", f"checkpoint.every={steps}", "checkpoint.keep=9"]
+    fixed += [f"train.steps={steps}", "train.batch_size=16", f"log.every={max(1, steps // 20)}"]
+    fixed += [f"validation.every={steps}", f"checkpoint.every={steps}", "checkpoint.keep=9"]
     fixed += [f"engine.device={json.dumps(device)}", 'engine.attention="sdpa"']
     recipe = str(bundled / "demo.toml")
     return [sys.executable, "-m", "limner", "train", recipe, *fixed, *more]
 
 
-LORA = ['adapt.kind="lora"', "optim.learning_rate=2e-3"]
+LORA = ['adapter.kind="lora"', "optim.learning_rate=2e-3"]
 
 
 def list_jobs(every: int) -> dict[str, tuple[str, list[str]]]:
@@ -564,7 +570,7 @@ def get_configs(family: str) -> dict:
     """The published configs of a family, or tiny ones."""
     import copy
 
-    from limner.bench import STAND_INS
+    from limner.commands.bench import STAND_INS
 
     configs = copy.deepcopy(STAND_INS[family])
     if ARGS.tiny or SMALL:
@@ -584,9 +590,9 @@ def load_random(base, name: str):
     """Random weights made on the device itself, in place of a file."""
     import torch
 
-    from limner.engines.torch.parts import of_config
+    from limner.engines.torch.encoders import build_from_config
 
-    net = of_config(base.configs[name]).to_empty(device=ARGS.device)
+    net = build_from_config(base.configs[name]).to_empty(device=ARGS.device)
     with torch.no_grad():
         for key, p in net.named_parameters():
             if p.dim() == 1:
@@ -607,41 +613,42 @@ class Bench:
         ema: float | None = 0.9999,
         **sections,
     ):
-        from limner import config
-        from limner.base import Base
+        from limner.base_model.base import BaseModel
+        from limner.config import toml
+        from limner.config.schema import Config
         from limner.engines.torch import engine as module
-        from limner.engines.torch.world import World
+        from limner.engines.torch.processes import TorchProcessGroup
         from limner.families import FAMILIES
 
-        module.load = load_random
+        module.load_component = load_random
         raw = {
             "model": {"base": "random", "family": family},
-            "train": {"steps": 10, "batch": 1},
-            "adapt": {"kind": kind},
+            "train": {"steps": 10, "batch_size": 1},
+            "adapter": {"kind": kind},
             "data": {"size": get_size(family)},
             "optim": {"ema": ema},
             "engine": {"precision": precision, "device": ARGS.device},
         }
         for name, more in sections.items():
             raw[name] = {**raw.get(name, {}), **more}
-        self.cfg = config.build(config.Config, raw)
+        self.cfg = toml.build(Config, raw)
         self.family, self.kind, self.configs = FAMILIES[family], kind, get_configs(family)
-        trained = self.family.trains
-        self.base = Base(Path("/nowhere"), {}, trained, "random", None, None, self.configs)
-        self.world = World(ARGS.device, precision)
+        trained = self.family.trained_component
+        self.base = BaseModel(Path("/nowhere"), {}, trained, "random", None, None, self.configs)
+        self.world = TorchProcessGroup(ARGS.device, precision)
         self.engine = module.TorchEngine(self.cfg, self.base, self.family, self.world, 1, print)
-        self.state = self.engine.init(0)
+        self.state = self.engine.init_state(0)
         self.count = 0
 
     def make_batch(self, rows: int):
-        from limner import bench
+        from limner.features import stand_in
 
-        return bench.stand_in(self.cfg, self.configs, self.family, rows)
+        return stand_in.make_batch(self.cfg, self.configs, self.family, rows)
 
     def make_step(self, rows: int):
         """A function that trains one step on a batch of so many rows, always the same."""
         batch = self.make_batch(rows)
-        self.engine.micro = rows
+        self.engine.micro_batch_size = rows
 
         def step():
             self.state, self.seen = self.engine.step(
@@ -760,7 +767,7 @@ def check_syncs() -> None:
     more = {
         "full bf16 checkpointing": {"engine": {"gradient_checkpointing": True, **on}},
         "full bf16 dream": {"objective": {"dream": 1.0}},
-        "lora bf16 dropout": {"adapt": {"kind": "lora", "dropout": 0.1}},
+        "lora bf16 dropout": {"adapter": {"kind": "lora", "dropout": 0.1}},
         "full bf16 ema_offload": {"optim": {"ema": 0.999, "ema_offload": True}},
         "full bf16 adamw8bit": {"optim": {"kind": "adamw8bit", "ema": None}},
     }
@@ -792,7 +799,7 @@ def check_waiting(name: str, b: Bench) -> None:
     finally:
         if is_cuda():
             torch.cuda.set_sync_debug_mode("default")
-    row = b.engine.fetch(b.state, [b.seen])
+    row = b.engine.fetch_metrics(b.state, [b.seen])
     learning = [p for p in b.state.net.parameters() if p.requires_grad]
     moved = sum(int(p.grad is not None and float(p.grad.abs().sum()) > 0) for p in learning)
     loss = round(row[0]["loss"], 4)
@@ -815,7 +822,7 @@ def check_fused(n: int) -> None:
     """The first steps of AdamW move each number by the learning rate, against its gradient."""
     import torch
 
-    from limner.engines.torch.engine import length
+    from limner.engines.torch.engine import compute_norm
 
     device = ARGS.device
     draws = torch.Generator(device).manual_seed(0)
@@ -826,7 +833,7 @@ def check_fused(n: int) -> None:
     middles = (2**30, 2**31) if is_cuda() else ()
     spots = [slice(0, 1024), *(slice(at - 512, at + 512) for at in middles), slice(n - 1024, n)]
     kept = [p.grad[spot].double().cpu() for spot in spots]
-    norm = float(length(p.grad))
+    norm = float(compute_norm(p.grad))
     optimizer = torch.optim.AdamW([p], lr=1e-3, fused=True, weight_decay=0.0)
     optimizer.grad_scale = torch.tensor(2.0, device=device)
     optimizer.found_inf = torch.tensor(0.0, device=device)
@@ -871,10 +878,13 @@ def store_channels_last(state) -> None:
     import torch
 
     named = dict(state.net.named_parameters())
-    for name, (first, shape) in state.arena.spans.items():
+    for name, (first, shape) in state.parameters.spans.items():
         if len(shape) == 4:
             o, i, h, w = shape
-            for flat, put in ((state.arena.flat.data, "data"), (state.arena.flat.grad, "grad")):
+            for flat, put in (
+                (state.parameters.flat.data, "data"),
+                (state.parameters.flat.grad, "grad"),
+            ):
                 piece = flat[first : first + shape.numel()]
                 kept = piece.view(shape).clone()
                 view = piece.view(o, h, w, i).permute(0, 3, 1, 2)
@@ -953,7 +963,7 @@ class Lean:
     def __init__(self, b: Bench, rows: int, last: bool = False):
         import torch
 
-        self.b, arena = b, b.state.arena
+        self.b, arena = b, b.state.parameters
         self.master = arena.flat.data
         self.m, self.v = torch.zeros_like(self.master), torch.zeros_like(self.master)
         self.half = self.master.to(torch.bfloat16)
@@ -985,7 +995,7 @@ class Lean:
         rows = self.rows
         a, s, p, q = (rows[name].view(-1, 1, 1, 1) for name in ("a", "s", "p", "q"))
         x = (a * rows["x0"] + s * rows["noise"]).bfloat16()
-        said = self.b.state.net(x, rows["t"], **self.b.family.inputs(rows))[0]
+        said = self.b.state.net(x, rows["timestep"], **self.b.family.network_inputs(rows))[0]
         return (said.float() - (p * rows["x0"] + q * rows["noise"])).square().mean()
 
     def __call__(self):
@@ -1092,7 +1102,7 @@ def measure_lora_graph(b: Bench) -> None:
             rows = b.engine.to_device(b.make_batch(1))
 
             def run_both():
-                b.state.arena.flat.grad.zero_()
+                b.state.parameters.flat.grad.zero_()
                 with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
                     b.engine.example_losses(b.state.net, rows).sum().backward()
 
@@ -1261,7 +1271,7 @@ def prepare_weights() -> None:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from limner import bench
+    from limner.commands import bench
 
     place = find_scratch(ARGS) / "sd15.part"
     shutil.rmtree(place, ignore_errors=True)
@@ -1285,7 +1295,7 @@ def prepare_weights() -> None:
     vae = AutoencoderKL(scaling_factor=0.18215, **get_coder_shape())
     vae.save_pretrained(place / "vae")
     configs = get_configs("sd")
-    bench.write_random(place / "unet", configs["unet"])
+    bench.write_random_component(place / "unet", configs["unet"])
     scheduler = {**configs["scheduler"], "_class_name": "DDPMScheduler"}
     (place / "scheduler").mkdir()
     (place / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
@@ -1476,19 +1486,21 @@ def measure_jax() -> None:
 
 
 def measure_jax_kind(kind: str, rows: int, device: str) -> None:
-    from limner import bench, config
+    from limner.commands import bench
+    from limner.config import toml
+    from limner.config.schema import Config
 
     raw = {
         "model": {"base": str(find_scratch(ARGS) / "sd15")},
-        "train": {"steps": 10, "batch": 2 if ARGS.tiny else rows},
-        "adapt": {"kind": kind},
+        "train": {"steps": 10, "batch_size": 2 if ARGS.tiny else rows},
+        "adapter": {"kind": kind},
         "data": {"size": get_size("sd")},
         "optim": {"ema": 0.9999 if kind == "full" else None},
         "engine": {"kind": "jax", "precision": "bf16" if is_cuda() else "no", "device": device},
     }
     began = time.time()
     steps = 2 if ARGS.tiny else 8
-    found = bench.run(config.build(config.Config, raw), steps=steps, tell=print)
+    found = bench.run_bench(toml.build(Config, raw), steps=steps, report=print)
     ms = 1000 * found["step_seconds"]["median"]
     say(
         f"jax sd {kind} bs{rows}",

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from limner.config import Config
-    from limner.data.records import Record, Source
+    from limner.config.schema import Config
+    from limner.data.source import Source
+
 
 __all__ = ["Record", "train"]
 __version__ = "0.1.0"
@@ -15,7 +16,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """``limner.Record``, without making every command wait for what it imports."""
     if name == "Record":
-        from limner.data.records import Record
+        from limner.data.source import Record
 
         return Record
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -35,12 +36,14 @@ def train(
             must always give the same record.
 
     Raises:
-        limner.faults.Fault: of the kind that fits, with a message for the user.
+        limner.errors.LimnerError: of the kind that fits, with a message for the user.
     """
-    from limner import config, training
+    from limner.config import toml
+    from limner.config.schema import Config
+    from limner.training import loop
 
-    if isinstance(recipe, config.Config):
-        cfg = config.build(config.Config, config.override(config.plain(recipe), overrides))
+    if isinstance(recipe, Config):
+        config = toml.build(Config, toml.apply_overrides(toml.to_plain(recipe), overrides))
     else:
-        cfg = config.load(Path(recipe), overrides)
-    return training.run(cfg, records)
+        config = toml.load_recipe(Path(recipe), overrides)
+    return loop.run_training(config, records)

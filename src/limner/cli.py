@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from limner.faults import Fault, InputFault, told_once
+from limner.errors import InputError, LimnerError, report_once
 
-TORCH = (
+TORCH_PACKAGES = (
     "torch",
     "diffusers",
     "transformers",
@@ -22,7 +22,7 @@ TORCH = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse and run; returns the exit code (see ``limner.faults``)."""
+    """Parse and run; returns the exit code (see ``limner.errors``)."""
     parser = argparse.ArgumentParser(
         prog="limner", description="Fine-tune text-to-image diffusion models."
     )
@@ -37,17 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in about.items():
         verb = verbs.add_parser(name, help=text)
         if name == "check":
-            verb.add_argument("--json", type=place, help="write the report to this file too")
+            verb.add_argument("--json", type=to_path, help="write the report to this file too")
             verb.add_argument(
                 "--sheet",
-                type=place,
+                type=to_path,
                 help="draw a contact sheet of each bucket's pictures, as they are cut, into "
                 "this PNG",
             )
-        verb.add_argument("recipe", type=place, help="a TOML file, such as recipes/sd15-lora.toml")
+        verb.add_argument(
+            "recipe", type=to_path, help="a TOML file, such as recipes/sd15-lora.toml"
+        )
         several = "further recipes, trained one after the other, and " if name == "train" else ""
         verb.add_argument("words", metavar="overrides", nargs="*", help=several + recipe)
-    add_generate(
+    add_generate_arguments(
         verbs.add_parser(
             "generate", help="make pictures with a run, a model folder or a Hub repository"
         )
@@ -55,19 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = verbs.add_parser(
         "export", help="write the result of a run's newest checkpoint again, or push it to the Hub"
     )
-    verb.add_argument("run", type=place)
+    verb.add_argument("run", type=to_path)
     verb.add_argument("--push", metavar="REPOSITORY", help="Hub repository to push the result to")
     verb.add_argument(
         "--combined",
         metavar="FOLDER",
-        type=place,
+        type=to_path,
         help="of a model in two stages: write both into this folder, for stock pipelines",
     )
     verb.add_argument(
-        "--partner",
+        "--other-stage",
         default=None,
         help="for --combined: the other stage, a run, a folder or a Hub repository (default: "
-        "the run's own partner)",
+        "the run's own)",
     )
     verb.add_argument("--private", action="store_true", help="where --push makes that repository")
     verb = verbs.add_parser(
@@ -81,39 +83,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     verb.add_argument(
         "--folder",
-        type=place,
+        type=to_path,
         help="receives the run (default: runs/demo-, then a digest of what is bundled)",
     )
     verb.add_argument(
         "--output",
-        type=place,
+        type=to_path,
         default=Path("before-after.png"),
         help="the picture at the end (default: %(default)s)",
     )
     verb = verbs.add_parser("bench", help="step time, images/s, peak memory and MFU of a recipe")
-    verb.add_argument("recipe", type=place)
+    verb.add_argument("recipe", type=to_path)
     verb.add_argument("words", metavar="overrides", nargs="*", help=recipe)
     verb.add_argument("--steps", type=int, default=10, help="measured steps (default: %(default)s)")
-    verb.add_argument("--json", type=place, help="write the figures to this file too")
+    verb.add_argument("--json", type=to_path, help="write the figures to this file too")
     arguments, more = parser.parse_known_args(argv)
     if more and ("words" not in arguments or any(word.startswith("-") for word in more)):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:  # words that follow an option
         arguments.words += more
-    return guard(lambda: VERBS[arguments.verb](arguments))
+    return run_guarded(lambda: COMMANDS[arguments.verb](arguments))
 
 
-def place(text: str) -> Path:
+def to_path(text: str) -> Path:
     """A path as a user writes it."""
     return Path(text).expanduser()
 
 
-def add_generate(verb: argparse.ArgumentParser) -> None:
+def add_generate_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "model", help="a run's folder, a folder in the diffusers layout, or a Hub repository"
     )
     verb.add_argument("words", metavar="prompts", nargs="*", help="what to draw")
-    verb.add_argument("--prompt-file", type=place, help="a text file with one prompt per line")
+    verb.add_argument("--prompt-file", type=to_path, help="a text file with one prompt per line")
     verb.add_argument("--negative-prompt", default=None)
     verb.add_argument(
         "--seed",
@@ -141,7 +143,7 @@ def add_generate(verb: argparse.ArgumentParser) -> None:
         "--base", default=None, help="base model of a LoRA, where the run does not say"
     )
     verb.add_argument(
-        "--partner",
+        "--other-stage",
         default=None,
         help="the other one of a model in two stages, prior or decoder, where the run does not say",
     )
@@ -155,95 +157,103 @@ def add_generate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default=None)
     verb.add_argument(
         "--output",
-        type=place,
+        type=to_path,
         default=Path("pictures"),
         help="folder for the PNG files (default: %(default)s)",
     )
     verb.add_argument(
-        "--grid", type=place, default=None, help="also write all pictures into one PNG"
+        "--grid", type=to_path, default=None, help="also write all pictures into one PNG"
     )
 
 
 def run_train(arguments: argparse.Namespace) -> None:
-    from limner import config, training
+    from limner.config import toml
+    from limner.training import loop
 
     more = [word for word in arguments.words if word.endswith(".toml") and "=" not in word]
     words = [word for word in arguments.words if word not in more]
-    with told_once():
-        cfgs = [config.load(path, words) for path in (arguments.recipe, *map(place, more))]
-    if len(cfgs) == 1:
-        training.run(cfgs[0])
+    with report_once():
+        configs = [
+            toml.load_recipe(path, words) for path in (arguments.recipe, *map(to_path, more))
+        ]
+    if len(configs) == 1:
+        loop.run_training(configs[0])
     else:
-        training.run_all(cfgs)
+        loop.run_all(configs)
 
 
 def run_encode(arguments: argparse.Namespace) -> None:
-    from limner import config, training
+    from limner.config import toml
+    from limner.training import loop
 
-    with told_once():
-        cfg = config.load(arguments.recipe, arguments.words)
-    training.run(cfg, only_encode=True)
+    with report_once():
+        config = toml.load_recipe(arguments.recipe, arguments.words)
+    loop.run_training(config, only_encode=True)
 
 
 def run_check(arguments: argparse.Namespace) -> None:
-    from limner import check, config
+    from limner.commands import check
+    from limner.config import toml
 
-    check.run(
-        config.load(arguments.recipe, arguments.words),
+    check.run_check(
+        toml.load_recipe(arguments.recipe, arguments.words),
         json_file=arguments.json,
         sheet=arguments.sheet,
     )
 
 
 def run_show(arguments: argparse.Namespace) -> None:
-    from limner import config, show
+    from limner.commands import show
+    from limner.config import toml
 
-    print(show.text(config.load(arguments.recipe, arguments.words)))
+    print(show.format_settings(toml.load_recipe(arguments.recipe, arguments.words)))
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
-    from limner import generate
+    from limner.commands import generate
 
     settings: dict[str, Any] = {
         k: v for k, v in vars(arguments).items() if k not in ("verb", "words")
     }
-    generate.run(prompts=arguments.words, **settings)
+    generate.run_generate(prompts=arguments.words, **settings)
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    from limner import export
+    from limner.commands import export
 
     if arguments.private and arguments.push is None:
-        raise InputFault(
+        raise InputError(
             "--private: nothing is pushed without --push REPOSITORY; give both, or neither"
         )
-    if arguments.partner is not None and arguments.combined is None:
-        raise InputFault(
-            "--partner: nothing is put together without --combined FOLDER; give both, or neither"
+    if arguments.other_stage is not None and arguments.combined is None:
+        raise InputError(
+            "--other-stage: nothing is put together without --combined FOLDER; give both, or "
+            "neither"
         )
     if arguments.combined is not None:
-        export.combine(arguments.run, arguments.combined, partner=arguments.partner)
+        export.combine_stages(arguments.run, arguments.combined, other_stage=arguments.other_stage)
         return
-    export.again(arguments.run, push_to=arguments.push, private=arguments.private)
+    export.export_run(arguments.run, push_to=arguments.push, private=arguments.private)
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    from limner import demo
+    from limner.commands import demo
 
-    demo.run(arguments.folder, arguments.output, engine=arguments.engine)
+    demo.run_demo(arguments.folder, arguments.output, engine=arguments.engine)
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
-    from limner import bench, config
+    from limner.commands import bench
+    from limner.config import toml
 
-    bench.run(
-        config.load(arguments.recipe, arguments.words),
+    bench.run_bench(
+        toml.load_recipe(arguments.recipe, arguments.words),
         steps=arguments.steps,
         json_file=arguments.json,
     )
 
 
-VERBS = {
+COMMANDS = {
     "train": run_train,
     "encode": run_encode,
     "check": run_check,
@@ -255,24 +265,24 @@ VERBS = {
 }
 
 
-def guard(action: Callable[[], object]) -> int:
+def run_guarded(action: Callable[[], object]) -> int:
     """Run ``action``; a fault becomes one message on standard error and its exit code."""
     quiet_libraries()
     try:
         action()
-    except Fault as fault:
-        if not fault.told:
+    except LimnerError as fault:
+        if not fault.reported:
             print(f"limner: {fault}", file=sys.stderr)
         return fault.code
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
-        if missing not in TORCH:
+        if missing not in TORCH_PACKAGES:
             raise
         print(
             f'limner: {missing} is missing; install it with: pip install "limner[torch]"',
             file=sys.stderr,
         )
-        return InputFault.code
+        return InputError.code
     except KeyboardInterrupt:
         print("limner: stopped by hand", file=sys.stderr)
         return 130

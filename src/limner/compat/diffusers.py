@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from limner.compat.flags import COMMON, SCRIPTS, TRACKERS, Flag, trackers
-from limner.config import Config, build
-from limner.faults import InputFault, told_once
+from limner.compat.flags import COMMON, SCRIPTS, TRACKERS, Flag, choose_trackers
+from limner.config.rules import check_config
+from limner.config.schema import Config
+from limner.config.toml import build
+from limner.errors import InputError, report_once
 
 
-def parser(script: str) -> argparse.ArgumentParser:
+def make_parser(script: str) -> argparse.ArgumentParser:
     """What the namesake accepts: same flags, types, defaults and choices."""
     about = (
         f"Takes the flags of diffusers' {script}.py; each one says which setting of Limner "
@@ -43,27 +45,27 @@ def to_config(script: str, a: Namespace) -> Config:
     """What the diffusers script would have done, as one of our recipes.
 
     Raises:
-        InputFault: for values that cannot be honoured, naming the flags.
+        InputError: for values that cannot be honoured, naming the flags.
     """
-    if reasons := refusals(a):
-        raise InputFault("\n".join(reasons))
+    if reasons := list_refusals(a):
+        raise InputError("\n".join(reasons))
     raw: dict[str, Any] = {}
     for place, value in SCRIPTS[script].settings.items():
-        put(raw, place, value)
+        put_setting(raw, place, value)
     for name, flag in SCRIPTS[script].flags.items():
         value = flag.value(a) if flag.value else getattr(a, name)
         for place in flag.places.split():
             if (here := value.get(place) if isinstance(value, dict) else value) is not None:
-                put(raw, place, here)
+                put_setting(raw, place, here)
     try:
-        cfg: Config = build(Config, raw)
-        cfg.check()
-    except InputFault as fault:
-        raise InputFault(with_flags(script, str(fault))) from fault
-    return cfg
+        config: Config = build(Config, raw)
+        check_config(config)
+    except InputError as fault:
+        raise InputError(name_flags(script, str(fault))) from fault
+    return config
 
 
-def put(raw: dict[str, Any], place: str, value: Any) -> None:
+def put_setting(raw: dict[str, Any], place: str, value: Any) -> None:
     """Set ``section.key`` in plain data."""
     *sections, key = place.split(".")
     for section in sections:
@@ -71,7 +73,7 @@ def put(raw: dict[str, Any], place: str, value: Any) -> None:
     raw[key] = value
 
 
-def with_flags(script: str, message: str) -> str:
+def name_flags(script: str, message: str) -> str:
     """The message with the flags behind each setting that it names: whoever runs a script has never
     seen the settings."""
     behind: dict[str, list[str]] = {}
@@ -86,7 +88,7 @@ def with_flags(script: str, message: str) -> str:
     )
 
 
-def refusals(a: Namespace) -> list[str]:
+def list_refusals(a: Namespace) -> list[str]:
     """What was asked for and cannot be done, each with the reason."""
     predict = vars(a).get("prediction_type")
     secret_seen = vars(a).get("hub_token") is not None and a.report_to in (
@@ -125,7 +127,7 @@ def refusals(a: Namespace) -> list[str]:
     return [reason for wrong, reason in cases if wrong]
 
 
-def remarks(script: str, a: Namespace) -> list[str]:
+def list_remarks(script: str, a: Namespace) -> list[str]:
     """One line for each flag that was given and changes nothing, and for each default that gives
     way."""
     out = []
@@ -151,7 +153,7 @@ def remarks(script: str, a: Namespace) -> list[str]:
             "--lr_warmup_steps does nothing with --lr_scheduler=constant; constant_with_warmup "
             "has a warm-up"
         )
-    if a.report_to == "tensorboard" and not trackers(a):
+    if a.report_to == "tensorboard" and not choose_trackers(a):
         out.append(
             "--report_to=tensorboard: TensorBoard is not installed (pip install tensorboard); "
             "metrics go to metrics.jsonl only"
@@ -159,38 +161,38 @@ def remarks(script: str, a: Namespace) -> list[str]:
     return out
 
 
-def start(script: str, a: Namespace) -> None:
+def run_script(script: str, a: Namespace) -> None:
     """Train as the flags say.
 
     Raises:
-        Fault: what training raises; settings that it names come with their flags.
+        LimnerError: what training raises; settings that it names come with their flags.
     """
-    with told_once():
-        cfg = to_config(script, a)
-    from limner.training import run, say
+    with report_once():
+        config = to_config(script, a)
+    from limner.training.loop import print_line, run_training
 
     if os.environ.get("RANK", "0") == "0":
-        for line in remarks(script, a):
-            say(line)
+        for line in list_remarks(script, a):
+            print_line(line)
     if a.hub_token:
         os.environ["HF_TOKEN"] = a.hub_token
     try:
-        run(cfg, tell=lambda line: say(with_flags(script, line)))
-    except InputFault as fault:
-        fault.args = (with_flags(script, str(fault)),)
+        run_training(config, report=lambda line: print_line(name_flags(script, line)))
+    except InputError as fault:
+        fault.args = (name_flags(script, str(fault)),)
         raise
 
 
 def main(script: str, argv: Sequence[str] | None = None) -> int:
     """One of the scripts: its name without ``.py``, and its command line. Returns the exit code."""
-    a = parser(script).parse_args(argv)
-    from limner.cli import guard
+    a = make_parser(script).parse_args(argv)
+    from limner.cli import run_guarded
 
-    code: int = guard(lambda: start(script, a))
+    code: int = run_guarded(lambda: run_script(script, a))
     return code
 
 
-def flag_table() -> str:
+def make_flag_table() -> str:
     """All flags of all scripts in Markdown, as docs/coming-from-diffusers.md shows them."""
     lines = ["| flag | default | setting | meaning |", "|---|---|---|---|"]
     rows: dict[str, dict[str, Flag]] = {}
@@ -215,17 +217,17 @@ def flag_table() -> str:
             next(iter(shown))
             if len(shown) == 1
             else ", ".join(
-                f"{text or 'none'} ({named(scripts)})" for text, scripts in shown.items()
+                f"{text or 'none'} ({name_scripts(scripts)})" for text, scripts in shown.items()
             )
         )
         choices = ": " + ", ".join(first.choices) if first.choices else ""
-        only = "" if len(flags) == len(SCRIPTS) else f" (only in {named(list(flags))})"
+        only = "" if len(flags) == len(SCRIPTS) else f" (only in {name_scripts(list(flags))})"
         places = ", ".join(f"`{place}`" for place in first.places.split()) or "none"
         lines.append(f"| `--{name}` | {default} | {places} | {first.says}{choices}{only} |")
     return "\n".join(lines)
 
 
-def named(scripts: list[str]) -> str:
+def name_scripts(scripts: list[str]) -> str:
     """Scripts by what follows ``train_text_to_image``."""
     return ", ".join(
         f"`{script.removeprefix('train_text_to_image') or '...image'}`" for script in scripts
@@ -235,12 +237,12 @@ def named(scripts: list[str]) -> str:
 BEGIN, END = "<!-- flags: begin -->", "<!-- flags: end -->"
 
 
-def refresh(page: str) -> str:
+def refresh_page(page: str) -> str:
     """The page with the table between its markers made anew."""
     before, after = page.split(BEGIN)[0], page.split(END)[1]
-    return f"{before}{BEGIN}\n{flag_table()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{make_flag_table()}\n{END}{after}"
 
 
 if __name__ == "__main__":  # python -m limner.compat.diffusers docs/coming-from-diffusers.md
     target = Path(sys.argv[1])
-    target.write_text(refresh(target.read_text(encoding="utf-8")), encoding="utf-8")
+    target.write_text(refresh_page(target.read_text(encoding="utf-8")), encoding="utf-8")

@@ -42,7 +42,7 @@ def learning_rate(a: Namespace) -> float:
     return peak * global_batch(a) if vars(a).get("scale_lr") else peak
 
 
-def flax_rate(a: Namespace) -> float:
+def flax_learning_rate(a: Namespace) -> float:
     """The peak, multiplied under ``--scale_lr`` by what one step of this process sees."""
     peak: float = a.learning_rate
     if not a.scale_lr:
@@ -54,11 +54,12 @@ def flax_rate(a: Namespace) -> float:
 
 def global_batch(a: Namespace) -> int:
     """What one optimizer step sees; on resume the checkpoint's holds, on however many processes."""
-    from limner import checkpoint
+    from limner.storage import checkpoint
+    from limner.storage.checkpoint import STATE_FILE
 
-    there = checkpoint.listed(Path(a.output_dir)) if a.resume_from_checkpoint else []
+    there = checkpoint.list_checkpoints(Path(a.output_dir)) if a.resume_from_checkpoint else []
     try:
-        return int(json.loads((there[0] / checkpoint.STATE).read_text())["batch"])
+        return int(json.loads((there[0] / STATE_FILE).read_text())["batch"])
     except (IndexError, OSError, ValueError, KeyError):
         return int(
             a.gradient_accumulation_steps
@@ -67,19 +68,21 @@ def global_batch(a: Namespace) -> int:
         )
 
 
-def trackers(a: Namespace) -> tuple[str, ...]:
+def choose_trackers(a: Namespace) -> tuple[str, ...]:
     """Where metrics go besides metrics.jsonl. TensorBoard is the default of the scripts, so its
     absence stops nobody; ``remarks`` tells of it."""
-    from limner.log import installed
+    from limner.training.sinks import installed_sinks
 
     if a.report_to == "none":
         return ()
     if a.report_to == "all":
-        return tuple(installed())
-    return (a.report_to,) if a.report_to != "tensorboard" or "tensorboard" in installed() else ()
+        return tuple(installed_sinks())
+    return (
+        (a.report_to,) if a.report_to != "tensorboard" or "tensorboard" in installed_sinks() else ()
+    )
 
 
-def prompts(a: Namespace) -> list[str] | None:
+def preview_prompts(a: Namespace) -> list[str] | None:
     """What previews show; None where there is nothing to show, so that the flags about previews are
     left alone."""
     given = vars(a).get("validation_prompts") or [
@@ -88,7 +91,7 @@ def prompts(a: Namespace) -> list[str] | None:
     return given if given and vars(a).get("num_validation_images", 1) else None
 
 
-def resume(a: Namespace) -> str:
+def resume_point(a: Namespace) -> str:
     """Where to go on from. Without the flag a folder that holds checkpoints is refused; a path may
     lie outside the output folder."""
     which = a.resume_from_checkpoint
@@ -98,14 +101,13 @@ def resume(a: Namespace) -> str:
     return inside.name if not Path(which).is_dir() and inside.is_dir() else which
 
 
-def repository(a: Namespace) -> str | None:
+def hub_repository(a: Namespace) -> str | None:
     """The Hub repository to push to: the name of the output folder, unless another is given."""
     return (a.hub_model_id or Path(os.path.abspath(a.output_dir)).name) if a.push_to_hub else None
 
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 RESAMPLE = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact")
-
 COMMON = {
     "pretrained_model_name_or_path": Flag(
         str,
@@ -150,7 +152,7 @@ COMMON = {
     "max_train_samples": Flag(
         int,
         None,
-        "data.limit",
+        "data.max_records",
         "train on a random choice of this many records, the same on all processes",
     ),
     "resolution": Flag(
@@ -192,9 +194,11 @@ COMMON = {
     "noise_offset": Flag(
         float, 0, "objective.noise_offset", "scale of a noise that is constant over each channel"
     ),
-    "train_batch_size": Flag(int, 16, "train.micro", "examples that one process holds at once"),
+    "train_batch_size": Flag(
+        int, 16, "train.micro_batch_size", "examples that one process holds at once"
+    ),
     "gradient_accumulation_steps": Flag(
-        int, 1, "train.accumulate", "micro-batches per optimizer step"
+        int, 1, "train.accumulation_steps", "micro-batches per optimizer step"
     ),
     "num_train_epochs": Flag(
         int,
@@ -292,7 +296,7 @@ COMMON = {
         "checkpoint.resume",
         "latest, checkpoint-N or a path; without it an output folder that holds checkpoints is "
         "refused",
-        resume,
+        resume_point,
     ),
     "report_to": Flag(
         str,
@@ -300,20 +304,20 @@ COMMON = {
         "log.to",
         "tensorboard, wandb, comet_ml, all (those installed) or none; metrics.jsonl is always "
         "written",
-        trackers,
+        choose_trackers,
     ),
     "logging_dir": Flag(
         str, "logs", "log.folder", "folder of the trackers' files, below the output folder"
     ),
     "push_to_hub": Flag(
-        bool, False, "export.hub", "push the result, without checkpoints and logs", repository
+        bool, False, "export.hub", "push the result, without checkpoints and logs", hub_repository
     ),
     "hub_model_id": Flag(
         str,
         None,
         "export.hub",
         "repository to push to; without it, the name of the output folder",
-        repository,
+        hub_repository,
         needs="push_to_hub",
     ),
     "hub_token": Flag(
@@ -328,14 +332,13 @@ COMMON = {
         int, -1, "", "it is not needed: the launcher's variables say which process this is"
     ),
 }
-
 # Another value on resume is applied, and said, where the diffusers scripts take the checkpoint's
 # and stay silent.
 ALLOWED = ["learning_rate", "schedule", "warmup", "betas", "weight_decay", "eps", "max_grad_norm"]
 SETTINGS = {
     "model.family": "sd",
     "preview.guidance_scale": 7.5,
-    "checkpoint.allow": [f"optim.{name}" for name in ALLOWED],
+    "checkpoint.allow_changes": [f"optim.{name}" for name in ALLOWED],
 }
 SETTINGS_XL = SETTINGS | {
     "model.family": "sdxl",
@@ -345,7 +348,7 @@ SETTINGS_XL = SETTINGS | {
 PROJECT = "text2image-fine-tune"
 
 
-def previews(count: int | None, epochs: int, prompt: Flag) -> dict[str, Flag]:
+def preview_flags(count: int | None, epochs: int, prompt: Flag) -> dict[str, Flag]:
     """The flags about previews, which differ in whether there are many prompts or many pictures of
     one."""
     name = "validation_prompts" if prompt.kind is list else "validation_prompt"
@@ -354,7 +357,7 @@ def previews(count: int | None, epochs: int, prompt: Flag) -> dict[str, Flag]:
         epochs,
         "preview.every_epochs",
         "epochs from one preview to the next",
-        lambda a: a.validation_epochs if prompts(a) else None,
+        lambda a: a.validation_epochs if preview_prompts(a) else None,
         needs=name,
     )
     pictures = Flag(
@@ -362,7 +365,7 @@ def previews(count: int | None, epochs: int, prompt: Flag) -> dict[str, Flag]:
         count,
         "preview.count",
         "pictures of the prompt; 0 for none",
-        lambda a: a.num_validation_images if prompts(a) else None,
+        lambda a: a.num_validation_images if preview_prompts(a) else None,
         needs=name,
     )
     return {name: prompt, "validation_epochs": every} | (
@@ -380,7 +383,7 @@ def timestep_bias(a: Namespace) -> dict[str, Any] | None:
     }
 
 
-def bias(kind: type, default: Any, says: str, choices: tuple[str, ...] | None = None) -> Flag:
+def bias_flag(kind: type, default: Any, says: str, choices: tuple[str, ...] | None = None) -> Flag:
     """One of the flags that make up the bias."""
     return Flag(
         kind,
@@ -415,7 +418,6 @@ XL = {
         "default",
     ),
 }
-
 PRIOR, DECODER = "pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path"
 KANDINSKY = "kandinsky-community/kandinsky-2-2"
 ABSENT = (
@@ -431,7 +433,7 @@ ABSENT = (
 SETTINGS_22 = SETTINGS | {"preview.guidance_scale": 4.0, "data.resample": "bicubic"}
 
 
-def kandinsky(stage: str, rank: bool, *without: str) -> Script:
+def kandinsky_script(stage: str, rank: bool, *without: str) -> Script:
     """A script of Kandinsky 2.2: for the prior or the decoder, in full or, with ``rank``, by
     LoRA."""
     where = "a folder or a Hub repository in the diffusers layout"
@@ -445,9 +447,9 @@ def kandinsky(stage: str, rank: bool, *without: str) -> Script:
         both[DECODER] = Flag(
             str,
             f"{KANDINSKY}-decoder",
-            "model.partner",
+            "model.other_stage",
             says,
-            lambda a: getattr(a, DECODER) if prompts(a) else None,
+            lambda a: getattr(a, DECODER) if preview_prompts(a) else None,
         )
     else:
         both = {
@@ -458,12 +460,14 @@ def kandinsky(stage: str, rank: bool, *without: str) -> Script:
         both[PRIOR] = Flag(
             str,
             f"{KANDINSKY}-prior",
-            "model.partner",
+            "model.other_stage",
             "the prior, whose image encoder sees the pictures",
         )
     own = {
         "adam_weight_decay": Flag(float, 0.0, "optim.weight_decay", "decoupled weight decay"),
-        "train_batch_size": Flag(int, 1, "train.micro", "examples that one process holds at once"),
+        "train_batch_size": Flag(
+            int, 1, "train.micro_batch_size", "examples that one process holds at once"
+        ),
         "output_dir": Flag(
             str,
             f"kandi_2_2-model-finetuned{'-lora' * rank}",
@@ -472,7 +476,7 @@ def kandinsky(stage: str, rank: bool, *without: str) -> Script:
         ),
     }
     if rank:
-        own |= previews(
+        own |= preview_flags(
             4,
             1,
             Flag(
@@ -480,12 +484,14 @@ def kandinsky(stage: str, rank: bool, *without: str) -> Script:
                 None,
                 "preview.prompts",
                 "pictures of it are made during training and at the end",
-                prompts,
+                preview_prompts,
             ),
         )
-        own["rank"] = Flag(int, 4, "adapt.rank", "rank of the added matrices; alpha is equal to it")
+        own["rank"] = Flag(
+            int, 4, "adapter.rank", "rank of the added matrices; alpha is equal to it"
+        )
     else:
-        own |= previews(
+        own |= preview_flags(
             None,
             5,
             Flag(
@@ -493,7 +499,7 @@ def kandinsky(stage: str, rank: bool, *without: str) -> Script:
                 None,
                 "preview.prompts",
                 "one picture of each is made during training and at the end",
-                prompts,
+                preview_prompts,
             ),
         )
         own["use_ema"] = Flag(
@@ -511,7 +517,7 @@ def kandinsky(stage: str, rank: bool, *without: str) -> Script:
     }
     settings = {
         "model.family": f"kandinsky22-{stage}",
-        "adapt.kind": "lora" if rank else "full",
+        "adapter.kind": "lora" if rank else "full",
         "preview.steps": 30 if rank else 20,
     }
     return Script(
@@ -526,11 +532,10 @@ WORDLESS = {
         str, None, "", "a decoder is told of pictures only; captions are not read"
     )
 }
-
 SCRIPTS = {
     "train_text_to_image": Script(
         COMMON
-        | previews(
+        | preview_flags(
             None,
             5,
             Flag(
@@ -538,7 +543,7 @@ SCRIPTS = {
                 None,
                 "preview.prompts",
                 "one picture of each is made during training and at the end",
-                prompts,
+                preview_prompts,
             ),
         )
         | {
@@ -595,11 +600,11 @@ SCRIPTS = {
                 str, PROJECT, "log.project", "project under which the trackers file the run"
             ),
         },
-        SETTINGS | {"adapt.kind": "full", "preview.steps": 20},
+        SETTINGS | {"adapter.kind": "full", "preview.steps": 20},
     ),
     "train_text_to_image_lora": Script(
         COMMON
-        | previews(
+        | preview_flags(
             4,
             1,
             Flag(
@@ -607,7 +612,7 @@ SCRIPTS = {
                 None,
                 "preview.prompts",
                 "pictures of it are made during training and at the end",
-                prompts,
+                preview_prompts,
             ),
         )
         | {
@@ -617,14 +622,16 @@ SCRIPTS = {
                 "run",
                 "folder that receives checkpoints, metrics, previews and the result",
             ),
-            "rank": Flag(int, 4, "adapt.rank", "rank of the added matrices; alpha is equal to it"),
+            "rank": Flag(
+                int, 4, "adapter.rank", "rank of the added matrices; alpha is equal to it"
+            ),
         },
-        SETTINGS | {"adapt.kind": "lora", "preview.steps": 30, "log.project": PROJECT},
+        SETTINGS | {"adapter.kind": "lora", "preview.steps": 30, "log.project": PROJECT},
     ),
     "train_text_to_image_sdxl": Script(
         COMMON
         | XL
-        | previews(
+        | preview_flags(
             4,
             1,
             Flag(
@@ -632,7 +639,7 @@ SCRIPTS = {
                 None,
                 "preview.prompts",
                 "pictures of it are made during training and at the end",
-                prompts,
+                preview_prompts,
             ),
         )
         | {
@@ -655,25 +662,26 @@ SCRIPTS = {
                 "keep a moving average of the weights, and export it",
                 lambda a: 0.9999 if a.use_ema else None,
             ),
-            "timestep_bias_strategy": bias(
+            "timestep_bias_strategy": bias_flag(
                 str,
                 "none",
                 "which timesteps are drawn more often than others",
                 ("earlier", "later", "range", "none"),
             ),
-            "timestep_bias_multiplier": bias(float, 1.0, "how many times as often"),
-            "timestep_bias_begin": bias(int, 0, "where range begins"),
-            "timestep_bias_end": bias(int, 1000, "where range ends"),
-            "timestep_bias_portion": bias(
+            "timestep_bias_multiplier": bias_flag(float, 1.0, "how many times as often"),
+            "timestep_bias_begin": bias_flag(int, 0, "where range begins"),
+            "timestep_bias_end": bias_flag(int, 1000, "where range ends"),
+            "timestep_bias_portion": bias_flag(
                 float, 0.25, "part of all timesteps, for earlier and later"
             ),
         },
-        SETTINGS_XL | {"adapt.kind": "full", "preview.steps": 25, "log.project": f"{PROJECT}-sdxl"},
+        SETTINGS_XL
+        | {"adapter.kind": "full", "preview.steps": 25, "log.project": f"{PROJECT}-sdxl"},
     ),
     "train_text_to_image_lora_sdxl": Script(
         COMMON
         | XL
-        | previews(
+        | preview_flags(
             4,
             1,
             Flag(
@@ -681,7 +689,7 @@ SCRIPTS = {
                 None,
                 "preview.prompts",
                 "pictures of it are made during training and at the end",
-                prompts,
+                preview_prompts,
             ),
         )
         | {
@@ -691,9 +699,11 @@ SCRIPTS = {
                 "run",
                 "folder that receives checkpoints, metrics, previews and the result",
             ),
-            "rank": Flag(int, 4, "adapt.rank", "rank of the added matrices; alpha is equal to it"),
+            "rank": Flag(
+                int, 4, "adapter.rank", "rank of the added matrices; alpha is equal to it"
+            ),
             "train_text_encoder": Flag(
-                bool, False, "adapt.text_encoders", "adapters on both text encoders too"
+                bool, False, "adapter.text_encoders", "adapters on both text encoders too"
             ),
             "debug_loss": Flag(
                 bool,
@@ -703,12 +713,14 @@ SCRIPTS = {
                 "not finite names its pictures",
             ),
         },
-        SETTINGS_XL | {"adapt.kind": "lora", "preview.steps": 50, "log.project": PROJECT},
+        SETTINGS_XL | {"adapter.kind": "lora", "preview.steps": 50, "log.project": PROJECT},
     ),
-    "train_text_to_image_prior": kandinsky("prior", False, *MEMORY),
-    "train_text_to_image_decoder": kandinsky("decoder", False, "caption_column"),
-    "train_text_to_image_lora_prior": kandinsky("prior", True, *MEMORY),
-    "train_text_to_image_lora_decoder": kandinsky("decoder", True, "caption_column", MEMORY[1]),
+    "train_text_to_image_prior": kandinsky_script("prior", False, *MEMORY),
+    "train_text_to_image_decoder": kandinsky_script("decoder", False, "caption_column"),
+    "train_text_to_image_lora_prior": kandinsky_script("prior", True, *MEMORY),
+    "train_text_to_image_lora_decoder": kandinsky_script(
+        "decoder", True, "caption_column", MEMORY[1]
+    ),
 }
 FLAX = """
     pretrained_model_name_or_path revision variant dataset_name dataset_config_name train_data_dir
@@ -720,14 +732,18 @@ FLAX = """
 SCRIPTS["train_text_to_image_flax"] = Script(
     {name: SCRIPTS["train_text_to_image"].flags[name] for name in FLAX}
     | {
-        "train_batch_size": Flag(int, 16, "train.micro", "examples that one device holds at once"),
-        "learning_rate": Flag(float, 1e-4, "optim.learning_rate", "learning rate", flax_rate),
+        "train_batch_size": Flag(
+            int, 16, "train.micro_batch_size", "examples that one device holds at once"
+        ),
+        "learning_rate": Flag(
+            float, 1e-4, "optim.learning_rate", "learning rate", flax_learning_rate
+        ),
         "scale_lr": Flag(
             bool,
             False,
             "optim.learning_rate",
             "multiply it by batch size and number of devices",
-            flax_rate,
+            flax_learning_rate,
         ),
         "seed": Flag(int, 0, "train.seed", "makes the run repeatable"),
         "mixed_precision": Flag(
@@ -746,12 +762,14 @@ SCRIPTS["train_text_to_image_flax"] = Script(
     },
     SETTINGS
     | {
-        "adapt.kind": "full",
+        "adapter.kind": "full",
         "engine.kind": "jax",
         "data.resample": "bilinear",
         "checkpoint.resume": "auto",
-        "train.accumulate": 1,
+        "train.accumulation_steps": 1,
     },
 )
+
+
 for name in ("train_text_to_image_decoder", "train_text_to_image_lora_decoder"):
     SCRIPTS[name].flags.update(WORDLESS)

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from limner.base import open_base
-from limner.config import Model
-from limner.faults import InputFault
-from limner.sampler import table
+from limner.base_model.open import open_base
+from limner.config.schema import ModelSettings
+from limner.diffusion.samplers import make_table
+from limner.errors import InputError
 
 
 @dataclass(frozen=True)
-class Output:
+class FlaxOutput:
     """``images``: float32 [n, height, width, 3] in [0, 1], with another first axis of devices where
     the prompts had one."""
 
@@ -37,26 +37,26 @@ def replicate(tree: Any) -> Any:
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    return jax.device_put(tree, NamedSharding(mesh(), PartitionSpec()))
+    return jax.device_put(tree, NamedSharding(make_mesh(), PartitionSpec()))
 
 
 def shard(array: Any) -> np.ndarray:
     """Rows divided over devices: [devices, rows / devices, ...].
 
     Raises:
-        InputFault: when they cannot be divided.
+        InputError: when they cannot be divided.
     """
     import jax
 
     rows, count = np.asarray(array), jax.device_count()
     if len(rows) % count:
-        raise InputFault(
+        raise InputError(
             f"{len(rows)} rows cannot be divided among {count} devices; give a multiple of {count}"
         )
     return rows.reshape(count, -1, *rows.shape[1:])
 
 
-def mesh() -> Any:
+def make_mesh() -> Any:
     """All devices in a row."""
     import jax
     from jax.sharding import AxisType, Mesh
@@ -70,14 +70,14 @@ class FlaxStableDiffusionPipeline:
     family = "sd"
 
     def __init__(self, base: Any, dtype: Any):
-        from limner.engines.jax.parts import JaxParts
+        from limner.engines.jax.encoders import JaxEncoders
         from limner.families import FAMILIES
 
         self.base, self.dtype, self.record, self.parts = (
             base,
             dtype,
             FAMILIES[self.family],
-            JaxParts(base),
+            JaxEncoders(base),
         )
         self.compiled: dict[Any, Any] = {}
 
@@ -101,13 +101,15 @@ class FlaxStableDiffusionPipeline:
             dtype: what the UNet and the text encoders compute in.
 
         Raises:
-            InputFault: for a model that there is no code for.
+            InputError: for a model that there is no code for.
         """
-        from limner.engines.jax import weights
+        from limner.engines.jax.weights import read_component
         from limner.families import FAMILIES
 
         base = open_base(
-            Model(model, cls.family, revision=revision, variant=variant, cache_dir=cache_dir),
+            ModelSettings(
+                model, cls.family, revision=revision, variant=variant, cache_dir=cache_dir
+            ),
             FAMILIES[cls.family],
         )
         pipeline = cls(base, np.dtype(dtype))
@@ -118,7 +120,7 @@ class FlaxStableDiffusionPipeline:
         ]
         kinds = {name: np.float32 if name == "vae" else pipeline.dtype for name in names}
         return pipeline, {
-            name: {key: a.astype(kinds[name]) for key, a in weights.read(base, name).items()}
+            name: {key: a.astype(kinds[name]) for key, a in read_component(base, name).items()}
             for name in names
         }
 
@@ -126,7 +128,7 @@ class FlaxStableDiffusionPipeline:
         """Token ids, int32: [n, length], or with several tokenizers [n, tokenizers, length]."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         ids = [
-            self.parts.tokens(name, prompts, 1)[:, 0].astype(np.int32)
+            self.parts.tokenize(name, prompts, 1)[:, 0].astype(np.int32)
             for name in self.record.tokenizers
         ]
         return ids[0] if len(ids) == 1 else np.stack(ids, axis=1)
@@ -158,7 +160,7 @@ class FlaxStableDiffusionPipeline:
         import jax
         from jax.sharding import NamedSharding, PartitionSpec
 
-        from limner.engines.jax.attention import fused
+        from limner.engines.jax.attention import choose_kernel
         from limner.engines.jax.pipeline import latent_side
 
         lead = np.asarray(prompt_ids).shape[: 2 if jit else 1]
@@ -168,7 +170,7 @@ class FlaxStableDiffusionPipeline:
             latent_side(self.base, height),
             latent_side(self.base, width),
         )
-        found = table(self.base.configs["scheduler"], num_inference_steps)
+        found = make_table(self.base.configs["scheduler"], num_inference_steps)
         noise: Any
         if latents is None:
             keys = prng_seed if jit else prng_seed[None]
@@ -185,14 +187,16 @@ class FlaxStableDiffusionPipeline:
         )
         if jit:
             noise, ids, against = jax.device_put(
-                (noise, ids, against), NamedSharding(mesh(), PartitionSpec("data"))
+                (noise, ids, against), NamedSharding(make_mesh(), PartitionSpec("data"))
             )
         how = {"guided": guidance_scale > 1, "silent": neg_prompt_ids is None}
         key = (num_inference_steps, noise.shape, jit, *how.values())
         if key not in self.compiled:
             self.compiled[key] = jax.jit(
                 partial(
-                    self.drawn, **how, kernel=fused(mesh().devices.flat[0], mesh()) if jit else None
+                    self.drawn,
+                    **how,
+                    kernel=choose_kernel(make_mesh().devices.flat[0], make_mesh()) if jit else None,
                 )
             )
         with jax.default_matmul_precision("highest" if self.dtype == np.float32 else None):
@@ -202,11 +206,11 @@ class FlaxStableDiffusionPipeline:
                 against,
                 noise,
                 found.timesteps,
-                found.weights,
+                found.coefficients,
                 np.float32(guidance_scale),
             )
         images = images.reshape(*lead, *images.shape[1:])
-        return Output(images) if return_dict else (images,)
+        return FlaxOutput(images) if return_dict else (images,)
 
     def drawn(
         self,
@@ -227,12 +231,12 @@ class FlaxStableDiffusionPipeline:
 
         from limner.engines.jax import vae
         from limner.engines.jax.nn import Params
-        from limner.engines.jax.pipeline import sampled
+        from limner.engines.jax.pipeline import sample
 
         features = self.told(params, ids)
         if guided:
             other = self.told(params, against)
-            if silent and self.record.empty_is_zeros(self.base.configs):
+            if silent and self.record.zeros_for_empty_prompt(self.base.configs):
                 other = {name: jnp.zeros_like(array) for name, array in other.items()}
             features = {
                 name: jnp.concatenate([other[name], array]) for name, array in features.items()
@@ -241,7 +245,9 @@ class FlaxStableDiffusionPipeline:
         high, wide = (side * factor for side in noise.shape[2:])
         count = len(noise) * (1 + guided)
         features |= {
-            "cut": jnp.tile(jnp.array([high, wide, 0, 0, high, wide], jnp.float32), (count, 1))
+            "size_and_crop": jnp.tile(
+                jnp.array([high, wide, 0, 0, high, wide], jnp.float32), (count, 1)
+            )
         }
         how = {
             "config": self.base.configs["unet"],
@@ -251,7 +257,7 @@ class FlaxStableDiffusionPipeline:
             "guided": guided,
             "kernel": kernel,
         }
-        clean = sampled(params["unet"], timesteps, weights, noise, features, guidance, **how)
+        clean = sample(params["unet"], timesteps, weights, noise, features, guidance, **how)
         known = self.base.configs["vae"]
         pixels = vae.decode(
             Params(params["vae"]), known, clean / known.get("scaling_factor", 0.18215)
@@ -263,27 +269,27 @@ class FlaxStableDiffusionPipeline:
         import jax.numpy as jnp
 
         from limner.engines.jax import clip
+        from limner.engines.jax.encoders import has_projection
         from limner.engines.jax.nn import Params
-        from limner.engines.jax.parts import projects
 
         outer = self
 
         class Encoders:
-            def text(self, name: str, ids: Any, skip: int = 0) -> tuple[Any, Any]:
-                return clip.text(
+            def encode_text(self, name: str, ids: Any, skip: int = 0) -> tuple[Any, Any]:
+                return clip.encode_text(
                     Params(params[name]),
                     outer.base.configs[name],
                     ids,
                     skip,
-                    projects(outer.base, name),
+                    has_projection(outer.base, name),
                     outer.dtype,
                 )
 
-            def beside(self, arrays: list[Any]) -> Any:
+            def concat_features(self, arrays: list[Any]) -> Any:
                 return jnp.concatenate(arrays, axis=-1)
 
         several = ids if ids.ndim == 3 else ids[:, None]
-        return self.record.text(
+        return self.record.encode_text(
             Encoders(),
             {name: several[:, i : i + 1] for i, name in enumerate(self.record.tokenizers)},
         )

@@ -3,8 +3,8 @@
 import functools
 import math
 
-from limner import config
-from limner.faults import InputFault
+from limner.config.schema import BucketSettings, DataSettings
+from limner.errors import InputError
 
 Shape = tuple[int, int]  # height, width
 
@@ -15,7 +15,7 @@ class TooSmall(ValueError):
 
 
 @functools.lru_cache(maxsize=64)
-def shapes(side: int, cfg: config.Buckets) -> tuple[Shape, ...]:
+def make_shapes(side: int, config: BucketSettings) -> tuple[Shape, ...]:
     """All sizes whose area is near ``side`` squared: for each height the nearest width, and for
     each width the nearest height.
 
@@ -24,13 +24,13 @@ def shapes(side: int, cfg: config.Buckets) -> tuple[Shape, ...]:
     up to 9 %, here by at most step / (2 * shortest side), 6 %.
 
     Raises:
-        InputFault: when there is none between the shortest and the longest side.
+        InputError: when there is none between the shortest and the longest side.
     """
-    smallest = math.ceil((cfg.smallest or side // 2) / cfg.step) * cfg.step
-    largest = (cfg.largest or 2 * side) // cfg.step * cfg.step
+    smallest = math.ceil((config.smallest or side // 2) / config.step) * config.step
+    largest = (config.largest or 2 * side) // config.step * config.step
     pairs = [
-        (one, round(side * side / one / cfg.step) * cfg.step)
-        for one in range(max(smallest, cfg.step), largest + 1, cfg.step)
+        (one, round(side * side / one / config.step) * config.step)
+        for one in range(max(smallest, config.step), largest + 1, config.step)
     ]
     found = sorted(
         {
@@ -41,15 +41,15 @@ def shapes(side: int, cfg: config.Buckets) -> tuple[Shape, ...]:
         }
     )
     if not found:
-        raise InputFault(
+        raise InputError(
             f"data.buckets: no size of about {side}x{side} pixels has sides that are multiples of "
-            f"{cfg.step}, at least {smallest} and at most {largest}. "
+            f"{config.step}, at least {smallest} and at most {largest}. "
             "Change data.buckets.step, smallest or largest, or the resolution."
         )
     return tuple(found)
 
 
-def fit(original: Shape, data: config.Data) -> Shape:
+def choose_shape(original: Shape, data: DataSettings) -> Shape:
     """The height and width that a picture of ``original`` (height, width) is cut to.
 
     Raises:
@@ -58,20 +58,20 @@ def fit(original: Shape, data: config.Data) -> Shape:
     return (
         (data.size, data.size)
         if data.buckets is None
-        else fitting(original, data.size, data.buckets)
+        else choose_bucket(original, data.size, data.buckets)
     )
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def fitting(original: Shape, size: int, cfg: config.Buckets) -> Shape:
+def choose_bucket(original: Shape, size: int, config: BucketSettings) -> Shape:
     """The size of the nearest proportions; of several resolutions, the largest that the picture
     fills."""
     nearest = [
-        min(shapes(side, cfg), key=functools.partial(distance, original))
-        for side in sorted(cfg.resolutions or (size,), reverse=True)
+        min(make_shapes(side, config), key=functools.partial(compare_proportions, original))
+        for side in sorted(config.resolutions or (size,), reverse=True)
     ]
     filled = [shape for shape in nearest if shape[0] <= original[0] and shape[1] <= original[1]]
-    if not filled and not cfg.upscale:
+    if not filled and not config.upscale:
         (height, width), (tall, wide) = original, nearest[-1]
         raise TooSmall(
             f"{width}x{height} pixels are too small for its bucket of {wide}x{tall} "
@@ -80,7 +80,7 @@ def fitting(original: Shape, size: int, cfg: config.Buckets) -> Shape:
     return (filled or nearest[-1:])[0]
 
 
-def distance(original: Shape, shape: Shape) -> tuple[float, int, int]:
+def compare_proportions(original: Shape, shape: Shape) -> tuple[float, int, int]:
     """How far two proportions are apart; of equally near ones the larger size comes first."""
     return (
         abs(math.log(original[0] * shape[1] / (original[1] * shape[0]))),

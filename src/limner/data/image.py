@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +14,8 @@ import numpy as np
 import PIL
 from PIL import Image, ImageCms, ImageColor, ImageOps
 
-from limner.faults import InputFault
+from limner.data.geometry import Geometry
+from limner.errors import InputError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 RESAMPLE = {
@@ -41,18 +41,18 @@ class Undecodable(ValueError):
     """A picture that cannot be used; the message is the reason, without the picture's name."""
 
 
-def colour(name: str) -> tuple[int, int, int]:
+def parse_color(name: str) -> tuple[int, int, int]:
     """The red, green and blue of ``data.background``.
 
     Raises:
-        InputFault: when it names no opaque colour.
+        InputError: when it names no opaque colour.
     """
     try:
         rgb = ImageColor.getrgb(name)
     except ValueError:
         rgb = ()  # type: ignore[assignment]
     if len(rgb) != 3:
-        raise InputFault(
+        raise InputError(
             f"data.background: {name!r} is no opaque colour; give a name such as white or gray, "
             "or #rrggbb"
         )
@@ -73,7 +73,7 @@ def decode(image: Picture, *, background: str, max_pixels: int) -> Image.Image:
     Raises:
         Undecodable: with the reason.
     """
-    ground = colour(background)
+    ground = parse_color(background)
     with _reasons():
         if isinstance(image, np.ndarray):
             return _rgb(_of_array(image, max_pixels), ground)
@@ -236,86 +236,10 @@ def _needs_conversion(icc: bytes, mode: str) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Resize to height x width, take the crop_height x crop_width part at (top, left), then mirror
-    left and right if ``flip``."""
-
-    height: int
-    width: int
-    top: int
-    left: int
-    crop_height: int
-    crop_width: int
-    flip: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Height and width of what is cut."""
-        return self.crop_height, self.crop_width
-
-    @property
-    def corner(self) -> tuple[int, int]:
-        """Top and left of the crop in the resized picture as the network sees it: mirrored, where
-        the crop is mirrored."""
-        return self.top, self.width - self.left - self.crop_width if self.flip else self.left
-
-
-def resized(original: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the smallest picture of the original's proportions that covers ``shape``
-    (height, width).
-
-    The side that fits has exactly its length; the other is rounded down, as torchvision's
-    ``Resize`` does for a square.
-    """
-    (height, width), (tall, wide) = original, shape
-    return (
-        (tall, tall * width // height)
-        if tall * width >= wide * height
-        else (wide * height // width, wide)
-    )
-
-
-def geometry(
-    original: tuple[int, int],
-    shape: tuple[int, int],
-    u_top: float = 0.0,
-    u_left: float = 0.0,
-    flip: bool = False,
-    crop: str = "center",
-) -> Geometry:
-    """How a picture of ``original`` (height, width) becomes one of ``shape`` (height, width).
-
-    Args:
-        u_top, u_left: where a random crop lies, in [0, 1); a centre crop does not look at them.
-        crop: ``"center"`` or ``"random"``.
-    """
-    height, width = resized(original, shape)
-    spare = (height - shape[0], width - shape[1])
-    if crop == "random":
-        top, left = (int(u * (room + 1)) for u, room in zip((u_top, u_left), spare, strict=True))
-    else:
-        top, left = (round(room / 2) for room in spare)
-    return Geometry(height, width, top, left, *shape, flip)
-
-
-def whole(original: tuple[int, int], side: int, flip: bool = False) -> Geometry:
-    """How CLIP sees a picture: the shorter side resized to ``side``, and the middle square of that,
-    as its image processor cuts it."""
-    height, width = resized(original, (side, side))
-    return Geometry(height, width, (height - side) // 2, (width - side) // 2, side, side, flip)
-
-
-def distinct_crops(shape: Geometry) -> int:
-    """How many different parts of that size can be cut from the resized picture: 1 when it has the
-    same proportions."""
-    return (shape.height - shape.crop_height + 1) * (shape.width - shape.crop_width + 1)
-
-
 View = tuple[Geometry, str]  # how a picture is cut, and by what filter it is resized
 
 
-def load(
+def load_views(
     picture: Picture, views: Sequence[View], *, background: str, max_pixels: int
 ) -> list[np.ndarray]:
     """Views of a picture that is decoded once: each uint8 [crop_height, crop_width, 3]; equal, to
@@ -336,10 +260,10 @@ def load(
                 pixels = simplejpeg.decode_jpeg(picture, "RGB")
                 return [_part(pixels, shape, resample) for shape, resample in views]
     decoded = decode(picture, background=background, max_pixels=max_pixels)
-    return [cut(decoded, shape, resample) for shape, resample in views]
+    return [crop(decoded, shape, resample) for shape, resample in views]
 
 
-def cut(picture: Image.Image, shape: Geometry, resample: str) -> np.ndarray:
+def crop(picture: Image.Image, shape: Geometry, resample: str) -> np.ndarray:
     """The part as uint8 [crop_height, crop_width, 3].
 
     Made smaller by libvips, which computes the same filters as PIL with vector instructions
@@ -387,7 +311,7 @@ def _vips() -> Any:
     return pyvips
 
 
-def decoder() -> str:
+def decoder_versions() -> str:
     """The libraries that the last bits of a picture depend on."""
     vips = _vips()
     return (
@@ -396,7 +320,7 @@ def decoder() -> str:
     )
 
 
-def pixels(squares: np.ndarray) -> np.ndarray:
+def to_pixels(squares: np.ndarray) -> np.ndarray:
     """uint8 [n, H, W, 3] as float32 [n, 3, H, W] in [-1, 1]: (x / 255 - 0.5) / 0.5."""
     out = np.ascontiguousarray(squares.transpose(0, 3, 1, 2)).astype(np.float32)
     out /= np.float32(255)

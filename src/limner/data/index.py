@@ -14,12 +14,18 @@ import PIL
 import xxhash
 from tqdm import tqdm
 
-from limner import config, durable, rng
-from limner.data import buckets, duplicates, image
-from limner.data.records import BadRecord, Record, Source, Tell
-from limner.faults import DiskFault, InputFault
+from limner import rng
+from limner.config.schema import DataSettings
+from limner.data import buckets, geometry, image, similarity
+from limner.data.buckets import TooSmall
+from limner.data.image import Undecodable
+from limner.data.similarity import FLAT
+from limner.data.source import BadRecord, Record, Source
+from limner.errors import DiskError, InputError
+from limner.protocols import Report
+from limner.storage import atomic
+from limner.storage.run_folder import SKIPPED_FILE
 
-SKIPPED = "skipped.jsonl"
 Known = dict[str, tuple[int, int, int]]  # by content: height, width, perceptual hash
 _DECODER = f"2, Pillow {PIL.__version__}"  # pictures are decoded anew when either changes
 
@@ -35,7 +41,7 @@ class Entry:
     digest: str  # of the picture's content
     height: int  # upright
     width: int
-    look: int = duplicates.FLAT  # perceptual hash
+    perceptual_hash: int = FLAT  # perceptual hash
 
     @property
     def size(self) -> tuple[int, int]:
@@ -53,9 +59,9 @@ class Index:
     @cached_property
     def digest(self) -> str:
         """Of pictures and captions in their order, whatever the files are called."""
-        return durable.digest_json([[entry.digest, entry.captions] for entry in self.entries])
+        return atomic.digest_json([[entry.digest, entry.captions] for entry in self.entries])
 
-    def limited(self, count: int, seed: int) -> "Index":
+    def sample(self, count: int, seed: int) -> "Index":
         """A random choice of ``count`` records, in the source's order; all, where there are no
         more."""
         if count >= len(self.entries):
@@ -69,7 +75,7 @@ class Index:
         return [entry for entry in self.entries if not all(text.strip() for text in entry.captions)]
 
     @property
-    def repeated(self) -> list[Entry]:
+    def exact_duplicates(self) -> list[Entry]:
         """Records whose picture has the same content as an earlier one's."""
         first: dict[str, int] = {}
         return [
@@ -79,13 +85,13 @@ class Index:
         ]
 
     @cached_property
-    def alike(self) -> list[list[Entry]]:
+    def near_duplicates(self) -> list[list[Entry]]:
         """Groups of records whose pictures look alike and are not of the same content."""
         first = {entry.digest: entry for entry in reversed(self.entries)}
         distinct = sorted(first.values(), key=lambda entry: entry.row)
         return [
             [distinct[i] for i in group]
-            for group in duplicates.groups([entry.look for entry in distinct])
+            for group in similarity.group_similar([entry.perceptual_hash for entry in distinct])
         ]
 
     def captions(self) -> Iterator[tuple[str, str]]:
@@ -100,7 +106,7 @@ class Index:
         }
 
     @staticmethod
-    def of_plain(raw: dict[str, Any]) -> "Index":
+    def from_plain(raw: dict[str, Any]) -> "Index":
         """The inverse of ``to_plain``."""
         entries = (
             Entry(row, key, tuple(captions), *rest) for row, key, captions, *rest in raw["entries"]
@@ -108,32 +114,34 @@ class Index:
         return Index(tuple(entries), tuple((key, reason) for key, reason in raw["skipped"]))
 
 
-def look(source: Source, cfg: config.Data, *, known: Path | None = None, tell: Tell) -> Index:
+def build_index(
+    source: Source, config: DataSettings, *, known: Path | None = None, report: Report
+) -> Index:
     """Read, hash and decode every record.
 
     Args:
         known: a file that remembers the content of pictures that were decoded before; those are
             only hashed.
-        tell: receives one line each when records are left out, have an empty caption, or repeat a
+        report: receives one line each when records are left out, have an empty caption, or repeat a
             picture.
 
     Raises:
-        InputFault: naming the records that cannot be used (``data.bad="refuse"``), or when none is
-            left.
+        InputError: naming the records that cannot be used (``data.on_bad_record="refuse"``), or
+            when none is left.
     """
-    image.colour(cfg.background)
+    image.parse_color(config.background)
     if not len(source):
-        raise InputFault("the source has no records; give at least one picture with a caption")
+        raise InputError("the source has no records; give at least one picture with a caption")
     sizes = _recall(known)
     before = len(sizes)
 
     def one(row: int) -> Entry | tuple[str, str]:
         try:
-            return _examine(source, row, cfg, sizes)
+            return _examine(source, row, config, sizes)
         except BadRecord as bad:
             return bad.key, bad.reason
 
-    pool = ThreadPoolExecutor(cfg.threads, thread_name_prefix="limner-look")
+    pool = ThreadPoolExecutor(config.threads, thread_name_prefix="limner-look")
     try:
         results = list(
             tqdm(
@@ -148,26 +156,26 @@ def look(source: Source, cfg: config.Data, *, known: Path | None = None, tell: T
     finally:
         pool.shutdown(cancel_futures=True)
         if known is not None and len(sizes) > before:
-            _remember(known, sizes, tell)
+            _remember(known, sizes, report)
     skipped = tuple(result for result in results if not isinstance(result, Entry))
     entries = tuple(result for result in results if isinstance(result, Entry))
-    if skipped and (cfg.bad == "refuse" or not entries):
-        raise InputFault(_complaint(skipped, len(results), bool(entries)))
+    if skipped and (config.on_bad_record == "refuse" or not entries):
+        raise InputError(_complaint(skipped, len(results), bool(entries)))
     if skipped:
-        tell(
+        report(
             f"{len(skipped)} of {len(results)} records are left out: "
             f"{_some([f'{key}: {reason}' for key, reason in skipped])}"
         )
     index = Index(entries, skipped)
-    twins = [entry for group in index.alike for entry in group[1:]]
+    twins = [entry for group in index.near_duplicates for entry in group[1:]]
     attention = (
-        ("have an empty caption", index.without_caption if cfg.caption is not None else []),
-        ("repeat the picture of an earlier one", index.repeated),
+        ("have an empty caption", index.without_caption if config.caption is not None else []),
+        ("repeat the picture of an earlier one", index.exact_duplicates),
         ("look like an earlier one", twins),
     )
     for what, which in attention:
         if which:
-            tell(
+            report(
                 f"{len(which)} of {len(results)} records {what}: "
                 f"{_some([entry.key for entry in which])}"
             )
@@ -185,65 +193,71 @@ def _complaint(bad: tuple[tuple[str, str], ...], total: int, some_left: bool) ->
     ]
     lines += [f"  and {len(bad) - 10} more"] if len(bad) > 10 else []
     lines += [
-        'Mend or remove them, or set data.bad="skip" to go on without them.'
+        'Mend or remove them, or set data.on_bad_record="skip" to go on without them.'
         if some_left
         else "None is left to train on."
     ]
     return "\n".join(lines)
 
 
-def _examine(source: Source, row: int, cfg: config.Data, sizes: Known) -> Entry:
+def _examine(source: Source, row: int, config: DataSettings, sizes: Known) -> Entry:
     record = source[row]
     if not isinstance(record, Record):
-        raise InputFault(
+        raise InputError(
             f"record {row} of the source is {type(record).__name__}; limner.Record(key, image, "
             "captions) is expected"
         )
     try:
-        digest, (height, width, look) = _measure(record.image, cfg, sizes)
-        shape = buckets.fit((height, width), cfg)
-        tall, wide = image.resized((height, width), shape)
-        if tall * wide > cfg.max_pixels:
+        digest, (height, width, look) = _measure(record.image, config, sizes)
+        shape = buckets.choose_shape((height, width), config)
+        tall, wide = geometry.covering_size((height, width), shape)
+        if tall * wide > config.max_pixels:
             cover = (
-                f"data.size = {cfg.size}"
-                if cfg.buckets is None
+                f"data.size = {config.size}"
+                if config.buckets is None
                 else f"its bucket of {shape[1]}x{shape[0]} is covered"
             )
-            raise image.Undecodable(
+            raise Undecodable(
                 f"{width}x{height} pixels are too long and thin: {wide}x{tall} once the shorter "
                 f"side is {cover}"
             )
-    except (image.Undecodable, buckets.TooSmall) as error:
+    except (Undecodable, TooSmall) as error:
         raise BadRecord(record.key, str(error)) from error
     return Entry(row, record.key, record.captions, digest, height, width, look)
 
 
 def _measure(
-    picture: image.Picture, cfg: config.Data, sizes: Known
+    picture: image.Picture, config: DataSettings, sizes: Known
 ) -> tuple[str, tuple[int, int, int]]:
     """Digest, and height, width and look: of a file's bytes, which decode alike each time; of the
     decoded pixels, where there is no file."""
     if isinstance(picture, Path | bytes):
         digest = _digest(picture)
         known = sizes.get(digest)
-        if known is None or not 0 < known[0] * known[1] <= cfg.max_pixels:
-            decoded = image.decode(picture, background=cfg.background, max_pixels=cfg.max_pixels)
-            known = sizes[digest] = (decoded.height, decoded.width, duplicates.look(decoded))
+        if known is None or not 0 < known[0] * known[1] <= config.max_pixels:
+            decoded = image.decode(
+                picture, background=config.background, max_pixels=config.max_pixels
+            )
+            known = sizes[digest] = (
+                decoded.height,
+                decoded.width,
+                similarity.perceptual_hash(decoded),
+            )
         return digest, known
-    decoded = image.decode(picture, background=cfg.background, max_pixels=cfg.max_pixels)
+    decoded = image.decode(picture, background=config.background, max_pixels=config.max_pixels)
     digest = xxhash.xxh3_128(f"{decoded.size}".encode() + decoded.tobytes()).hexdigest()
-    return digest, (decoded.height, decoded.width, duplicates.look(decoded))
+    return digest, (decoded.height, decoded.width, similarity.perceptual_hash(decoded))
 
 
 def _digest(picture: Path | bytes) -> str:
     if isinstance(picture, bytes):
         return xxhash.xxh3_128(picture).hexdigest()
     if not picture.is_file():
-        raise image.Undecodable("not a regular file" if picture.exists() else "no such file")
+        raise Undecodable("not a regular file" if picture.exists() else "no such file")
     try:
-        return durable.digest(picture)
+        return atomic.digest_file(picture)
     except OSError as error:
-        raise image.Undecodable(f"cannot be read: {error.strerror or error}") from error
+        raise Undecodable(f"cannot be read: {error.strerror or error}") from error
 
 
 def _recall(known: Path | None) -> Known:
@@ -251,7 +265,7 @@ def _recall(known: Path | None) -> Known:
     as empty."""
     try:
         raw = json.loads(known.read_text(encoding="utf-8")) if known is not None else {}
-        if raw["digest"] != durable.digest_json([_DECODER, raw["pictures"]]):
+        if raw["digest"] != atomic.digest_json([_DECODER, raw["pictures"]]):
             return {}
         return {
             digest: (height, width, look)
@@ -261,15 +275,15 @@ def _recall(known: Path | None) -> Known:
         return {}
 
 
-def _remember(known: Path, sizes: Known, tell: Tell) -> None:
+def _remember(known: Path, sizes: Known, report: Report) -> None:
     pictures = _recall(known) | sizes
     try:
-        durable.write_text(
+        atomic.write_text(
             known,
-            json.dumps({"digest": durable.digest_json([_DECODER, pictures]), "pictures": pictures}),
+            json.dumps({"digest": atomic.digest_json([_DECODER, pictures]), "pictures": pictures}),
         )
-    except (DiskFault, OSError) as error:
-        tell(
+    except (DiskError, OSError) as error:
+        report(
             f"{known}: cannot be written, so the pictures will be decoded again next time ({error})"
         )
 
@@ -279,9 +293,9 @@ def write_skipped(run: Path, skipped: Iterable[tuple[str, str]]) -> None:
     file, where there is none."""
     lines = [json.dumps({"path": key, "reason": reason}) + "\n" for key, reason in skipped]
     if lines:
-        durable.write_text(run / SKIPPED, "".join(lines))
+        atomic.write_text(run / SKIPPED_FILE, "".join(lines))
     else:
-        (run / SKIPPED).unlink(missing_ok=True)
+        (run / SKIPPED_FILE).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ import numpy as np
 
 from limner import rng
 from limner.data.buckets import Shape
-from limner.faults import InputFault
+from limner.errors import InputError
 
-EMPTY = -1
+PADDING = -1
 
 
 class Order:
     """The order of a run, as tables of epochs.
 
     Without buckets the epochs follow each other without a gap, so that a batch may span two of
-    them. With buckets no batch mixes shapes: the last batch of a shape is filled with ``EMPTY``
+    them. With buckets no batch mixes shapes: the last batch of a shape is filled with ``PADDING``
     positions, and an epoch is a whole number of batches.
 
     Args:
@@ -35,7 +35,7 @@ class Order:
         whole: with buckets.
 
     Raises:
-        InputFault: when a data set has no record, or so small a weight that an epoch has no place
+        InputError: when a data set has no record, or so small a weight that an epoch has no place
             for it.
     """
 
@@ -49,25 +49,25 @@ class Order:
         weights: Sequence[float],
         whole: bool,
     ):
-        self.seed, self.batch, self.whole = seed, batch, whole
+        self.seed, self.batch, self.with_buckets = seed, batch, whole
         self.shapes = sorted(set(shapes))
         numbers = {shape: i for i, shape in enumerate(self.shapes)}
         self.shape_of = np.array([numbers[shape] for shape in shapes])
         self.members = [np.flatnonzero(np.asarray(sets) == i) for i in range(len(repeats))]
         sizes = [len(entries) for entries in self.members]
         if 0 in sizes:
-            raise InputFault(
+            raise InputError(
                 f"data.sets[{sizes.index(0)}]: no record of it is left to train on; give it more "
                 "records, or leave it out"
             )
         self.places = (
-            divided(sum(sizes), weights)
+            divide(sum(sizes), weights)
             if weights
             else [r * n for r, n in zip(repeats, sizes, strict=True)]
         )
         if 0 in self.places:
             i = self.places.index(0)
-            raise InputFault(
+            raise InputError(
                 f"data.sets[{i}].weight: {weights[i]} is so small that an epoch of {sum(sizes)} "
                 "examples has no place for it"
             )
@@ -80,7 +80,7 @@ class Order:
     @functools.cached_property
     def length(self) -> int:
         """Positions of the first epoch, empty ones included."""
-        return len(self.table(0)) if self.whole else sum(self.places)
+        return len(self.table(0)) if self.with_buckets else sum(self.places)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -102,7 +102,7 @@ class Order:
         )
 
     def entry(self, position: int) -> int:
-        """The number of the entry at a position, or ``EMPTY``. Safe in threads."""
+        """The number of the entry at a position, or ``PADDING``. Safe in threads."""
         if self.constant:
             epoch, slot = divmod(position, self.length)
         else:
@@ -120,15 +120,15 @@ class Order:
     def make_table(self, epoch: int) -> np.ndarray:
         """The entries of an epoch in their order, with buckets in whole batches of one shape
         each."""
-        order = np.concatenate([self.of_set(i, epoch) for i in range(len(self.members))])
+        order = np.concatenate([self.entries_of_set(i, epoch) for i in range(len(self.members))])
         if len(self.members) > 1:
             order = order[rng.at(self.seed, "mixture", epoch).permutation(len(order))]
-        if not self.whole:
+        if not self.with_buckets:
             return order
         parts = [order[self.shape_of[order] == i] for i in range(len(self.shapes))]
         filled = np.concatenate(
             [
-                np.concatenate([part, np.full(-len(part) % self.batch, EMPTY)]).reshape(
+                np.concatenate([part, np.full(-len(part) % self.batch, PADDING)]).reshape(
                     -1, self.batch
                 )
                 for part in parts
@@ -136,7 +136,7 @@ class Order:
         )
         return filled[rng.at(self.seed, "batches", epoch).permutation(len(filled))].reshape(-1)
 
-    def of_set(self, number: int, epoch: int) -> np.ndarray:
+    def entries_of_set(self, number: int, epoch: int) -> np.ndarray:
         """A data set's entries in an epoch: laps of all of them in random order, from where the
         last epoch ended."""
         entries, first = self.members[number], epoch * self.places[number]
@@ -146,24 +146,24 @@ class Order:
         )
         return entries[order[first - laps[0] * len(entries) :][: self.places[number]]]
 
-    def counts(self) -> list[tuple[Shape, int, int, int]]:
+    def count_batches(self) -> list[tuple[Shape, int, int, int]]:
         """For each shape: records, batches and empty rows in the first epoch; without buckets all
         batches are counted, of which one may span epochs."""
         table, out = self.table(0), []
         for i, shape in enumerate(self.shapes):
-            places = int(np.count_nonzero(self.shape_of[table[table != EMPTY]] == i))
+            places = int(np.count_nonzero(self.shape_of[table[table != PADDING]] == i))
             out.append(
                 (
                     shape,
                     int(np.count_nonzero(self.shape_of == i)),
                     -(-places // self.batch),
-                    -places % self.batch if self.whole else 0,
+                    -places % self.batch if self.with_buckets else 0,
                 )
             )
         return out
 
 
-def divided(total: int, weights: Sequence[float]) -> list[int]:
+def divide(total: int, weights: Sequence[float]) -> list[int]:
     """``total`` in proportion to ``weights``, in whole numbers: rounded down, and the largest
     remainders up until the sum is right."""
     exact = [total * w / sum(weights) for w in weights]

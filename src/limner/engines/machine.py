@@ -8,7 +8,7 @@ from pathlib import Path
 # Dense peaks in TFLOP/s: 16 bits, TF32, float32; from NVIDIA's data sheets of the H100, H200 and
 # A100, where figures with sparsity are twice as high, and from Google's pages of its TPUs, which
 # state no more than bfloat16.
-PUBLISHED = {
+PUBLISHED_PEAKS = {
     "NVIDIA H100 80GB HBM3": (989.4, 494.7, 66.9),
     "NVIDIA H100 PCIe": (756.0, 378.0, 51.0),
     "NVIDIA H200": (989.4, 494.7, 66.9),
@@ -32,17 +32,17 @@ def peak_resident() -> int:
     )
 
 
-def processor() -> str:
+def processor_name() -> str:
     """The processor's name, where the system tells."""
-    return described("model name") or platform.machine()
+    return read_cpuinfo("model name") or platform.machine()
 
 
-def instructions() -> str:
+def instruction_sets() -> str:
     """The sets of instructions that the processor has, where the system tells."""
-    return described("flags") or described("Features")
+    return read_cpuinfo("flags") or read_cpuinfo("Features")
 
 
-def described(what: str) -> str:
+def read_cpuinfo(what: str) -> str:
     """What the system says of the first processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -61,7 +61,7 @@ def described(what: str) -> str:
 MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX = -4, -1, -8  # of glibc's mallopt
 
 
-def one_heap() -> None:
+def share_heap() -> None:
     """Let all threads take memory from one heap; where the C library is glibc, and before the
     threads are there."""
     if platform.libc_ver()[0] == "glibc":

@@ -5,22 +5,32 @@ from typing import Any
 
 import numpy as np
 
-from limner.family import Configs, Encoders, Family, Features, Parts, Stage, joined
+from limner.families.family import Family, Stage
+from limner.families.text import encode_chunks
+from limner.protocols import Configs, Encoders, Features, TextEncoders
 
-WHOLE = "KandinskyV22CombinedPipeline"
-EYE = {"image_encoder": "CLIPVisionModelWithProjection", "image_processor": "CLIPImageProcessor"}
-MEANINGLESS = ("objective.predict", "adapt.text_encoders", "data.empty_caption", "data.chunks")
+COMBINED_PIPELINE = "KandinskyV22CombinedPipeline"
+IMAGE_ENCODER = {
+    "image_encoder": "CLIPVisionModelWithProjection",
+    "image_processor": "CLIPImageProcessor",
+}
+IGNORED_SETTINGS = (
+    "objective.predict",
+    "adapter.text_encoders",
+    "data.empty_caption",
+    "data.caption_chunks",
+)
 
 
-def eye(configs: Configs) -> int:
+def clip_image_size(configs: Configs) -> int:
     """Pixels a side of what CLIP's vision tower sees."""
     return int(configs["image_encoder"].get("image_size", 224))
 
 
-def blurred(configs: Configs) -> list[str]:
+def check_image_processor(configs: Configs) -> list[str]:
     """The processor must show the tower the middle square of the picture, resized by bicubic
     interpolation, as the stock pipelines do."""
-    known, side = configs["image_processor"], eye(configs)
+    known, side = configs["image_processor"], clip_image_size(configs)
     given = {
         "size": known.get("size", side),
         "crop_size": known.get("crop_size", side),
@@ -42,18 +52,18 @@ def blurred(configs: Configs) -> list[str]:
     ]
 
 
-def embed(parts: Parts, whole: np.ndarray) -> Features:
+def embed_image(parts: Encoders, whole: np.ndarray) -> Features:
     """The CLIP image embedding of the whole picture, [n, width]."""
-    return {"embedding": parts.see("image_encoder", "image_processor", whole)}
+    return {"embedding": parts.encode_image("image_encoder", "image_processor", whole)}
 
 
-def text(encoders: Encoders, ids: dict[str, Any]) -> dict[str, Any]:
+def encode_text(encoders: TextEncoders, ids: dict[str, Any]) -> dict[str, Any]:
     """All last hidden states of the text encoder, and its projected embedding."""
-    states, pooled = joined(encoders, "text_encoder", ids["tokenizer"])
+    states, pooled = encode_chunks(encoders, "text_encoder", ids["tokenizer"])
     return {"context": states, "pooled": pooled}
 
 
-def normalised(features: Features, configs: Configs, normal: np.ndarray) -> np.ndarray:
+def normalize_embedding(features: Features, configs: Configs, normal: np.ndarray) -> np.ndarray:
     """The image embedding with mean 0 and deviation 1 in every dimension, by the prior's own
     statistics."""
     mean, std = (
@@ -63,10 +73,10 @@ def normalised(features: Features, configs: Configs, normal: np.ndarray) -> np.n
     return ((features["embedding"] - mean) / std).astype(np.float32)
 
 
-def prior_misfits(configs: Configs) -> list[str]:
+def check_prior(configs: Configs) -> list[str]:
     """The two CLIP towers must be as wide as the prior, and the statistics such that one can divide
     by them."""
-    prior, out = configs["prior"], blurred(configs)
+    prior, out = configs["prior"], check_image_processor(configs)
     width = prior.get("embedding_dim", 768)
     for part, name in (
         ("text_encoder", "projection_dim"),
@@ -96,16 +106,16 @@ def prior_misfits(configs: Configs) -> list[str]:
     return out
 
 
-def decoder_image(parts: Parts, pixels: np.ndarray, whole: np.ndarray) -> Features:
+def encode_decoder_image(parts: Encoders, pixels: np.ndarray, whole: np.ndarray) -> Features:
     """MOVQ latents of the cut picture, and the CLIP image embedding of the whole one; nothing in
     either is drawn."""
-    return {"latents": parts.movq("movq", pixels)} | embed(parts, whole)
+    return {"latents": parts.encode_movq("movq", pixels)} | embed_image(parts, whole)
 
 
-def decoder_misfits(configs: Configs) -> list[str]:
+def check_decoder(configs: Configs) -> list[str]:
     """The UNet must take the MOVQ's latents, the image encoder's embedding, and nothing else; it
     may predict a variance beside the noise."""
-    unet, out = configs["unet"], blurred(configs)
+    unet, out = configs["unet"], check_image_processor(configs)
     latent, into, made = (
         configs["movq"].get("latent_channels", 3),
         unet.get("in_channels", 4),
@@ -134,55 +144,61 @@ def decoder_misfits(configs: Configs) -> list[str]:
 PRIOR = Family(
     name="kandinsky22-prior",
     pipeline="KandinskyV22PriorPipeline",
-    trains="prior",
+    trained_component="prior",
     components={
         "prior": "PriorTransformer",
         "text_encoder": "CLIPTextModelWithProjection",
         "tokenizer": "CLIPTokenizer",
         "scheduler": "",
     }
-    | EYE,
-    image=embed,
-    text=text,
-    clean=normalised,
-    latent=("embedding",),
-    inputs=lambda batch: {
+    | IMAGE_ENCODER,
+    encode_image=embed_image,
+    encode_text=encode_text,
+    clean_latents=normalize_embedding,
+    latent_features=("embedding",),
+    network_inputs=lambda batch: {
         "proj_embedding": batch["pooled"],
         "encoder_hidden_states": batch["context"],
         "attention_mask": batch["mask"],
     },
-    lora={"prior": ("to_q", "to_k", "to_v", "to_out.0")},
-    tag="kandinsky",
-    views=("whole",),
-    eye=eye,
-    stage=Stage("kandinsky22-decoder", {}, WHOLE, "prior_"),
-    fixed=("clip_mean", "clip_std"),
-    unused=(*MEANINGLESS, "data.crop", "data.crops", "data.buckets", "objective.noise_offset"),
-    heeds_padding=True,
-    pictures=tuple(EYE),
-    misfits=prior_misfits,
+    lora_targets={"prior": ("to_q", "to_k", "to_v", "to_out.0")},
+    card_tag="kandinsky",
+    image_views=("center_square",),
+    clip_image_size=clip_image_size,
+    stage=Stage("kandinsky22-decoder", {}, COMBINED_PIPELINE, "prior_"),
+    frozen_arrays=("clip_mean", "clip_std"),
+    ignored_settings=(
+        *IGNORED_SETTINGS,
+        "data.crop",
+        "data.crop_variants",
+        "data.buckets",
+        "objective.noise_offset",
+    ),
+    uses_attention_mask=True,
+    image_components=tuple(IMAGE_ENCODER),
+    incompatibilities=check_prior,
 )
 DECODER = Family(
     name="kandinsky22-decoder",
     pipeline="KandinskyV22Pipeline",
-    trains="unet",
+    trained_component="unet",
     components={"unet": "UNet2DConditionModel", "movq": "VQModel", "scheduler": ""},
-    image=decoder_image,
-    text=lambda encoders, ids: {},
-    clean=lambda features, configs, normal: features["latents"],
-    latent=("latents",),
-    inputs=lambda batch: {
+    encode_image=encode_decoder_image,
+    encode_text=lambda encoders, ids: {},
+    clean_latents=lambda features, configs, normal: features["latents"],
+    latent_features=("latents",),
+    network_inputs=lambda batch: {
         "encoder_hidden_states": None,
         "added_cond_kwargs": {"image_embeds": batch["embedding"]},
     },
-    lora={"unet": ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")},
-    tag="kandinsky",
-    views=("cut", "whole"),
-    eye=eye,
-    stage=Stage("kandinsky22-prior", EYE, WHOLE, ""),
-    unused=(*MEANINGLESS, "data.caption", "data.drop_caption"),
+    lora_targets={"unet": ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")},
+    card_tag="kandinsky",
+    image_views=("crop", "center_square"),
+    clip_image_size=clip_image_size,
+    stage=Stage("kandinsky22-prior", IMAGE_ENCODER, COMBINED_PIPELINE, ""),
+    ignored_settings=(*IGNORED_SETTINGS, "data.caption", "data.drop_caption"),
     tokenizers=(),
-    captions=(),
-    pictures=("movq", *EYE),
-    misfits=decoder_misfits,
+    text_components=(),
+    image_components=("movq", *IMAGE_ENCODER),
+    incompatibilities=check_decoder,
 )

@@ -5,29 +5,31 @@ from typing import Any
 
 import numpy as np
 
-from limner.family import Configs, Encoders, Family, Features, Parts, joined, masked
+from limner.families.family import Family
+from limner.families.text import encode_chunks, mask_argument
+from limner.protocols import Configs, Encoders, Features, TextEncoders
 
 
-def image(parts: Parts, pixels: np.ndarray) -> Features:
+def encode_image(parts: Encoders, pixels: np.ndarray) -> Features:
     """The posterior's mean and standard deviation, never a draw from it: deterministic, so that
     caching it is exact."""
-    mean, std = parts.vae("vae", pixels)
+    mean, std = parts.encode_vae("vae", pixels)
     return {"mean": mean, "std": std}
 
 
-def text(encoders: Encoders, ids: dict[str, Any]) -> dict[str, Any]:
+def encode_text(encoders: TextEncoders, ids: dict[str, Any]) -> dict[str, Any]:
     """The last hidden state of the text encoder, all tokens of it."""
-    return {"context": joined(encoders, "text_encoder", ids["tokenizer"])[0]}
+    return {"context": encode_chunks(encoders, "text_encoder", ids["tokenizer"])[0]}
 
 
-def clean(features: Features, configs: Configs, normal: np.ndarray) -> np.ndarray:
+def clean_latents(features: Features, configs: Configs, normal: np.ndarray) -> np.ndarray:
     """Latents: a draw from the posterior, scaled to about unit variance."""
     return (features["mean"] + features["std"] * normal) * np.float32(
         configs["vae"].get("scaling_factor", 0.18215)
     )
 
 
-def latents(configs: Configs) -> list[str]:
+def check_latent_channels(configs: Configs) -> list[str]:
     """The UNet must take the autoencoder's latents, and nothing beside them."""
     into, latent = configs["unet"].get("in_channels"), configs["vae"].get("latent_channels")
     kind = (
@@ -41,11 +43,11 @@ def latents(configs: Configs) -> list[str]:
     )
 
 
-def misfits(configs: Configs) -> list[str]:
+def check_configs(configs: Configs) -> list[str]:
     """The UNet must take the autoencoder's latents and the text encoder's states, and nothing
     else."""
     unet, text_encoder = configs["unet"], configs["text_encoder"]
-    out = latents(configs)
+    out = check_latent_channels(configs)
     width, hidden = unet.get("cross_attention_dim"), text_encoder.get("hidden_size")
     if any(w != hidden for w in (width if isinstance(width, list) else [width])):
         out.append(
@@ -70,7 +72,7 @@ def misfits(configs: Configs) -> list[str]:
 SD = Family(
     name="sd",
     pipeline="StableDiffusionPipeline",
-    trains="unet",
+    trained_component="unet",
     components={
         "vae": "AutoencoderKL",
         "text_encoder": "CLIPTextModel",
@@ -78,14 +80,14 @@ SD = Family(
         "unet": "UNet2DConditionModel",
         "scheduler": "",
     },
-    image=image,
-    text=text,
-    clean=clean,
-    latent=("mean", "std"),
-    inputs=lambda batch: {"encoder_hidden_states": batch["context"]} | masked(batch),
-    lora={
+    encode_image=encode_image,
+    encode_text=encode_text,
+    clean_latents=clean_latents,
+    latent_features=("mean", "std"),
+    network_inputs=lambda batch: {"encoder_hidden_states": batch["context"]} | mask_argument(batch),
+    lora_targets={
         "unet": ("to_q", "to_k", "to_v", "to_out.0"),
         "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
     },
-    misfits=misfits,
+    incompatibilities=check_configs,
 )

@@ -4,31 +4,34 @@ encoders and of how its picture was cut."""
 from typing import Any
 
 from limner.families import sd
-from limner.family import Configs, Encoders, Family, joined, masked
+from limner.families.family import Family
+from limner.families.sd import SD
+from limner.families.text import encode_chunks, mask_argument
+from limner.protocols import Configs, TextEncoders
 
 
-def text(encoders: Encoders, ids: dict[str, Any]) -> dict[str, Any]:
+def encode_text(encoders: TextEncoders, ids: dict[str, Any]) -> dict[str, Any]:
     """The states before the last layer of both encoders, side by side [n, tokens, width + width_2],
     and the second one's projected embedding."""
-    first, _ = joined(encoders, "text_encoder", ids["tokenizer"], skip=1)
-    second, pooled = joined(encoders, "text_encoder_2", ids["tokenizer_2"], skip=1)
-    return {"context": encoders.beside([first, second]), "pooled": pooled}
+    first, _ = encode_chunks(encoders, "text_encoder", ids["tokenizer"], skip=1)
+    second, pooled = encode_chunks(encoders, "text_encoder_2", ids["tokenizer_2"], skip=1)
+    return {"context": encoders.concat_features([first, second]), "pooled": pooled}
 
 
-def inputs(batch: dict[str, Any]) -> dict[str, Any]:
+def network_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """Caption, its pooled embedding, and the six numbers of section 2.2: original size, crop corner
     and target size, each (height, width) in pixels."""
     return {
         "encoder_hidden_states": batch["context"],
-        "added_cond_kwargs": {"text_embeds": batch["pooled"], "time_ids": batch["cut"]},
-    } | masked(batch)
+        "added_cond_kwargs": {"text_embeds": batch["pooled"], "time_ids": batch["size_and_crop"]},
+    } | mask_argument(batch)
 
 
-def misfits(configs: Configs) -> list[str]:
+def check_configs(configs: Configs) -> list[str]:
     """The UNet must take the autoencoder's latents, both encoders' states, and the pooled embedding
     with six numbers; the two tokenizers go together."""
     unet, first, second = configs["unet"], configs["text_encoder"], configs["text_encoder_2"]
-    out = sd.latents(configs)
+    out = sd.check_latent_channels(configs)
     width, hidden = (
         unet.get("cross_attention_dim"),
         first.get("hidden_size", 0) + second.get("hidden_size", 0),
@@ -72,7 +75,7 @@ def misfits(configs: Configs) -> list[str]:
 SDXL = Family(
     name="sdxl",
     pipeline="StableDiffusionXLPipeline",
-    trains="unet",
+    trained_component="unet",
     components={
         "vae": "AutoencoderKL",
         "text_encoder": "CLIPTextModel",
@@ -82,17 +85,17 @@ SDXL = Family(
         "unet": "UNet2DConditionModel",
         "scheduler": "",
     },
-    image=sd.image,
-    text=text,
-    clean=sd.clean,
-    latent=sd.SD.latent,
-    inputs=inputs,
-    lora=sd.SD.lora | {"text_encoder_2": sd.SD.lora["text_encoder"]},
-    tag="stable-diffusion-xl",
+    encode_image=sd.encode_image,
+    encode_text=encode_text,
+    clean_latents=sd.clean_latents,
+    latent_features=SD.latent_features,
+    network_inputs=network_inputs,
+    lora_targets=SD.lora_targets | {"text_encoder_2": SD.lora_targets["text_encoder"]},
+    card_tag="stable-diffusion-xl",
     tokenizers=("tokenizer", "tokenizer_2"),
-    captions=("text_encoder", "text_encoder_2"),
-    misfits=misfits,
-    empty_is_zeros=lambda configs: bool(
+    text_components=("text_encoder", "text_encoder_2"),
+    incompatibilities=check_configs,
+    zeros_for_empty_prompt=lambda configs: bool(
         configs["model_index"].get("force_zeros_for_empty_prompt", True)
     ),
 )

@@ -18,7 +18,7 @@ LANES = 128  # of a TPU: what tokens are padded to
 LONG = 1024  # tokens; the scores of fewer are small, and plain products as fast
 
 
-def fused(device: jax.Device, mesh: Mesh | None = None) -> Kernel | None:
+def choose_kernel(device: jax.Device, mesh: Mesh | None = None) -> Kernel | None:
     """The kernel of a kind of device: NVIDIA's from Ampere on, and TPUs; None where there is none.
 
     Args:
@@ -52,15 +52,15 @@ def flash(q: Array, k: Array, v: Array, mesh: Mesh | None = None) -> Array | Non
     ):
         return None
     if mesh is None:
-        return padded_flash(q, k, v)
+        return flash_padded(q, k, v)
     rows = PartitionSpec(mesh.axis_names)
     found: Array = jax.shard_map(
-        padded_flash, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False
+        flash_padded, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False
     )(q, k, v)
     return found
 
 
-def padded_flash(q: Array, k: Array, v: Array) -> Array:
+def flash_padded(q: Array, k: Array, v: Array) -> Array:
     """On one TPU; tokens up to the next multiple of its lanes are there, and not looked at."""
     from jax.experimental.pallas.ops.tpu import flash_attention as tpu
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from limner.engines.jax.nn import ACTIVATIONS, Array, Params, attention, layer_norm, linear, shapes
+from limner.engines.jax.attention import Array
+from limner.engines.jax.nn import ACTIVATIONS, Params, attention, layer_norm, linear, list_shapes
 
 
-def strange(config: dict[str, Any]) -> list[str]:
+def unsupported(config: dict[str, Any]) -> list[str]:
     """What in a config this file has no code for, in words."""
     known = config.get("hidden_act", "quick_gelu")
     return (
@@ -18,7 +19,7 @@ def strange(config: dict[str, Any]) -> list[str]:
     )
 
 
-def text(
+def encode_text(
     p: Params,
     config: dict[str, Any],
     ids: Array,
@@ -27,7 +28,7 @@ def text(
     kind: Any = jnp.float32,
 ) -> tuple[Array, Array]:
     """Hidden states [n, tokens, width] and pooled embedding [n, width] of token ids [n, tokens];
-    see ``family.Encoders.text``.
+    see ``protocols.TextEncoders``.
 
     Args:
         projection: whether the pooled embedding is projected: a ``CLIPTextModelWithProjection``.
@@ -72,4 +73,6 @@ def text(
 
 def text_shapes(config: dict[str, Any], projection: bool) -> dict[str, tuple[int, ...]]:
     """Name and shape of every array."""
-    return shapes(lambda p: text(p, config, jnp.zeros((1, 1), jnp.int32), projection=projection))
+    return list_shapes(
+        lambda p: encode_text(p, config, jnp.zeros((1, 1), jnp.int32), projection=projection)
+    )

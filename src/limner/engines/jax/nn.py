@@ -46,7 +46,7 @@ class Params:
         return self.prefix + name in self.arrays
 
 
-def shapes(model: Callable[[Params], Any]) -> dict[str, tuple[int, ...]]:
+def list_shapes(model: Callable[[Params], Any]) -> dict[str, tuple[int, ...]]:
     """The name and shape of every array that a model asks for; nothing is computed."""
     asked: dict[str, tuple[int, ...]] = {}
     jax.eval_shape(lambda: model(Params({}, asked=asked)))
@@ -56,19 +56,19 @@ def shapes(model: Callable[[Params], Any]) -> dict[str, tuple[int, ...]]:
 def linear(p: Params, x: Array, out: int, bias: bool = True, weight: str = "weight") -> Array:
     """x [..., in] -> [..., out], with the low-rank addition B A x * alpha / rank (arXiv:2106.09685)
     where there is one."""
-    y = times(x, p(weight, out, x.shape[-1]))
+    y = matmul(x, p(weight, out, x.shape[-1]))
     if p.has("lora_A.weight"):
-        down = dropped(p, x)
-        y = y + times(times(down, p("lora_A.weight")), p("lora_B.weight")) * p.scale
+        down = dropout(p, x)
+        y = y + matmul(matmul(down, p("lora_A.weight")), p("lora_B.weight")) * p.scale
     return y + p("bias", out).astype(x.dtype) if bias else y
 
 
-def times(x: Array, weight: Array) -> Array:
+def matmul(x: Array, weight: Array) -> Array:
     """x [..., in] times a weight [out, in]."""
     return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
 
-def dropped(p: Params, x: Array) -> Array:
+def dropout(p: Params, x: Array) -> Array:
     """Dropout on what goes into a low-rank addition, addressed by the layer's name."""
     if p.key is None or not p.dropout:
         return x
@@ -85,7 +85,7 @@ def pointwise(p: Params, x: Array, out: int, convolution: bool) -> Array:
     [n, tokens, in]."""
     if not convolution:
         return linear(p, x, out)
-    return times(x, p("weight", out, x.shape[-1], 1, 1)[:, :, 0, 0]) + p("bias", out).astype(
+    return matmul(x, p("weight", out, x.shape[-1], 1, 1)[:, :, 0, 0]) + p("bias", out).astype(
         x.dtype
     )
 
@@ -101,20 +101,20 @@ def conv(
     """A convolution of x [n, h, w, in], padded by size // 2 on each side unless told otherwise
     (before, after)."""
     weight = p("weight", out, x.shape[-1], size, size).astype(x.dtype)
-    return convolved(x, weight, stride, pad or (size // 2, size // 2)) + p("bias", out).astype(
+    return convolve(x, weight, stride, pad or (size // 2, size // 2)) + p("bias", out).astype(
         x.dtype
     )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolved(x: Array, weight: Array, stride: int, pad: tuple[int, int]) -> Array:
+def convolve(x: Array, weight: Array, stride: int, pad: tuple[int, int]) -> Array:
     """x [n, h, w, in] under a kernel [out, in, size, size]."""
     return jax.lax.conv_general_dilated(
         x, weight, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "OIHW", "NHWC")
     )
 
 
-def convolved_backward(
+def convolve_backward(
     stride: int, pad: tuple[int, int], kept: tuple[Array, Array], g: Array
 ) -> tuple[Array, Array]:
     """Gradients of input and kernel. On a CPU the kernel's is a product for each of its places:
@@ -156,10 +156,12 @@ def convolved_backward(
     ], jax.lax.platform_dependent(x, g, cpu=by_place, default=usual)
 
 
-convolution = convolved.fun
-convolved.defvjp(
+convolution = convolve.fun
+
+
+convolve.defvjp(
     lambda x, weight, stride, pad: (convolution(x, weight, stride, pad), (x, weight)),
-    convolved_backward,
+    convolve_backward,
 )
 
 

@@ -11,19 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from limner import config, rng, sampler
-from limner.base import Base, kind_of, open_base
-from limner.engine import Weights
-from limner.engines.jax import weights
-from limner.engines.jax.attention import Kernel, fused
-from limner.engines.jax.nn import Array, Params
-from limner.engines.jax.parts import JaxParts
+from limner import rng
+from limner.base_model.base import BaseModel
+from limner.base_model.open import open_base, read_pipeline_class
+from limner.config.schema import ModelSettings
+from limner.diffusion import samplers
+from limner.diffusion.samplers import SAMPLERS
+from limner.engines.jax.attention import Array, Kernel, choose_kernel
+from limner.engines.jax.encoders import JaxEncoders
+from limner.engines.jax.nn import Params
+from limner.engines.jax.processes import choose_devices, local_device
 from limner.engines.jax.unet import unet
-from limner.engines.jax.world import choose, here
-from limner.families import FAMILIES, drawn_by
-from limner.family import Family, tokenize, told
-from limner.faults import InputFault
-from limner.snapshot import LORA
+from limner.engines.jax.weights import read_component
+from limner.errors import InputError
+from limner.families import FAMILIES, find_pipeline_family
+from limner.families.family import Family
+from limner.families.text import encode_captions, tokenize
+from limner.protocols import ModelSource
+from limner.storage.layout import LORA_FILE
 
 GUIDANCE = {"sd": 7.5, "sdxl": 5.0}  # of the stock pipelines
 HALF = {"fp16": jnp.float16, "bf16": jnp.bfloat16}
@@ -38,31 +43,36 @@ class Pipeline:
         half: the type that the UNet computes in; None: float32.
     """
 
-    base: Base
+    base: BaseModel
     family: Family
-    parts: JaxParts
+    encoders: JaxEncoders
     nets: dict[str, Params]
-    predict: str
+    prediction_type: str
     half: Any = None
     scheduler: str | None = None  # None: the base's own
     kernel: Kernel | None = None  # of attention
     compiled: dict[Any, Any] = field(default_factory=dict)
 
-    def text(self, name: str, ids: np.ndarray, skip: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """See ``family.Encoders``: with the text encoders that have learned, where some have."""
-        return self.parts.text(name, ids, skip, self.nets.get(name))
+    def encode_text(
+        self, name: str, ids: np.ndarray, skip: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See ``protocols.TextEncoders``: with the text encoders that have learned, where some
+        have."""
+        return self.encoders.encode_text(name, ids, skip, self.nets.get(name))
 
-    def beside(self, arrays: list[np.ndarray]) -> np.ndarray:
-        """See ``family.Encoders``."""
-        return self.parts.beside(arrays)
+    def concat_features(self, arrays: list[np.ndarray]) -> np.ndarray:
+        """See ``protocols.TextEncoders``."""
+        return self.encoders.concat_features(arrays)
 
-    def features(self, prompts: Sequence[str], given: bool) -> dict[str, np.ndarray]:
+    def text_features(self, prompts: Sequence[str], given: bool) -> dict[str, np.ndarray]:
         """What the network is told of prompts; zeros for a negative prompt that is not given, where
         the base says so."""
-        found = told(self.family, self, tokenize(self.family, self.parts, list(prompts), 1))
+        found = encode_captions(
+            self.family, self, tokenize(self.family, self.encoders, list(prompts), 1)
+        )
         return (
             found
-            if given or not self.family.empty_is_zeros(self.base.configs)
+            if given or not self.family.zeros_for_empty_prompt(self.base.configs)
             else {name: np.zeros_like(array) for name, array in found.items()}
         )
 
@@ -104,14 +114,14 @@ class Pipeline:
                 part + part[-1:] * short,
                 np.concatenate([noise, noise[-1:].repeat(short, axis=0)]),
             )
-            features = self.features(part, True)
+            features = self.text_features(part, True)
             if scale > 1:
-                against = self.features([negative or ""] * len(part), negative is not None)
+                against = self.text_features([negative or ""] * len(part), negative is not None)
                 features = {
                     name: np.concatenate([against[name], array]) for name, array in features.items()
                 }
             made = self.denoise(noise, features, steps, scale, side * factor)
-            pixels = self.parts.decode(
+            pixels = self.encoders.decode(
                 "vae", made / np.float32(self.base.configs["vae"].get("scaling_factor", 0.18215))
             )
             shown = np.clip(pixels / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
@@ -130,14 +140,16 @@ class Pipeline:
     ) -> np.ndarray:
         """Clean latents, float32 [n, channels, h, w], of standard normal noise; ``features`` of
         negative prompts come before those of prompts."""
-        table = sampler.table(self.base.configs["scheduler"], steps, self.scheduler, self.predict)
+        table = samplers.make_table(
+            self.base.configs["scheduler"], steps, self.scheduler, self.prediction_type
+        )
         net, known, kind = (
-            self.nets[self.family.trains],
-            self.base.configs[self.family.trains],
+            self.nets[self.family.trained_component],
+            self.base.configs[self.family.trained_component],
             self.half or jnp.float32,
         )
         told_of = features | {
-            "cut": np.tile(
+            "size_and_crop": np.tile(
                 np.array([size, size, 0, 0, size, size], np.float32),
                 (len(next(iter(features.values()))), 1),
             )
@@ -150,12 +162,12 @@ class Pipeline:
                 "kind": kind,
                 "kernel": self.kernel,
             }
-            self.compiled[net.scale] = jax.jit(partial(sampled, **how), static_argnames=("guided",))
+            self.compiled[net.scale] = jax.jit(partial(sample, **how), static_argnames=("guided",))
         with jax.default_matmul_precision("highest" if self.half is None else None):
             made = self.compiled[net.scale](
                 net.arrays,
                 table.timesteps,
-                table.weights,
+                table.coefficients,
                 noise,
                 told_of,
                 np.float32(guidance),
@@ -164,7 +176,7 @@ class Pipeline:
         return np.asarray(made, np.float32)
 
 
-def sampled(
+def sample(
     arrays: dict[str, Array],
     timesteps: Array,
     weights: Array,
@@ -181,7 +193,7 @@ def sampled(
 ) -> Array:
     """One scan over a table: each step mixes the noise and what was said so far, and asks the
     network; see ``sampler``."""
-    inputs = family.inputs(features)
+    inputs = family.network_inputs(features)
 
     def step(said: Array, given: tuple[Array, Array, Array]) -> tuple[Array, None]:
         i, t, row = given
@@ -205,24 +217,24 @@ def sampled(
     return jnp.tensordot(weights[-1], said, 1)
 
 
-def latent_side(base: Base, size: int | None) -> int:
+def latent_side(base: BaseModel, size: int | None) -> int:
     """Latents a side of pictures of ``size`` pixels; None: the model's own.
 
     Raises:
-        InputFault: when latents cannot have that side.
+        InputError: when latents cannot have that side.
     """
     factor, own = (
         2 ** (len(base.configs["vae"]["block_out_channels"]) - 1),
         base.configs["unet"].get("sample_size"),
     )
     if size is None and not isinstance(own, int):
-        raise InputFault(
+        raise InputError(
             f"size: the model's own is not said (sample_size is {own}); give one, a multiple of "
             f"{factor} pixels"
         )
     pixels = size if size is not None else int(own or 0) * factor
     if pixels < factor or pixels % factor:
-        raise InputFault(
+        raise InputError(
             f"size: {pixels} pixels are no multiple of {factor}; choose "
             f"{max(1, round(pixels / factor)) * factor}"
         )
@@ -230,8 +242,8 @@ def latent_side(base: Base, size: int | None) -> int:
 
 
 def open_pipeline(
-    found: Weights,
-    partner: Weights | None,
+    found: ModelSource,
+    other_stage: ModelSource | None,
     *,
     scheduler: str | None,
     precision: str,
@@ -241,15 +253,15 @@ def open_pipeline(
     where there is one.
 
     Raises:
-        InputFault: for a scheduler or a model that there is no code for.
+        InputError: for a scheduler or a model that there is no code for.
     """
-    if scheduler is not None and scheduler not in sampler.SAMPLERS:
-        raise InputFault(
-            f"scheduler: {scheduler!r} has no table in JAX; it has {', '.join(sampler.SAMPLERS)}"
+    if scheduler is not None and scheduler not in SAMPLERS:
+        raise InputError(
+            f"scheduler: {scheduler!r} has no table in JAX; it has {', '.join(SAMPLERS)}"
         )
-    choose(device)
-    family = family_of_folder(found)
-    model = config.Model(
+    choose_devices(device)
+    family = read_family(found)
+    model = ModelSettings(
         found.model,
         family.name,
         revision=found.revision,
@@ -257,10 +269,14 @@ def open_pipeline(
         cache_dir=found.cache_dir,
     )
     base, half = open_base(model, family), HALF.get(precision)
-    parts = JaxParts(base)
-    nets = {family.trains: Params(on_device(weights.read(base, family.trains), half))}
+    parts = JaxEncoders(base)
+    nets = {
+        family.trained_component: Params(
+            to_device(read_component(base, family.trained_component), half)
+        )
+    }
     if found.lora is not None:
-        nets = with_lora(base, family, nets, found, half)
+        nets = apply_lora(base, family, nets, found, half)
     return Pipeline(
         base,
         family,
@@ -269,55 +285,55 @@ def open_pipeline(
         base.configs["scheduler"].get("prediction_type", "epsilon"),
         half,
         scheduler,
-        fused(here()),
+        choose_kernel(local_device()),
     )
 
 
-def family_of_folder(found: Weights) -> Family:
+def read_family(found: ModelSource) -> Family:
     """The family of a model's index.
 
     Raises:
-        InputFault: when the JAX engine does not draw with it.
+        InputError: when the JAX engine does not draw with it.
     """
-    kind = kind_of(found).removeprefix(
+    kind = read_pipeline_class(found).removeprefix(
         "Flax"
     )  # old bases are turned into plain ones when they are opened
-    family = drawn_by(kind)
+    family = find_pipeline_family(kind)
     if family is None:
-        raise InputFault(
+        raise InputError(
             f"{found.model} is of a {kind}; the JAX engine draws with "
             f"{', '.join(f.pipeline for f in FAMILIES.values() if f.stage is None)}"
         )
     return family
 
 
-def on_device(arrays: dict[str, np.ndarray], half: Any) -> dict[str, Array]:
+def to_device(arrays: dict[str, np.ndarray], half: Any) -> dict[str, Array]:
     """Arrays on the first device, in the type that is computed in."""
     return {
-        name: jax.device_put(array.astype(half or np.float32), here())
+        name: jax.device_put(array.astype(half or np.float32), local_device())
         for name, array in arrays.items()
     }
 
 
-def with_lora(
-    base: Base, family: Family, nets: dict[str, Params], found: Weights, half: Any
+def apply_lora(
+    base: BaseModel, family: Family, nets: dict[str, Params], found: ModelSource, half: Any
 ) -> dict[str, Params]:
     """The networks with the low-rank additions of a file, whose header says their rank and alpha.
 
     Raises:
-        InputFault: for a file that is damaged, of another model, or of a kind of adapter that there
+        InputError: for a file that is damaged, of another model, or of a kind of adapter that there
             is no code for.
     """
     from safetensors import SafetensorError, safe_open
 
     assert found.lora is not None
-    where = found.lora / LORA
+    where = found.lora / LORA_FILE
     try:
         with safe_open(where, "np") as file:
             said = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            arrays = {plain_lora(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            arrays = {to_lora_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except (SafetensorError, ValueError) as error:
-        raise InputFault(
+        raise InputError(
             f"{where}: not a whole safetensors file ({error}). Fetch or copy it again."
         ) from error
     if more := [
@@ -326,12 +342,12 @@ def with_lora(
         if value
         and name.rpartition(".")[2] in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
     ]:
-        raise InputFault(
+        raise InputError(
             f"{where}: it has {more[0]}, which the JAX engine has no code for. Use --engine torch."
         )
     components = dict.fromkeys(name.partition(".")[0] for name in arrays)
-    if strange := [name for name in components if name not in family.lora]:
-        raise InputFault(
+    if strange := [name for name in components if name not in family.lora_targets]:
+        raise InputError(
             f"{where}: it is for {strange[0]}, which this family has not; was it trained on "
             "another model?"
         )
@@ -344,14 +360,16 @@ def with_lora(
         before = (
             nets[component].arrays
             if component in nets
-            else on_device(weights.read(base, component), half)
+            else to_device(read_component(base, component), half)
         )
-        if lost := [name for name, array in own.items() if not belongs(name, array, own, before)]:
+        if lost := [
+            name for name, array in own.items() if not is_adapter_of(name, array, own, before)
+        ]:
             expected = (
                 "low-rank additions to linear layers of it are expected. Was it trained on another "
                 "model, or is it of another kind?"
             )
-            raise InputFault(
+            raise InputError(
                 f"{where}: {len(lost)} arrays have no place in the {component} "
                 f"({', '.join(lost[:3])}); {expected}"
             )
@@ -359,11 +377,11 @@ def with_lora(
             array.shape[0] for name, array in own.items() if name.endswith("lora_A.weight")
         )
         scale = said.get(f"{component}.lora_alpha", rank) / rank
-        nets[component] = Params({**before, **on_device(own, half)}, scale=scale)
+        nets[component] = Params({**before, **to_device(own, half)}, scale=scale)
     return nets
 
 
-def plain_lora(name: str) -> str:
+def to_lora_name(name: str) -> str:
     """The name of an array of a LoRA as it is written today, of one as diffusers used to write
     it."""
     for old, new in (
@@ -377,7 +395,7 @@ def plain_lora(name: str) -> str:
     return name
 
 
-def belongs(
+def is_adapter_of(
     name: str, array: np.ndarray, own: dict[str, np.ndarray], before: Mapping[str, Any]
 ) -> bool:
     """Whether an array is half of a low-rank addition to a linear layer."""

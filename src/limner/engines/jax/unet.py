@@ -7,18 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from limner.engines.jax.attention import Kernel
+from limner.engines.jax.attention import Array, Kernel
 from limner.engines.jax.nn import (
-    Array,
     Params,
     attention,
     conv,
     group_norm,
     layer_norm,
     linear,
+    list_shapes,
     pointwise,
     resnet,
-    shapes,
     sinusoid,
     upsample,
 )
@@ -52,7 +51,7 @@ PLAIN = {  # what the config of a plain UNet says; anything else would need code
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 
 
-def strange(config: dict[str, Any]) -> list[str]:
+def unsupported(config: dict[str, Any]) -> list[str]:
     """What in a config this file has no code for, in words."""
     out = [
         f"{name} is {config[name]!r}, {wanted!r} is expected"
@@ -67,7 +66,9 @@ def strange(config: dict[str, Any]) -> list[str]:
     out += [f"a {kind} is none of {', '.join(BLOCKS)}" for kind in dict.fromkeys(kinds)]
     flat = {
         "cross_attention_dim": [config.get("cross_attention_dim", 1280)],
-        "transformer_layers_per_block": each(config.get("transformer_layers_per_block", 1), 1),
+        "transformer_layers_per_block": value_per_level(
+            config.get("transformer_layers_per_block", 1), 1
+        ),
     }
     out += [
         f"{name} is {config[name]}, one number is expected"
@@ -82,7 +83,7 @@ def strange(config: dict[str, Any]) -> list[str]:
     return out
 
 
-def each(value: Any, count: int) -> list[Any]:
+def value_per_level(value: Any, count: int) -> list[Any]:
     """One value per level."""
     return list(value) if isinstance(value, list | tuple) else [value] * count
 
@@ -94,7 +95,7 @@ def feed_forward(p: Params, x: Array) -> Array:
     return linear(p / "net" / 2, h * jax.nn.gelu(gate, approximate=False), width)
 
 
-def look(
+def attend(
     p: Params, x: Array, context: Array, heads: int, mask: Array | None, kernel: Kernel | None
 ) -> Array:
     """Attention of x [n, tokens, width] to a context [n, keys, ...]."""
@@ -112,8 +113,8 @@ def block(
     """Attention to itself, attention to the caption, two linear layers; each on what a norm makes
     of x, and added to it."""
     h = layer_norm(p / "norm1", x)
-    x = x + look(p / "attn1", h, h, heads, None, kernel)
-    x = x + look(p / "attn2", layer_norm(p / "norm2", x), context, heads, mask, None)
+    x = x + attend(p / "attn1", h, h, heads, None, kernel)
+    x = x + attend(p / "attn2", layer_norm(p / "norm2", x), context, heads, mask, None)
     return x + feed_forward(p / "ff", layer_norm(p / "norm3", x))
 
 
@@ -145,7 +146,7 @@ def transformer(
     return x + pointwise(p / "proj_out", h, channels, convolution).reshape(x.shape)
 
 
-def embedded(
+def embed_conditions(
     p: Params, config: dict[str, Any], x: Array, t: Array, added: dict[str, Array] | None
 ) -> Array:
     """What timestep, and for XL pooled caption and the six numbers of the crop, come to: [n,
@@ -196,7 +197,7 @@ def unet(
         encoder_hidden_states: [n, tokens, width] of the caption.
         encoder_attention_mask: which tokens are looked at, bool [n, tokens].
         remat: recompute activations block by block in the backward pass (arXiv:1604.06174).
-        kernel: of attention; see ``attention.fused``.
+        kernel: of attention; see ``attention.choose_kernel``.
     """
     channels, layers = config["block_out_channels"], config.get("layers_per_block", 2)
     levels, groups, eps = (
@@ -205,12 +206,14 @@ def unet(
         config.get("norm_eps", 1e-5),
     )
     heads, depth = (
-        each(config.get("num_attention_heads") or config.get("attention_head_dim", 8), levels),
-        each(config.get("transformer_layers_per_block", 1), levels),
+        value_per_level(
+            config.get("num_attention_heads") or config.get("attention_head_dim", 8), levels
+        ),
+        value_per_level(config.get("transformer_layers_per_block", 1), levels),
     )
-    per_level = each(layers, levels)
+    per_level = value_per_level(layers, levels)
     x, context = x.transpose(0, 2, 3, 1), encoder_hidden_states.astype(x.dtype)
-    time = embedded(p, config, x, t, added_cond_kwargs)
+    time = embed_conditions(p, config, x, t, added_cond_kwargs)
 
     def cell(inner: Params, h: Array, out: int) -> Array:
         def run(h: Array, time: Array) -> Array:
@@ -274,4 +277,4 @@ def unet_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         )
         added = {"text_embeds": jnp.zeros((1, pooled)), "time_ids": jnp.zeros((1, 6))}
-    return shapes(lambda p: unet(p, config, x, jnp.zeros(1), jnp.zeros((1, 1, width)), added))
+    return list_shapes(lambda p: unet(p, config, x, jnp.zeros(1), jnp.zeros((1, 1, width)), added))

@@ -6,22 +6,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from limner.engines.jax.attention import Array
 from limner.engines.jax.nn import (
-    Array,
     Params,
     attention,
     conv,
     group_norm,
     linear,
+    list_shapes,
     resnet,
-    shapes,
     upsample,
 )
 
 EPS = 1e-6
 
 
-def strange(config: dict[str, Any]) -> list[str]:
+def unsupported(config: dict[str, Any]) -> list[str]:
     """What in a config this file has no code for, in words."""
     plain = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
     out = [
@@ -42,7 +42,7 @@ def strange(config: dict[str, Any]) -> list[str]:
     )
 
 
-def middle(p: Params, h: Array, groups: int, looks: bool) -> Array:
+def middle_block(p: Params, h: Array, groups: int, looks: bool) -> Array:
     """Two residual cells, with attention of one head between them."""
     h = resnet(p / "resnets" / 0, h, None, h.shape[-1], groups, EPS)
     if looks:
@@ -69,7 +69,7 @@ def encode(p: Params, config: dict[str, Any], x: Array) -> tuple[Array, Array]:
             h = resnet(down / "resnets" / i, h, None, out, groups, EPS)
         if level < len(channels) - 1:
             h = conv(down / "downsamplers" / 0 / "conv", h, out, stride=2, pad=(0, 1))
-    h = middle(e / "mid_block", h, groups, config.get("mid_block_add_attention", True))
+    h = middle_block(e / "mid_block", h, groups, config.get("mid_block_add_attention", True))
     h = conv(
         e / "conv_out", jax.nn.silu(group_norm(e / "conv_norm_out", h, groups, EPS)), 2 * latent
     )
@@ -86,7 +86,7 @@ def decode(p: Params, config: dict[str, Any], z: Array) -> Array:
     h, d = z.transpose(0, 2, 3, 1), p / "decoder"
     if config.get("use_post_quant_conv", True):
         h = conv(p / "post_quant_conv", h, h.shape[-1], size=1)
-    h = middle(
+    h = middle_block(
         d / "mid_block",
         conv(d / "conv_in", h, channels[-1]),
         groups,
@@ -110,6 +110,6 @@ def vae_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         jnp.zeros((1, 3, side, side)),
         jnp.zeros((1, config.get("latent_channels", 4), 1, 1)),
     )
-    return shapes(lambda p: encode(p, config, pixels)) | shapes(
+    return list_shapes(lambda p: encode(p, config, pixels)) | list_shapes(
         lambda p: decode(p, config, latents)
     )

@@ -9,19 +9,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from limner import config
-from limner.base import Base
-from limner.engine import Batch, FirstFault, Group, Metrics
+from limner.base_model.base import BaseModel
+from limner.config.schema import Config
+from limner.diffusion.objective import Objective
 from limner.engines.torch import lora, pipeline
-from limner.engines.torch.arena import ALIGN, Arena
-from limner.engines.torch.parts import Learning, TorchParts, load, on_meta, recompute
-from limner.engines.torch.world import World
-from limner.family import Family, silenced, told
-from limner.faults import InputFault, IntegrityFault
-from limner.objective import Objective
+from limner.engines.torch.encoders import (
+    TorchEncoders,
+    TrainableTextEncoders,
+    build_on_meta,
+    checkpoint_gradients,
+    load_component,
+)
+from limner.engines.torch.flat_parameters import ALIGN, FlatParameters
+from limner.engines.torch.processes import TorchProcessGroup
+from limner.errors import InputError, IntegrityError
+from limner.families.family import Family
+from limner.families.text import encode_captions, zero_dropped
+from limner.protocols import Arrays, Batch, Metrics, NonFiniteStep, Report
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-PIECE = 1 << 24  # numbers that are held twice while weights and average change places
+SWAP_PIECE = 1 << 24  # numbers that are held twice while weights and average change places
 
 
 @dataclass
@@ -30,8 +37,8 @@ class TorchState:
     where there was none."""
 
     net: torch.nn.Module
-    texts: dict[str, torch.nn.Module]  # the text encoders that learn too, by name
-    arena: Arena
+    text_encoders: dict[str, torch.nn.Module]  # the text encoders that learn too, by name
+    parameters: FlatParameters
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: torch.Tensor | None
@@ -39,59 +46,62 @@ class TorchState:
 
 
 class TorchEngine:
-    """The engine of one process; see ``limner.engine.Engine``."""
+    """The engine of one process; see ``protocols.Engine``."""
 
     def __init__(
         self,
-        cfg: config.Config,
-        base: Base,
+        config: Config,
+        base: BaseModel,
         family: Family,
-        world: World,
+        world: TorchProcessGroup,
         micro: int,
-        tell: Callable[[str], None] = print,
+        report: Callable[[str], None] = print,
     ):
-        self.cfg, self.base, self.family, self.process, self.micro, self.tell = (
-            cfg,
+        self.config, self.base, self.family, self.process, self.micro_batch_size, self.report = (
+            config,
             base,
             family,
             world,
             micro,
-            tell,
+            report,
         )
-        self.rank, self.world, self.device = world.rank, world.world, world.device
+        self.rank, self.world_size, self.device = world.rank, world.world_size, world.device
         self.half = HALF.get(world.precision)
-        safe = {"vae": self.half} if cfg.model.vae is not None and self.half is not None else {}
-        self.encoders = TorchParts(base, self.device, safe)
-        if cfg.optim.kind == "adamw8bit":
-            eight_bit()
-        if cfg.adapt.targets:
-            lora.targets(on_meta(base), cfg.adapt, family)
-        self.predict = Objective.of(base.configs["scheduler"], cfg.objective).predict
-        if cfg.engine.tf32:
+        safe = {"vae": self.half} if config.model.vae is not None and self.half is not None else {}
+        self.encoders = TorchEncoders(base, self.device, safe)
+        if config.optim.kind == "adamw8bit":
+            load_adamw8bit()
+        if config.adapter.targets:
+            lora.choose_targets(build_on_meta(base), config.adapter, family)
+        self.prediction_type = Objective.from_scheduler(
+            base.configs["scheduler"], config.objective
+        ).prediction_type
+        if config.engine.tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
 
-    def parts(self) -> TorchParts:
+    def get_encoders(self) -> TorchEncoders:
         return self.encoders
 
-    def release(self, names: Iterable[str] | None = None) -> None:
+    def release_encoders(self, names: Iterable[str] | None = None) -> None:
         self.encoders.release(names)
 
-    def init(self, seed: int) -> TorchState:
-        fixed = self.family.fixed
+    def init_state(self, seed: int) -> TorchState:
+        fixed = self.family.frozen_arrays
         nets = {
-            name: load(self.base, name) for name in self.family.learns(self.cfg.adapt.text_encoders)
+            name: load_component(self.base, name)
+            for name in self.family.trained_components(self.config.adapter.text_encoders)
         }
-        net = nets[self.family.trains]
+        net = nets[self.family.trained_component]
         self.choose_attention(net)
-        if self.cfg.engine.gradient_checkpointing:
+        if self.config.engine.gradient_checkpointing:
             for one in nets.values():
-                recompute(one)
-        if self.cfg.adapt.kind == "lora":
+                checkpoint_gradients(one)
+        if self.config.adapter.kind == "lora":
             if self.half is not None:
                 for one in nets.values():
                     torch.nn.Module.to(one, self.half)  # diffusers' own warns of nothing
-            named = lora.add(nets, self.cfg.adapt, self.family, seed)
+            named = lora.add_adapters(nets, self.config.adapter, self.family, seed)
         else:
             named = {
                 name: p.requires_grad_(name not in fixed)
@@ -100,11 +110,13 @@ class TorchEngine:
             }
         for one in nets.values():
             one.to(self.device).train()
-        arena = Arena(named)
+        arena = FlatParameters(named)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.half is torch.float16)
         ema = (
-            arena.flat.detach().to("cpu" if self.cfg.optim.ema_offload else self.device, copy=True)
-            if self.cfg.optim.ema is not None
+            arena.flat.detach().to(
+                "cpu" if self.config.optim.ema_offload else self.device, copy=True
+            )
+            if self.config.optim.ema is not None
             else None
         )
         texts = {name: one for name, one in nets.items() if one is not net}
@@ -121,21 +133,21 @@ class TorchEngine:
     def choose_attention(self, net: torch.nn.Module) -> None:
         """PyTorch's memory-efficient attention is diffusers' default; plain products or xFormers
         serve by wish, and where they can run."""
-        if self.cfg.engine.attention == "math":
+        if self.config.engine.attention == "math":
             net.set_default_attn_processor()  # type: ignore[operator]
-        if self.cfg.engine.attention == "xformers":
+        if self.config.engine.attention == "xformers":
             try:
                 net.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
             except Exception as error:
                 if self.rank == 0:
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    self.tell(
+                    self.report(
                         f"xFormers cannot run here ({reason}); PyTorch's own memory-efficient "
                         "attention is used"
                     )
 
     def make_optimizer(self, flat: torch.nn.Parameter) -> torch.optim.Optimizer:
-        o = self.cfg.optim
+        o = self.config.optim
         settings: dict[str, Any] = {
             "lr": o.learning_rate,
             "betas": o.betas,
@@ -146,7 +158,7 @@ class TorchEngine:
             return torch.optim.AdamW(
                 [flat], fused=self.device.type in ("cpu", "cuda", "xpu", "mps"), **settings
             )
-        return eight_bit()([flat], **settings)
+        return load_adamw8bit()([flat], **settings)
 
     def step(
         self,
@@ -158,17 +170,17 @@ class TorchEngine:
         ema: float | None,
         seed: int,
     ) -> tuple[TorchState, Metrics]:
-        arena, gradient = state.arena, state.arena.flat.grad
+        arena, gradient = state.parameters, state.parameters.flat.grad
         assert gradient is not None
         gradient.zero_()
         rows = self.to_device(batch)
         total = torch.zeros((), device=self.device)
-        for i, part in enumerate(split(rows, self.micro)):
+        for i, part in enumerate(split_micro_batches(rows, self.micro_batch_size)):
             torch.manual_seed(
                 (seed * 1_000_003 + step * 8191 + self.rank * 131 + i) % 2**63
             )  # dropout, addressed by the step
-            loss = self.example_losses(state.net, part, state.texts).sum() / (
-                len(batch["t"]) * self.world
+            loss = self.example_losses(state.net, part, state.text_encoders).sum() / (
+                len(batch["timestep"]) * self.world_size
             )
             state.scaler.scale(loss).backward()
             total += loss.detach()
@@ -190,13 +202,13 @@ class TorchEngine:
         scale = (
             scaler._get_scale_async() if scaler.is_enabled() else None
         )  # the one handle on the scale that does not wait for the device
-        norm = length(gradient) if scale is None else length(gradient) / scale
+        norm = compute_norm(gradient) if scale is None else compute_norm(gradient) / scale
         good = torch.isfinite(norm) & torch.isfinite(loss)
         overflow = (
             torch.zeros_like(good) if scale is None else torch.isfinite(loss) & (scale > 1.0)
         )  # the scaler lowers the scale and goes on
         state.fault = torch.where((state.fault < 0) & ~good & ~overflow, step, state.fault)
-        shrink = torch.clamp((norm + 1e-6) / self.cfg.optim.max_grad_norm, min=1.0)
+        shrink = torch.clamp((norm + 1e-6) / self.config.optim.max_grad_norm, min=1.0)
         if scaler.is_enabled():
             scaler.unscale_(optimizer)
         if getattr(
@@ -227,23 +239,23 @@ class TorchEngine:
         def column(name: str) -> torch.Tensor:
             return b[name].view(-1, *[1] * (b["x0"].dim() - 1))
 
-        x = column("a") * b["x0"] + column("s") * b.get("input_noise", b["noise"])
-        target = column("p") * b["x0"] + column("q") * b["noise"]
+        x = column("signal_in") * b["x0"] + column("noise_in") * b.get("input_noise", b["noise"])
+        target = column("signal_target") * b["x0"] + column("noise_target") * b["noise"]
         with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
             if texts:
-                features = told(self.family, Learning(texts), b)
-                b = b | (silenced(features, b["keep"]) if "keep" in b else features)
-            inputs = self.family.inputs(b)
+                features = encode_captions(self.family, TrainableTextEncoders(texts), b)
+                b = b | (zero_dropped(features, b["keep"]) if "keep" in b else features)
+            inputs = self.family.network_inputs(b)
             if (
-                self.cfg.objective.dream is not None and net.training
+                self.config.objective.dream is not None and net.training
             ):  # algorithm 1 of arXiv:2312.00210
                 with torch.no_grad():
                     delta = (
-                        target - net(x, b["t"], **inputs)[0][:, : x.shape[1]].float()
-                    ) * column("d")
-                x, target = x + column("s") * delta, target + delta
-            prediction = net(x, b["t"], **inputs)[0][:, : x.shape[1]]
-        return b["w"] * (prediction.float() - target).square().flatten(1).mean(1)
+                        target - net(x, b["timestep"], **inputs)[0][:, : x.shape[1]].float()
+                    ) * column("dream")
+                x, target = x + column("noise_in") * delta, target + delta
+            prediction = net(x, b["timestep"], **inputs)[0][:, : x.shape[1]]
+        return b["weight"] * (prediction.float() - target).square().flatten(1).mean(1)
 
     def to_device(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Copies of the arrays (so that memory is laid out alike in every run), sent without
@@ -253,33 +265,35 @@ class TorchEngine:
             return {name: t.to(self.device) for name, t in host.items()}
         return {name: t.pin_memory().to(self.device, non_blocking=True) for name, t in host.items()}
 
-    def fetch(self, state: TorchState, metrics: Sequence[Metrics]) -> list[dict[str, float]]:
+    def fetch_metrics(
+        self, state: TorchState, metrics: Sequence[Metrics]
+    ) -> list[dict[str, float]]:
         names = list(metrics[0]) if metrics else []
         table = torch.stack(
             [state.fault.float(), *(m[name].float() for m in metrics for name in names)]
         ).tolist()
         if table[0] >= 0:
-            raise FirstFault(int(table[0]))
+            raise NonFiniteStep(int(table[0]))
         return [
             dict(zip(names, table[1 + i * len(names) :], strict=False)) for i in range(len(metrics))
         ]
 
     @torch.no_grad()
     def losses(self, state: TorchState, batch: Batch, *, average: bool) -> np.ndarray:
-        with self.weights(state, average), evaluating(state):
+        with self.using_average(state, average), in_eval_mode(state):
             parts = [
-                self.example_losses(state.net, part, state.texts)
-                for part in split(self.to_device(batch), self.micro)
+                self.example_losses(state.net, part, state.text_encoders)
+                for part in split_micro_batches(self.to_device(batch), self.micro_batch_size)
             ]
         return torch.cat(parts).cpu().numpy()
 
-    def weights(self, state: TorchState, average: bool) -> "Swapped":
+    def using_average(self, state: TorchState, average: bool) -> "SwappedWeights":
         """A context in which the network has the moving average for weights, where there is one and
         it is wished for."""
-        return Swapped(state.arena.flat.data, state.ema if average else None)
+        return SwappedWeights(state.parameters.flat.data, state.ema if average else None)
 
     @torch.no_grad()
-    def pictures(
+    def draw_previews(
         self,
         state: TorchState,
         prompts: Sequence[str],
@@ -293,30 +307,30 @@ class TorchEngine:
             return []
         keep = bool(self.encoders.loaded)
         with (
-            self.weights(state, True),
-            evaluating(state),
+            self.using_average(state, True),
+            in_eval_mode(state),
             torch.autocast(self.device.type, self.half, enabled=self.half is not None),
         ):
-            stock = pipeline.of_parts(
+            stock = pipeline.build_from_components(
                 self.family,
                 self.base,
                 self.encoders,
-                {self.family.trains: state.net, **state.texts},
-                self.predict,
+                {self.family.trained_component: state.net, **state.text_encoders},
+                self.prediction_type,
             )
-            made = pipeline.draw(
+            made = pipeline.draw_pictures(
                 stock, prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size
             )
         if not keep:
-            self.release()
+            self.release_encoders()
         return made
 
-    def snapshot(self, state: TorchState) -> Iterator[tuple[str, Group]]:
-        arena, fixed = state.arena, self.fixed(state)
+    def snapshot(self, state: TorchState) -> Iterator[tuple[str, Arrays]]:
+        arena, fixed = state.parameters, self.read_frozen_arrays(state)
         yield "model", arena.read(arena.flat) | fixed
         if state.ema is not None:
             yield "ema", arena.read(state.ema) | fixed
-        memory: Group = {}
+        memory: Arrays = {}
         for key, value in state.optimizer.state[arena.flat].items():
             if (
                 isinstance(value, torch.Tensor)
@@ -337,19 +351,20 @@ class TorchEngine:
                 {key: np.asarray(value) for key, value in state.scaler.state_dict().items()},
             )
 
-    def fixed(self, state: TorchState) -> Group:
+    def read_frozen_arrays(self, state: TorchState) -> Arrays:
         """The trained network's arrays that do not learn, which a whole network has on disk beside
         those that do."""
-        if self.cfg.adapt.kind == "lora":
+        if self.config.adapter.kind == "lora":
             return {}
         return {
-            name: state.net.get_parameter(name).detach().cpu().numpy() for name in self.family.fixed
+            name: state.net.get_parameter(name).detach().cpu().numpy()
+            for name in self.family.frozen_arrays
         }
 
-    def restore(self, state: TorchState, groups: Callable[[str], Group]) -> TorchState:
-        arena, fixed = state.arena, self.fixed(state)
+    def restore(self, state: TorchState, groups: Callable[[str], Arrays]) -> TorchState:
+        arena, fixed = state.parameters, self.read_frozen_arrays(state)
 
-        def learnt(group: str) -> Group:
+        def learnt(group: str) -> Arrays:
             return {name: array for name, array in groups(group).items() if name not in fixed}
 
         arena.write(arena.flat.data, learnt("model"), "the checkpoint's weights")
@@ -362,7 +377,7 @@ class TorchEngine:
                 whole = torch.tensor(saved[key])
                 memory[key] = (
                     whole
-                    if (key == "step" and self.cfg.optim.kind == "adamw") or whole.dim()
+                    if (key == "step" and self.config.optim.kind == "adamw") or whole.dim()
                     else whole.item()
                 )
                 continue
@@ -381,7 +396,7 @@ class TorchEngine:
             k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in memory.items()
         }
         if not on_device:
-            raise IntegrityFault("the checkpoint's optimizer: it is empty")
+            raise IntegrityError("the checkpoint's optimizer: it is empty")
         state.optimizer.state[arena.flat] = on_device
         if state.scaler.is_enabled():
             state.scaler.load_state_dict(
@@ -390,16 +405,16 @@ class TorchEngine:
         return state
 
 
-def length(flat: torch.Tensor) -> torch.Tensor:
+def compute_norm(flat: torch.Tensor) -> torch.Tensor:
     """The Euclidean norm of a buffer, in two steps: in one, PyTorch's kernel for the CPU loses 6e-5
     over three million numbers, and more over more."""
     return torch.linalg.vector_norm(flat.view(-1, ALIGN), dim=1).square().sum().sqrt()
 
 
 @contextlib.contextmanager
-def evaluating(state: TorchState) -> Iterator[None]:
+def in_eval_mode(state: TorchState) -> Iterator[None]:
     """Dropout is off inside."""
-    nets = [state.net, *state.texts.values()]
+    nets = [state.net, *state.text_encoders.values()]
     for net in nets:
         net.eval()
     yield
@@ -407,7 +422,7 @@ def evaluating(state: TorchState) -> Iterator[None]:
         net.train()
 
 
-class Swapped:
+class SwappedWeights:
     """Exchanges the contents of two flat buffers inside, and back after: copies only, so that not a
     bit is lost, and a piece at a time."""
 
@@ -422,34 +437,50 @@ class Swapped:
 
     def exchange(self) -> None:
         if self.other is not None:
-            for one, other in zip(self.flat.split(PIECE), self.other.split(PIECE), strict=True):
+            for one, other in zip(
+                self.flat.split(SWAP_PIECE), self.other.split(SWAP_PIECE), strict=True
+            ):
                 kept = one.clone()
                 one.copy_(other)
                 other.copy_(kept)
 
 
-def split(rows: dict[str, torch.Tensor], micro: int) -> Iterator[dict[str, torch.Tensor]]:
+def split_micro_batches(
+    rows: dict[str, torch.Tensor], micro: int
+) -> Iterator[dict[str, torch.Tensor]]:
     """The rows in micro-batches."""
-    for start in range(0, len(rows["t"]), micro):
+    for start in range(0, len(rows["timestep"]), micro):
         yield {name: tensor[start : start + micro] for name, tensor in rows.items()}
 
 
-def eight_bit() -> Any:
+def load_adamw8bit() -> Any:
     """AdamW with 8-bit moments, from bitsandbytes (arXiv:2110.02861).
 
     Raises:
-        InputFault: where it cannot run.
+        InputError: where it cannot run.
     """
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise InputFault(
+        raise InputError(
             'optim.kind: adamw8bit needs bitsandbytes, "pip install bitsandbytes", and a CUDA '
             'device; or use optim.kind="adamw"'
         ) from error
     if not torch.cuda.is_available():
-        raise InputFault(
+        raise InputError(
             "optim.kind: adamw8bit runs on CUDA devices only, and there is none; use "
             'optim.kind="adamw"'
         )
     return AdamW8bit
+
+
+def open_engine(
+    config: Config,
+    base: BaseModel,
+    family: Family,
+    world: TorchProcessGroup,
+    micro: int,
+    report: Report,
+) -> TorchEngine:
+    """The engine of this process; weights are loaded when they are first needed."""
+    return TorchEngine(config, base, family, world, micro, report)

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from limner import config
-from limner.base import Base, kind_of, open_base
-from limner.engine import Weights
-from limner.engines.torch.parts import TorchParts, quiet
-from limner.families import FAMILIES, drawn_by
-from limner.family import Family
-from limner.faults import Fault, InputFault
+from limner.base_model.base import BaseModel
+from limner.base_model.open import open_base, read_pipeline_class
+from limner.config.schema import ModelSettings
+from limner.engines.torch.encoders import TorchEncoders, silence_progress_bars
+from limner.errors import InputError, LimnerError
+from limner.families import FAMILIES, find_pipeline_family
+from limner.families.family import Family
+from limner.protocols import ModelSource
 
 # Latents are never clipped, which some classes do unless they are told.
 SCHEDULERS = {
@@ -32,8 +33,8 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def open_pipeline(
-    weights: Weights,
-    partner: Weights | None,
+    weights: ModelSource,
+    other_stage: ModelSource | None,
     *,
     scheduler: str | None,
     precision: str,
@@ -42,25 +43,25 @@ def open_pipeline(
     """A stock pipeline ready to draw.
 
     Args:
-        partner: the other one of a model in two stages.
+        other_stage: the other one of a model in two stages.
 
     Raises:
-        InputFault: when the scheduler is unknown or the model cannot be loaded.
+        InputError: when the scheduler is unknown or the model cannot be loaded.
     """
-    quiet()
+    silence_progress_bars()
     if scheduler is not None and scheduler not in SCHEDULERS:
-        raise InputFault(f"scheduler: {scheduler!r} is not one of {', '.join(SCHEDULERS)}")
+        raise InputError(f"scheduler: {scheduler!r} is not one of {', '.join(SCHEDULERS)}")
     pipeline = (
-        stages(weights, partner, DTYPES[precision])
-        if partner is not None
-        else load(weights, DTYPES[precision])
+        open_two_stages(weights, other_stage, DTYPES[precision])
+        if other_stage is not None
+        else load_pipeline(weights, DTYPES[precision])
     )
     if scheduler is not None:
         set_scheduler(pipeline, scheduler)
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def load(weights: Weights, dtype: torch.dtype, family: Family | None = None) -> Any:
+def load_pipeline(weights: ModelSource, dtype: torch.dtype, family: Family | None = None) -> Any:
     """The pipeline of one model; with ``family`` that of one stage of two, from a folder of its own
     or from one that holds both."""
     import diffusers
@@ -69,75 +70,80 @@ def load(weights: Weights, dtype: torch.dtype, family: Family | None = None) -> 
     try:
         if family is None or family.stage is None:
             pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(weights.model, **how)
-        elif kind_of(weights) == family.stage.whole:
-            both = getattr(diffusers, family.stage.whole).from_pretrained(weights.model, **how)
+        elif read_pipeline_class(weights) == family.stage.combined_pipeline:
+            both = getattr(diffusers, family.stage.combined_pipeline).from_pretrained(
+                weights.model, **how
+            )
             pipeline = both.prior_pipe if family.stage.prefix else both.decoder_pipe
         else:
             pipeline = getattr(diffusers, family.pipeline).from_pretrained(weights.model, **how)
     except (OSError, ValueError) as error:
-        if (plain := of_flax(weights)) is not None:
-            return load(plain, dtype, family)
-        raise InputFault(
+        if (plain := import_flax(weights)) is not None:
+            return load_pipeline(plain, dtype, family)
+        raise InputError(
             f"{weights.model}: cannot be loaded as a diffusers pipeline: "
-            f"{str(error).splitlines()[0]}{lonely(weights)}"
+            f"{str(error).splitlines()[0]}{hint_at_other_stage(weights)}"
         ) from error
     if weights.lora is not None:
-        put_lora(pipeline, weights.lora, family)
+        load_lora(pipeline, weights.lora, family)
     return pipeline
 
 
-def of_flax(weights: Weights) -> Weights | None:
+def import_flax(weights: ModelSource) -> ModelSource | None:
     """An old Flax model as the diffusers folder that it is; None where it is none."""
     try:
-        kind = kind_of(weights)
-    except Fault:
+        kind = read_pipeline_class(weights)
+    except LimnerError:
         return None
-    family = drawn_by(kind)
+    family = find_pipeline_family(kind)
     if family is None or not kind.startswith("Flax"):
         return None
-    model = config.Model(
+    model = ModelSettings(
         weights.model, family.name, revision=weights.revision, cache_dir=weights.cache_dir
     )
-    return Weights(str(open_base(model, family).folder), weights.lora, weights.family)
+    return ModelSource(str(open_base(model, family).folder), weights.lora, weights.family)
 
 
-def lonely(weights: Weights) -> str:
+def hint_at_other_stage(weights: ModelSource) -> str:
     """What to say of a model that needs another beside it; nothing of one that does not."""
     try:
-        kind = kind_of(weights)
-    except Fault:
+        kind = read_pipeline_class(weights)
+    except LimnerError:
         return ""
-    hint = f". A {kind} makes pictures together with its other stage; name that too, with --partner"
+    hint = (
+        f". A {kind} makes pictures together with its other stage; name that too, with "
+        "--other-stage"
+    )
     return (
         hint if any(kind == family.pipeline for family in FAMILIES.values() if family.stage) else ""
     )
 
 
-def put_lora(pipeline: Any, folder: Path, family: Family | None) -> None:
+def load_lora(pipeline: Any, folder: Path, family: Family | None) -> None:
     """Put a LoRA on a pipeline, or on the one network of a stage, whose pipeline has no loader of
     its own."""
     name = "pytorch_lora_weights.safetensors"
     if family is None or family.stage is None:
         pipeline.load_lora_weights(folder, weight_name=name)
     else:
-        getattr(pipeline, family.trains).load_lora_adapter(
-            folder, prefix=family.trains, weight_name=name
+        getattr(pipeline, family.trained_component).load_lora_adapter(
+            folder, prefix=family.trained_component, weight_name=name
         )
 
 
-def stages(one: Weights, other: Weights, dtype: torch.dtype) -> Any:
+def open_two_stages(one: ModelSource, other: ModelSource, dtype: torch.dtype) -> Any:
     """The stock pipeline of two stages, in whatever order they are named.
 
     Raises:
-        InputFault: when they are not one of each.
+        InputError: when they are not one of each.
     """
     pair = [family for family in FAMILIES.values() if family.stage is not None]
-    kinds = [kind_of(one), kind_of(other)]
+    kinds = [read_pipeline_class(one), read_pipeline_class(other)]
     known = [
         next((f for f in pair if weights.family == f.name or kind == f.pipeline), None)
         for weights, kind in zip((one, other), kinds, strict=True)
     ]
-    if not any(known) and all(f.stage and kinds[0] == f.stage.whole for f in pair):
+    if not any(known) and all(f.stage and kinds[0] == f.stage.combined_pipeline for f in pair):
         known[0] = pair[-1]
     for i, family in enumerate(
         known
@@ -146,22 +152,24 @@ def stages(one: Weights, other: Weights, dtype: torch.dtype) -> Any:
             family is None
             and (rest := known[1 - i]) is not None
             and rest.stage
-            and kinds[i] == rest.stage.whole
+            and kinds[i] == rest.stage.combined_pipeline
         ):
-            known[i] = FAMILIES[rest.stage.partner]
+            known[i] = FAMILIES[rest.stage.other_stage]
     first, second = known
     if first is None or second is None or first is second:
         named = ", ".join(
             f"{weights.model} is of a {kind}"
             for weights, kind in zip((one, other), kinds, strict=True)
         )
-        raise InputFault(
+        raise InputError(
             f"{named}; a {' and a '.join(f.pipeline for f in pair)} make pictures together"
         )
-    return combined([(first, load(one, dtype, first)), (second, load(other, dtype, second))])
+    return combine_stages(
+        [(first, load_pipeline(one, dtype, first)), (second, load_pipeline(other, dtype, second))]
+    )
 
 
-def combined(halves: list[tuple[Family, Any]]) -> Any:
+def combine_stages(halves: list[tuple[Family, Any]]) -> Any:
     """The stock pipeline of both stages, around theirs."""
     import diffusers
 
@@ -171,7 +179,7 @@ def combined(halves: list[tuple[Family, Any]]) -> Any:
         for stage, half in named
         for name, part in half.components.items()
     }
-    return getattr(diffusers, named[0][0].whole)(**components)
+    return getattr(diffusers, named[0][0].combined_pipeline)(**components)
 
 
 def set_scheduler(pipeline: Any, name: str) -> None:
@@ -186,8 +194,12 @@ def set_scheduler(pipeline: Any, name: str) -> None:
             one.scheduler = made
 
 
-def of_parts(
-    family: Family, base: Base, parts: TorchParts, nets: dict[str, torch.nn.Module], predict: str
+def build_from_components(
+    family: Family,
+    base: BaseModel,
+    parts: TorchEncoders,
+    nets: dict[str, torch.nn.Module],
+    predict: str,
 ) -> Any:
     """A stock pipeline around the components that are being trained, sharing their memory; the
     autoencoder keeps its own precision."""
@@ -200,7 +212,7 @@ def of_parts(
     }
     for name in ("vae", "movq"):
         if name in components:
-            components[name].decode = functools.partial(decode_apart, components[name])
+            components[name].decode = functools.partial(decode_without_autocast, components[name])
     scheduler = type(parts.component("scheduler")).from_config(
         parts.component("scheduler").config, prediction_type=predict
     )
@@ -212,42 +224,47 @@ def of_parts(
     )
     if family.pipeline == "StableDiffusionXLPipeline":
         extra = {
-            "force_zeros_for_empty_prompt": family.empty_is_zeros(base.configs),
+            "force_zeros_for_empty_prompt": family.zeros_for_empty_prompt(base.configs),
             "add_watermarker": False,
         }
     made = cls(**components, **nets, scheduler=scheduler, **extra)
-    if family.stage is None or base.partner is None:
+    if family.stage is None or base.other_stage is None:
         return made
-    return combined(
-        [(family, made), (FAMILIES[family.stage.partner], of_partner(family, base, parts))]
+    return combine_stages(
+        [
+            (family, made),
+            (FAMILIES[family.stage.other_stage], build_other_stage(family, base, parts)),
+        ]
     )
 
 
-def of_partner(family: Family, base: Base, parts: TorchParts) -> Any:
+def build_other_stage(family: Family, base: BaseModel, parts: TorchEncoders) -> Any:
     """The stock pipeline of the other stage, for as long as pictures are made."""
     import diffusers
 
-    assert family.stage is not None and base.partner is not None
-    other = FAMILIES[family.stage.partner]
-    its = TorchParts(base.partner, parts.device)
-    its.loaded = {name: parts.loaded[name] for name in family.stage.needs if name in parts.loaded}
+    assert family.stage is not None and base.other_stage is not None
+    other = FAMILIES[family.stage.other_stage]
+    its = TorchEncoders(base.other_stage, parts.device)
+    its.loaded = {
+        name: parts.loaded[name] for name in family.stage.needed_components if name in parts.loaded
+    }
     made = getattr(diffusers, other.pipeline)(
         **{name: its.component(name) for name in other.components}
     )
     if "movq" in made.components:
-        made.movq.decode = functools.partial(decode_apart, made.movq)
-    if base.partner.adapter is not None:
-        put_lora(made, base.partner.adapter, other)
+        made.movq.decode = functools.partial(decode_without_autocast, made.movq)
+    if base.other_stage.adapter is not None:
+        load_lora(made, base.other_stage.adapter, other)
     return made
 
 
-def decode_apart(vae: Any, latents: torch.Tensor, **settings: Any) -> Any:
+def decode_without_autocast(vae: Any, latents: torch.Tensor, **settings: Any) -> Any:
     """An autoencoder's ``decode`` without autocast, in which that of SDXL overflows."""
     with torch.autocast(latents.device.type, enabled=False):
         return type(vae).decode(vae, latents.to(vae.dtype), **settings)
 
 
-def draw(
+def draw_pictures(
     pipeline: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],

@@ -1,0 +1,1 @@
+"""The base model: found or fetched, checked, known by its bytes."""

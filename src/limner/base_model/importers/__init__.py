@@ -1,0 +1,1 @@
+"""Foreign layouts, written once as the diffusers folder that they are."""

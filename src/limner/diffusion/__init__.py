@@ -1,0 +1,1 @@
+"""The mathematics of diffusion, in numpy: noise levels, samplers, schedules."""

@@ -1,0 +1,1 @@
+"""Encoded pictures and captions: encode, keep, read back."""

@@ -1,0 +1,205 @@
+"""The seams: what training needs of an engine, of encoders and of a process group."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+Report = Callable[[str], None]
+State = Any  # an engine's own; donated to ``step``: never use the old one again
+Metrics = dict[str, Any]  # arrays on the device, until ``fetch``
+Batch = dict[str, np.ndarray]  # x0, noise, t a s p q w d and features; first axis: examples
+Arrays = dict[str, np.ndarray]  # arrays by parameter name
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the weights of a pipeline lie."""
+
+    model: str  # a folder in the diffusers layout, or a Hub repository
+    lora: Path | None = None  # a folder that holds ``pytorch_lora_weights.safetensors``
+    family: str | None = None  # where it is known from the run that made them
+    variant: str | None = None
+    revision: str | None = None
+    cache_dir: str | None = None  # where downloads are kept; None: the Hub library's own place
+
+    @property
+    def settings(self) -> dict[str, str | None]:
+        """What diffusers is told besides the model's name."""
+        return {"variant": self.variant, "revision": self.revision, "cache_dir": self.cache_dir}
+
+
+Features = dict[str, np.ndarray]  # first axis: examples
+Configs = dict[str, dict[str, Any]]  # component name -> its config.json, from the base
+
+
+class TextEncoders(Protocol):
+    """Text encoders, frozen or learning; arrays of the kind that they are given: numpy, or an
+    engine's own."""
+
+    def encode_text(self, name: str, ids: Any, skip: int = 0) -> tuple[Any, Any]:
+        """Hidden states [n, tokens, width] and pooled embedding [n, width] of token ids [n,
+        tokens].
+
+        Args:
+            skip: 0: the states after the last layer norm; 1: those before the last layer, as they
+                are.
+        """
+        ...
+
+    def concat_features(self, arrays: list[Any]) -> Any:
+        """Arrays joined along the last axis."""
+        ...
+
+
+class Encoders(TextEncoders, Protocol):
+    """The frozen parts of a base, numpy in and numpy out, loaded when first called; every engine
+    has its own."""
+
+    def encode_vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the posterior, float32 [n, channels, h, w], for pixels in
+        [-1, 1], float32 [n, 3, H, W]."""
+        ...
+
+    def encode_movq(self, name: str, pixels: np.ndarray) -> np.ndarray:
+        """Latents of a VQ autoencoder before they are quantized, float32 [n, channels, h, w], for
+        pixels in [-1, 1], float32 [n, 3, H, W]."""
+        ...
+
+    def encode_image(self, name: str, processor: str, pixels: np.ndarray) -> np.ndarray:
+        """CLIP image embedding, float32 [n, width], for pixels in [-1, 1], float32 [n, 3, side,
+        side], which ``processor`` says how to normalise."""
+        ...
+
+    def tokenize(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
+        """Token ids, int64 [n, chunks, length]: each chunk has its own start and end and is padded;
+        what is longer is cut."""
+        ...
+
+    def count_tokens(self, tokenizer: str, captions: list[str]) -> list[int]:
+        """Tokens of each caption, start and end included, uncut."""
+        ...
+
+    def max_tokens(self, tokenizer: str) -> int:
+        """Tokens of one chunk, start and end included."""
+        ...
+
+
+class ProcessGroup(Protocol):
+    """One process of a run, and its place among the others."""
+
+    rank: int
+    world_size: int
+    device_count: int  # of this process
+    precision: str  # no, fp16 or bf16: the recipe's, or the launcher's
+
+    def first(self, action: Callable[[], T]) -> T:
+        """Run ``action`` in the first process; every process gets its (JSON) result, or its
+        fault."""
+        ...
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process: the same answer in all of them."""
+        ...
+
+    def total(self, values: list[float]) -> list[float]:
+        """Each value, added up over the processes."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        ...
+
+    def arithmetic_versions(self) -> list[str]:
+        """What the last bits of the encoders' output depend on, besides their weights."""
+        ...
+
+    def close(self) -> None:
+        """Leave the others in good order."""
+        ...
+
+
+class Engine(Protocol):
+    """One process of a training run."""
+
+    def get_encoders(self) -> Encoders:
+        """The frozen encoders, each loaded when first used."""
+        ...
+
+    def release_encoders(self, names: Iterable[str] | None = None) -> None:
+        """Let go of the memory of these encoders and tokenizers, of all where none are named."""
+        ...
+
+    def init_state(self, seed: int) -> State:
+        """The starting point: base weights, fresh adapters (addressed by ``seed`` and parameter
+        name), empty optimizer."""
+        ...
+
+    def step(
+        self,
+        state: State,
+        batch: Batch,
+        *,
+        step: int,
+        learning_rate: float,
+        ema: float | None,
+        seed: int,
+    ) -> tuple[State, Metrics]:
+        """One optimizer step on this process's rows of the global batch; metrics are of the whole
+        batch: loss, grad_norm.
+
+        A loss or gradient that is not finite changes nothing but the fault that ``fetch`` reports.
+        """
+        ...
+
+    def fetch_metrics(self, state: State, metrics: Sequence[Metrics]) -> list[dict[str, float]]:
+        """The only copy from device to host: the metrics of some steps as numbers.
+
+        Raises:
+            FirstFault: when a step since the beginning was not finite.
+        """
+        ...
+
+    def losses(self, state: State, batch: Batch, *, average: bool) -> np.ndarray:
+        """Loss per example without training, shape [rows], with the trained weights or with their
+        moving average."""
+        ...
+
+    def draw_previews(
+        self,
+        state: State,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance_scale: float,
+        size: int,
+    ) -> list[np.ndarray]:
+        """One picture per prompt and seed with the current weights (the average, where there is
+        one), uint8 [size, size, 3].
+
+        All processes call it; the first one draws, the others get none.
+        """
+        ...
+
+    def snapshot(self, state: State) -> Iterator[tuple[str, Arrays]]:
+        """All that training depends on: groups ``model``, ``ema``, ``optimizer``, ``scaler``, one
+        at a time."""
+        ...
+
+    def restore(self, state: State, groups: Callable[[str], Arrays]) -> State:
+        """The inverse of ``snapshot``; raises ``IntegrityError`` on a wrong name, shape or
+        dtype."""
+        ...
+
+
+class NonFiniteStep(Exception):
+    """The first step (counted from 0) whose loss or gradient was not finite; the loop says which
+    examples it had."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step

@@ -1,0 +1,1 @@
+"""Files: whole or absent, verified, named arrays."""

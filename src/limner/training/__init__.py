@@ -1,0 +1,1 @@
+"""A training run: setup, stream, loop, monitoring, result."""

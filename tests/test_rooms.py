@@ -1,0 +1,169 @@
+"""Imports go down from room to room, files import each other in no circle, and frameworks stay in
+the engines, so that the command answers at once."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import limner
+
+ROOT = Path(limner.__file__).parent
+# From the ground up. A file imports its own room and the rooms above it in this list; a name is a
+# folder or a file of the package.
+ROOMS = (
+    "errors",
+    "rng",
+    "bundled",
+    "config",
+    "diffusion",
+    "protocols",
+    "families",
+    "storage",
+    "base_model",
+    "data",
+    "features",
+    "engines",
+    "training",
+    "commands",
+    "cli",
+    "compat",
+    "__main__",
+)
+FRAMEWORKS = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "diffusers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "jax",
+    "optax",
+    "flax",
+    "tensorboard",
+    "wandb",
+    "comet_ml",
+    "pandas",
+    "pyarrow",
+    "bitsandbytes",
+)
+# Frameworks outside the engines, each imported in the function that needs it: what stands for
+# JAX's pipelines and counts its devices, two kinds of data source, and trackers.
+ELSEWHERE = {
+    "compat/flags.py": {"jax"},
+    "compat/flax.py": {"jax"},
+    "data/hub_dataset.py": {"datasets"},
+    "data/folder.py": {"pyarrow"},
+    "training/sinks.py": {"torch", "tensorboard", "wandb", "comet_ml"},
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    """``data.image`` of a file, the folder's name of an ``__init__``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path) for path in FILES}
+
+
+def room_of(module: str) -> int:
+    """The number of a module's room."""
+    return ROOMS.index(module.split(".")[0])
+
+
+def modules_of(node: ast.ImportFrom) -> set[str]:
+    """The modules of the package that a statement imports, or imports from."""
+    source = str(node.module).removeprefix("limner").lstrip(".")
+    names = {f"{source}.{alias.name}".lstrip(".") for alias in node.names}
+    return {name if name in MODULES else source for name in names}
+
+
+def imports_of(path: Path, *, lazy: bool) -> set[str]:
+    """The modules of the package that a file imports at its top, or with ``lazy`` anywhere."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in ast.walk(tree) if lazy else tree.body:
+        if isinstance(node, ast.Import):
+            inside = [a.name for a in node.names if a.name.startswith("limner.")]
+            assert not inside, f"{path}: write from limner... import ..."
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative imports hide what a file depends on"
+            if str(node.module).split(".")[0] == "limner":
+                found |= modules_of(node)
+    return found - {""}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p != ROOT / "__init__.py"], ids=name_of)
+def test_imports_go_down(path: Path) -> None:
+    """The front of the package itself looks at all rooms, lazily."""
+    here = room_of(name_of(path))
+    assert not {m for m in imports_of(path, lazy=True) if room_of(m) > here}
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_files_import_each_other_in_no_circle(lazy: bool) -> None:
+    edges = {name_of(path): imports_of(path, lazy=lazy) for path in FILES[1:]}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        if module in done:
+            return
+        for target in edges.get(module, ()):
+            if target != module:
+                visit(target, (*trail, module))
+        done.add(module)
+
+    for module in edges:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_frameworks_are_imported_in_the_engines_only(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found: dict[str, bool] = {}  # framework -> whether it is imported at the top of the file
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+            for name in {str(n).split(".")[0] for n in names} & set(FRAMEWORKS):
+                found[name] = found.get(name, False) or node in tree.body
+    here = path.relative_to(ROOT).as_posix()
+    if here.startswith("engines/jax/"):
+        assert set(found) <= {"jax", "optax"}
+    elif not here.startswith("engines/torch/"):
+        assert set(found) <= ELSEWHERE.get(here, set())
+        assert not any(found.values())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "limner",
+        "limner.cli",
+        "limner.config.toml",
+        "limner.training.loop",
+        "limner.commands.generate",
+        "limner.commands.export",
+        "limner.compat.diffusers",
+    ],
+)
+def test_importing_loads_no_framework(module: str) -> None:
+    """Looked at in a process of its own, not timed."""
+    code = (
+        f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}} "
+        f"& {set(FRAMEWORKS)!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT.parent)},
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
