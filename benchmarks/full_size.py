@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from limner.commands import bench
-from limner.commands.bench import STAND_INS
+from limner.commands import stand_in_base
+from limner.families.published import load_published
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
@@ -56,8 +56,8 @@ def make_base(folder: Path) -> None:
     """Stable Diffusion 1.5 with random weights and a small vocabulary."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    for part, known in (("unet", STAND_INS["sd"]["unet"]), ("vae", VAE)):
-        bench.write_random_component(folder / part, known)
+    for part, known in (("unet", load_published("sd")["unet"]), ("vae", VAE)):
+        stand_in_base.write_random_component(folder / part, known)
     words = tiny.write_tokenizer(folder / "tokenizer")
     CLIPTextModel(
         CLIPTextConfig(**TEXT, bos_token_id=words - 2, eos_token_id=words - 1)

@@ -33,13 +33,15 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from limner.base_model.base import BaseModel
-from limner.commands.bench import STAND_INS
+from limner.commands import bench
 from limner.config import toml
 from limner.engines.jax import weights
-from limner.engines.jax.engine import JaxEngine, to_scalars
-from limner.engines.jax.layout import Layout, make_adapters
+from limner.engines.jax.engine import JaxEngine
+from limner.engines.jax.layout import Layout
+from limner.engines.jax.lora import list_linear_adapters
+from limner.engines.jax.step import make_state, to_scalars
 from limner.families import get_family
-from limner.features import stand_in
+from limner.families.published import load_published
 from limner.training import batch_plan
 
 GIB = 2**30
@@ -47,14 +49,14 @@ GIB = 2**30
 
 @dataclass
 class Slice:
-    """A TPU slice in the place of ``limner.engines.jax.world.World``: one process that has all
-    chips of it."""
+    """A TPU slice in the place of ``engines.jax.processes.JaxProcessGroup``: one process that has
+    all chips of it."""
 
     mesh: Mesh
     precision: str
-    devices: int
+    device_count: int
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     kind: str = "tpu"
 
 
@@ -76,10 +78,14 @@ def described(engine: JaxEngine, batch: dict[str, np.ndarray]) -> tuple[Any, Any
         engine.frozen = {
             name: jax.tree_util.tree_map_with_path(partial(like, kind=engine.half), arrays)
         }  # type: ignore[dict-item]
-        arrays = make_adapters({name: shapes}, cfg.adapter, engine.family, 0)  # type: ignore[assignment]
+        listed = list_linear_adapters({name: shapes}, cfg.adapter, engine.family)
+        arrays = {key: jax.ShapeDtypeStruct(a.shape, np.float32) for key, a in listed.items()}
     engine.layout = Layout({key: a.shape for key, a in arrays.items()})
     state = jax.tree_util.tree_map_with_path(
-        like, jax.eval_shape(lambda named: engine.make_state(engine.layout.pack(named)), arrays)
+        like,
+        jax.eval_shape(
+            lambda named: make_state(cfg.optim, engine.half, engine.layout.pack(named)), arrays
+        ),
     )
     rows = NamedSharding(engine.mesh, PartitionSpec(None, ("data", "fsdp")))
     pieces = len(batch["timestep"]) // engine.micro_batch_size
@@ -111,15 +117,15 @@ def main() -> None:
         ("data", "fsdp"),
         axis_types=(AxisType.Auto,) * 2,
     )
-    known = STAND_INS[family.name]
+    known = load_published(family.name)
     base = BaseModel(
-        Path(), {}, family.trained_component, known["model_index"]["_name"], None, None, known
+        Path(), {}, family.trained_component, known.model_index["_name"], None, None, known
     )
     world = Slice(mesh, cfg.engine.precision or "no", len(chips))
     division = batch_plan.make_plan(cfg, 1, 1, None, 0, devices=len(chips))
     engine = JaxEngine(cfg, base, family, world, division.micro_batch_size, print)  # type: ignore[arg-type]
     state, rows, scalars = described(
-        engine, stand_in.make_batch(cfg, known, family, division.batch_size)
+        engine, bench.make_batch(cfg, known, family, division.batch_size)
     )
     began = time.monotonic()
     made = engine.compile(state, rows, scalars)

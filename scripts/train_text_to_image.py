@@ -1,5 +1,4 @@
-"""Fine-tune the whole network of a Stable Diffusion, with the flags of diffusers' script of this
-name."""
+"""Fine-tune Stable Diffusion, with the flags of diffusers' script."""
 
 from limner.compat.diffusers import main
 

@@ -1,4 +1,4 @@
-"""Fine-tune the decoder of Kandinsky 2.2, with the flags of diffusers' script of this name."""
+"""Fine-tune the decoder of Kandinsky 2.2, with the flags of diffusers' script."""
 
 from limner.compat.diffusers import main
 

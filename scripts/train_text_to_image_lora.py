@@ -1,4 +1,4 @@
-"""Fine-tune a Stable Diffusion with LoRA, with the flags of diffusers' script of this name."""
+"""Fine-tune Stable Diffusion by LoRA, with the flags of diffusers' script."""
 
 from limner.compat.diffusers import main
 

@@ -1,5 +1,4 @@
-"""Fine-tune the decoder of Kandinsky 2.2 with LoRA, with the flags of diffusers' script of this
-name."""
+"""Fine-tune the decoder of Kandinsky 2.2 by LoRA, with the flags of diffusers' script."""
 
 from limner.compat.diffusers import main
 

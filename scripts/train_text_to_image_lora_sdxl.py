@@ -1,4 +1,4 @@
-"""Fine-tune a Stable Diffusion XL with LoRA, with the flags of diffusers' script of this name."""
+"""Fine-tune Stable Diffusion XL by LoRA, with the flags of diffusers' script."""
 
 from limner.compat.diffusers import main
 

@@ -44,7 +44,7 @@ def test_a_local_folder_is_opened(sd: Path) -> None:
     assert (base.commit, base.name, base.component_folder("unet")) == (None, str(sd), sd / "unet")
     assert base.configs["vae"]["latent_channels"] == 4
     assert base.configs["scheduler"]["prediction_type"] == "epsilon"
-    assert base.configs["model_index"]["_class_name"] == "StableDiffusionPipeline"
+    assert base.configs.model_index["_class_name"] == "StableDiffusionPipeline"
     assert base.weight_files("text_encoder") == [sd / "text_encoder" / "model.safetensors"]
     assert base.weight_files("unet") == [sd / "unet" / "diffusion_pytorch_model.safetensors"]
 

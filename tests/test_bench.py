@@ -14,8 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from limner import engines
 from limner.base_model.open import open_base
-from limner.commands import bench
-from limner.commands.bench import STAND_INS
+from limner.commands import bench, stand_in_base
 from limner.config import toml
 from limner.config.schema import Config, ModelSettings
 from limner.engines.torch import encoders
@@ -24,8 +23,8 @@ from limner.engines.torch.processes import TorchProcessGroup
 from limner.engines.torch.profiler import TorchProfiler
 from limner.errors import InputError
 from limner.families import FAMILIES
+from limner.families.published import load_published
 from limner.families.sd import SD
-from limner.features import stand_in
 from limner.storage.safetensors import read_arrays
 
 
@@ -128,7 +127,7 @@ def test_jax_counts_the_same_arithmetic(family, kind, sd, sdxl):
         measure = engines.open_profiler(
             cfg.engine.kind, engines.open_engine(cfg, found, record, process, 2, print)
         )
-        counts.append(measure.count_flops(stand_in.make_batch(cfg, found.configs, record, 4), 2))
+        counts.append(measure.count_flops(bench.make_batch(cfg, found.configs, record, 4), 2))
     assert counts[0] > 1e9 and counts[1] == pytest.approx(counts[0], rel=1e-12)
 
 
@@ -150,7 +149,7 @@ def test_a_step_in_jax_is_measured(sd):
 def test_random_weights_have_one_set_of_names(sd, sdxl):
     """In both engines' eyes, at full size, of every network that both train."""
     pytest.importorskip("jax")
-    for known in (STAND_INS["sd"]["unet"], STAND_INS["sdxl"]["unet"]):
+    for known in (load_published("sd")["unet"], load_published("sdxl")["unet"]):
         assert engines.parameter_shapes("jax", known) == engines.parameter_shapes("torch", known)
 
 
@@ -163,7 +162,7 @@ def test_arithmetic_grows_with_the_batch_and_not_with_the_micro_batch(sd):
         2,
     )
     four, eight = (
-        stand_in.make_batch(engine.config, engine.base.configs, SD, rows) for rows in (4, 8)
+        bench.make_batch(engine.config, engine.base.configs, SD, rows) for rows in (4, 8)
     )
     measure = TorchProfiler(engine).count_flops
     assert measure(four, 2) == measure(four, 4) == measure(eight, 2) / 2
@@ -171,7 +170,7 @@ def test_arithmetic_grows_with_the_batch_and_not_with_the_micro_batch(sd):
 
 def test_features_have_the_shapes_that_the_configs_promise(sd):
     configs = open_base(ModelSettings(base=str(sd)), SD).configs
-    batch = stand_in.make_batch(recipe(str(sd)), configs, SD, 3)
+    batch = bench.make_batch(recipe(str(sd)), configs, SD, 3)
     shapes = {
         "x0": (3, 4, 16, 16),
         "noise": (3, 4, 16, 16),
@@ -182,7 +181,7 @@ def test_features_have_the_shapes_that_the_configs_promise(sd):
     assert (
         abs(batch["x0"].std() - 1) < 0.1
     )  # noise in the place of latents, not zeros: arithmetic on zeros is faster on some devices
-    at_512 = stand_in.make_batch(Config(), STAND_INS["sd"], SD, 1)
+    at_512 = bench.make_batch(Config(), load_published("sd"), SD, 1)
     assert at_512["x0"].shape == (1, 4, 64, 64) and at_512["context"].shape == (1, 77, 768)
 
 
@@ -196,14 +195,14 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_stand_ins_are_the_published_networks(family):
-    net = encoders.build_from_config(STAND_INS[family][FAMILIES[family].trained_component])
+    net = encoders.build_from_config(load_published(family)[FAMILIES[family].trained_component])
     assert sum(p.numel() for p in net.parameters()) == PUBLISHED[family]
     assert all(p.is_meta for p in net.parameters())
 
 
 def test_what_a_batch_of_kandinsky_looks_like():
     prior, decoder = (
-        stand_in.make_batch(Config(), STAND_INS[name], FAMILIES[name], 2)
+        bench.make_batch(Config(), load_published(name), FAMILIES[name], 2)
         for name in ("kandinsky22-prior", "kandinsky22-decoder")
     )
     assert {name: prior[name].shape for name in ("x0", "context", "pooled", "mask")} == {
@@ -222,13 +221,14 @@ def test_what_a_batch_of_kandinsky_looks_like():
 
 def test_random_weights_where_the_base_is_not_at_hand(sd, tmp_path, monkeypatch):
     unet = open_base(ModelSettings(base=str(sd)), SD).configs["unet"]
-    small = {
-        **STAND_INS["sd"],
+    changed = {
         "unet": unet,
         "text_encoder": {"hidden_size": 32},
         "vae": {"latent_channels": 4, "block_out_channels": [1, 1]},
     }
-    monkeypatch.setitem(STAND_INS, "sd", small)
+    published = load_published("sd")
+    small = replace(published, components=published.components | changed)
+    monkeypatch.setattr(stand_in_base, "load_published", lambda family: small)
     figures, text = measured(recipe("nobody/has-this"), steps=1)
     assert figures["weights"] == "random" and figures["base"] == "Stable Diffusion 1.5"
     assert "random, made for this measurement" in text
@@ -242,14 +242,14 @@ def test_a_base_in_the_hubs_cache_is_at_hand_when_it_is_whole(sd, tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     known = ModelSettings(base="somebody/small", cache_dir=str(tmp_path))
-    assert bench.find_local_base(known, SD) == str(repository / "snapshots" / commit)
-    assert bench.find_local_base(replace(known, base="somebody/else"), SD) is None
+    assert stand_in_base.find_local_base(known, SD) == str(repository / "snapshots" / commit)
+    assert stand_in_base.find_local_base(replace(known, base="somebody/else"), SD) is None
     next((repository / "snapshots" / commit / "unet").glob("*.safetensors")).unlink()
-    assert bench.find_local_base(known, SD) is None
+    assert stand_in_base.find_local_base(known, SD) is None
 
 
 def test_random_weights_are_drawn_as_layers_start(sd, tmp_path):
-    bench.write_random_component(
+    stand_in_base.write_random_component(
         tmp_path / "unet", open_base(ModelSettings(base=str(sd)), SD).configs["unet"]
     )
     arrays, _ = read_arrays(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")

@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,11 @@ from limner.config.schema import Config
 from limner.engines.torch.encoders import TorchEncoders
 from limner.errors import InputError
 from limner.training import loop
+
+
+def found(cfg: Config, **settings) -> dict:
+    """What the JSON file has."""
+    return asdict(run_check(cfg, **settings))
 
 
 def settings(base: Path, pictures: Path, **data) -> Config:
@@ -70,7 +76,7 @@ def test_everything_is_counted(sdxl, mixed, tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     said: list[str] = []
     cfg = settings(sdxl, mixed, buckets={"step": 8}, flip=True)
-    r = run_check(cfg, json_file=tmp_path / "r.json", sheet=tmp_path / "s.png", report=said.append)
+    r = found(cfg, json_file=tmp_path / "r.json", sheet=tmp_path / "s.png", report=said.append)
     assert json.loads((tmp_path / "r.json").read_text()) == r
     assert (r["pictures"]["listed"], r["pictures"]["good"], r["pictures"]["bad"]) == (12, 12, [])
     assert r["pictures"]["sizes"] == {"smallest": "36x40", "median": "36x40", "largest": "72x80"}
@@ -125,7 +131,7 @@ def test_the_size_of_the_cache_is_what_training_keeps(sdxl, mixed, tmp_path):
     cfg = settings(
         sdxl, mixed, buckets={"step": 8}, cache=str(tmp_path / "cache"), cache_dtype="float16"
     )
-    promised = run_check(cfg, report=lambda text: None)["cache"]
+    promised = found(cfg, report=lambda text: None)["cache"]
     kept = loop.run_training(
         toml.build(Config, {**toml.to_plain(cfg), "run": str(tmp_path / "run")}),
         report=lambda text: None,

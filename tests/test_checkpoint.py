@@ -78,7 +78,7 @@ def test_what_is_read_is_what_was_saved(tmp_path: Path) -> None:
             finish=lambda path: (path / "unet" / "config.json").write_text("{}") and None,
         )
     )
-    assert (found.step, found.state, found.folder) == (
+    assert (found.step, found.plain_state, found.folder) == (
         12,
         {"step": 12, "seed": 5, "step_of": 12},
         tmp_path / "checkpoint-12",

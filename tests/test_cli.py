@@ -30,7 +30,7 @@ def recipe(tmp_path: Path) -> Path:
 def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the verbs hand on."""
     calls: list[Any] = []
-    monkeypatch.setattr(generate, "run_generate", lambda **settings: calls.append(settings))
+    monkeypatch.setattr(generate, "run_generate", lambda **settings: calls.append(settings) or [])
     monkeypatch.setattr(bench, "run_bench", lambda cfg, **settings: calls.append((cfg, settings)))
     monkeypatch.setattr(export, "export_run", lambda run, **settings: calls.append((run, settings)))
     return calls
@@ -49,7 +49,11 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_prompts_and_options_mix(called: list[Any], line: list[str]) -> None:
     assert cli.main(["generate", *line]) == 0
     [settings] = called
-    assert (settings["model"], settings["prompts"], settings["seed"]) == ("RUN", ["a", "b"], 3)
+    assert (settings["model"], settings["prompts"], settings["settings"].seed) == (
+        "RUN",
+        ["a", "b"],
+        3,
+    )
 
 
 @pytest.mark.parametrize("order", ["r --steps 5 o", "--steps 5 r o", "r o --steps 5"])
@@ -75,6 +79,27 @@ def test_an_unknown_option_or_word_is_still_refused(
     with pytest.raises(SystemExit, match="2"):
         cli.main(line)
     assert "unrecognized arguments: " in capsys.readouterr().err and not called
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["generate", "RUN", "a cat", "--partner", "OTHER"],
+        ["generate", "--partner=OTHER", "RUN", "a cat"],
+        ["export", "RUN", "--combined", "BOTH", "--partner", "OTHER"],
+        ["export", "--partner"],
+    ],
+)
+def test_an_old_option_is_refused_with_its_new_name(
+    called: list[Any], capsys: pytest.CaptureFixture[str], line: list[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(line)
+    assert capsys.readouterr().err.endswith("error: --partner: renamed to --other-stage\n")
+    assert not called
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([line[0], "--help"])
+    assert "--partner" not in capsys.readouterr().out
 
 
 def test_private_needs_push(called: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +186,8 @@ def test_the_package_brings_all_its_parts_along() -> None:
         set(packages) == parts | {"limner.recipes"}
         and known["package-dir"]["limner.recipes"] == "recipes"
     )
+    assert known["package-data"].pop("limner") == ["py.typed"]  # type checkers read the annotations
+    assert (source / "limner" / "py.typed").is_file()
     folders = {"limner.bundled": source / "limner" / "bundled", "limner.recipes": ROOT / "recipes"}
     for package, folder in folders.items():
         wanted = {p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
@@ -171,12 +198,3 @@ def test_the_package_brings_all_its_parts_along() -> None:
             if p.is_file()
         }
         assert taken == wanted and wanted
-
-
-def test_a_record_is_at_hand() -> None:
-    from limner.data.source import Record
-
-    assert limner.Record is Record
-    assert limner.Record("a", "a.png", "a cat").captions == ("a cat",)
-    with pytest.raises(AttributeError, match="module 'limner' has no attribute 'Recrod'"):
-        limner.Recrod  # noqa: B018

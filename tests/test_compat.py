@@ -17,7 +17,7 @@ from flags_reached import REACHED
 
 import limner
 from limner.compat import diffusers
-from limner.compat.flags import SCRIPTS
+from limner.compat.scripts import SCRIPTS
 from limner.config.schema import Config
 from limner.config.toml import flatten, to_plain
 from limner.errors import InputError
@@ -41,7 +41,7 @@ def surroundings(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.setattr(
         importlib.import_module("limner.training.sinks"),
-        "installed_sinks",
+        "list_installed_sinks",
         lambda: ("tensorboard", "wandb"),
     )
 
@@ -200,7 +200,7 @@ def test_every_flag_has_a_place(script, name):
     before, after = settings(config(script)), settings(config(script, *line.split()))
     assert {key: value for key, value in after.items() if value != before.get(key)} == expected
     if not expected:
-        says = SCRIPTS[script].flags[name].says
+        says = SCRIPTS[script].flags[name].help
         assert remarks(script, *line.split()) == [f"--{name}: {says}"] and len(says.split()) > 5
 
 
@@ -208,10 +208,10 @@ def test_every_flag_has_a_place(script, name):
 def test_every_place_exists(script):
     known = {"run", *settings(Config())}
     places = {
-        place for flag in SCRIPTS[script].flags.values() for place in flag.places.split()
-    } | set(SCRIPTS[script].settings)
+        place for flag in SCRIPTS[script].flags.values() for place in flag.setting_names
+    } | set(SCRIPTS[script].fixed_settings)
     assert places <= known
-    assert set(SCRIPTS[script].settings["checkpoint.allow_changes"]) <= known
+    assert set(SCRIPTS[script].fixed_settings["checkpoint.allow_changes"]) <= known
 
 
 PLAIN = {  # what differs from a recipe's defaults when only a model and a folder are given
@@ -458,7 +458,9 @@ def test_previews_without_prompt_or_with_no_pictures_are_none():
     ],
 )
 def test_trackers(monkeypatch, asked, installed, expected):
-    monkeypatch.setattr(sys.modules["limner.training.sinks"], "installed_sinks", lambda: installed)
+    monkeypatch.setattr(
+        sys.modules["limner.training.sinks"], "list_installed_sinks", lambda: installed
+    )
     assert config(FULL, f"--report_to={asked}").log.to == expected
     assert any(
         "TensorBoard is not installed" in line for line in remarks(FULL, f"--report_to={asked}")

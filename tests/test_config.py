@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from limner.config.rules import check_config
-from limner.config.schema import Config, TimestepBiasSettings
+from limner.config.schema import SETTINGS, Config, TimestepBiasSettings
 from limner.config.toml import RENAMED, apply_overrides, build, flatten, load_recipe, to_plain
 from limner.errors import InputError
 
@@ -340,3 +340,34 @@ def test_every_recipe_loads(path: Path) -> None:
     check_config(load_recipe(path))
     header = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert all(f"# {word}:" in header for word in ("command", "hardware", "time", "memory", "loss"))
+
+
+@pytest.mark.parametrize("name", [n for n, one in SETTINGS.items() if one.declaration.range])
+def test_a_declared_range_is_enforced(name: str) -> None:
+    """With the first of some values that the range does not contain."""
+    setting = SETTINGS[name]
+    range_ = setting.declaration.range
+    assert range_ is not None
+    candidates: list[Any] = [0, -1, 2, 2**63]
+    if isinstance(setting.default, tuple):
+        candidates = [[0.9, 1.0]]
+    value = next(c for c in candidates if not range_.contains(c))
+    given = float(value) if isinstance(setting.default, float) else value
+    assert f"{name}: " in wrong(f"{name}={json.dumps(given)}")
+    if setting.default is not None:
+        assert range_.contains(setting.default)
+
+
+@pytest.mark.parametrize("name", [n for n, one in SETTINGS.items() if one.declaration.path])
+def test_the_home_of_the_user_stands_for_a_tilde(name: str, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    *sections, key = name.split(".")
+    raw: dict[str, Any] = {key: "~/x"}
+    for section in reversed(sections):
+        raw = {section: [raw] if section == "sets" else raw}
+    assert "/home/somebody/x" in json.dumps(to_plain(build(Config, raw)))
+
+
+def test_every_setting_says_what_it_is() -> None:
+    assert all(one.declaration.about for one in SETTINGS.values())
+    assert len(SETTINGS) == len(set(SETTINGS)) > 100

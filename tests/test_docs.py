@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from limner.config.reference import format_reference
 from limner.storage import checkpoint
 from limner.training import sinks
 
@@ -33,3 +34,8 @@ def test_the_block_runs(base, tmp_path, monkeypatch, name, block):
     assert checkpoint.find_latest(run).step == 3
     assert len([row for row in sinks.read_metrics(run / "metrics.jsonl") if "loss" in row]) == 3
     assert (run / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_the_page_of_settings_is_that_of_the_declarations() -> None:
+    """``python -m limner.config.reference docs/settings.md`` makes it anew."""
+    assert (DOCS / "settings.md").read_text(encoding="utf-8") == format_reference()

@@ -147,6 +147,23 @@ def test_write_text_is_whole_or_the_old(tmp_path: Path) -> None:
     assert names(file.parent) == ["config.json"] and file.read_text() == "new"
 
 
+def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "picture.png"
+    file.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic.replacing(file) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert file.read_text() == "old" and names(tmp_path) == ["picture.png"]
+    with atomic.replacing(file) as one, atomic.replacing(file) as other:
+        one.write_text("first")
+        other.write_text("second")
+        assert one.parent == tmp_path and file.read_text() == "old"
+    assert file.read_text() == "first" and names(tmp_path) == ["picture.png"]
+    words = r"No space left on device; 5 MiB are needed, \d+ MiB are free"
+    with pytest.raises(DiskError, match=words), atomic.replacing(file, 5 << 20):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     """Two or three bits of every byte of the manifest, and one of every byte of every file."""
     final = made(tmp_path / "final")

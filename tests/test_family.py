@@ -11,14 +11,17 @@ from limner.config import toml
 from limner.config.schema import AdapterSettings, Config
 from limner.errors import LimnerError
 from limner.families import FAMILIES
+from limner.protocols import BaseConfigs
 from limner.storage import checkpoint, layout
+from limner.storage.checkpoint import RunState
 
 SD = FAMILIES["sd"]
-CONFIGS: dict[str, dict[str, Any]] = {
+COMPONENTS: dict[str, dict[str, Any]] = {
     "unet": {"in_channels": 4, "cross_attention_dim": 768},
     "vae": {"latent_channels": 4, "scaling_factor": 0.18215},
     "text_encoder": {"hidden_size": 768},
 }
+CONFIGS = BaseConfigs({}, COMPONENTS)
 
 
 def test_clean_is_a_scaled_draw_from_the_posterior() -> None:
@@ -28,7 +31,7 @@ def test_clean_is_a_scaled_draw_from_the_posterior() -> None:
     assert made.dtype == np.float32
     np.testing.assert_allclose(made, (mean + np.abs(std) * normal) * 0.18215, rtol=1e-6)
     np.testing.assert_allclose(
-        SD.clean_latents({"mean": mean, "std": std * 0}, {"vae": {}}, normal),
+        SD.clean_latents({"mean": mean, "std": std * 0}, BaseConfigs({}, {"vae": {}}), normal),
         mean * 0.18215,
         rtol=1e-6,
     )
@@ -39,12 +42,8 @@ def test_clean_is_a_scaled_draw_from_the_posterior() -> None:
 
 def test_a_plain_base_fits() -> None:
     assert SD.incompatibilities(CONFIGS) == []
-    assert (
-        SD.incompatibilities(
-            CONFIGS | {"unet": {"in_channels": 4, "cross_attention_dim": [768, 768]}}
-        )
-        == []
-    )
+    unet = {"in_channels": 4, "cross_attention_dim": [768, 768]}
+    assert SD.incompatibilities(BaseConfigs({}, COMPONENTS | {"unet": unet})) == []
 
 
 @pytest.mark.parametrize(
@@ -63,7 +62,8 @@ def test_a_plain_base_fits() -> None:
     ],
 )
 def test_misfits_are_named(unet: dict, words: str) -> None:
-    (said,) = SD.incompatibilities(CONFIGS | {"unet": CONFIGS["unet"] | unet})
+    components = COMPONENTS | {"unet": COMPONENTS["unet"] | unet}
+    (said,) = SD.incompatibilities(BaseConfigs({}, components))
     assert said.startswith("unet: ") and words in said
 
 
@@ -72,11 +72,11 @@ def test_every_fault_has_an_exit_code_of_its_own() -> None:
     assert codes == {
         "InputError": 2,
         "Stopped": 3,
-        "NonFinite": 4,
+        "NonFiniteError": 4,
         "DiskError": 5,
         "HubError": 6,
         "IntegrityError": 7,
-        "Locked": 8,
+        "LockedError": 8,
     }
 
 
@@ -99,7 +99,7 @@ def test_a_snapshot_comes_back_and_lies_where_diffusers_looks(
         tmp_path,
         9,
         iter(groups.items()),
-        {"seed": 1},
+        RunState({}, 1, 2, 1, 3, [], "data", "base", "random", "2.0"),
         cfg,
         SD,
         {"_class_name": "UNet2DConditionModel"},

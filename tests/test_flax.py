@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tiny
 
+import limner
 from limner.base_model.open import open_base
-from limner.commands import generate
 from limner.config.schema import ModelSettings
 from limner.data import contact_sheet
 from limner.errors import InputError
@@ -30,7 +30,7 @@ def test_a_flax_model_has_the_arrays_of_its_twin(
         ModelSettings(base=str(tiny.as_flax(base, tmp_path / "flax")), family=name), family
     )
     for key in ("_class_name", "force_zeros_for_empty_prompt", *components):
-        assert found.configs["model_index"].get(key) == plain.configs["model_index"].get(key)
+        assert found.configs.model_index.get(key) == plain.configs.model_index.get(key)
     for component in components:
         ours, theirs = (
             dict(load_component(one, component).named_parameters()) for one in (found, plain)
@@ -59,7 +59,7 @@ def test_pictures_of_a_flax_model(name: str, base: Path, sdxl: Path, tmp_path: P
     flax = tiny.as_flax(base, tmp_path / "flax")
     for engine in ("torch", "jax"):
         drawn = [
-            generate.run_generate(
+            limner.generate(
                 str(m),
                 ["a disc"],
                 steps=2,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import limner
 from limner import cli
 from limner.commands import generate
 from limner.config import toml
@@ -45,7 +46,7 @@ def runs(base, pictures, tmp_path_factory) -> dict[str, Path]:
 
 
 def drawn(run: str, prompts: list[str], folder: Path, **settings) -> list[np.ndarray]:
-    paths = generate.run_generate(
+    paths = limner.generate(
         run,
         prompts,
         output=folder,
@@ -194,7 +195,7 @@ def test_a_lora_without_its_base_asks_for_it(runs, tmp_path):
         (runs["lora"] / "pytorch_lora_weights.safetensors").read_bytes()
     )
     with pytest.raises(InputError, match="--base"):
-        generate.run_generate(str(tmp_path), ["red"])
+        limner.generate(str(tmp_path), ["red"])
 
 
 def test_a_lora_takes_its_base_from_where_the_run_kept_it(tmp_path, monkeypatch):

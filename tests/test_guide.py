@@ -103,7 +103,7 @@ def test_the_guide_s_command_and_its_snippet(hub: Hub, place: Path) -> None:
         "fp16 scales its loss, on a CPU too"
     )
     state = json.loads((run / "checkpoint-2" / "state.json").read_text())
-    assert (state["batch"], state["world"], state["records"]) == (4, 1, 12)
+    assert (state["batch_size"], state["world_size"], state["records"]) == (4, 1, 12)
     received = hub.received("tester/sd-naruto-model")
     result = json.loads((run / "result.json").read_text())["files"]
     assert (

@@ -343,7 +343,9 @@ def test_an_srgb_profile_or_a_useless_one_changes_no_number() -> None:
 
     ramp = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert np.any(np.asarray(image._through(Image.fromarray(ramp), tabled_srgb_profile())) != ramp)
+    assert np.any(
+        np.asarray(image.apply_profile(Image.fromarray(ramp), tabled_srgb_profile())) != ramp
+    )
     for profile in (
         srgb,
         tabled_srgb_profile(),

@@ -10,9 +10,10 @@ from PIL import Image
 
 from limner.config.schema import DataSettings
 from limner.data import image
-from limner.data.index import Entry, Index, build_index, caption_report, write_skipped
+from limner.data.index import Entry, Index, build_index, write_skipped
 from limner.data.source import BadRecord, Record
 from limner.errors import InputError
+from limner.features.caption_lengths import find_truncated_captions
 
 
 class Mine:
@@ -32,7 +33,9 @@ class Mine:
 
 def seen(source: Any, *, known: Path | None = None, **settings: Any) -> Index:
     told: list[str] = []
-    index = build_index(source, DataSettings(size=4, **settings), known=known, report=told.append)
+    index = build_index(
+        source, DataSettings(size=4, **settings), cache_file=known, report=told.append
+    )
     assert len(told) == bool(index.skipped) + bool(index.without_caption) + bool(
         index.exact_duplicates
     )
@@ -292,7 +295,7 @@ def test_a_memory_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None
     index = build_index(
         Mine(Record("a", picture(tmp_path / "a.png"), ("x",))),
         DataSettings(size=4),
-        known=tmp_path / "file" / "known.json",
+        cache_file=tmp_path / "file" / "known.json",
         report=told.append,
     )
     assert len(index.entries) == 1 and len(told) == 1 and "cannot be written" in told[0]
@@ -340,10 +343,10 @@ def test_captions_that_are_too_long_are_counted_and_named() -> None:
         ("d", "one two three"),
         *((f"e{i}", f"w{i}") for i in range(2500)),
     ]
-    found = caption_report(iter(pairs), lengths, 4)
+    found = find_truncated_captions(iter(pairs), lengths, 4)
     assert [(o.key, o.caption, o.tokens) for o in found] == [
         ("b", "one two three", 5),
         ("d", "one two three", 5),
     ]
     assert len(asked) == len(set(asked)) == 2503
-    assert caption_report([], lengths, 4) == []
+    assert find_truncated_captions([], lengths, 4) == []

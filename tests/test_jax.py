@@ -12,6 +12,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +108,7 @@ def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
         if family == "sdxl"
         else None
     )
+    inputs = {"encoder_hidden_states": context, "added_cond_kwargs": added}
     mask = np.arange(9) < np.array([[9], [5]])
     said = net(
         tensors(x),
@@ -118,7 +120,9 @@ def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
     (said - tensors(goal)).square().mean().backward()
 
     def loss(arrays: Any) -> Any:
-        made = unet.unet(Params(arrays), known, x, t, context, added, mask, remat=True)
+        made = unet.unet(
+            Params(arrays), known, x, t, inputs | {"encoder_attention_mask": mask}, remat=True
+        )
         return jax.numpy.square(made - goal).mean(), made
 
     (_, made), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
@@ -129,14 +133,14 @@ def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
         and sum(np.abs(g).max() > 0 for g in wanted.values()) > len(wanted) - 4
     )
     assert max(np.abs(np.asarray(gradient[name]) - g).max() for name, g in wanted.items()) < 1e-6
-    half = jax.jit(
-        lambda a: unet.unet(Params(a), known, x.astype(jax.numpy.bfloat16), t, context, added)
-    )(arrays).astype(np.float32)
-    plain = jax.jit(lambda a: unet.unet(Params(a), known, x, t, context, added))(arrays)
+    half = jax.jit(lambda a: unet.unet(Params(a), known, x.astype(jax.numpy.bfloat16), t, inputs))(
+        arrays
+    ).astype(np.float32)
+    plain = jax.jit(lambda a: unet.unet(Params(a), known, x, t, inputs))(arrays)
     assert np.linalg.norm(half - plain) < 3e-2 * np.linalg.norm(plain)
     with torch.no_grad():
         moved = np.asarray(
-            jax.jit(lambda a: unet.unet(Params(a), known, x, t + 200, context, added))(arrays)
+            jax.jit(lambda a: unet.unet(Params(a), known, x, t + 200, inputs))(arrays)
         )
     assert np.abs(moved - np.asarray(plain)).max() > 1e-3, "the timestep is not felt"
 
@@ -155,7 +159,8 @@ def test_latents_of_odd_sides(base: Path) -> None:
             .eval()(tensors(x), tensors(t), tensors(context))
             .sample.numpy()
         )
-    made = jax.jit(lambda a: unet.unet(Params(a), found.configs["unet"], x, t, context))(
+    inputs = {"encoder_hidden_states": context}
+    made = jax.jit(lambda a: unet.unet(Params(a), found.configs["unet"], x, t, inputs))(
         weights.read_component(found, "unet")
     )
     assert said.shape == (1, 4, 9, 7) and np.abs(np.asarray(made) - said).max() < 1e-5
@@ -580,9 +585,7 @@ def test_a_picture_is_the_stock_pipeline_s(family: str, kind: str, pair: Any) ->
         own = engines.open_pipeline(
             found, None, "jax", scheduler=name, precision="no", device="cpu"
         )
-        made = np.stack(
-            own.draw(prompts, [0, 1], steps=4, guidance_scale=5.0, size=32, latents=noise)
-        )
+        made = np.stack(own.draw_from_noise(prompts, noise, steps=4, guidance_scale=5.0, size=32))
         assert np.abs(made - want).max() <= 2 and made.std() > 1
         again = np.stack(
             own.draw(
@@ -592,8 +595,66 @@ def test_a_picture_is_the_stock_pipeline_s(family: str, kind: str, pair: Any) ->
         np.testing.assert_array_equal(again[:2], again[2:])
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_one_seed_is_one_picture_in_both_engines(family: str, base: Path, sdxl: Path) -> None:
+    """To 2 of 255, in a batch that is not filled too; another seed is another picture."""
+    source = ModelSource(str({"sd": base, "sdxl": sdxl}[family]))
+    prompts, seeds = ["a red circle", "a blue one", "red"], [7, 2**32 + 8, 7]
+    drawn = []
+    for engine in ("torch", "jax"):
+        pipeline = engines.open_pipeline(
+            source, None, engine, scheduler="ddim", precision="no", device="cpu"
+        )
+        pictures = engines.draw_pictures(
+            pipeline, prompts, seeds, steps=4, guidance_scale=5.0, size=40, batch=2
+        )
+        drawn.append(np.stack(pictures).astype(int))
+    stock, own = drawn
+    assert own.shape == (3, 40, 40, 3) and np.abs(own - stock).max() <= 2
+    assert np.abs(own[0] - own[1]).max() > 20 and own.std() > 1
+
+
+def test_previews_start_from_the_same_noise_in_both_engines(
+    base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    drawn = []
+    for kind in ("torch", "jax"):
+        cfg = settings(base, pictures, tmp_path / kind, kind, optim={"ema": None})
+        process = engines.join_processes(cfg.engine)
+        engine = engines.open_engine(cfg, opened(base, "sd"), FAMILIES["sd"], process, 2, print)
+        [picture] = engine.draw_previews(
+            engine.init_state(0), ["a red circle"], [5], steps=2, guidance_scale=5.0, size=32
+        )
+        drawn.append(picture.astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 2 and drawn[0].std() > 1
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("no", 1e-6), ("bf16", 0.04)])
+def test_noise_is_drawn_in_the_type_of_the_stock_pipeline(
+    precision: str, limit: float, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from limner.engines.jax import pipeline
+
+    own = engines.open_pipeline(
+        ModelSource(str(base)), None, "jax", scheduler=None, precision=precision, device="cpu"
+    )
+    monkeypatch.setattr(
+        pipeline.Pipeline, "draw_from_noise", lambda self, prompts, noise, **settings: [noise]
+    )
+    [noise] = own.draw(["a"] * 2, [1, 2], steps=1, guidance_scale=1.0, size=32)
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16}[precision]
+    for row, seed in zip(noise, (1, 2), strict=True):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        stock = torch.randn((1, 4, 16, 16), generator=generator, dtype=dtype)
+        difference = np.abs(row - stock[0].float().numpy())
+        assert row.dtype == np.float32 and difference.max() < limit
+        assert precision == "no" or (difference > 0).mean() < 1e-2
+
+
 def test_the_command_draws_with_jax(pair: Any, tmp_path: Path) -> None:
-    [made] = generate.run_generate(
+    [made] = limner.generate(
         str(pair("sd", "full")[3]),
         ["a red circle"],
         steps=2,
@@ -611,10 +672,9 @@ def test_previews_are_compiled_once(pictures: Path, tmp_path: Path) -> None:
     engine = engines.open_engine(
         cfg, opened(base, "sd"), FAMILIES["sd"], engines.join_processes(cfg.engine), 2, print
     )
-    state, engine.kernel = (
-        engine.init_state(0),
-        lambda q, k, v: None,
-    )  # as where there is a fused one: that of pictures is asked for
+    state = engine.init_state(0)
+    # As where there is a fused one: that of pictures is asked for.
+    engine.model = replace(engine.model, kernel=lambda q, k, v: None)
 
     def heard(event: str, seconds: float, **how: Any) -> None:
         compiles.append(event) if event.endswith("backend_compile_duration") else None
@@ -842,7 +902,7 @@ def test_eight_devices_two_processes_and_back(again: bool, pictures: Path, tmp_p
     [picture] = pipeline.draw(["a red circle"], [3], steps=2, guidance_scale=7.5, size=32)
     assert np.abs(contact_sheet.read_picture(shown).astype(int) - picture).max() <= 1
     state = checkpoint.open_checkpoint(tmp_path / "two" / "checkpoint-6")
-    assert state.state["world"] == 2
+    assert state.state.world_size == 2
     file = "unet/diffusion_pytorch_model.safetensors"
     ours, theirs = (
         state.arrays(file),

@@ -19,7 +19,7 @@ from PIL import Image
 import limner
 from limner import cli, rng
 from limner.base_model.open import open_base
-from limner.commands import export, generate
+from limner.commands import export
 from limner.config import toml
 from limner.config.schema import AdapterSettings, Config, ModelSettings, PreviewSettings
 from limner.data import contact_sheet
@@ -417,7 +417,7 @@ def test_stock_pipelines_load_the_result_and_draw_the_same_picture(
     assert len(shown) == 2 and all(
         np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(shown, want, strict=True)
     )
-    made = generate.run_generate(
+    made = limner.generate(
         str(run),
         ["a red circle"],
         seed=SEED,
@@ -445,15 +445,13 @@ def test_both_stages_tuned(kinds, result, kandinsky, tmp_path):
     """In either order, and beside what one of them was trained with."""
     prior, decoder = result[PRIOR, kinds[0]], result[DECODER, kinds[1]]
     how = {"seed": SEED, "steps": 2, "guidance_scale": 4.0, "size": SIZE, "device": "cpu"}
-    [one] = generate.run_generate(
+    [one] = limner.generate(
         str(prior), ["a red circle"], other_stage=str(decoder), output=tmp_path / "one", **how
     )
-    [two] = generate.run_generate(
+    [two] = limner.generate(
         str(decoder), ["a red circle"], other_stage=str(prior), output=tmp_path / "two", **how
     )
-    [plain] = generate.run_generate(
-        str(decoder), ["a red circle"], output=tmp_path / "plain", **how
-    )
+    [plain] = limner.generate(str(decoder), ["a red circle"], output=tmp_path / "plain", **how)
     np.testing.assert_array_equal(contact_sheet.read_picture(one), contact_sheet.read_picture(two))
     assert not np.array_equal(contact_sheet.read_picture(one), contact_sheet.read_picture(plain))
 
@@ -480,7 +478,7 @@ def test_one_folder_of_both_stages(result, tmp_path, capsys):
         whole = cls.from_pretrained(target)
         assert type(whole) is KandinskyV22CombinedPipeline
         np.testing.assert_array_equal(drawn(whole, 5), want)
-    [made] = generate.run_generate(
+    [made] = limner.generate(
         str(target),
         ["a red circle"],
         seed=5,
@@ -545,7 +543,7 @@ def test_a_folder_of_both_serves_as_either_base(result, wide, tmp_path):
             for name in ("apart", "both")
         ]
         np.testing.assert_array_equal(*map(contact_sheet.read_picture, pictures))
-        [made] = generate.run_generate(
+        [made] = limner.generate(
             str(tmp_path / f"{family}-both"),
             ["a red circle"],
             seed=SEED,
@@ -569,7 +567,7 @@ def test_one_command_trains_both_and_draws_with_both(
 ):
     """The decoder's previews are made with the prior of the run before."""
     recipe = (
-        '[model]\nfamily = "{family}"\nbase = "{base}"\nother_stage = "{partner}"\n[train]\n'
+        '[model]\nfamily = "{family}"\nbase = "{base}"\nother_stage = "{other_stage}"\n[train]\n'
         'steps = 2\nbatch_size = 4\nseed = 3\n[adapter]\nkind = "{kind}"\n'
     )
     for kind in ("full", "lora"):
@@ -603,7 +601,7 @@ def test_one_command_trains_both_and_draws_with_both(
         run, prior = tmp_path / f"{DECODER}-{kind}", tmp_path / f"{PRIOR}-{kind}"
         assert json.loads((run / "config.json").read_text())["model"]["other_stage"] == str(prior)
         [shown] = (run / "previews" / "step-000002").glob("*.png")
-        [made] = generate.run_generate(
+        [made] = limner.generate(
             str(run),
             ["a red circle"],
             other_stage=str(prior),
@@ -809,9 +807,9 @@ def test_previews_of_a_prior_need_a_decoder(kandinsky, wide, tmp_path):
         match=r"A KandinskyV22PriorPipeline makes pictures together with its other stage; name "
         r"that too, with --other-stage",
     ):
-        generate.run_generate(str(tmp_path / "run"), ["a cat"], device="cpu")
+        limner.generate(str(tmp_path / "run"), ["a cat"], device="cpu")
     with pytest.raises(InputError, match="make pictures together"):
-        generate.run_generate(
+        limner.generate(
             str(tmp_path / "run"), ["a cat"], other_stage=str(kandinsky / "prior"), device="cpu"
         )
 
@@ -902,7 +900,7 @@ def test_scripts_under_a_launcher(name, processes, kandinsky, wide, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (
-        json.loads((tmp_path / "run" / "checkpoint-2" / "state.json").read_text())["world"]
+        json.loads((tmp_path / "run" / "checkpoint-2" / "state.json").read_text())["world_size"]
         == processes
     )
     result = "pytorch_lora_weights.safetensors" if name.startswith("lora") else "model_index.json"

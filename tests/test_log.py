@@ -21,7 +21,7 @@ from limner.config.schema import Config
 from limner.errors import InputError
 from limner.storage import atomic
 from limner.training.sinks import (
-    installed_sinks,
+    list_installed_sinks,
     open_sinks,
     read_metrics,
     redact,
@@ -141,18 +141,20 @@ def test_previews_are_whole_folders_of_exact_pictures(
 ) -> None:
     told: list[str] = []
     sinks = open_sinks(recipe(), tmp_path, 0, told.append)
-    sinks.images(500, "validation", [("a red apple", PICTURE), ("ein grüner Apfel", PICTURE[::-1])])
+    sinks.write_images(
+        500, "validation", [("a red apple", PICTURE), ("ein grüner Apfel", PICTURE[::-1])]
+    )
     folder = tmp_path / "previews" / "step-000500"
     atomic.verify(folder)
     with Image.open(folder / "01.png") as second:
         assert np.array_equal(np.asarray(second), PICTURE[::-1])
         assert second.text["caption"] == "ein grüner Apfel"  # type: ignore[attr-defined]
-    sinks.images(600, "test", [("x", PICTURE)])
+    sinks.write_images(600, "test", [("x", PICTURE)])
     assert sorted(p.name for p in (tmp_path / "previews").iterdir()) == [
         "step-000500",
         "step-000600-test",
     ]
-    sinks.images(700, "validation", [("x", PICTURE), ("not a picture", np.zeros((2, 2, 7)))])
+    sinks.write_images(700, "validation", [("x", PICTURE), ("not a picture", np.zeros((2, 2, 7)))])
     assert len(told) == 1 and not (tmp_path / "previews" / "step-000700").exists()
 
 
@@ -168,7 +170,7 @@ def test_tensorboard_holds_the_numbers_pictures_and_settings(tmp_path: Path) -> 
     sinks = open_sinks(recipe("tensorboard", train={"steps": 7}), tmp_path, 0)
     for step in (1, 2, 3):
         sinks.write(step, {"loss": step / 4, "learning_rate": 1e-4})
-    sinks.images(2, "validation", [("a", PICTURE), ("b", PICTURE)])
+    sinks.write_images(2, "validation", [("a", PICTURE), ("b", PICTURE)])
     events = accumulated(tmp_path)  # before close: what is written can be seen at once
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.25), (2, 0.5), (3, 0.75)]
     assert events.Scalars("learning_rate")[0].value == pytest.approx(1e-4)
@@ -210,7 +212,7 @@ def test_wandb(tmp_path: Path, stub: Any) -> None:
     wandb = stub("wandb")
     sinks = open_sinks(recipe("wandb", train={"steps": 7}), tmp_path, 0)
     sinks.write(3, {"loss": 0.5})
-    sinks.images(3, "validation", [("a star", PICTURE)])
+    sinks.write_images(3, "validation", [("a star", PICTURE)])
     sinks.close()
     [(_, start)] = wandb.named("init")
     assert (start["project"], start["config"]["train.steps"], start["resume"]) == (
@@ -237,7 +239,7 @@ def test_comet(tmp_path: Path, stub: Any) -> None:
     comet = stub("comet_ml")
     sinks = open_sinks(recipe("comet_ml", train={"steps": 7}), tmp_path, 0)
     sinks.write(3, {"loss": 0.5})
-    sinks.images(4, "validation", [("a star", PICTURE)])
+    sinks.write_images(4, "validation", [("a star", PICTURE)])
     sinks.close()
     [(_, start)] = comet.named("start")
     assert start["project_name"] == "stars" and len(start["experiment_key"]) == 32
@@ -257,7 +259,7 @@ def test_a_failing_sink_is_told_of_once_and_dropped(tmp_path: Path, stub: Any) -
     sinks = open_sinks(recipe("wandb", "comet_ml"), tmp_path, 0, told.append)
     for step in (1, 2, 3):
         sinks.write(step, {"loss": 1.0})
-    sinks.images(3, "validation", [("x", PICTURE)])
+    sinks.write_images(3, "validation", [("x", PICTURE)])
     sinks.close()
     assert told == [
         "wandb failed and is left out from now on; metrics.jsonl has all numbers: "
@@ -274,7 +276,7 @@ def test_a_missing_package_is_refused_before_anything_is_written(
 ) -> None:
     for name in ("tensorboard", "tensorboardX", "wandb", "comet_ml"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert installed_sinks() == ()
+    assert list_installed_sinks() == ()
     with pytest.raises(
         InputError, match=r"wandb, comet_ml is not installed\. Run `pip install wandb comet-ml`"
     ):
@@ -282,8 +284,8 @@ def test_a_missing_package_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
     stub("wandb")
     stub("tensorboardX")
-    assert installed_sinks() == ("tensorboard", "wandb")
-    require_packages(installed_sinks())
+    assert list_installed_sinks() == ("tensorboard", "wandb")
+    require_packages(list_installed_sinks())
 
 
 def test_redact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +327,7 @@ def test_no_byte_of_the_run_holds_a_token(
     raw = {"model": model, "preview": {"prompts": [f"a {CANARY}"]}, "export": {"hub": secret}}
     sinks = open_sinks(recipe("tensorboard", "wandb", "comet_ml", **raw), tmp_path, 0)
     sinks.write(1, {"loss": 1.0})
-    sinks.images(1, "validation", [(f"a {CANARY} {secret}", PICTURE)])
+    sinks.write_images(1, "validation", [(f"a {CANARY} {secret}", PICTURE)])
     sinks.close()
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert {p.suffix for p in files} >= {".jsonl", ".png", ".json"} and any(
@@ -344,7 +346,7 @@ def test_sinks_move_no_random_number(tmp_path: Path) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     sinks = open_sinks(recipe("tensorboard"), tmp_path, 0)
     sinks.write(1, {"loss": 1.0})
-    sinks.images(1, "validation", [("x", PICTURE)])
+    sinks.write_images(1, "validation", [("x", PICTURE)])
     sinks.close()
     assert torch.equal(before[0], torch.get_rng_state())
     assert (before[1], before[2]) == (np.random.get_state()[1].tolist(), random.getstate())

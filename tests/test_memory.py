@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from limner.base_model.open import open_base
 from limner.config import toml
 from limner.config.schema import Config, ModelSettings
-from limner.engines.torch import engine as module
+from limner.engines.torch import state as module
 from limner.engines.torch.encoders import TorchEncoders
 from limner.engines.torch.engine import TorchEngine, TorchState
 from limner.engines.torch.processes import TorchProcessGroup

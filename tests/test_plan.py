@@ -2,15 +2,20 @@
 by name."""
 
 import json
-from typing import Any, get_args
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from limner.config import schema, toml
-from limner.config.schema import Config
-from limner.errors import InputError
+from limner.config import toml
+from limner.config.schema import SETTINGS, Config
+from limner.errors import InputError, IntegrityError
+from limner.storage.checkpoint import RunState
 from limner.training import batch_plan, resume
 from limner.training.batch_plan import BatchPlan
+
+ON_REQUEST = [n for n, one in SETTINGS.items() if one.declaration.resume == "on request"]
 
 
 def recipe(**train: Any) -> Config:
@@ -20,9 +25,10 @@ def recipe(**train: Any) -> Config:
     )
 
 
-def saved_of(cfg: Config, made: BatchPlan, data: str = "d", base: str = "m") -> dict[str, Any]:
+def saved_of(cfg: Config, made: BatchPlan, data: str = "d", base: str = "m") -> RunState:
     """What a checkpoint of this run says, through JSON."""
-    return json.loads(json.dumps(resume.make_run_state(cfg, made, data, base)))
+    plain = json.loads(json.dumps(resume.make_run_state(cfg, made, data, base).to_plain()))
+    return RunState.from_plain(plain, Path("checkpoint-1"))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +223,7 @@ def matched(
         raw[section][key] = value
     raw["checkpoint"]["allow_changes"] = list(allow)
     now = toml.build(Config, raw)
-    return resume.must_match(
+    return resume.check_unchanged(
         saved,
         resume.make_run_state(
             now,
@@ -279,10 +285,8 @@ def test_another_setting_is_refused_unless_allowed(name: str, value: Any, words:
         matched({name: value})
     message = str(caught.value)
     assert message.startswith("checkpoint-30 cannot be gone on from") and words in message
-    assert (f'checkpoint.allow_changes=["{name}"]' in message) == (
-        name in get_args(schema.Allowable)
-    )
-    if name in get_args(schema.Allowable):
+    assert (f'checkpoint.allow_changes=["{name}"]' in message) == (name in ON_REQUEST)
+    if name in ON_REQUEST:
         assert matched({name: value}, allow=(name,)) == [f"from step 30 on, {words}"]
         with pytest.raises(InputError):
             matched({name: value}, allow=("optim.warmup",))
@@ -310,11 +314,26 @@ def test_other_random_numbers_are_refused() -> None:
     saved = saved_of(
         recipe(batch_size=4), batch_plan.make_plan(recipe(batch_size=4), 1, 50, None, 1)
     )
-    now = json.loads(json.dumps(saved))
-    saved |= {"draws": "other", "numpy": "9.9"}
+    now = saved
+    saved = replace(saved, random_digest="other", numpy_version="9.9")
     with pytest.raises(
         InputError,
         match=r"random numbers: numpy 9\.9 drew others than numpy .*; install numpy 9\.9",
     ):
-        resume.must_match(saved, now, 1)
-    assert resume.random_digest(1) == resume.random_digest(1) != resume.random_digest(2)
+        resume.check_unchanged(saved, now, 1)
+    assert resume.digest_random_numbers(1) == resume.digest_random_numbers(1)
+    assert resume.digest_random_numbers(1) != resume.digest_random_numbers(2)
+
+
+def test_a_run_of_another_build_is_refused_in_words() -> None:
+    begun = saved_of(
+        recipe(batch_size=4), batch_plan.make_plan(recipe(batch_size=4), 1, 50, None, 1)
+    )
+    plain = begun.to_plain()
+    assert RunState.from_plain(plain, Path("c")) == begun
+    for version, words in ((None, "an earlier build"), (0, "an earlier"), (9, "a later build")):
+        with pytest.raises(InputError, match=f"begun with {words}.*begin a new run in another"):
+            RunState.from_plain({**plain, "version": version}, Path("checkpoint-7"))
+    del plain["seed"]
+    with pytest.raises(IntegrityError, match="seed is missing"):
+        RunState.from_plain(plain, Path("checkpoint-7"))

@@ -54,7 +54,7 @@ FRAMEWORKS = (
 # Frameworks outside the engines, each imported in the function that needs it: what stands for
 # JAX's pipelines and counts its devices, two kinds of data source, and trackers.
 ELSEWHERE = {
-    "compat/flags.py": {"jax"},
+    "compat/flag.py": {"jax"},
     "compat/flax.py": {"jax"},
     "data/hub_dataset.py": {"datasets"},
     "data/folder.py": {"pyarrow"},

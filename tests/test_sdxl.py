@@ -12,9 +12,9 @@ import pytest
 import tiny
 from PIL import Image
 
+import limner
 from limner import rng
 from limner.base_model.open import open_base
-from limner.commands import generate
 from limner.config import toml
 from limner.config.schema import AdapterSettings, Config, ModelSettings
 from limner.data import contact_sheet
@@ -352,7 +352,7 @@ def test_results_draw_the_same_in_the_stock_pipeline(sdxl, wide, tmp_path):
             generator=torch.Generator().manual_seed(7),
             output_type="np",
         ).images[0]
-        generate.run_generate(
+        limner.generate(
             str(run),
             prompts=["a red circle"],
             output=tmp_path / f"drawn-{kind}",
@@ -393,7 +393,6 @@ def test_latents_are_never_clipped(sdxl):
 
 
 GENERATE: dict[str, Any] = {
-    "prompt_file": None,
     "negative_prompt": None,
     "count": 1,
     "scheduler": None,

@@ -13,10 +13,10 @@ from limner.compat import diffusers
 from limner.config import toml
 from limner.config.schema import Config
 from limner.data import contact_sheet
-from limner.errors import InputError, Stopped
+from limner.errors import InputError, NonFiniteError, Stopped
 from limner.storage import atomic, checkpoint
 from limner.storage.checkpoint import STATE_FILE
-from limner.storage.run_folder import PUSHED_FILE
+from limner.storage.run_folder import RunFolder
 from limner.training import loop, result
 from limner.training import push as push_module
 from limner.training.signals import Stop
@@ -73,7 +73,7 @@ def test_a_finished_run_is_pushed_once_when_it_is_asked_for(base, pictures, tmp_
     def push(folder: Path, repository: str, private: bool, report: Any) -> None:
         pushed.append(repository)
         atomic.write_text(
-            folder / PUSHED_FILE,
+            RunFolder(folder).pushed,
             json.dumps({"repository": repository, "digest": result.read_result(folder)["digest"]}),
         )
 
@@ -109,7 +109,7 @@ def test_prompts_without_an_interval_are_drawn_at_the_end_in_a_size_that_pipelin
 
 def test_only_settings_of_the_optimizer_may_be_allowed_to_change(base, pictures, tmp_path):
     with pytest.raises(InputError, match=r"'optim\.learning_rate'"):
-        settings(base, pictures, tmp_path, checkpoint={"allow_changes": ["adapter.kind"]})
+        run(settings(base, pictures, tmp_path, checkpoint={"allow_changes": ["adapter.kind"]}))
     run(settings(base, pictures, tmp_path, optim={"ema": 0.9}))
     more: dict[str, Any] = {"train": {"steps": 3}}
     with pytest.raises(
@@ -169,7 +169,7 @@ def test_the_learning_rate_scales_with_the_batch_that_holds(tmp_path, monkeypatc
 
     assert rate() == pytest.approx(8e-5)
     (tmp_path / "checkpoint-5").mkdir()
-    (tmp_path / "checkpoint-5" / STATE_FILE).write_text(json.dumps({"step": 5, "batch": 16}))
+    (tmp_path / "checkpoint-5" / STATE_FILE).write_text(json.dumps({"step": 5, "batch_size": 16}))
     assert rate("--resume_from_checkpoint=latest") == pytest.approx(16e-5)
 
 
@@ -200,3 +200,34 @@ def test_a_bucket_that_cannot_fill_a_batch_is_told(base, tmp_path):
         "1 of 2 buckets have fewer pictures than a batch of 4 (48x24: 2); 2 rows of every epoch's "
         "batches are empty for it, and nothing is repeated" in said
     )
+
+
+def test_the_status_of_a_run_says_how_far_it_came_and_how_it_ended(base, pictures, tmp_path):
+    from limner.storage.run_folder import RunFolder, read_status
+
+    folder = tmp_path / "good"
+    run(settings(base, pictures, folder))
+    status = read_status(RunFolder(folder))
+    assert (status.state, status.step, status.steps, status.error) == ("finished", 2, 2, None)
+    assert status.images_per_second > 0 and status.began <= status.updated
+    bad = settings(
+        base, pictures, tmp_path / "bad", optim={"learning_rate": 1e30}, train={"steps": 9}
+    )
+    with pytest.raises(NonFiniteError):
+        run(bad)
+    status = read_status(RunFolder(tmp_path / "bad"))
+    assert status.state == "failed" and "not a finite number" in status.error
+
+
+def test_a_full_disk_for_the_status_stops_nobody(tmp_path, monkeypatch):
+    from limner.errors import DiskError
+    from limner.storage.run_folder import RunFolder
+    from limner.training import status
+
+    def refuse(*_: Any) -> None:
+        raise DiskError("no room")
+
+    monkeypatch.setattr(status, "write_status", refuse)
+    with status.keep_status(RunFolder(tmp_path), 0, 2, writes=True) as file:
+        file.update(step=1)
+    assert (file.status.state, file.status.step) == ("finished", 1)

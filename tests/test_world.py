@@ -295,7 +295,7 @@ def test_a_precision_that_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatc
     for precision in PRECISIONS:
         processes.probe_precision(torch.device("cpu"), precision)
     assert torch.equal(before, torch.get_rng_state())
-    monkeypatch.setitem(PRECISIONS, "fp16", torch.complex64)
+    monkeypatch.setitem(PRECISIONS, "fp16", "complex64")
     with pytest.raises(InputError, match="fp16 cannot run on cpu"):
         processes.probe_precision(torch.device("cpu"), "fp16")
 

@@ -242,7 +242,10 @@ def test_losses_agree(kind: str, seen: Seen) -> None:
         json.loads((seen.runs / f"{kind}-{n}" / f"checkpoint-{STEPS}" / "state.json").read_text())
         for n in (1, 2)
     ]
-    assert [s["world"] for s in states] == [1, 2] and [s["batch"] for s in states] == [4, 4]
+    assert [s["world_size"] for s in states] == [1, 2] and [s["batch_size"] for s in states] == [
+        4,
+        4,
+    ]
 
 
 def test_a_run_goes_on_with_another_number_of_processes_and_back(seen: Seen) -> None:
@@ -253,7 +256,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_back(seen: Seen) -> 
         json.loads((seen.runs / "changing" / f"checkpoint-{step}" / "state.json").read_text())
         for step in (8, 16, 24)
     ]
-    assert [s["world"] for s in states] == [1, 2, 1]
+    assert [s["world_size"] for s in states] == [1, 2, 1]
     ours, theirs = arrays(seen.runs / "changing", STEPS), arrays(seen.runs / "full-1", STEPS)
     assert ours.keys() == theirs.keys()
     assert (

@@ -566,18 +566,16 @@ TINY_SD = {
 }
 
 
-def get_configs(family: str) -> dict:
+def get_configs(family: str):
     """The published configs of a family, or tiny ones."""
-    import copy
+    from limner.families.published import load_published
 
-    from limner.commands.bench import STAND_INS
-
-    configs = copy.deepcopy(STAND_INS[family])
+    configs = load_published(family)
     if ARGS.tiny or SMALL:
-        configs["unet"] |= TINY_SD
+        configs["unet"].update(TINY_SD)
         if family == "sdxl":
             heads = {"attention_head_dim": [4, 8], "transformer_layers_per_block": [1, 2]}
-            configs["unet"] |= heads
+            configs["unet"].update(heads)
     return configs
 
 
@@ -641,9 +639,9 @@ class Bench:
         self.count = 0
 
     def make_batch(self, rows: int):
-        from limner.features import stand_in
+        from limner.commands import bench
 
-        return stand_in.make_batch(self.cfg, self.configs, self.family, rows)
+        return bench.make_batch(self.cfg, self.configs, self.family, rows)
 
     def make_step(self, rows: int):
         """A function that trains one step on a batch of so many rows, always the same."""
@@ -822,7 +820,7 @@ def check_fused(n: int) -> None:
     """The first steps of AdamW move each number by the learning rate, against its gradient."""
     import torch
 
-    from limner.engines.torch.engine import compute_norm
+    from limner.engines.torch.optimizer import compute_norm
 
     device = ARGS.device
     draws = torch.Generator(device).manual_seed(0)
@@ -1271,7 +1269,7 @@ def prepare_weights() -> None:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from limner.commands import bench
+    from limner.commands import stand_in_base
 
     place = find_scratch(ARGS) / "sd15.part"
     shutil.rmtree(place, ignore_errors=True)
@@ -1295,7 +1293,7 @@ def prepare_weights() -> None:
     vae = AutoencoderKL(scaling_factor=0.18215, **get_coder_shape())
     vae.save_pretrained(place / "vae")
     configs = get_configs("sd")
-    bench.write_random_component(place / "unet", configs["unet"])
+    stand_in_base.write_random_component(place / "unet", configs["unet"])
     scheduler = {**configs["scheduler"], "_class_name": "DDPMScheduler"}
     (place / "scheduler").mkdir()
     (place / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))

@@ -1,4 +1,4 @@
-"""``python -m limner``, and so ``accelerate launch -m limner``, is the ``limner`` command."""
+"""Run the ``limner`` command as ``python -m limner``, or under ``accelerate launch -m limner``."""
 
 from limner.cli import main
 

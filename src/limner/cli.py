@@ -1,279 +1,371 @@
-"""The ``limner`` command: one verb each, errors as one message, an exit code for each kind of
-end."""
+"""The ``limner`` command: arguments in, one command called, an exit code out."""
 
 import argparse
 import logging
 import os
 import sys
 import warnings
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
 from limner.errors import InputError, LimnerError, report_once
 
-TORCH_PACKAGES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "peft",
-)  # what pip installs with limner[torch]
+if TYPE_CHECKING:
+    from limner.config.schema import Config
+
+# What pip installs with limner[torch].
+TORCH_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+OVERRIDES_HELP = "settings as section.key=value, in TOML"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse and run; returns the exit code (see ``limner.errors``)."""
-    parser = argparse.ArgumentParser(
-        prog="limner", description="Fine-tune text-to-image diffusion models."
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    recipe = "settings as section.key=value, in TOML"
-    about = {
-        "train": "train, or go on training",
-        "encode": "encode pictures and captions ahead of time; training then loads no encoder",
-        "check": "look at every picture and caption and tell what training would make of them",
-        "show": "print the resolved settings and batch arithmetic, and load nothing",
-    }
-    for name, text in about.items():
-        verb = verbs.add_parser(name, help=text)
-        if name == "check":
-            verb.add_argument("--json", type=to_path, help="write the report to this file too")
-            verb.add_argument(
-                "--sheet",
-                type=to_path,
-                help="draw a contact sheet of each bucket's pictures, as they are cut, into "
-                "this PNG",
-            )
-        verb.add_argument(
-            "recipe", type=to_path, help="a TOML file, such as recipes/sd15-lora.toml"
-        )
-        several = "further recipes, trained one after the other, and " if name == "train" else ""
-        verb.add_argument("words", metavar="overrides", nargs="*", help=several + recipe)
-    add_generate_arguments(
-        verbs.add_parser(
-            "generate", help="make pictures with a run, a model folder or a Hub repository"
-        )
-    )
-    verb = verbs.add_parser(
-        "export", help="write the result of a run's newest checkpoint again, or push it to the Hub"
-    )
-    verb.add_argument("run", type=to_path)
-    verb.add_argument("--push", metavar="REPOSITORY", help="Hub repository to push the result to")
-    verb.add_argument(
-        "--combined",
-        metavar="FOLDER",
-        type=to_path,
-        help="of a model in two stages: write both into this folder, for stock pipelines",
-    )
-    verb.add_argument(
-        "--other-stage",
-        default=None,
-        help="for --combined: the other stage, a run, a folder or a Hub repository (default: "
-        "the run's own)",
-    )
-    verb.add_argument("--private", action="store_true", help="where --push makes that repository")
-    verb = verbs.add_parser(
-        "demo", help="fine-tune the bundled model on the bundled pictures, on the CPU, in minutes"
-    )
-    verb.add_argument(
-        "--engine",
-        choices=["torch", "jax"],
-        default="torch",
-        help="what trains and draws (default: %(default)s)",
-    )
-    verb.add_argument(
-        "--folder",
-        type=to_path,
-        help="receives the run (default: runs/demo-, then a digest of what is bundled)",
-    )
-    verb.add_argument(
-        "--output",
-        type=to_path,
-        default=Path("before-after.png"),
-        help="the picture at the end (default: %(default)s)",
-    )
-    verb = verbs.add_parser("bench", help="step time, images/s, peak memory and MFU of a recipe")
-    verb.add_argument("recipe", type=to_path)
-    verb.add_argument("words", metavar="overrides", nargs="*", help=recipe)
-    verb.add_argument("--steps", type=int, default=10, help="measured steps (default: %(default)s)")
-    verb.add_argument("--json", type=to_path, help="write the figures to this file too")
-    arguments, more = parser.parse_known_args(argv)
-    if more and ("words" not in arguments or any(word.startswith("-") for word in more)):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
-    if more:  # words that follow an option
-        arguments.words += more
-    return run_guarded(lambda: COMMANDS[arguments.verb](arguments))
+    """Parse the command line, run the command, and return the exit code (see ``limner.errors``)."""
+    parser = ArgumentParser(prog="limner", description="Fine-tune text-to-image diffusion models.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add_arguments(subparsers.add_parser(name, help=command.help))
+    arguments, extra = parser.parse_known_args(argv)
+    if extra and ("words" not in arguments or any(word.startswith("-") for word in extra)):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    # argparse takes a list of words up to the first option, and leaves those after it.
+    if extra:
+        arguments.words += extra
+    return run_guarded(lambda: COMMANDS[arguments.command].run(arguments))
 
 
 def to_path(text: str) -> Path:
-    """A path as a user writes it."""
+    """Return a path as a user writes it: ``~`` is the home folder."""
     return Path(text).expanduser()
 
 
-def add_generate_arguments(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "model", help="a run's folder, a folder in the diffusers layout, or a Hub repository"
-    )
-    verb.add_argument("words", metavar="prompts", nargs="*", help="what to draw")
-    verb.add_argument("--prompt-file", type=to_path, help="a text file with one prompt per line")
-    verb.add_argument("--negative-prompt", default=None)
-    verb.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the first picture of each prompt; the next ones count up (default: %(default)s)",
-    )
-    verb.add_argument(
-        "--count", type=int, default=1, help="pictures per prompt (default: %(default)s)"
-    )
-    verb.add_argument("--steps", type=int, default=25, help="of the sampler (default: %(default)s)")
-    verb.add_argument(
-        "--guidance-scale", type=float, default=None, help="default: the pipeline's own"
-    )
-    verb.add_argument(
-        "--scheduler",
-        default=None,
-        help="ddim, ddpm, dpm++, euler, euler-a, heun, pndm or unipc (default: the model's own)",
-    )
-    verb.add_argument(
-        "--size", type=int, default=None, help="pixels a side (default: the model's own)"
-    )
-    verb.add_argument("--batch-size", type=int, default=4)
-    verb.add_argument(
-        "--base", default=None, help="base model of a LoRA, where the run does not say"
-    )
-    verb.add_argument(
-        "--other-stage",
-        default=None,
-        help="the other one of a model in two stages, prior or decoder, where the run does not say",
-    )
-    verb.add_argument(
-        "--engine",
-        choices=["torch", "jax"],
-        default="torch",
-        help="PyTorch through the stock pipelines, or JAX (default: %(default)s)",
-    )
-    verb.add_argument("--precision", choices=["no", "fp16", "bf16"], default="no")
-    verb.add_argument("--device", default=None)
-    verb.add_argument(
-        "--output",
-        type=to_path,
-        default=Path("pictures"),
-        help="folder for the PNG files (default: %(default)s)",
-    )
-    verb.add_argument(
-        "--grid", type=to_path, default=None, help="also write all pictures into one PNG"
+class RenamedOption(argparse.Action):
+    """An old option, refused with its new name, which is ``const``."""
+
+    def __call__(
+        self,
+        parser: ArgumentParser,
+        namespace: Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> NoReturn:
+        parser.error(f"{option_string}: renamed to {self.const}")
+
+
+def add_renamed_option(parser: ArgumentParser, old: str, new: str) -> None:
+    """Make the parser refuse an old option with its new name, whatever follows it."""
+    parser.add_argument(
+        old,
+        action=RenamedOption,
+        const=new,
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
     )
 
 
-def run_train(arguments: argparse.Namespace) -> None:
+def add_recipe_arguments(parser: ArgumentParser, words_help: str = OVERRIDES_HELP) -> None:
+    """Add a recipe and its overrides."""
+    parser.add_argument("recipe", type=to_path, help="a TOML file, such as recipes/sd15-lora.toml")
+    parser.add_argument("words", metavar="overrides", nargs="*", help=words_help)
+
+
+def load_recipe(arguments: Namespace) -> "Config":
+    """Read the recipe of a command, with its overrides."""
+    from limner.config import toml
+
+    return toml.load_recipe(arguments.recipe, arguments.words)
+
+
+def add_train_arguments(parser: ArgumentParser) -> None:
+    """Add what ``limner train`` takes."""
+    add_recipe_arguments(
+        parser, f"further recipes, trained one after the other, and {OVERRIDES_HELP}"
+    )
+
+
+def run_train(arguments: Namespace) -> None:
+    """Train one recipe, or several one after the other."""
     from limner.config import toml
     from limner.training import loop
 
-    more = [word for word in arguments.words if word.endswith(".toml") and "=" not in word]
-    words = [word for word in arguments.words if word not in more]
+    recipes = [arguments.recipe]
+    overrides = []
+    for word in arguments.words:
+        if word.endswith(".toml") and "=" not in word:
+            recipes.append(to_path(word))
+        else:
+            overrides.append(word)
     with report_once():
-        configs = [
-            toml.load_recipe(path, words) for path in (arguments.recipe, *map(to_path, more))
-        ]
+        configs = [toml.load_recipe(recipe, overrides) for recipe in recipes]
     if len(configs) == 1:
         loop.run_training(configs[0])
     else:
         loop.run_all(configs)
 
 
-def run_encode(arguments: argparse.Namespace) -> None:
-    from limner.config import toml
+def run_encode(arguments: Namespace) -> None:
+    """Fill the caches of a recipe."""
     from limner.training import loop
 
     with report_once():
-        config = toml.load_recipe(arguments.recipe, arguments.words)
+        config = load_recipe(arguments)
     loop.run_training(config, only_encode=True)
 
 
-def run_check(arguments: argparse.Namespace) -> None:
-    from limner.commands import check
-    from limner.config import toml
+def add_check_arguments(parser: ArgumentParser) -> None:
+    """Add what ``limner check`` takes."""
+    parser.add_argument("--json", type=to_path, help="write the report to this file too")
+    parser.add_argument(
+        "--sheet",
+        type=to_path,
+        help="draw a contact sheet of each bucket's pictures, as they are cropped, into this PNG",
+    )
+    add_recipe_arguments(parser)
 
-    check.run_check(
-        toml.load_recipe(arguments.recipe, arguments.words),
-        json_file=arguments.json,
-        sheet=arguments.sheet,
+
+def run_check(arguments: Namespace) -> None:
+    """Check the data of a recipe."""
+    from limner.commands import check
+
+    check.run_check(load_recipe(arguments), json_file=arguments.json, sheet=arguments.sheet)
+
+
+def run_show(arguments: Namespace) -> None:
+    """Print the settings of a recipe."""
+    from limner.commands import show
+
+    print(show.format_settings(load_recipe(arguments)))
+
+
+def add_generate_arguments(parser: ArgumentParser) -> None:
+    """Add what ``limner generate`` takes: the model, the prompts, the settings, the files."""
+    parser.add_argument(
+        "model", help="a run's folder, a folder in the diffusers layout, or a Hub repository"
+    )
+    parser.add_argument("words", metavar="prompts", nargs="*", help="what to draw")
+    parser.add_argument("--prompt-file", type=to_path, help="a text file with one prompt per line")
+    parser.add_argument("--base", help="base model of a LoRA, where the run does not say")
+    parser.add_argument(
+        "--other-stage",
+        help="the other stage of a two-stage model, prior or decoder, where the run does not say",
+    )
+    add_renamed_option(parser, "--partner", "--other-stage")
+    add_draw_settings(parser)
+    parser.add_argument(
+        "--output",
+        type=to_path,
+        default=Path("pictures"),
+        help="folder for the PNG files (default: %(default)s)",
+    )
+    parser.add_argument("--grid", type=to_path, help="also write all pictures into one PNG")
+
+
+def add_draw_settings(parser: ArgumentParser) -> None:
+    """Add the fields of ``DrawSettings``; a test compares the defaults."""
+    parser.add_argument("--negative-prompt")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first picture of each prompt; the next ones count up (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--count", type=int, default=1, help="pictures per prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=25, help="of the sampler (default: %(default)s)"
+    )
+    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's own")
+    parser.add_argument(
+        "--scheduler",
+        help="ddim, ddpm, dpm++, euler, euler-a, heun, pndm or unipc (default: the model's own)",
+    )
+    parser.add_argument("--size", type=int, help="pixels a side (default: the model's own)")
+    parser.add_argument(
+        "--batch-size", type=int, default=4, help="pictures drawn at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=["torch", "jax"],
+        default="torch",
+        help="PyTorch through the stock pipelines, or JAX (default: %(default)s)",
+    )
+    parser.add_argument("--precision", choices=["no", "fp16", "bf16"], default="no")
+    parser.add_argument("--device")
+
+
+def run_generate(arguments: Namespace) -> None:
+    """Draw pictures, and print where they are."""
+    from limner.commands import generate
+
+    prompts = list(arguments.words)
+    if arguments.prompt_file is not None:
+        prompts += generate.read_prompts(arguments.prompt_file)
+    settings = generate.DrawSettings(
+        negative_prompt=arguments.negative_prompt,
+        seed=arguments.seed,
+        count=arguments.count,
+        steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        scheduler=arguments.scheduler,
+        size=arguments.size,
+        batch_size=arguments.batch_size,
+        engine=arguments.engine,
+        precision=arguments.precision,
+        device=arguments.device,
+    )
+    paths = generate.run_generate(
+        model=arguments.model,
+        prompts=prompts,
+        settings=settings,
+        base=arguments.base,
+        other_stage=arguments.other_stage,
+        output=arguments.output,
+        grid=arguments.grid,
+    )
+    for path in paths:
+        print(path)
+    if arguments.grid is not None:
+        print(arguments.grid)
+
+
+def add_export_arguments(parser: ArgumentParser) -> None:
+    """Add what ``limner export`` takes."""
+    parser.add_argument("run", type=to_path)
+    parser.add_argument("--push", metavar="REPOSITORY", help="Hub repository to push the result to")
+    parser.add_argument(
+        "--combined",
+        metavar="FOLDER",
+        type=to_path,
+        help="of a two-stage model: write both stages into this folder, for stock pipelines",
+    )
+    parser.add_argument(
+        "--other-stage",
+        help="for --combined: the other stage, a run, a folder or a Hub repository (default: "
+        "the run's own)",
+    )
+    add_renamed_option(parser, "--partner", "--other-stage")
+    parser.add_argument(
+        "--private", action="store_true", help="where --push creates that repository"
     )
 
 
-def run_show(arguments: argparse.Namespace) -> None:
-    from limner.commands import show
-    from limner.config import toml
-
-    print(show.format_settings(toml.load_recipe(arguments.recipe, arguments.words)))
-
-
-def run_generate(arguments: argparse.Namespace) -> None:
-    from limner.commands import generate
-
-    settings: dict[str, Any] = {
-        k: v for k, v in vars(arguments).items() if k not in ("verb", "words")
-    }
-    generate.run_generate(prompts=arguments.words, **settings)
-
-
-def run_export(arguments: argparse.Namespace) -> None:
+def run_export(arguments: Namespace) -> None:
+    """Write a result again, push it, or combine two stages."""
     from limner.commands import export
 
-    if arguments.private and arguments.push is None:
-        raise InputError(
-            "--private: nothing is pushed without --push REPOSITORY; give both, or neither"
-        )
-    if arguments.other_stage is not None and arguments.combined is None:
-        raise InputError(
-            "--other-stage: nothing is put together without --combined FOLDER; give both, or "
-            "neither"
-        )
-    if arguments.combined is not None:
-        export.combine_stages(arguments.run, arguments.combined, other_stage=arguments.other_stage)
-        return
-    export.export_run(arguments.run, push_to=arguments.push, private=arguments.private)
+    export.run_export(
+        arguments.run,
+        push=arguments.push,
+        private=arguments.private,
+        combined=arguments.combined,
+        other_stage=arguments.other_stage,
+    )
 
 
-def run_demo(arguments: argparse.Namespace) -> None:
+def add_demo_arguments(parser: ArgumentParser) -> None:
+    """Add what ``limner demo`` takes."""
+    parser.add_argument(
+        "--engine",
+        choices=["torch", "jax"],
+        default="torch",
+        help="what trains and draws (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--folder",
+        type=to_path,
+        help="receives the run (default: runs/demo-, then a digest of what is bundled)",
+    )
+    parser.add_argument(
+        "--output",
+        type=to_path,
+        default=Path("before-after.png"),
+        help="the picture at the end (default: %(default)s)",
+    )
+
+
+def run_demo(arguments: Namespace) -> None:
+    """Run the demo."""
     from limner.commands import demo
 
     demo.run_demo(arguments.folder, arguments.output, engine=arguments.engine)
 
 
-def run_bench(arguments: argparse.Namespace) -> None:
-    from limner.commands import bench
-    from limner.config import toml
-
-    bench.run_bench(
-        toml.load_recipe(arguments.recipe, arguments.words),
-        steps=arguments.steps,
-        json_file=arguments.json,
+def add_bench_arguments(parser: ArgumentParser) -> None:
+    """Add what ``limner bench`` takes."""
+    add_recipe_arguments(parser)
+    parser.add_argument(
+        "--steps", type=int, default=10, help="measured steps (default: %(default)s)"
     )
+    parser.add_argument("--json", type=to_path, help="write the figures to this file too")
+
+
+def run_bench(arguments: Namespace) -> None:
+    """Measure a recipe."""
+    from limner.commands import bench
+
+    bench.run_bench(load_recipe(arguments), steps=arguments.steps, json_file=arguments.json)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: a line about it, what it takes, what it does."""
+
+    help: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], None]
 
 
 COMMANDS = {
-    "train": run_train,
-    "encode": run_encode,
-    "check": run_check,
-    "show": run_show,
-    "generate": run_generate,
-    "export": run_export,
-    "demo": run_demo,
-    "bench": run_bench,
+    "train": Command("train, or resume a training", add_train_arguments, run_train),
+    "encode": Command(
+        "encode pictures and captions ahead of time; training then loads no encoder",
+        add_recipe_arguments,
+        run_encode,
+    ),
+    "check": Command(
+        "check every picture and caption, and report what training would do with them",
+        add_check_arguments,
+        run_check,
+    ),
+    "show": Command(
+        "print the resolved settings and batch arithmetic, and load nothing",
+        add_recipe_arguments,
+        run_show,
+    ),
+    "generate": Command(
+        "draw pictures with a run, a model folder or a Hub repository",
+        add_generate_arguments,
+        run_generate,
+    ),
+    "export": Command(
+        "write the result of a run's newest checkpoint again, or push it to the Hub",
+        add_export_arguments,
+        run_export,
+    ),
+    "demo": Command(
+        "fine-tune the bundled model on the bundled pictures, on the CPU, in minutes",
+        add_demo_arguments,
+        run_demo,
+    ),
+    "bench": Command(
+        "step time, images/s, peak memory and MFU of a recipe", add_bench_arguments, run_bench
+    ),
 }
 
 
 def run_guarded(action: Callable[[], object]) -> int:
-    """Run ``action``; a fault becomes one message on standard error and its exit code."""
+    """Run an action; an error for the user becomes one message and its exit code."""
     quiet_libraries()
     try:
         action()
-    except LimnerError as fault:
-        if not fault.reported:
-            print(f"limner: {fault}", file=sys.stderr)
-        return fault.code
+    except LimnerError as error:
+        if not error.reported:
+            print(f"limner: {error}", file=sys.stderr)
+        return error.code
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         if missing not in TORCH_PACKAGES:
@@ -290,7 +382,7 @@ def run_guarded(action: Callable[[], object]) -> int:
 
 
 def quiet_libraries() -> None:
-    """Libraries' advice that is not for Limner's users goes unsaid; their errors do not."""
+    """Silence the libraries' advice, but not their errors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -300,7 +392,3 @@ def quiet_libraries() -> None:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(diffusers|transformers|torch|peft|accelerate)"
     )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

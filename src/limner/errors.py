@@ -1,5 +1,7 @@
-"""What can go wrong, one class per exit code: every fault says what was given, what was expected
-and what to do."""
+"""Errors that end a command, one class for each exit code.
+
+Every message gives the value, the expectation and the remedy.
+"""
 
 import contextlib
 import os
@@ -7,85 +9,87 @@ from collections.abc import Iterator
 
 
 class LimnerError(Exception):
-    """Shown to the user as one message, without a traceback; ``code`` is the exit status of the
-    process."""
+    """An error that the user sees as one message, without a traceback."""
 
+    # The exit status of the process.
     code = 1
-    reported = (
-        False  # true where another process of the run says it, so that this one exits in silence
-    )
+    # Whether another process of the run reports the same error, so that this one exits in silence.
+    reported = False
 
 
 class InputError(LimnerError):
-    """Something the user wrote or gave cannot be honoured: a recipe, a flag, a picture, a model
-    folder."""
+    """A recipe, flag, picture or model folder that cannot be used as it was given."""
 
     code = 2
 
 
 class Stopped(LimnerError):
-    """SIGTERM or Ctrl-C: the run saved a checkpoint and can be continued with the same command."""
+    """SIGTERM or Ctrl-C: a checkpoint is saved, and the same command continues the run."""
 
     code = 3
 
 
 class NonFiniteError(LimnerError):
-    """A loss or gradient was infinite or NaN; it has not reached the weights, the EMA or a
-    checkpoint."""
+    """A loss or gradient that is infinite or NaN; weights, EMA and checkpoints are unharmed."""
 
     code = 4
 
 
 class DiskError(LimnerError):
-    """The disk is full, read-only or failing; whatever was whole before is whole still."""
+    """A disk that is full, read-only or failing; whole files stay whole."""
 
     code = 5
 
 
 class HubError(LimnerError):
-    """A download from or a push to the Hub failed; what lies on the local disk is complete."""
+    """A failed download from the Hub, or push to it; files on the local disk are complete."""
 
     code = 6
 
 
 class IntegrityError(LimnerError):
-    """A file is not what its digest says: cut short, changed or missing."""
+    """A file that differs from its digest: cut short, changed or missing."""
 
     code = 7
 
 
 class LockedError(LimnerError):
-    """Another process is writing to the same folder."""
+    """A folder that another process is writing to."""
 
     code = 8
 
 
 def to_message(error: BaseException) -> dict[str, str]:
-    """What the other processes are told of an error; one that is no fault stays with the process
-    that has it."""
-    if isinstance(error, LimnerError):
-        known = next(c.__name__ for c in type(error).__mro__ if globals().get(c.__name__) is c)
-        return {"fault": known, "text": str(error)}
-    return {
-        "fault": "LimnerError",
-        "text": f"the first process failed: {type(error).__name__}: {error}",
-    }
+    """Return an error as plain text for the other processes of a run.
+
+    Any error but a ``LimnerError`` is sent as a plain ``LimnerError``.
+    """
+    if not isinstance(error, LimnerError):
+        text = f"the first process failed: {type(error).__name__}: {error}"
+        return {"error": LimnerError.__name__, "text": text}
+    # A subclass from elsewhere is sent as its nearest ancestor among the classes above.
+    ancestors = (cls.__name__ for cls in type(error).__mro__ if globals().get(cls.__name__) is cls)
+    return {"error": next(ancestors), "text": str(error)}
 
 
-def from_message(said: dict[str, str]) -> LimnerError:
-    """The first process's fault, in another process: same class, same message, already told."""
-    fault: LimnerError = globals()[said["fault"]](said["text"])
-    fault.reported = True
-    return fault
+def from_message(message: dict[str, str]) -> LimnerError:
+    """Return the first process's error in another process: same class and text, and reported."""
+    error: LimnerError = globals()[message["error"]](message["text"])
+    error.reported = True
+    return error
 
 
 @contextlib.contextmanager
 def report_once(*kinds: type[LimnerError]) -> Iterator[None]:
-    """For faults (of these kinds; none given: of all) that come to all processes alike: the first
-    one of each host says it."""
+    """Let one process of each host report an error that all processes raise.
+
+    Args:
+        kinds: the errors that all processes raise alike; every ``LimnerError`` if none is given.
+    """
     try:
         yield
-    except LimnerError as fault:
-        if not kinds or isinstance(fault, kinds):
-            fault.reported = fault.reported or os.environ.get("LOCAL_RANK", "0") != "0"
+    except LimnerError as error:
+        if not kinds or isinstance(error, kinds):
+            first_on_host = os.environ.get("LOCAL_RANK", "0") == "0"
+            error.reported = error.reported or not first_on_host
         raise

@@ -1,7 +1,7 @@
 """The seams: what training needs of an engine, of encoders and of a process group."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -33,7 +33,19 @@ class ModelSource:
 
 
 Features = dict[str, np.ndarray]  # first axis: examples
-Configs = dict[str, dict[str, Any]]  # component name -> its config.json, from the base
+
+
+@dataclass(frozen=True)
+class BaseConfigs:
+    """The configs of a base model; ``configs["unet"]`` is the config of a component."""
+
+    model_index: dict[str, Any]  # model_index.json: the pipeline's class, and each component's
+    components: dict[str, dict[str, Any]]  # component -> its config.json
+    # Arrays among the trained network's weights that do not learn, float32; see ``Family``.
+    frozen_arrays: Arrays = field(default_factory=dict)
+
+    def __getitem__(self, component: str) -> dict[str, Any]:
+        return self.components[component]
 
 
 class TextEncoders(Protocol):

@@ -1,1 +1,1 @@
-"""The base model: found or fetched, checked, known by its bytes."""
+"""The base model: find it or fetch it, check it, and identify it by its bytes."""

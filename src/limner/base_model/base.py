@@ -1,4 +1,4 @@
-"""The base model: its folder, component configs and fingerprint."""
+"""The record of a base model: its folders, configs, weight files and fingerprint."""
 
 import functools
 import json
@@ -8,111 +8,105 @@ from typing import Any
 
 from limner.base_model.weight_files import choose_files, has_weights, list_files
 from limner.errors import InputError
-from limner.protocols import Configs
+from limner.protocols import BaseConfigs
 from limner.storage import atomic
 
 INDEX = "model_index.json"
+VOCABULARY_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "vocab.json",
+)
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A diffusers folder that was found good. Weights are read by whoever needs them, never
-    here."""
+    """A checked diffusers folder; its weights are read by those who need them, never here."""
 
     folder: Path
-    external_folders: dict[str, Path]  # folders of components that are not in it
+    external_folders: dict[str, Path]  # component -> its folder, where that is elsewhere
     trained_component: str  # the component that learns
     name: str  # what the user wrote
     commit: str | None  # of the Hub repository; None: a local folder
     variant: str | None
-    # component -> its config, and model_index; with another stage, also those of its components
-    # that
-    # are needed
-    configs: Configs = field(repr=False)
-    other_stage: "BaseModel | None" = None  # the other one of a model in two stages
+    # With another stage, also the configs of those components of it that features need.
+    configs: BaseConfigs = field(repr=False)
+    other_stage: "BaseModel | None" = None  # of a model in two stages
     adapter: Path | None = None  # a folder with a LoRA that the other stage is used with
 
     def component_class(self, component: str) -> tuple[str, str]:
-        """Library and class name of a component."""
-        index = self.configs["model_index"]
+        """Return the library and class name of a component."""
+        index = self.configs.model_index
         if component not in index and self.other_stage is not None:
             return self.other_stage.component_class(component)
-        library, name = index[component][:2]
-        return library, name
+        library, class_name = index[component][:2]
+        return library, class_name
 
     def component_folder(self, component: str) -> Path:
-        """The folder of a component."""
+        """Return the folder of a component."""
         return self.external_folders.get(component, self.folder / component)
 
     def weight_files(self, component: str) -> list[Path]:
-        """The safetensors files of a component, of the chosen variant where it has one."""
-        return [
-            self.component_folder(component) / name
-            for name in choose_files(
-                component, list_files(self.component_folder(component)), self.variant
-            )
-        ]
+        """Return a component's safetensors files, of the chosen variant where it has one.
+
+        Raises:
+            InputError: when there are none.
+        """
+        folder = self.component_folder(component)
+        names = choose_files(component, list_files(folder), self.variant)
+        return [folder / name for name in names]
 
     def fingerprint(self, *components: str) -> str:
-        """A digest of configs, vocabularies and weights of these components: equal for equal bytes,
-        wherever they lie."""
-        known = {}
-        for component in components:
-            settings = {
-                k: v
-                for k, v in self.configs[component].items()
-                if not k.startswith("_") and k != "transformers_version"
-            }
-            texts = [
-                p
-                for p in sorted(self.component_folder(component).glob("*"))
-                if p.name
-                in (
-                    "vocab.json",
-                    "merges.txt",
-                    "tokenizer.json",
-                    "special_tokens_map.json",
-                    "added_tokens.json",
-                )
-            ]
-            weights = (
-                self.weight_files(component)
-                if has_weights(list_files(self.component_folder(component)))
-                else []
-            )
-            known[component] = [
-                settings,
-                *(
-                    digest_unchanged(p, p.stat().st_size, p.stat().st_mtime_ns)
-                    for p in [*texts, *weights]
-                ),
-            ]
-        return atomic.digest_json(known)
+        """Return a digest of configs, vocabularies and weights: equal for equal bytes anywhere."""
+        return atomic.digest_json({name: self.digest_component(name) for name in components})
+
+    def digest_component(self, component: str) -> list[Any]:
+        """Return a component's config and the digests of its vocabulary and weight files."""
+        # The config without where it was loaded from, and which version wrote it.
+        config = {
+            key: value
+            for key, value in self.configs[component].items()
+            if not key.startswith("_") and key != "transformers_version"
+        }
+        folder = self.component_folder(component)
+        paths = [path for path in sorted(folder.glob("*")) if path.name in VOCABULARY_FILES]
+        if has_weights(list_files(folder)):
+            paths += self.weight_files(component)
+        return [config, *(digest_unchanged(path) for path in paths)]
 
     def read_card_metadata(self) -> dict[str, Any]:
-        """What the front matter of the base's own model card says; empty where there is none."""
+        """Return the front matter of the base's model card; empty where there is none."""
         import yaml
 
         path = self.folder / "README.md"
-        parts = (
-            path.read_text(encoding="utf-8", errors="replace").split("---\n")
-            if path.is_file()
-            else []
-        )
+        if not path.is_file():
+            return {}
+        parts = path.read_text(encoding="utf-8", errors="replace").split("---\n")
+        if len(parts) < 3 or parts[0].strip():
+            return {}
         try:
-            found = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0].strip() else {}
+            metadata = yaml.safe_load(parts[1])
         except yaml.YAMLError:
-            found = {}
-        return found if isinstance(found, dict) else {}
+            return {}
+        return metadata if isinstance(metadata, dict) else {}
+
+
+def digest_unchanged(path: Path) -> str:
+    """Return the digest of a file, read once as long as its size and time stay the same."""
+    status = path.stat()
+    return digest_at(path, status.st_size, status.st_mtime_ns)
 
 
 @functools.cache
-def digest_unchanged(path: Path, size: int, changed: int) -> str:
+def digest_at(path: Path, size: int, changed: int) -> str:
+    """Return the digest of a file; size and time of change belong to the key of the cache."""
     return atomic.digest_file(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
         InputError: when it is missing, or not an object in JSON.

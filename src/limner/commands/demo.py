@@ -1,16 +1,19 @@
-"""The main job in minutes, offline: the bundled small model learns the style of the bundled
-pictures, on the CPU."""
+"""Run the demo: the bundled small model learns the style of the bundled pictures, on the CPU."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from limner import bundled, engines
 from limner.config import toml
+from limner.config.schema import Config
 from limner.data import contact_sheet
 from limner.protocols import ModelSource
 from limner.storage import atomic
 from limner.storage.layout import LORA_FILE
+from limner.storage.run_folder import RunFolder
 from limner.training import loop, sinks
 
 BUNDLED = Path(bundled.__file__).parent
@@ -18,34 +21,22 @@ PROMPTS = tuple(
     f"a blueprint drawing of a {thing}"
     for thing in ("house", "fish", "clock", "heart", "star", "cup")
 )
-SEED, STEPS, GUIDANCE = 0, 25, 3.0
+SEED = 0
+STEPS = 25
+GUIDANCE_SCALE = 3.0
 
 
 def run_demo(
     folder: Path | None, output: Path, overrides: Sequence[str] = (), engine: str = "torch"
 ) -> Path:
-    """Train as ``demo.toml`` says into ``folder`` (or go on there), then draw the same prompts
-    before and after into ``output``."""
-    folder = folder or default_run_folder(engine)
-    overrides = [f'engine.kind="{engine}"', *overrides]
-    places = {
-        "run": folder,
-        "model.base": BUNDLED / "model",
-        "data.folder": BUNDLED / "pictures",
-        "data.cache": folder / "cache",
-    }
-    loop.run_training(
-        toml.load_recipe(
-            BUNDLED / "demo.toml",
-            [
-                *(
-                    f"{name}={json.dumps(str(path), ensure_ascii=False)}"
-                    for name, path in places.items()
-                ),
-                *overrides,
-            ],
-        )
-    )
+    """Train as ``demo.toml`` says, then draw the same prompts before and after into one picture.
+
+    Args:
+        folder: the run's folder, in which an earlier demo is resumed; None: one in ``runs``.
+        output: the picture.
+    """
+    folder = folder or choose_run_folder(engine)
+    loop.run_training(load_demo_recipe(folder, engine, overrides))
     before, after = read_validation_losses(folder)
     sheet = contact_sheet.draw_contact_sheet(
         draw_before_and_after(folder, engine), PROMPTS, heads=("base", "fine-tuned"), tile=128
@@ -64,56 +55,64 @@ def run_demo(
     return output
 
 
-def default_run_folder(engine: str = "torch") -> Path:
-    """Another one for another bundle, so that a demo never meets the run of an older one."""
-    files = [
-        BUNDLED / "demo.toml",
-        *(
-            p
-            for part in ("model", "pictures")
-            for p in sorted((BUNDLED / part).rglob("*"))
-            if p.is_file()
-        ),
+def load_demo_recipe(folder: Path, engine: str, overrides: Sequence[str]) -> Config:
+    """Read ``demo.toml`` with the paths of this installation; ``overrides`` win over them."""
+    paths = {
+        "run": folder,
+        "model.base": BUNDLED / "model",
+        "data.folder": BUNDLED / "pictures",
+        "data.cache": folder / "cache",
+    }
+    # A path quoted as JSON is a TOML string, too.
+    settings = [
+        f"{name}={json.dumps(str(path), ensure_ascii=False)}" for name, path in paths.items()
     ]
-    digest = atomic.digest_json(
-        [[p.relative_to(BUNDLED).as_posix(), atomic.digest_file(p)] for p in files]
+    settings.append(f'engine.kind="{engine}"')
+    return toml.load_recipe(BUNDLED / "demo.toml", [*settings, *overrides])
+
+
+def choose_run_folder(engine: str = "torch") -> Path:
+    """Return a folder named by a digest of the bundle, so that no demo resumes one of another."""
+    files = [BUNDLED / "demo.toml"]
+    for part in ("model", "pictures"):
+        files += sorted(path for path in (BUNDLED / part).rglob("*") if path.is_file())
+    digests = [[path.relative_to(BUNDLED).as_posix(), atomic.digest_file(path)] for path in files]
+    prefix = "demo-" if engine == "torch" else f"demo-{engine}-"
+    return Path("runs") / f"{prefix}{atomic.digest_json(digests)[:8]}"
+
+
+def draw_before_and_after(
+    folder: Path, engine: str = "torch"
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Draw each prompt with the base and with the run's result, from the same seed."""
+    base = ModelSource(str(BUNDLED / "model"))
+    if (folder / LORA_FILE).exists():
+        result = ModelSource(base.model, folder)
+    else:
+        result = ModelSource(str(folder))
+    before = draw_prompts(base, engine)
+    after = draw_prompts(result, engine)
+    return list(zip(before, after, strict=True))
+
+
+def draw_prompts(source: ModelSource, engine: str) -> list[np.ndarray]:
+    """Draw one picture of each prompt, on the CPU."""
+    pipeline = engines.open_pipeline(
+        source, None, engine, scheduler="ddim", precision="no", device="cpu"
     )
-    return Path("runs") / f"demo-{'' if engine == 'torch' else f'{engine}-'}{digest[:8]}"
-
-
-def draw_before_and_after(folder: Path, engine: str = "torch") -> list[tuple]:
-    """For each prompt, the picture of the base and that of the run, from the same seed."""
-    base, lora = str(BUNDLED / "model"), folder if (folder / LORA_FILE).exists() else None
-    columns = []
-    for model, adapter in ((base, None), (base if lora else str(folder), lora)):
-        pipeline = engines.open_pipeline(
-            ModelSource(model, adapter),
-            None,
-            engine,
-            scheduler="ddim",
-            precision="no",
-            device="cpu",
-        )
-        seeds = [SEED + i for i in range(len(PROMPTS))]
-        columns.append(
-            engines.draw_pictures(
-                pipeline,
-                PROMPTS,
-                seeds,
-                steps=STEPS,
-                guidance_scale=GUIDANCE,
-                size=None,
-                batch=len(PROMPTS),
-            )
-        )
-    return list(zip(*columns, strict=True))
+    return engines.draw_pictures(
+        pipeline,
+        PROMPTS,
+        [SEED + i for i in range(len(PROMPTS))],
+        steps=STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        size=None,
+        batch=len(PROMPTS),
+    )
 
 
 def read_validation_losses(folder: Path) -> tuple[float, float]:
-    """The first and the last held-out loss of a run."""
-    losses = [
-        row["held_out_loss"]
-        for row in sinks.read_metrics(folder / "metrics.jsonl")
-        if "held_out_loss" in row
-    ]
+    """Return the first and the last validation loss of a run."""
+    rows = sinks.read_metrics(RunFolder(folder).metrics)
+    losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
     return losses[0], losses[-1]

@@ -1,144 +1,206 @@
-"""Pictures from a prompt: a run's result, a model folder or a Hub repository, through the stock
-diffusers pipeline."""
+"""Draw pictures from prompts, with a run's result, a model folder or a Hub repository."""
 
 import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from limner import engines
+from limner.base_model.base import INDEX
 from limner.data.contact_sheet import draw_contact_sheet
 from limner.errors import InputError
 from limner.protocols import ModelSource
 from limner.storage import atomic
 from limner.storage.layout import LORA_FILE
+from limner.storage.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """How pictures are drawn, whatever the model and the prompts."""
+
+    negative_prompt: str | None = None
+    seed: int = 0  # of the first picture of each prompt; picture k has seed + k
+    count: int = 1  # pictures of each prompt
+    steps: int = 25  # of the sampler
+    # None: the pipeline's own, 7.5 for Stable Diffusion, 5 for XL, 4 for Kandinsky
+    guidance_scale: float | None = None
+    scheduler: str | None = None  # None: the model's own
+    size: int | None = None  # pixels a side; None: the model's own
+    batch_size: int = 4  # pictures drawn at once; it changes no picture
+    engine: str = "torch"  # torch, through the stock pipeline, or jax
+    precision: str = "no"  # no (float32), fp16 or bf16
+    device: str | None = None  # None: a GPU where there is one
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture, with what it was drawn from."""
+
+    prompt: str
+    seed: int
+    picture: np.ndarray  # uint8 [height, width, 3]
 
 
 def run_generate(
     model: str,
     prompts: Sequence[str],
+    settings: DrawSettings,
     *,
-    prompt_file: Path | None = None,
-    negative_prompt: str | None = None,
-    seed: int = 0,
-    count: int = 1,
-    steps: int = 25,
-    guidance_scale: float | None = None,
-    scheduler: str | None = None,
-    size: int | None = None,
-    batch_size: int = 4,
     base: str | None = None,
-    precision: str = "no",
-    device: str | None = None,
     other_stage: str | None = None,
-    engine: str = "torch",
     output: Path = Path("pictures"),
     grid: Path | None = None,
 ) -> list[Path]:
-    """Draw ``count`` pictures for each prompt and write them as PNG files; returns their paths,
-    prompt by prompt.
+    """Draw pictures of each prompt, write them as PNG files, and return their paths in that order.
 
     Args:
         model: the folder of a run (full or LoRA), a folder in the diffusers layout, or a Hub
             repository.
-        seed: of the first picture of each prompt; picture k has seed + k, whatever the batch size.
-        guidance_scale: None: the pipeline's own, 7.5 for Stable Diffusion, 5 for XL, 4 for
-            Kandinsky.
-        base: base model of a LoRA; by default the one that the run was trained on.
-        engine: ``torch``, through the stock pipeline, or ``jax``.
-        other_stage: the other one of a model in two stages, named as ``model`` is; by default the
-            one that the run was trained beside.
+        base: base model of a LoRA; by default the one on which the run was trained.
+        other_stage: the other stage of a two-stage model, named as ``model`` is; by default the
+            one with which the run was trained.
+        output: the folder of the files.
+        grid: a PNG file for a contact sheet of all pictures.
 
     Raises:
         InputError: when there is no prompt, or no model at that place.
     """
-    wanted = [*prompts, *(read_prompts(prompt_file) if prompt_file is not None else [])]
-    if not wanted:
+    if not prompts:
         raise InputError(
             'no prompt: give one or more, e.g. limner generate RUN "a red apple", or '
             "--prompt-file FILE"
         )
-    if min(count, steps, batch_size) < 1:
+    if min(settings.count, settings.steps, settings.batch_size) < 1:
         raise InputError(
-            f"count, steps and batch size must be at least 1; they are {count}, {steps}, "
-            f"{batch_size}"
+            "count, steps and batch size must be at least 1; they are "
+            f"{settings.count}, {settings.steps}, {settings.batch_size}"
         )
-    weights, beside = find_sources(model, base)
-    beside = other_stage or beside
-    other = None if beside is None else find_sources(beside, None)[0]
-    captions = [prompt for prompt in wanted for _ in range(count)]
-    seeds = [seed + k for _ in wanted for k in range(count)]
-    pipeline = engines.open_pipeline(
-        weights, other, engine, scheduler=scheduler, precision=precision, device=device
+    pipeline = open_pipeline(model, base, other_stage, settings)
+    drawings = draw(pipeline, prompts, settings)
+    with atomic.disk_errors(output):
+        paths = write_drawings(drawings, output)
+        if grid is not None:
+            write_grid(drawings, settings.count, grid)
+    return paths
+
+
+def open_pipeline(
+    model: str, base: str | None, other_stage: str | None, settings: DrawSettings
+) -> Any:
+    """Open the pipeline of a model; arguments are those of ``run_generate``."""
+    source, trained_with = find_sources(model, base)
+    other_stage = other_stage or trained_with
+    other_source = None if other_stage is None else find_sources(other_stage, None)[0]
+    return engines.open_pipeline(
+        source,
+        other_source,
+        settings.engine,
+        scheduler=settings.scheduler,
+        precision=settings.precision,
+        device=settings.device,
     )
+
+
+def draw(pipeline: Any, prompts: Sequence[str], settings: DrawSettings) -> list[Drawing]:
+    """Draw ``settings.count`` pictures of each prompt, prompt by prompt."""
+    captions = [prompt for prompt in prompts for _ in range(settings.count)]
+    seeds = [settings.seed + k for _ in prompts for k in range(settings.count)]
     pictures = engines.draw_pictures(
         pipeline,
         captions,
         seeds,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        size=size,
-        negative=negative_prompt,
-        batch=batch_size,
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        size=settings.size,
+        negative=settings.negative_prompt,
+        batch=settings.batch_size,
     )
+    return [Drawing(*one) for one in zip(captions, seeds, pictures, strict=True)]
+
+
+def write_drawings(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
+    """Write PNG files named by number, prompt and seed, and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    with atomic.disk_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-        for i, (caption, number, picture) in enumerate(zip(captions, seeds, pictures, strict=True)):
-            paths.append(output / f"{i:03d}-{to_file_name(caption)}-{number}.png")
-            Image.fromarray(picture).save(paths[-1])
-        if grid is not None:
-            grid.parent.mkdir(parents=True, exist_ok=True)
-            draw_contact_sheet(
-                [pictures[i : i + count] for i in range(0, len(pictures), count)], wanted
-            ).save(grid)
-    print("\n".join(map(str, [*paths, *([grid] if grid else [])])))
+    for number, drawing in enumerate(drawings):
+        path = folder / f"{number:03d}-{to_file_name(drawing.prompt)}-{drawing.seed}.png"
+        Image.fromarray(drawing.picture).save(path)
+        paths.append(path)
     return paths
 
 
+def write_grid(drawings: Sequence[Drawing], count: int, path: Path) -> None:
+    """Write a contact sheet with the ``count`` pictures of each prompt in a row."""
+    rows = [drawings[start : start + count] for start in range(0, len(drawings), count)]
+    sheet = draw_contact_sheet(
+        [[drawing.picture for drawing in row] for row in rows], [row[0].prompt for row in rows]
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
 def read_prompts(path: Path) -> list[str]:
-    """One prompt per line; empty lines do not count."""
+    """Read a text file with one prompt per line; empty lines do not count.
+
+    Raises:
+        InputError: when the file cannot be read as text.
+    """
     try:
-        return [
-            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path}: cannot be read as a text file with one prompt per line: {error}"
         ) from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]:
-    """Where the weights are of what the user named, and what its run was trained beside, of a model
-    in two stages."""
-    model, base = os.path.expanduser(model), base and os.path.expanduser(base)
+    """Find the weights of a model, and the other stage with which its run was trained.
+
+    Args:
+        model: as for ``run_generate``.
+        base: base model of a LoRA; None: the one on which the run was trained.
+
+    Raises:
+        InputError: for a folder without a result, or a LoRA without a base.
+    """
+    model = os.path.expanduser(model)
     folder = Path(model)
-    trained: dict[str, str | None] = {}
-    if (folder / "config.json").is_file():
-        trained = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model", {})
-    beside = trained.get("other_stage")
+    trained: dict[str, Any] = {}  # the model settings of the run
+    config = RunFolder(folder).config
+    if config.is_file():
+        trained = json.loads(config.read_text(encoding="utf-8")).get("model", {})
     family = trained.get("family")
-    if not folder.is_dir() or (folder / "model_index.json").exists():
-        return ModelSource(model, family=family), beside
+    other_stage = trained.get("other_stage")
+    if not folder.is_dir() or (folder / INDEX).exists():
+        return ModelSource(model, family=family), other_stage
     if not (folder / LORA_FILE).exists():
         raise InputError(
-            f"{folder}: neither a diffusers folder (model_index.json) nor a LoRA ({LORA_FILE}); a "
-            "run "
+            f"{folder}: neither a diffusers folder ({INDEX}) nor a LoRA ({LORA_FILE}); a run "
             "has its result here when it has finished"
         )
-    source = base or trained.get("base")
-    if not source:
+    base_source = os.path.expanduser(base) if base else trained.get("base")
+    if not base_source:
         raise InputError(f"{folder}: the base model of this LoRA is not known; give it with --base")
-    own = {
-        name: trained.get(name)
-        for name in (("cache_dir",) if base else ("cache_dir", "variant", "revision"))
-    }
-    return ModelSource(source, folder, family, **own), beside
+    source = ModelSource(
+        base_source,
+        folder,
+        family,
+        # The run's variant and revision are those of its own base.
+        variant=None if base else trained.get("variant"),
+        revision=None if base else trained.get("revision"),
+        cache_dir=trained.get("cache_dir"),
+    )
+    return source, other_stage
 
 
 def to_file_name(text: str) -> str:
-    """A file name's part made of a prompt."""
+    """Return a part of a file name made of a prompt."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "picture"

@@ -1,78 +1,73 @@
-"""What a recipe comes to, in words: every setting, the batch arithmetic and the steps; no weight
-and no picture is read."""
+"""``limner show``: every setting, the batch arithmetic and the steps; no weight and no picture is
+read."""
 
 import math
 import os
+from typing import Any
 
-from limner.config import rules, toml
-from limner.config.schema import Config
+from limner.config import toml
+from limner.config.schema import Config, DataSettings
 from limner.config.toml import format_value
 from limner.data import mixture
-from limner.errors import InputError
-from limner.families import FAMILIES
-from limner.training import batch_plan
+from limner.training.batch_plan import make_plan
+from limner.training.setup import resolve
 
 
 def format_settings(config: Config) -> str:
-    """The resolved settings as TOML, then batch arithmetic for the number of processes that this
-    command was launched with."""
-    rules.check_config(config)
-    if config.model.family not in FAMILIES:
-        raise InputError(
-            f"model.family: {config.model.family!r} is not one of {', '.join(FAMILIES)}"
-        )
-    raw = toml.to_plain(config)
-    lines = [f"run = {format_value(raw.pop('run'))}"]
-    for section, values in raw.items():
-        lines += [
-            "",
-            f"[{section}]",
-            *(
-                f"{name} = {format_value(value)}"
-                for name, value in values.items()
-                if value is not None
-            ),
-        ]
-        lines += [f"# {name} is not set" for name, value in values.items() if value is None]
+    """The settings as TOML, then batch arithmetic for the number of processes that this command was
+    launched with."""
+    config, _ = resolve(config)
+    plain = toml.to_plain(config)
+    lines = [f"run = {format_value(plain.pop('run'))}"]
+    for section, values in plain.items():
+        lines += ["", f"[{section}]", *format_section(values)]
     return "\n".join([*lines, "", *format_arithmetic(config)])
+
+
+def format_section(values: dict[str, Any]) -> list[str]:
+    """Settings that have a value, then the names of those that have none."""
+    given = [f"{name} = {format_value(v)}" for name, v in values.items() if v is not None]
+    return given + [f"# {name} is not set" for name, v in values.items() if v is None]
+
+
+def count_records(data: DataSettings) -> int | None:
+    """How many records there are; None where that is known on the Hub only."""
+    folders = [one.folder for one in data.sets] or [data.folder]
+    if None in folders:
+        return None
+    return len(mixture.open_source(data, lambda line: None))
 
 
 def format_arithmetic(config: Config) -> list[str]:
     """How the global batch is divided, and what an epoch comes to."""
-    world = int(os.environ.get("WORLD_SIZE") or 1)
-    local = config.data.folder is not None or (
-        config.data.sets and all(one.folder is not None for one in config.data.sets)
-    )
-    count = len(mixture.open_source(config.data, lambda line: None)) if local else None
-    learned = (
-        None
-        if count is None
-        else min(count, config.data.max_records or count) - config.validation.hold_out
-    )
-    numbers = batch_plan.make_plan(config, world, learned or 1, None, config.train.seed or 0)
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    hold_out, seed = config.validation.hold_out, config.train.seed
+    listed = count_records(config.data)
+    records = None
+    if listed is not None:
+        records = min(listed, config.data.max_records or listed) - hold_out
+    plan = make_plan(config, processes, records or 1, None, seed or 0)
     lines = [
-        f"# one optimizer step: {numbers.batch_size} examples = {world} processes x "
-        f"{numbers.accumulation_steps} micro-batches x {numbers.micro_batch_size}",
-        "# seed: "
-        f"{'one is drawn when the run begins' if config.train.seed is None else config.train.seed}",
+        f"# one optimizer step: {plan.batch_size} examples = {processes} processes x "
+        f"{plan.accumulation_steps} micro-batches x {plan.micro_batch_size}",
+        f"# seed: {'one is drawn when the run begins' if seed is None else seed}",
     ]
-    if learned is None:
+    if records is None:
         return [
             *lines,
             f"# the data set {config.data.hub} is on the Hub: its size is known when the run "
             "begins",
         ]
-    warm = (
-        f", the first {config.optim.warmup} of them warming up"
-        if config.optim.warmup and config.optim.schedule != "constant"
-        else ""
-    )
-    times = numbers.steps * numbers.batch_size / max(1, learned)
+    warm_up = ""
+    if config.optim.warmup and config.optim.schedule != "constant":
+        warm_up = f", the first {config.optim.warmup} of them warming up"
+    times = plan.steps * plan.batch_size / max(1, records)
+    checkpoints = math.ceil(plan.steps / config.checkpoint.every)
+    keep = config.checkpoint.keep
     return [
         *lines,
-        f"# records: {count} listed, {config.validation.hold_out} held out, {learned} to train on",
-        f"# one epoch: {numbers.steps_per_epoch:g} steps; the run: {numbers.steps} steps{warm}, "
-        f"each record about {times:.1f} times",
-        f"# checkpoints: {math.ceil(numbers.steps / config.checkpoint.every)}, of which "
-        f"{'all' if config.checkpoint.keep is None else config.checkpoint.keep} are kept",
+        f"# records: {listed} listed, {hold_out} held out, {records} to train on",
+        f"# one epoch: {plan.steps_per_epoch:g} steps; the run: {plan.steps} steps{warm_up}, each "
+        f"record about {times:.1f} times",
+        f"# checkpoints: {checkpoints}, of which {'all' if keep is None else keep} are kept",
     ]

@@ -1,248 +1,257 @@
-"""The diffusers text-to-image scripts: their command lines in, a config out, and no flag ignored in
-silence."""
+"""Run the diffusers text-to-image scripts: their command lines become configs of Limner."""
 
 import argparse
 import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from limner.compat.flags import COMMON, SCRIPTS, TRACKERS, Flag, choose_trackers
+from limner.cli import run_guarded
+from limner.compat.common_flags import COMMON_FLAGS
+from limner.compat.flag import TRACKERS, Flag, choose_trackers
+from limner.compat.scripts import SCRIPTS
 from limner.config.rules import check_config
 from limner.config.schema import Config
 from limner.config.toml import build
 from limner.errors import InputError, report_once
 
+BEGIN = "<!-- flags: begin -->"
+END = "<!-- flags: end -->"
+
+
+def main(script: str, argv: Sequence[str] | None = None) -> int:
+    """Run a script on its command line, and return the exit code.
+
+    Args:
+        script: the name of the diffusers script, without ``.py``.
+    """
+    arguments = make_parser(script).parse_args(argv)
+    return run_guarded(lambda: run_script(script, arguments))
+
 
 def make_parser(script: str) -> argparse.ArgumentParser:
-    """What the namesake accepts: same flags, types, defaults and choices."""
-    about = (
+    """Return a parser with the flags, types, defaults and choices of the diffusers script."""
+    description = (
         f"Takes the flags of diffusers' {script}.py; each one says which setting of Limner "
         "it reaches."
     )
-    out = argparse.ArgumentParser(prog=f"{script}.py", description=about)
+    parser = argparse.ArgumentParser(prog=f"{script}.py", description=description)
     for name, flag in SCRIPTS[script].flags.items():
-        forms: dict[type, dict[str, Any]] = {
-            bool: {"action": "store_true"},
-            list: {"type": str, "nargs": "+"},
-        }
-        written = forms.get(flag.kind, {"type": flag.kind, "choices": flag.choices})
-        text = flag.says + (f" [{', '.join(flag.places.split())}]" if flag.places else "")
-        out.add_argument(
+        text = flag.help
+        if flag.settings:
+            text += f" [{', '.join(flag.setting_names)}]"
+        parser.add_argument(
             f"--{name}",
             default=flag.default,
             required=flag.required,
             help=text.replace("%", "%%"),
-            **written,
+            **describe_value(flag),
         )
-    return out
+    return parser
 
 
-def to_config(script: str, a: Namespace) -> Config:
-    """What the diffusers script would have done, as one of our recipes.
+def describe_value(flag: Flag) -> dict[str, Any]:
+    """Return what argparse needs to read a flag's value."""
+    if flag.kind is bool:
+        return {"action": "store_true"}
+    if flag.kind is list:
+        return {"type": str, "nargs": "+"}
+    return {"type": flag.kind, "choices": flag.choices}
+
+
+def run_script(script: str, arguments: Namespace) -> None:
+    """Train as the flags say.
 
     Raises:
-        InputError: for values that cannot be honoured, naming the flags.
+        LimnerError: what training raises; settings in its message come with their flags.
     """
-    if reasons := list_refusals(a):
-        raise InputError("\n".join(reasons))
-    raw: dict[str, Any] = {}
-    for place, value in SCRIPTS[script].settings.items():
-        put_setting(raw, place, value)
-    for name, flag in SCRIPTS[script].flags.items():
-        value = flag.value(a) if flag.value else getattr(a, name)
-        for place in flag.places.split():
-            if (here := value.get(place) if isinstance(value, dict) else value) is not None:
-                put_setting(raw, place, here)
+    with report_once():
+        config = to_config(script, arguments)
+    # Bad flags need not wait for this import.
+    from limner.training.loop import print_line, run_training
+
+    if os.environ.get("RANK", "0") == "0":
+        for line in list_remarks(script, arguments):
+            print_line(line)
+    if arguments.hub_token:
+        os.environ["HF_TOKEN"] = arguments.hub_token
     try:
-        config: Config = build(Config, raw)
+        run_training(config, report=lambda line: print_line(name_flags(script, line)))
+    except InputError as error:
+        error.args = (name_flags(script, str(error)),)
+        raise
+
+
+def to_config(script: str, arguments: Namespace) -> Config:
+    """Return the config of a run that does what the diffusers script would do.
+
+    Raises:
+        InputError: for values that no setting can express, with the names of their flags.
+    """
+    refusals = list_refusals(arguments)
+    if refusals:
+        raise InputError("\n".join(refusals))
+    settings: dict[str, Any] = {}
+    for name, value in SCRIPTS[script].fixed_settings.items():
+        put_setting(settings, name, value)
+    for name, flag in SCRIPTS[script].flags.items():
+        value = flag.value(arguments) if flag.value else getattr(arguments, name)
+        for setting in flag.setting_names:
+            setting_value = value.get(setting) if isinstance(value, dict) else value
+            if setting_value is not None:
+                put_setting(settings, setting, setting_value)
+    try:
+        config: Config = build(Config, settings)
         check_config(config)
-    except InputError as fault:
-        raise InputError(name_flags(script, str(fault))) from fault
+    except InputError as error:
+        raise InputError(name_flags(script, str(error))) from error
     return config
 
 
-def put_setting(raw: dict[str, Any], place: str, value: Any) -> None:
-    """Set ``section.key`` in plain data."""
-    *sections, key = place.split(".")
+def put_setting(settings: dict[str, Any], name: str, value: Any) -> None:
+    """Set ``section.key`` in nested dictionaries."""
+    *sections, key = name.split(".")
     for section in sections:
-        raw = raw.setdefault(section, {})
-    raw[key] = value
+        settings = settings.setdefault(section, {})
+    settings[key] = value
 
 
 def name_flags(script: str, message: str) -> str:
-    """The message with the flags behind each setting that it names: whoever runs a script has never
-    seen the settings."""
-    behind: dict[str, list[str]] = {}
+    """Return the message with the flags of each setting in it: users know the flags only."""
+    flags: dict[str, list[str]] = {}
     for name, flag in SCRIPTS[script].flags.items():
-        for place in flag.places.split():
-            behind.setdefault(place, []).append(f"--{name}")
-    named = "|".join(re.escape(place) for place in behind if "." in place)
+        for setting in flag.setting_names:
+            flags.setdefault(setting, []).append(f"--{name}")
+    settings = "|".join(re.escape(setting) for setting in flags if "." in setting)
+    # Whole names only: no part of a path or of a longer name, no override "section.key=value", and
+    # none that has its flags already.
     return re.sub(
-        rf"(?<![\w./-])({named})(?![\w=/-]|\.\w| \(--)",
-        lambda m: f"{m[1]} ({', '.join(behind[m[1]])})",
+        rf"(?<![\w./-])({settings})(?![\w=/-]|\.\w| \(--)",
+        lambda match: f"{match[1]} ({', '.join(flags[match[1]])})",
         message,
     )
 
 
-def list_refusals(a: Namespace) -> list[str]:
-    """What was asked for and cannot be done, each with the reason."""
-    predict = vars(a).get("prediction_type")
-    secret_seen = vars(a).get("hub_token") is not None and a.report_to in (
-        "wandb",
-        "comet_ml",
-        "all",
-    )
-    known = (*TRACKERS, "all", "none")
-    cases = [
-        (
-            a.dataset_name is None and a.train_data_dir is None,
+def list_refusals(arguments: Namespace) -> list[str]:
+    """Return what was asked for and cannot be done, each with the reason."""
+    prediction_type = vars(arguments).get("prediction_type")
+    report_to = arguments.report_to
+    token = vars(arguments).get("hub_token")
+    destinations = (*TRACKERS, "all", "none")
+    reasons = []
+    if arguments.dataset_name is None and arguments.train_data_dir is None:
+        reasons.append(
             "there is nothing to train on: give --dataset_name (Hub or local data set) or "
-            "--train_data_dir (folder)",
-        ),
-        (
-            a.report_to not in known,
-            f"--report_to: {a.report_to!r} was given, one of {', '.join(known)} is expected",
-        ),
-        (
-            secret_seen,
-            f"--hub_token with --report_to={a.report_to}: trackers store the command line, token "
-            "included. Run `hf auth login` or set HF_TOKEN instead.",
-        ),
-        (
-            predict not in (None, "epsilon", "v_prediction"),
-            f"--prediction_type: {predict!r} was given, epsilon or v_prediction is expected; "
-            "leave it out to keep what the base's scheduler says",
-        ),
-        (
-            a.lr_scheduler == "piecewise_constant",
+            "--train_data_dir (folder)"
+        )
+    if report_to not in destinations:
+        reasons.append(
+            f"--report_to: {report_to!r} was given, one of {', '.join(destinations)} is expected"
+        )
+    if token is not None and report_to in ("wandb", "comet_ml", "all"):
+        reasons.append(
+            f"--hub_token with --report_to={report_to}: trackers store the command line, token "
+            "included. Run `hf auth login` or set HF_TOKEN instead."
+        )
+    if prediction_type not in (None, "epsilon", "v_prediction"):
+        reasons.append(
+            f"--prediction_type: {prediction_type!r} was given, epsilon or v_prediction is "
+            "expected; leave it out to keep what the base's scheduler says"
+        )
+    if arguments.lr_scheduler == "piecewise_constant":
+        reasons.append(
             "--lr_scheduler: piecewise_constant needs step rules, and no flag gives them. "
             "Use constant, constant_with_warmup, linear, cosine, cosine_with_restarts or "
-            "polynomial.",
-        ),
-    ]
-    return [reason for wrong, reason in cases if wrong]
+            "polynomial."
+        )
+    return reasons
 
 
-def list_remarks(script: str, a: Namespace) -> list[str]:
-    """One line for each flag that was given and changes nothing, and for each default that gives
-    way."""
-    out = []
-    for name, flag in SCRIPTS[script].flags.items():
-        if getattr(a, name) != flag.default and not flag.places:
-            out.append(f"--{name}: {flag.says}")
-        elif (
-            getattr(a, name) != flag.default
-            and flag.needs
-            and getattr(a, flag.needs) in (None, False, "none")
-        ):
-            out.append(f"--{name} does nothing without --{flag.needs}")
-    if (
-        a.max_train_steps is not None
-        and a.num_train_epochs != SCRIPTS[script].flags["num_train_epochs"].default
-    ):
-        out.append("--num_train_epochs gives way to --max_train_steps")
-    if a.lr_scheduler == "constant" and vars(a).get("lr_warmup_steps", 0) not in (
-        0,
-        COMMON["lr_warmup_steps"].default,
-    ):
-        out.append(
+def list_remarks(script: str, arguments: Namespace) -> list[str]:
+    """Return a line for each flag that changes nothing, and for each default that gives way."""
+    flags = SCRIPTS[script].flags
+    given = {name: flag for name, flag in flags.items() if getattr(arguments, name) != flag.default}
+    remarks = []
+    for name, flag in given.items():
+        if not flag.settings:
+            remarks.append(f"--{name}: {flag.help}")
+        elif flag.needs and getattr(arguments, flag.needs) in (None, False, "none"):
+            remarks.append(f"--{name} does nothing without --{flag.needs}")
+    if arguments.max_train_steps is not None and "num_train_epochs" in given:
+        remarks.append("--num_train_epochs gives way to --max_train_steps")
+    # A script's default warm-up is no choice of the user's.
+    warmup = vars(arguments).get("lr_warmup_steps", 0)
+    default_warmup = COMMON_FLAGS["lr_warmup_steps"].default
+    if arguments.lr_scheduler == "constant" and warmup not in (0, default_warmup):
+        remarks.append(
             "--lr_warmup_steps does nothing with --lr_scheduler=constant; constant_with_warmup "
             "has a warm-up"
         )
-    if a.report_to == "tensorboard" and not choose_trackers(a):
-        out.append(
+    if arguments.report_to == "tensorboard" and not choose_trackers(arguments):
+        remarks.append(
             "--report_to=tensorboard: TensorBoard is not installed (pip install tensorboard); "
             "metrics go to metrics.jsonl only"
         )
-    return out
-
-
-def run_script(script: str, a: Namespace) -> None:
-    """Train as the flags say.
-
-    Raises:
-        LimnerError: what training raises; settings that it names come with their flags.
-    """
-    with report_once():
-        config = to_config(script, a)
-    from limner.training.loop import print_line, run_training
-
-    if os.environ.get("RANK", "0") == "0":
-        for line in list_remarks(script, a):
-            print_line(line)
-    if a.hub_token:
-        os.environ["HF_TOKEN"] = a.hub_token
-    try:
-        run_training(config, report=lambda line: print_line(name_flags(script, line)))
-    except InputError as fault:
-        fault.args = (name_flags(script, str(fault)),)
-        raise
-
-
-def main(script: str, argv: Sequence[str] | None = None) -> int:
-    """One of the scripts: its name without ``.py``, and its command line. Returns the exit code."""
-    a = make_parser(script).parse_args(argv)
-    from limner.cli import run_guarded
-
-    code: int = run_guarded(lambda: run_script(script, a))
-    return code
+    return remarks
 
 
 def make_flag_table() -> str:
-    """All flags of all scripts in Markdown, as docs/coming-from-diffusers.md shows them."""
+    """Return the table of all flags of all scripts, in Markdown."""
     lines = ["| flag | default | setting | meaning |", "|---|---|---|---|"]
-    rows: dict[str, dict[str, Flag]] = {}
-    for script, known in SCRIPTS.items():
-        for name, flag in known.flags.items():
-            rows.setdefault(name, {})[script] = flag
-    for name, flags in sorted(rows.items()):
+    names = {name for script in SCRIPTS.values() for name in script.flags}
+    for name in sorted(names):
+        flags = {key: one.flags[name] for key, one in SCRIPTS.items() if name in one.flags}
+        # Scripts differ in a flag's default; setting and meaning are those of the first script.
         first = next(iter(flags.values()))
-        shown: dict[str, list[str]] = {}
-        for script, f in flags.items():
-            text = (
-                "required"
-                if f.required
-                else "off"
-                if f.default is False
-                else ""
-                if f.default is None
-                else f"`{f.default}`"
-            )
-            shown.setdefault(text, []).append(script)
-        default = (
-            next(iter(shown))
-            if len(shown) == 1
-            else ", ".join(
-                f"{text or 'none'} ({name_scripts(scripts)})" for text, scripts in shown.items()
-            )
-        )
-        choices = ": " + ", ".join(first.choices) if first.choices else ""
-        only = "" if len(flags) == len(SCRIPTS) else f" (only in {name_scripts(list(flags))})"
-        places = ", ".join(f"`{place}`" for place in first.places.split()) or "none"
-        lines.append(f"| `--{name}` | {default} | {places} | {first.says}{choices}{only} |")
+        settings = ", ".join(f"`{setting}`" for setting in first.setting_names) or "none"
+        meaning = first.help
+        if first.choices:
+            meaning += f": {', '.join(first.choices)}"
+        if len(flags) < len(SCRIPTS):
+            meaning += f" (only in {shorten_script_names(flags)})"
+        lines.append(f"| `--{name}` | {format_defaults(flags)} | {settings} | {meaning} |")
     return "\n".join(lines)
 
 
-def name_scripts(scripts: list[str]) -> str:
-    """Scripts by what follows ``train_text_to_image``."""
+def format_defaults(flags: dict[str, Flag]) -> str:
+    """Return the default of a flag, or each one with the scripts that have it."""
+    scripts: dict[str, list[str]] = {}
+    for script, flag in flags.items():
+        scripts.setdefault(format_default(flag), []).append(script)
+    if len(scripts) == 1:
+        return next(iter(scripts))
+    return ", ".join(
+        f"{text or 'none'} ({shorten_script_names(names)})" for text, names in scripts.items()
+    )
+
+
+def format_default(flag: Flag) -> str:
+    """Return the default of one script's flag as the table shows it."""
+    if flag.required:
+        return "required"
+    if flag.default is False:
+        return "off"
+    return "" if flag.default is None else f"`{flag.default}`"
+
+
+def shorten_script_names(scripts: Iterable[str]) -> str:
+    """Return the scripts by what follows ``train_text_to_image``."""
     return ", ".join(
         f"`{script.removeprefix('train_text_to_image') or '...image'}`" for script in scripts
     )
 
 
-BEGIN, END = "<!-- flags: begin -->", "<!-- flags: end -->"
-
-
 def refresh_page(page: str) -> str:
-    """The page with the table between its markers made anew."""
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    """Return the page with a new table of flags between its markers."""
+    before = page.split(BEGIN)[0]
+    after = page.split(END)[1]
     return f"{before}{BEGIN}\n{make_flag_table()}\n{END}{after}"
 
 
-if __name__ == "__main__":  # python -m limner.compat.diffusers docs/coming-from-diffusers.md
+if __name__ == "__main__":
+    # python -m limner.compat.diffusers docs/coming-from-diffusers.md
     target = Path(sys.argv[1])
     target.write_text(refresh_page(target.read_text(encoding="utf-8")), encoding="utf-8")

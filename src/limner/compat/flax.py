@@ -1,39 +1,68 @@
-"""The pipelines that diffusers had for Flax, by their names and calls: scripts that used them run
-with only their imports changed.
+"""The pipelines that diffusers had for Flax, by their names and calls.
+
+Scripts that used them run with only their imports changed:
 
     from limner.compat.flax import FlaxStableDiffusionPipeline, replicate, shard
 
-One compiled program makes the pictures of all devices: prompts are divided over them, weights are
+One compiled program draws the pictures of all devices: prompts are divided over them, weights are
 on each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from limner.base_model.base import BaseModel
 from limner.base_model.open import open_base
 from limner.config.schema import ModelSettings
 from limner.diffusion.samplers import make_table
 from limner.errors import InputError
+from limner.families import FAMILIES
+
+Weights = dict[str, dict[str, Any]]  # arrays by component and name
 
 
 @dataclass(frozen=True)
 class FlaxOutput:
-    """``images``: float32 [n, height, width, 3] in [0, 1], with another first axis of devices where
-    the prompts had one."""
+    """The result of a pipeline.
+
+    Args:
+        images: float32 [n, height, width, 3] in [0, 1], with another first axis of devices where
+            the prompts had one.
+    """
 
     images: Any
 
     def __getitem__(self, i: int) -> Any:
+        """Return the images at 0, as outputs of diffusers do."""
         return (self.images,)[i]
 
 
+class DrawInputs(NamedTuple):
+    """The arrays of one call besides the weights; rows are prompts."""
+
+    ids: Any  # token ids, [n, length] or with several tokenizers [n, tokenizers, length]
+    negative_ids: Any  # of the negative prompts
+    noise: Any  # standard normal, [n, channels, h, w]
+    table: tuple[Any, Any]  # the sampler's timesteps and coefficients
+    guidance_scale: Any
+
+    def divide_rows(self) -> "DrawInputs":
+        """Divide the prompts over all devices."""
+        import jax
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        rows = NamedSharding(make_mesh(), PartitionSpec("data"))
+        ids, negative_ids, noise = jax.device_put((self.ids, self.negative_ids, self.noise), rows)
+        return self._replace(ids=ids, negative_ids=negative_ids, noise=noise)
+
+
 def replicate(tree: Any) -> Any:
-    """Weights on every device."""
+    """Put weights on every device."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -41,7 +70,7 @@ def replicate(tree: Any) -> Any:
 
 
 def shard(array: Any) -> np.ndarray:
-    """Rows divided over devices: [devices, rows / devices, ...].
+    """Divide rows over devices: [devices, rows / devices, ...].
 
     Raises:
         InputError: when they cannot be divided.
@@ -57,7 +86,7 @@ def shard(array: Any) -> np.ndarray:
 
 
 def make_mesh() -> Any:
-    """All devices in a row."""
+    """Return all devices in a row."""
     import jax
     from jax.sharding import AxisType, Mesh
 
@@ -69,18 +98,16 @@ class FlaxStableDiffusionPipeline:
 
     family = "sd"
 
-    def __init__(self, base: Any, dtype: Any):
+    def __init__(self, base: BaseModel, dtype: Any):
         from limner.engines.jax.encoders import JaxEncoders
-        from limner.families import FAMILIES
 
-        self.base, self.dtype, self.record, self.parts = (
-            base,
-            dtype,
-            FAMILIES[self.family],
-            JaxEncoders(base),
-        )
-        self.compiled: dict[Any, Any] = {}
+        self.base = base
+        self.dtype = dtype
+        self.record = FAMILIES[self.family]
+        self.encoders = JaxEncoders(base)
+        self.compiled: dict[Any, Callable[[Weights, DrawInputs], Any]] = {}
 
+    # The arguments of this and of __call__ are those of diffusers.
     @classmethod
     def from_pretrained(
         cls,
@@ -93,42 +120,42 @@ class FlaxStableDiffusionPipeline:
         from_pt: bool = False,
         safety_checker: Any = None,
         feature_extractor: Any = None,
-    ) -> tuple["FlaxStableDiffusionPipeline", dict[str, Any]]:
-        """The pipeline and its weights, from a folder or a Hub repository; ``from_pt`` has nothing
-        to do: weights are read as they are.
+    ) -> tuple["FlaxStableDiffusionPipeline", Weights]:
+        """Load a pipeline and its weights from a folder or a Hub repository.
 
         Args:
             dtype: what the UNet and the text encoders compute in.
+            from_pt: has no effect: PyTorch's weights are read as they are.
 
         Raises:
             InputError: for a model that there is no code for.
         """
         from limner.engines.jax.weights import read_component
-        from limner.families import FAMILIES
 
-        base = open_base(
-            ModelSettings(
-                model, cls.family, revision=revision, variant=variant, cache_dir=cache_dir
-            ),
-            FAMILIES[cls.family],
+        settings = ModelSettings(
+            model, cls.family, revision=revision, variant=variant, cache_dir=cache_dir
         )
-        pipeline = cls(base, np.dtype(dtype))
-        names = [
-            name
-            for name in pipeline.record.components
-            if name != "scheduler" and name not in pipeline.record.tokenizers
-        ]
-        kinds = {name: np.float32 if name == "vae" else pipeline.dtype for name in names}
-        return pipeline, {
-            name: {key: a.astype(kinds[name]) for key, a in read_component(base, name).items()}
-            for name in names
-        }
+        pipeline = cls(open_base(settings, FAMILIES[cls.family]), np.dtype(dtype))
+        params: Weights = {}
+        for component in pipeline.record.components:
+            if component == "scheduler" or component in pipeline.record.tokenizers:
+                continue
+            # The autoencoder of XL overflows in half precision.
+            stored_as = np.float32 if component == "vae" else pipeline.dtype
+            params[component] = {
+                name: array.astype(stored_as)
+                for name, array in read_component(pipeline.base, component).items()
+            }
+        return pipeline, params
 
     def prepare_inputs(self, prompt: str | Sequence[str]) -> np.ndarray:
-        """Token ids, int32: [n, length], or with several tokenizers [n, tokenizers, length]."""
+        """Return token ids, int32 [n, length].
+
+        With several tokenizers they are [n, tokenizers, length].
+        """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         ids = [
-            self.parts.tokenize(name, prompts, 1)[:, 0].astype(np.int32)
+            self.encoders.tokenize(name, prompts, 1)[:, 0].astype(np.int32)
             for name in self.record.tokenizers
         ]
         return ids[0] if len(ids) == 1 else np.stack(ids, axis=1)
@@ -136,7 +163,7 @@ class FlaxStableDiffusionPipeline:
     def __call__(
         self,
         prompt_ids: Any,
-        params: dict[str, Any],
+        params: Weights,
         prng_seed: Any,
         num_inference_steps: int = 50,
         height: int | None = None,
@@ -147,7 +174,7 @@ class FlaxStableDiffusionPipeline:
         return_dict: bool = True,
         jit: bool = False,
     ) -> Any:
-        """Pictures of prompts.
+        """Draw pictures of prompts.
 
         Args:
             prompt_ids: of ``prepare_inputs``, or with ``jit`` of ``shard``.
@@ -158,152 +185,144 @@ class FlaxStableDiffusionPipeline:
             jit: whether prompts are divided over all devices.
         """
         import jax
-        from jax.sharding import NamedSharding, PartitionSpec
 
-        from limner.engines.jax.attention import choose_kernel
-        from limner.engines.jax.pipeline import latent_side
-
-        lead = np.asarray(prompt_ids).shape[: 2 if jit else 1]
-        rows = int(np.prod(lead))
-        shape = (
-            self.base.configs["unet"].get("in_channels", 4),
-            latent_side(self.base, height),
-            latent_side(self.base, width),
-        )
-        found = make_table(self.base.configs["scheduler"], num_inference_steps)
-        noise: Any
+        ids = np.asarray(prompt_ids)
+        lead = ids.shape[: 2 if jit else 1]
+        ids = ids.reshape(-1, *ids.shape[len(lead) :])
+        shape = (len(ids), *self.latent_shape(height, width))
+        table = make_table(self.base.configs["scheduler"], num_inference_steps)
         if latents is None:
-            keys = prng_seed if jit else prng_seed[None]
-            noise = jax.vmap(lambda key: jax.random.normal(key, (rows // len(keys), *shape)))(
-                keys
-            ).reshape(rows, *shape)
-        else:
-            noise = np.asarray(latents, np.float32).reshape(rows, *shape)
-        ids = np.asarray(prompt_ids).reshape(rows, *np.asarray(prompt_ids).shape[len(lead) :])
-        against = (
-            self.prepare_inputs([""] * rows)
-            if neg_prompt_ids is None
-            else np.asarray(neg_prompt_ids).reshape(ids.shape)
+            latents = draw_noise(prng_seed if jit else prng_seed[None], shape)
+        no_negative = neg_prompt_ids is None
+        if no_negative:
+            neg_prompt_ids = self.prepare_inputs([""] * len(ids))
+        inputs = DrawInputs(
+            ids,
+            np.asarray(neg_prompt_ids).reshape(ids.shape),
+            np.asarray(latents, np.float32).reshape(shape),
+            (table.timesteps, table.coefficients),
+            np.float32(guidance_scale),
         )
         if jit:
-            noise, ids, against = jax.device_put(
-                (noise, ids, against), NamedSharding(make_mesh(), PartitionSpec("data"))
-            )
-        how = {"guided": guidance_scale > 1, "silent": neg_prompt_ids is None}
-        key = (num_inference_steps, noise.shape, jit, *how.values())
-        if key not in self.compiled:
-            self.compiled[key] = jax.jit(
-                partial(
-                    self.drawn,
-                    **how,
-                    kernel=choose_kernel(make_mesh().devices.flat[0], make_mesh()) if jit else None,
-                )
-            )
+            inputs = inputs.divide_rows()
+        program = self.get_program(guidance_scale > 1, no_negative, jit)
         with jax.default_matmul_precision("highest" if self.dtype == np.float32 else None):
-            images = self.compiled[key](
-                params,
-                ids,
-                against,
-                noise,
-                found.timesteps,
-                found.coefficients,
-                np.float32(guidance_scale),
-            )
+            images = program(params, inputs)
         images = images.reshape(*lead, *images.shape[1:])
         return FlaxOutput(images) if return_dict else (images,)
 
-    def drawn(
-        self,
-        params: Any,
-        ids: Any,
-        against: Any,
-        noise: Any,
-        timesteps: Any,
-        weights: Any,
-        guidance: Any,
-        *,
-        guided: bool,
-        silent: bool,
-        kernel: Any,
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Return (channels, height, width) of latents for a picture's sides in pixels."""
+        from limner.engines.jax.pipeline import latent_side
+
+        channels = self.base.configs["unet"].get("in_channels", 4)
+        return channels, latent_side(self.base, height), latent_side(self.base, width)
+
+    def get_program(
+        self, guided: bool, no_negative: bool, jit: bool
+    ) -> Callable[[Weights, DrawInputs], Any]:
+        """Return ``draw`` for one kind of call, jitted once."""
+        import jax
+
+        from limner.engines.jax.attention import choose_kernel
+
+        key = guided, no_negative, jit
+        if key not in self.compiled:
+            mesh = make_mesh()
+            kernel = choose_kernel(mesh.devices.flat[0], mesh) if jit else None
+            program = partial(self.draw, guided=guided, no_negative=no_negative, kernel=kernel)
+            self.compiled[key] = jax.jit(program)
+        return self.compiled[key]
+
+    def draw(
+        self, params: Weights, inputs: DrawInputs, *, guided: bool, no_negative: bool, kernel: Any
     ) -> Any:
-        """All of it as one pure function: pictures [n, height, width, 3] in [0, 1]."""
+        """Draw pictures [n, height, width, 3] in [0, 1], as one pure function.
+
+        Args:
+            no_negative: whether the negative prompts are empty because none were given.
+        """
         import jax.numpy as jnp
 
         from limner.engines.jax import vae
         from limner.engines.jax.nn import Params
-        from limner.engines.jax.pipeline import sample
+        from limner.engines.jax.pipeline import Denoiser, latent_factor
 
-        features = self.told(params, ids)
+        configs = self.base.configs
+        features = self.encode_prompts(params, inputs.ids)
         if guided:
-            other = self.told(params, against)
-            if silent and self.record.zeros_for_empty_prompt(self.base.configs):
-                other = {name: jnp.zeros_like(array) for name, array in other.items()}
+            negative = self.encode_prompts(params, inputs.negative_ids)
+            if no_negative and self.record.zeros_for_empty_prompt(configs):
+                negative = {name: jnp.zeros_like(array) for name, array in negative.items()}
             features = {
-                name: jnp.concatenate([other[name], array]) for name, array in features.items()
+                name: jnp.concatenate([negative[name], array]) for name, array in features.items()
             }
-        factor = 2 ** (len(self.base.configs["vae"]["block_out_channels"]) - 1)
-        high, wide = (side * factor for side in noise.shape[2:])
-        count = len(noise) * (1 + guided)
-        features |= {
-            "size_and_crop": jnp.tile(
-                jnp.array([high, wide, 0, 0, high, wide], jnp.float32), (count, 1)
-            )
-        }
-        how = {
-            "config": self.base.configs["unet"],
-            "scale": 1.0,
-            "family": self.record,
-            "kind": self.dtype,
-            "guided": guided,
-            "kernel": kernel,
-        }
-        clean = sample(params["unet"], timesteps, weights, noise, features, guidance, **how)
-        known = self.base.configs["vae"]
-        pixels = vae.decode(
-            Params(params["vae"]), known, clean / known.get("scaling_factor", 0.18215)
+        height, width = (side * latent_factor(self.base) for side in inputs.noise.shape[2:])
+        size_and_crop = jnp.array([height, width, 0, 0, height, width], jnp.float32)
+        rows = len(inputs.noise) * (1 + guided)
+        features |= {"size_and_crop": jnp.tile(size_and_crop, (rows, 1))}
+        latents = Denoiser(self.record, configs["unet"], self.dtype, kernel).sample(
+            params["unet"],
+            inputs.table,
+            inputs.noise,
+            features,
+            inputs.guidance_scale,
+            guided,
         )
+        scaling = configs["vae"].get("scaling_factor", 0.18215)
+        pixels = vae.decode(Params(params["vae"]), configs["vae"], latents / scaling)
         return jnp.clip(pixels / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
 
-    def told(self, params: Any, ids: Any) -> dict[str, Any]:
-        """What the network is told of token ids."""
-        import jax.numpy as jnp
-
-        from limner.engines.jax import clip
-        from limner.engines.jax.encoders import has_projection
-        from limner.engines.jax.nn import Params
-
-        outer = self
-
-        class Encoders:
-            def encode_text(self, name: str, ids: Any, skip: int = 0) -> tuple[Any, Any]:
-                return clip.encode_text(
-                    Params(params[name]),
-                    outer.base.configs[name],
-                    ids,
-                    skip,
-                    has_projection(outer.base, name),
-                    outer.dtype,
-                )
-
-            def concat_features(self, arrays: list[Any]) -> Any:
-                return jnp.concatenate(arrays, axis=-1)
-
-        several = ids if ids.ndim == 3 else ids[:, None]
+    def encode_prompts(self, params: Weights, ids: Any) -> dict[str, Any]:
+        """Return the text features of token ids; see ``prepare_inputs`` for their shape."""
+        by_tokenizer = ids if ids.ndim == 3 else ids[:, None]
         return self.record.encode_text(
-            Encoders(),
-            {name: several[:, i : i + 1] for i, name in enumerate(self.record.tokenizers)},
+            FlaxTextEncoders(params, self.base, self.dtype),
+            {name: by_tokenizer[:, i : i + 1] for i, name in enumerate(self.record.tokenizers)},
         )
 
     @staticmethod
     def numpy_to_pil(images: Any) -> list[Image.Image]:
-        """Pictures [n, height, width, 3] in [0, 1] as PIL has them."""
+        """Convert pictures [n, height, width, 3] in [0, 1] to PIL's."""
         return [
-            Image.fromarray((picture * 255).round().astype(np.uint8))
-            for picture in np.asarray(images, np.float32)
+            Image.fromarray((image * 255).round().astype(np.uint8))
+            for image in np.asarray(images, np.float32)
         ]
 
 
 class FlaxStableDiffusionXLPipeline(FlaxStableDiffusionPipeline):
-    """The same for Stable Diffusion XL."""
+    """Stable Diffusion XL in JAX; see the module."""
 
     family = "sdxl"
+
+
+@dataclass(frozen=True)
+class FlaxTextEncoders:
+    """Text encoders with the weights of one call; see ``protocols.TextEncoders``."""
+
+    params: Weights
+    base: BaseModel
+    dtype: Any
+
+    def encode_text(self, name: str, ids: Any, skip: int = 0) -> tuple[Any, Any]:
+        """See ``protocols.TextEncoders``."""
+        from limner.engines.jax import clip
+        from limner.engines.jax.encoders import has_projection
+        from limner.engines.jax.nn import Params
+
+        net, config = Params(self.params[name]), self.base.configs[name]
+        return clip.encode_text(net, config, ids, skip, has_projection(self.base, name), self.dtype)
+
+    def concat_features(self, arrays: list[Any]) -> Any:
+        """See ``protocols.TextEncoders``."""
+        import jax.numpy as jnp
+
+        return jnp.concatenate(arrays, axis=-1)
+
+
+def draw_noise(keys: Any, shape: tuple[int, ...]) -> Any:
+    """Draw standard normal numbers, an equal part of the rows from each key of ``jax.random``."""
+    import jax
+
+    part = (shape[0] // len(keys), *shape[1:])
+    return jax.vmap(lambda key: jax.random.normal(key, part))(keys).reshape(shape)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from limner.config.schema import Config
+from limner.config.schema import SETTINGS, Config
 from limner.errors import InputError
 
 
@@ -59,21 +59,6 @@ def format_value(value: Any) -> str:
         lambda found: f"\\u{ord(found[0]):04x}",
         json.dumps(value, ensure_ascii=False),
     )
-
-
-# Settings that name places: ``~`` stands for the user's home in them.
-PATH_SETTINGS: tuple[str, ...] = (
-    "run",
-    "model.base",
-    "model.cache_dir",
-    "model.vae",
-    "data.folder",
-    "data.hub",
-    "data.hub_files",
-    "data.cache_dir",
-    "data.cache",
-)
-PATH_SETTINGS += ("checkpoint.resume", "data.sets.folder", "data.sets.hub", "data.sets.hub_files")
 
 
 # Settings that had another name before 0.1.0; a name without a dot is a section's.
@@ -124,11 +109,11 @@ def build(cls: type, raw: dict[str, Any], where: str = "") -> Any:
 
 
 def expand_home(name: str, value: Any) -> Any:
-    return (
-        os.path.expanduser(value)
-        if re.sub(r"\[\d+\]", "", name) in PATH_SETTINGS and isinstance(value, str)
-        else value
-    )
+    """Put the user's home in place of ``~`` where a setting names a place."""
+    setting = SETTINGS.get(re.sub(r"\[\d+\]", "", name))
+    if setting is None or not setting.declaration.path or not isinstance(value, str):
+        return value
+    return os.path.expanduser(value)
 
 
 def convert(kind: Any, value: Any, where: str) -> Any:

@@ -1,1 +1,1 @@
-"""Where pictures and captions come from, and how they become training examples."""
+"""Sources of pictures and captions, and the order and crops in which training sees them."""

@@ -1,6 +1,6 @@
 """Contact sheets: pictures side by side with their captions."""
 
-import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +8,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from limner.storage import atomic
+
+MARGIN = 6  # pixels around every picture
+CAPTION_WIDTH = 200  # pixels
+HEAD_HEIGHT = 28  # pixels
 
 
 def draw_contact_sheet(
@@ -17,53 +21,57 @@ def draw_contact_sheet(
     heads: Sequence[str] = (),
     tile: int | None = None,
 ) -> Image.Image:
-    """One row per caption, one column per picture, with captions at the left and column heads
-    above; pictures uint8 [h, w, 3]."""
-    side = tile or max(128, max(p.shape[0] for row in rows for p in row))
-    font, margin, left, top = ImageFont.load_default(13), 6, 200, 28 if heads else 6
-    sheet = Image.new(
-        "RGB",
-        (left + (side + margin) * max(map(len, rows)) + margin, top + (side + margin) * len(rows)),
-        "white",
-    )
+    """Draw one row of pictures for each caption, with column heads above.
+
+    Args:
+        rows: of pictures, uint8 [height, width, 3].
+        heads: one for each column, or none.
+        tile: the side of a picture on the sheet; None: the largest height, at least 128.
+    """
+    side = tile or max(128, max(picture.shape[0] for row in rows for picture in row))
+    pitch = side + MARGIN
+    font = ImageFont.load_default(13)
+    top = HEAD_HEIGHT if heads else MARGIN
+    width = CAPTION_WIDTH + pitch * max(map(len, rows)) + MARGIN
+    sheet = Image.new("RGB", (width, top + pitch * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
-    for x, head in enumerate(heads):
-        pen.text((left + margin + x * (side + margin), 8), head, fill="black", font=font)
-    for y, (row, caption) in enumerate(zip(rows, captions, strict=True)):
-        pen.multiline_text(
-            (margin, top + y * (side + margin) + 8), wrap_text(caption, 26), fill="black", font=font
-        )
-        for x, picture in enumerate(row):
-            scaled = Image.fromarray(picture).resize(
-                (side, side),
-                Image.Resampling.NEAREST if picture.shape[0] < side else Image.Resampling.LANCZOS,
-            )
-            sheet.paste(scaled, (left + margin + x * (side + margin), top + y * (side + margin)))
+    for column, head in enumerate(heads):
+        x = CAPTION_WIDTH + MARGIN + column * pitch
+        pen.text((x, 8), head, fill="black", font=font)
+    for line, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+        y = top + line * pitch
+        text = wrap_text(caption, 26)
+        pen.multiline_text((MARGIN, y + 8), text, fill="black", font=font)
+        for column, picture in enumerate(row):
+            x = CAPTION_WIDTH + MARGIN + column * pitch
+            sheet.paste(scale_to_square(picture, side), (x, y))
     return sheet
 
 
+def scale_to_square(picture: np.ndarray, side: int) -> Image.Image:
+    """Scale a picture to side x side; small ones keep their hard pixels."""
+    enlarged = picture.shape[0] < side
+    filter_ = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+    return Image.fromarray(picture).resize((side, side), filter_)
+
+
 def read_picture(path: Path) -> np.ndarray:
-    """A PNG file as uint8 [height, width, 3]."""
+    """Read a PNG file as uint8 [height, width, 3]."""
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
 
 
 def draw_sheet_of_files(paths: Sequence[Path], captions: Sequence[str], target: Path) -> None:
-    """A contact sheet of pictures on disk, as many for each caption; whole or absent."""
+    """Write a contact sheet of pictures on disk, equally many for each caption; whole or absent."""
     pictures = [read_picture(path) for path in paths]
     count = len(pictures) // len(captions)
     if not count:
         return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with atomic.disk_errors(target):
-        draw_contact_sheet(
-            [pictures[i * count : (i + 1) * count] for i in range(len(captions))], captions
-        ).save(temporary, format="PNG")
-        os.replace(temporary, target)
+    rows = [pictures[i * count : (i + 1) * count] for i in range(len(captions))]
+    with atomic.replacing(target) as temporary:
+        draw_contact_sheet(rows, captions).save(temporary, format="PNG")
 
 
 def wrap_text(text: str, width: int) -> str:
-    """Lines of at most ``width`` characters where words allow."""
-    import textwrap
-
+    """Break a text into at most six lines of at most ``width`` characters."""
     return "\n".join(textwrap.wrap(text, width)[:6])

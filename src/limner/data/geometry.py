@@ -1,12 +1,14 @@
-"""How a picture is resized, cropped and mirrored: numbers only."""
+"""Resizing, cropping and mirroring of a picture as numbers."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Resize to height x width, take the crop_height x crop_width part at (top, left), then mirror
-    left and right if ``flip``."""
+    """A resize to height x width, a crop at (top, left), and whether left and right are mirrored.
+
+    The crop is crop_height x crop_width, in pixels of the resized picture.
+    """
 
     height: int
     width: int
@@ -18,29 +20,28 @@ class Geometry:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Height and width of what is cut."""
+        """Height and width of the crop."""
         return self.crop_height, self.crop_width
 
     @property
     def corner(self) -> tuple[int, int]:
-        """Top and left of the crop in the resized picture as the network sees it: mirrored, where
-        the crop is mirrored."""
-        return self.top, self.width - self.left - self.crop_width if self.flip else self.left
+        """Top and left of the crop in the resized picture, both mirrored if ``flip``."""
+        if self.flip:
+            return self.top, self.width - self.left - self.crop_width
+        return self.top, self.left
 
 
 def covering_size(original: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the smallest picture of the original's proportions that covers ``shape``
-    (height, width).
+    """Return the smallest size of the original's proportions that covers ``shape``.
 
-    The side that fits has exactly its length; the other is rounded down, as torchvision's
-    ``Resize`` does for a square.
+    All sizes are (height, width). The side that fits has exactly its length; the other one is
+    rounded down, as torchvision's ``Resize`` does for a square.
     """
-    (height, width), (tall, wide) = original, shape
-    return (
-        (tall, tall * width // height)
-        if tall * width >= wide * height
-        else (wide * height // width, wide)
-    )
+    height, width = original
+    shape_height, shape_width = shape
+    if shape_height * width >= shape_width * height:
+        return shape_height, shape_height * width // height
+    return shape_width * height // width, shape_width
 
 
 def place_crop(
@@ -51,29 +52,35 @@ def place_crop(
     flip: bool = False,
     crop: str = "center",
 ) -> Geometry:
-    """How a picture of ``original`` (height, width) becomes one of ``shape`` (height, width).
+    """Return the geometry that takes a picture from ``original`` to ``shape`` (height, width).
 
     Args:
-        u_top, u_left: where a random crop lies, in [0, 1); a centre crop does not look at them.
+        u_top, u_left: uniform numbers in [0, 1) that place a random crop.
         crop: ``"center"`` or ``"random"``.
     """
     height, width = covering_size(original, shape)
-    spare = (height - shape[0], width - shape[1])
+    spare_height = height - shape[0]
+    spare_width = width - shape[1]
     if crop == "random":
-        top, left = (int(u * (room + 1)) for u, room in zip((u_top, u_left), spare, strict=True))
+        top = int(u_top * (spare_height + 1))
+        left = int(u_left * (spare_width + 1))
     else:
-        top, left = (round(room / 2) for room in spare)
+        top = round(spare_height / 2)
+        left = round(spare_width / 2)
     return Geometry(height, width, top, left, *shape, flip)
 
 
 def center_square(original: tuple[int, int], side: int, flip: bool = False) -> Geometry:
-    """How CLIP sees a picture: the shorter side resized to ``side``, and the middle square of that,
-    as its image processor cuts it."""
+    """Return CLIP's view of a picture: the shorter side resized to ``side``, then the middle."""
     height, width = covering_size(original, (side, side))
-    return Geometry(height, width, (height - side) // 2, (width - side) // 2, side, side, flip)
+    # Rounded down, as CLIP's image processor does.
+    top = (height - side) // 2
+    left = (width - side) // 2
+    return Geometry(height, width, top, left, side, side, flip)
 
 
-def count_crops(shape: Geometry) -> int:
-    """How many different parts of that size can be cut from the resized picture: 1 when it has the
-    same proportions."""
-    return (shape.height - shape.crop_height + 1) * (shape.width - shape.crop_width + 1)
+def count_crops(geometry: Geometry) -> int:
+    """Return the number of places of the crop; 1 where the proportions are the same."""
+    rows = geometry.height - geometry.crop_height + 1
+    columns = geometry.width - geometry.crop_width + 1
+    return rows * columns

@@ -1,4 +1,4 @@
-"""A picture file becomes the same upright sRGB pixels on every machine, or one reason why not."""
+"""Pictures as upright sRGB pixels, the same on every machine."""
 
 import functools
 import io
@@ -27,74 +27,81 @@ RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
     "nearest_exact": Image.Resampling.NEAREST,
 }
-Picture = Path | bytes | np.ndarray | Image.Image
-_ORIENTATION = 0x0112
+# libvips's names of the same filters.
 KERNELS = {
     "lanczos": "lanczos3",
     "bicubic": "cubic",
     "bilinear": "linear",
-}  # libvips's names of the same filters
-FARTHEST = 64  # times smaller
+}
+MAX_SHRINK = 64  # the largest factor by which libvips shrinks, PIL does beyond
+ORIENTATION_TAG = 0x0112  # of EXIF; 1 is upright
+
+Picture = Path | bytes | np.ndarray | Image.Image
+Color = tuple[int, int, int]  # red, green, blue, 0 to 255
+View = tuple[Geometry, str]  # a crop, and the filter that resizes
 
 
 class Undecodable(ValueError):
     """A picture that cannot be used; the message is the reason, without the picture's name."""
 
 
-def parse_color(name: str) -> tuple[int, int, int]:
-    """The red, green and blue of ``data.background``.
+def parse_color(name: str) -> Color:
+    """Return the colour of ``data.background``.
 
     Raises:
         InputError: when it names no opaque colour.
     """
+    channels: tuple[int, ...]
     try:
-        rgb = ImageColor.getrgb(name)
+        channels = ImageColor.getrgb(name)
     except ValueError:
-        rgb = ()  # type: ignore[assignment]
-    if len(rgb) != 3:
+        channels = ()
+    if len(channels) != 3:
         raise InputError(
             f"data.background: {name!r} is no opaque colour; give a name such as white or gray, "
             "or #rrggbb"
         )
-    return rgb[0], rgb[1], rgb[2]
+    red, green, blue = channels
+    return red, green, blue
 
 
 def decode(image: Picture, *, background: str, max_pixels: int) -> Image.Image:
-    """The picture upright, in sRGB, without transparency; of an animation the first frame.
+    """Return a picture upright, in sRGB, without transparency; of an animation the first frame.
 
     Embedded ICC profiles of RGB and CMYK pictures are honoured; a profile that cannot be read, or
-    is meant for another kind of picture, is as good as none. Safe in threads.
+    is meant for another kind of picture, is ignored. Safe in threads.
 
     Args:
         image: a file, a file's bytes, uint8 pixels (H,W / H,W,3 / H,W,4), or an image of PIL.
-        background: what shows through transparent pixels.
+        background: the colour behind transparent pixels.
         max_pixels: a larger picture is refused by its header, before its pixels are unpacked.
 
     Raises:
         Undecodable: with the reason.
     """
-    ground = parse_color(background)
-    with _reasons():
+    color = parse_color(background)
+    with translate_errors():
         if isinstance(image, np.ndarray):
-            return _rgb(_of_array(image, max_pixels), ground)
+            return flatten_to_srgb(convert_array(image, max_pixels), color)
         if isinstance(image, Image.Image):
-            return _upright_rgb(image, ground, max_pixels)
+            return unpack(image, color, max_pixels)
         if isinstance(image, bytes | bytearray | memoryview):
-            return _upright_rgb(_open(io.BytesIO(image)), ground, max_pixels)
+            return unpack(read_header(io.BytesIO(image)), color, max_pixels)
         if not isinstance(image, Path):
             raise Undecodable(
                 "a picture must be a path, bytes, a uint8 array or a PIL image; this is "
                 f"{type(image).__name__}"
             )
+        # A pipe or a device could be read for ever.
         if image.exists() and not image.is_file():
             raise Undecodable("not a regular file")
         with open(image, "rb") as stream:
-            return _upright_rgb(_open(stream), ground, max_pixels)
+            return unpack(read_header(stream), color, max_pixels)
 
 
 @contextmanager
-def _reasons() -> Iterator[None]:
-    """Whatever PIL raises about a picture, as one kind of fault."""
+def translate_errors() -> Iterator[None]:
+    """Turn whatever PIL raises about a picture into ``Undecodable``."""
     try:
         yield
     except (Undecodable, MemoryError):
@@ -103,22 +110,27 @@ def _reasons() -> Iterator[None]:
         raise Undecodable("no such file") from None
     except OSError as error:
         raise Undecodable(f"cannot be read: {error.strerror or error}") from error
+    # A damaged file can break its decoder in any way.
     except Exception as error:
         raise Undecodable(
             f"damaged: {error or type(error).__name__} ({type(error).__name__})"
         ) from error
 
 
-def _open(stream: IO[bytes]) -> Image.Image:
-    """Read the header. ``Image.open`` would warn about, or refuse, sizes by a limit of the whole
-    process; ours is ``max_pixels``."""
+def read_header(stream: IO[bytes]) -> Image.Image:
+    """Open a picture by its header; its pixels stay packed."""
+    # Not by ``Image.open``, which warns about, or refuses, sizes by one limit for the whole
+    # process. The limit here is ``max_pixels``.
     prefix = stream.read(16)
     if not prefix:
         raise Undecodable("the file is empty")
     Image.init()
-    for name in [name for name in FORMATS if name in Image.OPEN]:
+    for name in FORMATS:
+        if name not in Image.OPEN:
+            continue
         factory, accept = Image.OPEN[name]
         accepted = accept is None or accept(prefix)
+        # PIL answers with a text for a format that it knows and was built without.
         if isinstance(accepted, str):
             raise Undecodable(f"{name} pictures need a Pillow that was built with {name}")
         if accepted:
@@ -127,7 +139,8 @@ def _open(stream: IO[bytes]) -> Image.Image:
     raise Undecodable(f"not a picture in a known format ({', '.join(FORMATS)})")
 
 
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Refuse a picture that is too large, or empty."""
     if width * height > max_pixels:
         raise Undecodable(
             f"{width}x{height} pixels are more than data.max_pixels = {max_pixels}: a "
@@ -137,52 +150,55 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
         raise Undecodable(f"{width}x{height} pixels: an empty picture")
 
 
-def _upright_rgb(
-    picture: Image.Image, ground: tuple[int, int, int], max_pixels: int
-) -> Image.Image:
-    _check_pixels(*picture.size, max_pixels)
+def unpack(picture: Image.Image, background: Color, max_pixels: int) -> Image.Image:
+    """Unpack the pixels of an opened picture, upright and in sRGB."""
+    check_size(*picture.size, max_pixels)
     picture.load()
-    if picture.getexif().get(_ORIENTATION, 1) != 1:
+    if picture.getexif().get(ORIENTATION_TAG, 1) != 1:
         picture = ImageOps.exif_transpose(picture)
-    return _rgb(picture, ground)
+    return flatten_to_srgb(picture, background)
 
 
-def _of_array(array: np.ndarray, max_pixels: int) -> Image.Image:
-    if array.dtype != np.uint8 or not (
-        array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    ):
+def convert_array(array: np.ndarray, max_pixels: int) -> Image.Image:
+    """Return uint8 pixels as an image of PIL."""
+    is_grey = array.ndim == 2
+    is_color = array.ndim == 3 and array.shape[2] in (3, 4)
+    if array.dtype != np.uint8 or not (is_grey or is_color):
         raise Undecodable(
             "an array must be uint8 of shape (H, W), (H, W, 3) or (H, W, 4); this is "
             f"{array.dtype} of shape {array.shape}"
         )
-    _check_pixels(array.shape[1], array.shape[0], max_pixels)
+    check_size(array.shape[1], array.shape[0], max_pixels)
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _rgb(picture: Image.Image, ground: tuple[int, int, int]) -> Image.Image:
+def flatten_to_srgb(picture: Image.Image, background: Color) -> Image.Image:
+    """Convert a picture of any mode to 8-bit sRGB, with ``background`` behind it."""
     if picture.mode == "F" or picture.mode.startswith("I"):
-        picture = _eight_bits(picture)
+        picture = reduce_to_8_bits(picture)
     if not picture.has_transparency_data:
-        return _srgb(picture.convert("RGB") if picture.mode in ("P", "PA") else picture)
+        if picture.mode in ("P", "PA"):
+            picture = picture.convert("RGB")
+        return convert_to_srgb(picture)
     if picture.mode == "RGB" and max(picture.info["transparency"]) > 255:
-        picture.info["transparency"] = tuple(
-            v >> 8 for v in picture.info["transparency"]
-        )  # a 16-bit PNG: PIL reduces its pixels, not its key
-    picture = (
-        picture.convert("LA").convert("RGBA") if picture.mode == "La" else picture.convert("RGBA")
-    )
-    return Image.composite(
-        _srgb(picture.convert("RGB")),
-        Image.new("RGB", picture.size, ground),
-        picture.getchannel("A"),
-    )
+        # Of a PNG of 16 bits PIL reduces the pixels, but not the colour that is transparent.
+        picture.info["transparency"] = tuple(v >> 8 for v in picture.info["transparency"])
+    if picture.mode == "La":
+        # PIL converts premultiplied grey to LA only.
+        picture = picture.convert("LA")
+    picture = picture.convert("RGBA")
+    ground = Image.new("RGB", picture.size, background)
+    return Image.composite(convert_to_srgb(picture.convert("RGB")), ground, picture.getchannel("A"))
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Greyscale of 16 bits, of 32-bit integers that hold 16, and of floats within 0 to 1, or else 0
-    to 255, as 8 bits."""
+def reduce_to_8_bits(picture: Image.Image) -> Image.Image:
+    """Convert grey of more than 8 bits to 8 bits.
+
+    Integers hold 16 bits, in whatever type; floats lie within 0 to 1, or else within 0 to 255.
+    """
     values = np.asarray(picture)
-    low, high = float(values.min()), float(values.max())
+    low = float(values.min())
+    high = float(values.max())
     if picture.mode == "F":
         if not (math.isfinite(low + high) and low >= 0 and high <= 255):
             raise Undecodable(
@@ -192,6 +208,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     else:
         if low < 0 or high > 65535:
             raise Undecodable(f"grey values {low:.0f} to {high:.0f}; 0 to 65535 is expected")
+        # 65535 / 255 is 257: division that rounds to the nearest.
         grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if "transparency" not in picture.info:
         return Image.fromarray(grey)
@@ -199,14 +216,16 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
 
 
-def _srgb(picture: Image.Image) -> Image.Image:
+def convert_to_srgb(picture: Image.Image) -> Image.Image:
+    """Convert a picture by its ICC profile if it has a usable one, else by its mode."""
     icc = picture.info.get("icc_profile")
-    if not icc or not _needs_conversion(icc, picture.mode):
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
-    return _through(picture, icc)
+    if icc and needs_conversion(icc, picture.mode):
+        return apply_profile(picture, icc)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _through(picture: Image.Image, icc: bytes) -> Image.Image:
+def apply_profile(picture: Image.Image, icc: bytes) -> Image.Image:
+    """Convert a picture from the colour space of an ICC profile to sRGB."""
     converted = ImageCms.profileToProfile(
         picture,
         ImageCms.ImageCmsProfile(io.BytesIO(icc)),
@@ -218,92 +237,100 @@ def _through(picture: Image.Image, icc: bytes) -> Image.Image:
 
 
 @functools.lru_cache(maxsize=64)
-def _needs_conversion(icc: bytes, mode: str) -> bool:
-    """Whether a profile can be read, is meant for this mode, and is another colour space than sRGB
-    (asked of numbers, not of its name)."""
+def needs_conversion(icc: bytes, mode: str) -> bool:
+    """Whether a profile can be read, is meant for this mode, and is not sRGB."""
     try:
         space = ImageCms.ImageCmsProfile(io.BytesIO(icc)).profile.xcolor_space.strip()
         if mode not in ("RGB", "CMYK") or space != mode:
             return False
         if mode == "CMYK":
-            probe = Image.new("CMYK", (1, 1))
-            return _through(probe, icc) is not None
+            # Converting one pixel shows whether the profile works.
+            apply_profile(Image.new("CMYK", (1, 1)), icc)
+            return True
+        # sRGB has many profiles with many names: whether this is one is asked of its numbers.
         steps = np.arange(0, 256, 51, dtype=np.uint8)
-        colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
-        moved = np.asarray(_through(Image.fromarray(colours), icc)).astype(int) - colours
-        return bool(np.abs(moved).max() > 2)
+        colors = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+        converted = np.asarray(apply_profile(Image.fromarray(colors), icc)).astype(int)
+        return bool(np.abs(converted - colors).max() > 2)
     except (OSError, TypeError, ValueError, ImageCms.PyCMSError):
         return False
-
-
-View = tuple[Geometry, str]  # how a picture is cut, and by what filter it is resized
 
 
 def load_views(
     picture: Picture, views: Sequence[View], *, background: str, max_pixels: int
 ) -> list[np.ndarray]:
-    """Views of a picture that is decoded once: each uint8 [crop_height, crop_width, 3]; equal, to
-    the bit, to ``cut`` of ``decode``.
+    """Return views of a picture that is decoded once, each uint8 [crop_height, crop_width, 3].
 
-    A plain JPEG (RGB, upright, sRGB) is unpacked straight into an array. Safe in threads.
+    Equal, to the bit, to ``crop`` of ``decode``. Safe in threads.
 
     Raises:
         Undecodable: with the reason.
     """
     if isinstance(picture, bytes):
-        with _reasons():
-            header = _open(io.BytesIO(picture))
-            _check_pixels(*header.size, max_pixels)
-            if header.format == "JPEG" and header.mode == "RGB" and not _needs_care(header):
-                import simplejpeg
-
-                pixels = simplejpeg.decode_jpeg(picture, "RGB")
-                return [_part(pixels, shape, resample) for shape, resample in views]
+        with translate_errors():
+            pixels = decode_plain_jpeg(picture, max_pixels)
+            if pixels is not None:
+                return [resize_and_crop(pixels, geometry, resample) for geometry, resample in views]
     decoded = decode(picture, background=background, max_pixels=max_pixels)
-    return [crop(decoded, shape, resample) for shape, resample in views]
+    return [crop(decoded, geometry, resample) for geometry, resample in views]
 
 
-def crop(picture: Image.Image, shape: Geometry, resample: str) -> np.ndarray:
-    """The part as uint8 [crop_height, crop_width, 3].
-
-    Made smaller by libvips, which computes the same filters as PIL with vector instructions
-    (docs/log.md has speed and difference), else by PIL. PIL resizes the whole picture, not only
-    what the part needs: it keeps boxes in single precision, so the bits could differ.
-    """
-    return _part(np.asarray(picture), shape, resample)
-
-
-def _part(pixels: np.ndarray, shape: Geometry, resample: str) -> np.ndarray:
-    tall, wide = pixels.shape[:2]
-    factors = tall / shape.height, wide / shape.width
-    if resample in KERNELS and min(factors) >= 1 and 1 < max(factors) <= FARTHEST:
-        whole, kernel = (
-            _vips().Image.new_from_memory(pixels.data, wide, tall, 3, "uchar"),
-            KERNELS[resample],
-        )
-        small = whole.reducev(factors[0], kernel=kernel).reduceh(factors[1], kernel=kernel)
-        array = np.frombuffer(
-            small.crop(shape.left, shape.top, *shape.shape[::-1]).write_to_memory(), np.uint8
-        ).reshape(*shape.shape, 3)
-    else:
-        resized = np.asarray(
-            Image.fromarray(pixels).resize((shape.width, shape.height), RESAMPLE[resample])
-        )
-        array = resized[
-            shape.top : shape.top + shape.crop_height, shape.left : shape.left + shape.crop_width
-        ]
-    return np.ascontiguousarray(array[:, ::-1] if shape.flip else array)
-
-
-def _needs_care(header: Image.Image) -> bool:
-    """Whether a JPEG must be turned upright or converted to sRGB."""
+def decode_plain_jpeg(content: bytes, max_pixels: int) -> np.ndarray | None:
+    """Return the pixels of an upright sRGB JPEG, uint8 [H, W, 3]; None for any other picture."""
+    header = read_header(io.BytesIO(content))
+    check_size(*header.size, max_pixels)
+    if header.format != "JPEG" or header.mode != "RGB":
+        return None
     icc = header.info.get("icc_profile")
-    return header.getexif().get(_ORIENTATION, 1) != 1 or bool(icc and _needs_conversion(icc, "RGB"))
+    is_rotated = header.getexif().get(ORIENTATION_TAG, 1) != 1
+    if is_rotated or (icc and needs_conversion(icc, "RGB")):
+        return None
+    import simplejpeg
+
+    # Straight into an array: PIL's pixels to the bit, in less time.
+    return simplejpeg.decode_jpeg(content, "RGB")
+
+
+def crop(picture: Image.Image, geometry: Geometry, resample: str) -> np.ndarray:
+    """Resize and crop a picture: uint8 [crop_height, crop_width, 3].
+
+    libvips makes it smaller, with the same filters as PIL in vector instructions (docs/log.md has
+    speed and difference); all else is PIL's.
+    """
+    return resize_and_crop(np.asarray(picture), geometry, resample)
+
+
+def resize_and_crop(pixels: np.ndarray, geometry: Geometry, resample: str) -> np.ndarray:
+    """Resize, crop and mirror pixels, uint8 [H, W, 3]; see ``crop``."""
+    factors = pixels.shape[0] / geometry.height, pixels.shape[1] / geometry.width
+    if resample in KERNELS and min(factors) >= 1 and 1 < max(factors) <= MAX_SHRINK:
+        cropped = shrink_and_crop(pixels, geometry, KERNELS[resample])
+    else:
+        # The whole picture, not only the part that the crop needs: PIL keeps the borders of a part
+        # in single precision, so that its bits could differ.
+        size = geometry.width, geometry.height
+        resized = np.asarray(Image.fromarray(pixels).resize(size, RESAMPLE[resample]))
+        bottom = geometry.top + geometry.crop_height
+        right = geometry.left + geometry.crop_width
+        cropped = resized[geometry.top : bottom, geometry.left : right]
+    return np.ascontiguousarray(cropped[:, ::-1] if geometry.flip else cropped)
+
+
+def shrink_and_crop(pixels: np.ndarray, geometry: Geometry, kernel: str) -> np.ndarray:
+    """Make pixels, uint8 [H, W, 3], smaller with a filter of libvips, and crop them."""
+    height, width = pixels.shape[:2]
+    picture = load_vips().Image.new_from_memory(pixels.data, width, height, 3, "uchar")
+    picture = picture.reducev(height / geometry.height, kernel=kernel)
+    picture = picture.reduceh(width / geometry.width, kernel=kernel)
+    crop_height, crop_width = geometry.shape
+    picture = picture.crop(geometry.left, geometry.top, crop_width, crop_height)
+    content = picture.write_to_memory()
+    return np.frombuffer(content, np.uint8).reshape(crop_height, crop_width, 3)
 
 
 @functools.cache
-def _vips() -> Any:
-    """libvips, with one thread for each caller and nothing remembered."""
+def load_vips() -> Any:
+    """Load libvips, with one thread for each caller and no cache of its own."""
     os.environ.setdefault("VIPS_CONCURRENCY", "1")
     import pyvips
 
@@ -312,18 +339,20 @@ def _vips() -> Any:
 
 
 def decoder_versions() -> str:
-    """The libraries that the last bits of a picture depend on."""
-    vips = _vips()
+    """Return the versions of the libraries that decode and resize: the last bits depend on them."""
+    vips = load_vips()
+    vips_version = ".".join(str(vips.version(part)) for part in range(3))
     return (
         f"Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}, libvips "
-        f"{'.'.join(str(vips.version(i)) for i in range(3))}"
+        f"{vips_version}"
     )
 
 
-def to_pixels(squares: np.ndarray) -> np.ndarray:
-    """uint8 [n, H, W, 3] as float32 [n, 3, H, W] in [-1, 1]: (x / 255 - 0.5) / 0.5."""
-    out = np.ascontiguousarray(squares.transpose(0, 3, 1, 2)).astype(np.float32)
-    out /= np.float32(255)
-    out -= np.float32(0.5)
-    out /= np.float32(0.5)
-    return out
+def to_pixels(pictures: np.ndarray) -> np.ndarray:
+    """Convert uint8 [n, H, W, 3] to float32 [n, 3, H, W] in [-1, 1]: (x / 255 - 0.5) / 0.5."""
+    pixels = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)).astype(np.float32)
+    # Three operations in single precision, as torchvision's ``ToTensor`` and ``Normalize``.
+    pixels /= np.float32(255)
+    pixels -= np.float32(0.5)
+    pixels /= np.float32(0.5)
+    return pixels

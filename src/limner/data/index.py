@@ -1,17 +1,20 @@
-"""Every record is read and decoded once before training: what is wrong with the data is known, by
-name, before any weight is loaded."""
+"""The index of a data set: every record is read and decoded once, before training.
+
+Bad data is thus refused, by name, before any weight is loaded.
+"""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
 import xxhash
+from PIL import Image
 from tqdm import tqdm
 
 from limner import rng
@@ -24,16 +27,28 @@ from limner.data.source import BadRecord, Record, Source
 from limner.errors import DiskError, InputError
 from limner.protocols import Report
 from limner.storage import atomic
-from limner.storage.run_folder import SKIPPED_FILE
+from limner.storage.run_folder import RunFolder
 
-Known = dict[str, tuple[int, int, int]]  # by content: height, width, perceptual hash
-_DECODER = f"2, Pillow {PIL.__version__}"  # pictures are decoded anew when either changes
+# The version of the list of decoded pictures, and the decoder: when either changes, pictures are
+# decoded anew.
+_DECODER = f"2, Pillow {PIL.__version__}"
+
+
+class PictureFacts(NamedTuple):
+    """The size and hash of a decoded picture; a row in the list of decoded pictures."""
+
+    height: int  # upright
+    width: int
+    perceptual_hash: int
+
+
+DecodedPictures = dict[str, PictureFacts]  # by digest of the content
+BadEntry = tuple[str, str]  # key and reason
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One good record: its number in the source, and all that training needs to know before it
-    reads the picture again."""
+    """A good record: its number in the source, and all that training needs but the picture."""
 
     row: int
     key: str
@@ -41,7 +56,7 @@ class Entry:
     digest: str  # of the picture's content
     height: int  # upright
     width: int
-    perceptual_hash: int = FLAT  # perceptual hash
+    perceptual_hash: int = FLAT
 
     @property
     def size(self) -> tuple[int, int]:
@@ -51,23 +66,22 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """The good records in the source's order, and (key, reason) of those that were left out."""
+    """The good records in the source's order, and those left out."""
 
     entries: tuple[Entry, ...]
-    skipped: tuple[tuple[str, str], ...] = ()
+    skipped: tuple[BadEntry, ...] = ()
 
     @cached_property
     def digest(self) -> str:
-        """Of pictures and captions in their order, whatever the files are called."""
+        """Digest of pictures and captions in their order, whatever the files are called."""
         return atomic.digest_json([[entry.digest, entry.captions] for entry in self.entries])
 
     def sample(self, count: int, seed: int) -> "Index":
-        """A random choice of ``count`` records, in the source's order; all, where there are no
-        more."""
+        """Draw ``count`` records, in the source's order; all of them, if there are no more."""
         if count >= len(self.entries):
             return self
-        chosen = np.sort(rng.at(seed, "limit", 0).permutation(len(self.entries))[:count])
-        return Index(tuple(self.entries[i] for i in chosen), self.skipped)
+        numbers = np.sort(rng.at(seed, "limit", 0).permutation(len(self.entries))[:count])
+        return Index(tuple(self.entries[number] for number in numbers), self.skipped)
 
     @property
     def without_caption(self) -> list[Entry]:
@@ -77,53 +91,50 @@ class Index:
     @property
     def exact_duplicates(self) -> list[Entry]:
         """Records whose picture has the same content as an earlier one's."""
-        first: dict[str, int] = {}
-        return [
-            entry
-            for entry in self.entries
-            if first.setdefault(entry.digest, entry.row) != entry.row
-        ]
+        digests: set[str] = set()
+        duplicates = []
+        for entry in self.entries:
+            if entry.digest in digests:
+                duplicates.append(entry)
+            digests.add(entry.digest)
+        return duplicates
 
     @cached_property
     def near_duplicates(self) -> list[list[Entry]]:
-        """Groups of records whose pictures look alike and are not of the same content."""
-        first = {entry.digest: entry for entry in reversed(self.entries)}
-        distinct = sorted(first.values(), key=lambda entry: entry.row)
-        return [
-            [distinct[i] for i in group]
-            for group in similarity.group_similar([entry.perceptual_hash for entry in distinct])
-        ]
+        """Groups of records whose pictures look alike and differ in content."""
+        # The first record of each content stands for all of them.
+        first_of_content = {entry.digest: entry for entry in reversed(self.entries)}
+        distinct = sorted(first_of_content.values(), key=lambda entry: entry.row)
+        groups = similarity.group_similar([entry.perceptual_hash for entry in distinct])
+        return [[distinct[number] for number in group] for group in groups]
 
     def captions(self) -> Iterator[tuple[str, str]]:
-        """Every caption with the key of its record."""
+        """Yield every caption as (key of its record, caption)."""
         return ((entry.key, text) for entry in self.entries for text in entry.captions)
 
     def to_plain(self) -> dict[str, Any]:
-        """For JSON: how one process tells the others."""
-        return {
-            "entries": [list(vars(entry).values()) for entry in self.entries],
-            "skipped": [list(pair) for pair in self.skipped],
-        }
+        """Return the index as plain values, for JSON from one process to the others."""
+        return {"entries": [vars(entry) for entry in self.entries], "skipped": self.skipped}
 
     @staticmethod
-    def from_plain(raw: dict[str, Any]) -> "Index":
-        """The inverse of ``to_plain``."""
+    def from_plain(plain: dict[str, Any]) -> "Index":
+        """Return the index from the values of ``to_plain``."""
         entries = (
-            Entry(row, key, tuple(captions), *rest) for row, key, captions, *rest in raw["entries"]
+            Entry(**(fields | {"captions": tuple(fields["captions"])}))
+            for fields in plain["entries"]
         )
-        return Index(tuple(entries), tuple((key, reason) for key, reason in raw["skipped"]))
+        return Index(tuple(entries), tuple((key, reason) for key, reason in plain["skipped"]))
 
 
 def build_index(
-    source: Source, config: DataSettings, *, known: Path | None = None, report: Report
+    source: Source, config: DataSettings, *, cache_file: Path | None = None, report: Report
 ) -> Index:
     """Read, hash and decode every record.
 
     Args:
-        known: a file that remembers the content of pictures that were decoded before; those are
-            only hashed.
-        report: receives one line each when records are left out, have an empty caption, or repeat a
-            picture.
+        cache_file: lists pictures that were decoded before; those are only hashed.
+        report: receives one line each when records are left out, have an empty caption, or repeat
+            a picture.
 
     Raises:
         InputError: naming the records that cannot be used (``data.on_bad_record="refuse"``), or
@@ -132,75 +143,88 @@ def build_index(
     image.parse_color(config.background)
     if not len(source):
         raise InputError("the source has no records; give at least one picture with a caption")
-    sizes = _recall(known)
-    before = len(sizes)
-
-    def one(row: int) -> Entry | tuple[str, str]:
-        try:
-            return _examine(source, row, config, sizes)
-        except BadRecord as bad:
-            return bad.key, bad.reason
-
-    pool = ThreadPoolExecutor(config.threads, thread_name_prefix="limner-look")
-    try:
-        results = list(
-            tqdm(
-                pool.map(one, range(len(source))),
-                total=len(source),
-                desc="pictures",
-                unit="",
-                disable=None,
-                leave=False,
-            )
-        )
-    finally:
-        pool.shutdown(cancel_futures=True)
-        if known is not None and len(sizes) > before:
-            _remember(known, sizes, report)
-    skipped = tuple(result for result in results if not isinstance(result, Entry))
+    results = inspect_all(source, config, cache_file, report)
     entries = tuple(result for result in results if isinstance(result, Entry))
+    skipped = tuple(result for result in results if not isinstance(result, Entry))
     if skipped and (config.on_bad_record == "refuse" or not entries):
-        raise InputError(_complaint(skipped, len(results), bool(entries)))
-    if skipped:
-        report(
-            f"{len(skipped)} of {len(results)} records are left out: "
-            f"{_some([f'{key}: {reason}' for key, reason in skipped])}"
-        )
+        raise InputError(describe_bad_records(skipped, len(results), bool(entries)))
     index = Index(entries, skipped)
-    twins = [entry for group in index.near_duplicates for entry in group[1:]]
-    attention = (
-        ("have an empty caption", index.without_caption if config.caption is not None else []),
-        ("repeat the picture of an earlier one", index.exact_duplicates),
-        ("look like an earlier one", twins),
-    )
-    for what, which in attention:
-        if which:
-            report(
-                f"{len(which)} of {len(results)} records {what}: "
-                f"{_some([entry.key for entry in which])}"
-            )
+    report_flaws(index, config, report)
     return index
 
 
-def _some(names: list[str]) -> str:
+def inspect_all(
+    source: Source, config: DataSettings, cache_file: Path | None, report: Report
+) -> list[Entry | BadEntry]:
+    """Inspect every record in threads, with a progress bar, and update the cache file."""
+    decoded = read_decoded_pictures(cache_file)
+    count_before = len(decoded)
+
+    def inspect(row: int) -> Entry | BadEntry:
+        try:
+            return inspect_record(source, row, config, decoded)
+        except BadRecord as bad:
+            return bad.key, bad.reason
+
+    pool = ThreadPoolExecutor(config.threads, thread_name_prefix="limner-index")
+    rows = range(len(source))
+    try:
+        results = pool.map(inspect, rows)
+        progress = tqdm(
+            results, total=len(rows), desc="pictures", unit="", disable=None, leave=False
+        )
+        return list(progress)
+    finally:
+        # Also after Ctrl-C: what was decoded so far need not be decoded again.
+        pool.shutdown(cancel_futures=True)
+        if cache_file is not None and len(decoded) > count_before:
+            write_decoded_pictures(cache_file, decoded, report)
+
+
+def report_flaws(index: Index, config: DataSettings, report: Report) -> None:
+    """Report records that are left out, have an empty caption or repeat a picture, a line each."""
+    total = len(index.entries) + len(index.skipped)
+    if index.skipped:
+        reasons = [f"{key}: {reason}" for key, reason in index.skipped]
+        report(f"{len(reasons)} of {total} records are left out: {join_first_few(reasons)}")
+    without_caption = index.without_caption if config.caption is not None else []
+    near_duplicates = [entry for group in index.near_duplicates for entry in group[1:]]
+    for flaw, entries in (
+        ("have an empty caption", without_caption),
+        ("repeat the picture of an earlier one", index.exact_duplicates),
+        ("look like an earlier one", near_duplicates),
+    ):
+        if entries:
+            keys = [entry.key for entry in entries]
+            report(f"{len(keys)} of {total} records {flaw}: {join_first_few(keys)}")
+
+
+def join_first_few(names: list[str]) -> str:
+    """Join the first three names."""
     return "; ".join([*names[:3], *["..."] * (len(names) > 3)])
 
 
-def _complaint(bad: tuple[tuple[str, str], ...], total: int, some_left: bool) -> str:
-    lines = [
-        f"{len(bad)} of {total} records cannot be used:",
-        *(f"  {key}: {reason}" for key, reason in bad[:10]),
-    ]
-    lines += [f"  and {len(bad) - 10} more"] if len(bad) > 10 else []
-    lines += [
-        'Mend or remove them, or set data.on_bad_record="skip" to go on without them.'
-        if some_left
-        else "None is left to train on."
-    ]
+def describe_bad_records(bad: tuple[BadEntry, ...], total: int, some_are_good: bool) -> str:
+    """Return the error message that lists bad records."""
+    lines = [f"{len(bad)} of {total} records cannot be used:"]
+    lines += [f"  {key}: {reason}" for key, reason in bad[:10]]
+    if len(bad) > 10:
+        lines.append(f"  and {len(bad) - 10} more")
+    if some_are_good:
+        lines.append('Mend or remove them, or set data.on_bad_record="skip" to go on without them.')
+    else:
+        lines.append("None is left to train on.")
     return "\n".join(lines)
 
 
-def _examine(source: Source, row: int, config: DataSettings, sizes: Known) -> Entry:
+def inspect_record(
+    source: Source, row: int, config: DataSettings, decoded: DecodedPictures
+) -> Entry:
+    """Read, hash and decode one record.
+
+    Raises:
+        BadRecord: when it cannot be used.
+    """
     record = source[row]
     if not isinstance(record, Record):
         raise InputError(
@@ -208,48 +232,63 @@ def _examine(source: Source, row: int, config: DataSettings, sizes: Known) -> En
             "captions) is expected"
         )
     try:
-        digest, (height, width, look) = _measure(record.image, config, sizes)
-        shape = buckets.choose_shape((height, width), config)
-        tall, wide = geometry.covering_size((height, width), shape)
-        if tall * wide > config.max_pixels:
-            cover = (
-                f"data.size = {config.size}"
-                if config.buckets is None
-                else f"its bucket of {shape[1]}x{shape[0]} is covered"
-            )
-            raise Undecodable(
-                f"{width}x{height} pixels are too long and thin: {wide}x{tall} once the shorter "
-                f"side is {cover}"
-            )
+        digest, facts = measure_picture(record.image, config, decoded)
+        check_resized_size(facts.height, facts.width, config)
     except (Undecodable, TooSmall) as error:
         raise BadRecord(record.key, str(error)) from error
-    return Entry(row, record.key, record.captions, digest, height, width, look)
+    return Entry(row, record.key, record.captions, digest, *facts)
 
 
-def _measure(
-    picture: image.Picture, config: DataSettings, sizes: Known
-) -> tuple[str, tuple[int, int, int]]:
-    """Digest, and height, width and look: of a file's bytes, which decode alike each time; of the
-    decoded pixels, where there is no file."""
-    if isinstance(picture, Path | bytes):
-        digest = _digest(picture)
-        known = sizes.get(digest)
-        if known is None or not 0 < known[0] * known[1] <= config.max_pixels:
-            decoded = image.decode(
-                picture, background=config.background, max_pixels=config.max_pixels
-            )
-            known = sizes[digest] = (
-                decoded.height,
-                decoded.width,
-                similarity.perceptual_hash(decoded),
-            )
-        return digest, known
-    decoded = image.decode(picture, background=config.background, max_pixels=config.max_pixels)
-    digest = xxhash.xxh3_128(f"{decoded.size}".encode() + decoded.tobytes()).hexdigest()
-    return digest, (decoded.height, decoded.width, similarity.perceptual_hash(decoded))
+def check_resized_size(height: int, width: int, config: DataSettings) -> None:
+    """Refuse a picture too small for its bucket, or so thin that resizing makes it huge."""
+    shape = buckets.choose_shape((height, width), config)
+    resized_height, resized_width = geometry.covering_size((height, width), shape)
+    if resized_height * resized_width <= config.max_pixels:
+        return
+    if config.buckets is None:
+        condition = f"data.size = {config.size}"
+    else:
+        condition = f"its bucket of {shape[1]}x{shape[0]} is covered"
+    raise Undecodable(
+        f"{width}x{height} pixels are too long and thin: {resized_width}x{resized_height} once the "
+        f"shorter side is {condition}"
+    )
 
 
-def _digest(picture: Path | bytes) -> str:
+def measure_picture(
+    picture: image.Picture, config: DataSettings, decoded: DecodedPictures
+) -> tuple[str, PictureFacts]:
+    """Return the digest of a picture's content, and its facts, which are added to ``decoded``."""
+    if not isinstance(picture, Path | bytes):
+        pixels = decode(picture, config)
+        content = f"{pixels.size}".encode() + pixels.tobytes()
+        return xxhash.xxh3_128(content).hexdigest(), read_facts(pixels)
+    # The bytes of a file decode alike each time, so their digest is enough.
+    digest = digest_file_content(picture)
+    facts = decoded.get(digest)
+    # A picture that is larger than this recipe allows is refused by decoding it again.
+    if facts is None or not 0 < facts.height * facts.width <= config.max_pixels:
+        facts = read_facts(decode(picture, config))
+        decoded[digest] = facts
+    return digest, facts
+
+
+def decode(picture: image.Picture, config: DataSettings) -> Image.Image:
+    """Decode a picture by a recipe's settings."""
+    return image.decode(picture, background=config.background, max_pixels=config.max_pixels)
+
+
+def read_facts(pixels: Image.Image) -> PictureFacts:
+    """Return the facts of a decoded picture."""
+    return PictureFacts(pixels.height, pixels.width, similarity.perceptual_hash(pixels))
+
+
+def digest_file_content(picture: Path | bytes) -> str:
+    """Return the digest of a picture's file.
+
+    Raises:
+        Undecodable: when it cannot be read.
+    """
     if isinstance(picture, bytes):
         return xxhash.xxh3_128(picture).hexdigest()
     if not picture.is_file():
@@ -260,69 +299,44 @@ def _digest(picture: Path | bytes) -> str:
         raise Undecodable(f"cannot be read: {error.strerror or error}") from error
 
 
-def _recall(known: Path | None) -> Known:
-    """Sizes and looks by digest; a file that is missing, damaged or of another decoder is as good
-    as empty."""
+def read_decoded_pictures(cache_file: Path | None) -> DecodedPictures:
+    """Read the list of decoded pictures.
+
+    A file that is missing, damaged or of another decoder is as good as empty.
+    """
+    if cache_file is None:
+        return {}
     try:
-        raw = json.loads(known.read_text(encoding="utf-8")) if known is not None else {}
-        if raw["digest"] != atomic.digest_json([_DECODER, raw["pictures"]]):
+        content = json.loads(cache_file.read_text(encoding="utf-8"))
+        pictures = content["pictures"]
+        if content["digest"] != atomic.digest_json([_DECODER, pictures]):
             return {}
-        return {
-            digest: (height, width, look)
-            for digest, (height, width, look) in raw["pictures"].items()
-        }
+        return {digest: PictureFacts(*facts) for digest, facts in pictures.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def _remember(known: Path, sizes: Known, report: Report) -> None:
-    pictures = _recall(known) | sizes
+def write_decoded_pictures(cache_file: Path, decoded: DecodedPictures, report: Report) -> None:
+    """Write the list of decoded pictures, with those that other runs have added."""
+    pictures = read_decoded_pictures(cache_file) | decoded
+    content = {"digest": atomic.digest_json([_DECODER, pictures]), "pictures": pictures}
     try:
-        atomic.write_text(
-            known,
-            json.dumps({"digest": atomic.digest_json([_DECODER, pictures]), "pictures": pictures}),
-        )
+        atomic.write_text(cache_file, json.dumps(content))
     except (DiskError, OSError) as error:
         report(
-            f"{known}: cannot be written, so the pictures will be decoded again next time ({error})"
+            f"{cache_file}: cannot be written, so the pictures will be decoded again next time "
+            f"({error})"
         )
 
 
-def write_skipped(run: Path, skipped: Iterable[tuple[str, str]]) -> None:
-    """``skipped.jsonl`` in the run's folder: path and reason of each record that was left out; no
-    file, where there is none."""
+def write_skipped(run: Path, skipped: Iterable[BadEntry]) -> None:
+    """Write path and reason of each record left out to ``skipped.jsonl`` in the run's folder.
+
+    If there is none, there is no file.
+    """
+    path = RunFolder(run).skipped
     lines = [json.dumps({"path": key, "reason": reason}) + "\n" for key, reason in skipped]
     if lines:
-        atomic.write_text(run / SKIPPED_FILE, "".join(lines))
+        atomic.write_text(path, "".join(lines))
     else:
-        (run / SKIPPED_FILE).unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Overlong:
-    """A caption that the text encoder would see cut."""
-
-    key: str
-    caption: str
-    tokens: int
-
-
-def caption_report(
-    captions: Iterable[tuple[str, str]],
-    tokenizer_lengths: Callable[[list[str]], list[int]],
-    max_tokens: int,
-) -> list[Overlong]:
-    """The captions of more than ``max_tokens`` tokens; each distinct text is counted once by the
-    tokenizer.
-
-    Args:
-        captions: (key of the record, caption), as ``Index.captions`` gives them.
-        tokenizer_lengths: number of tokens of each text, start and end tokens included.
-    """
-    pairs = list(captions)
-    texts = list(dict.fromkeys(text for _, text in pairs))
-    lengths: dict[str, int] = {}
-    for start in range(0, len(texts), 1000):
-        part = texts[start : start + 1000]
-        lengths |= zip(part, tokenizer_lengths(part), strict=True)
-    return [Overlong(key, text, lengths[text]) for key, text in pairs if lengths[text] > max_tokens]
+        path.unlink(missing_ok=True)

@@ -1,5 +1,4 @@
-"""The data sets of a recipe as one source: one after the other, each record under a name that says
-where it is from."""
+"""The data sets of a recipe as one source, one after the other."""
 
 import bisect
 from dataclasses import fields, replace
@@ -18,7 +17,8 @@ class Mixture:
     """Several sources as one; keys begin with the data set's name."""
 
     def __init__(self, names: list[str], sources: list[Source]):
-        self.names, self.sources = names, sources
+        self.names = names
+        self.sources = sources
         self.ends = list(accumulate(len(source) for source in sources))
 
     def __len__(self) -> int:
@@ -26,70 +26,79 @@ class Mixture:
 
     def __getitem__(self, i: int) -> Record:
         number = self.set_of(i)
-        inner = i - (self.ends[number - 1] if number else 0)
+        first_row = self.ends[number - 1] if number else 0
         try:
-            record = self.sources[number][inner]
+            record = self.sources[number][i - first_row]
         except BadRecord as bad:
             raise BadRecord(f"{self.names[number]}: {bad.key}", bad.reason) from bad
         return replace(record, key=f"{self.names[number]}: {record.key}")
 
     def set_of(self, row: int) -> int:
-        """The number of the data set that a row belongs to."""
+        """Return the number of a row's data set."""
         return bisect.bisect_right(self.ends, row)
 
 
 def set_of(source: Source, row: int) -> int:
-    """The number of the data set that a row of a source belongs to; 0 where there is one."""
+    """Return the number of a row's data set; 0 where a source is one data set."""
     return source.set_of(row) if isinstance(source, Mixture) else 0
 
 
 def open_source(config: DataSettings, report: Report) -> Source:
-    """The folder, the Hub data set or the several data sets that the settings name.
+    """Open the folder, the Hub data set or the several data sets of a recipe.
 
     Raises:
-        InputError: for what is wrong with a source as a whole, or a data set that is named twice;
-            single records fault when they are read.
+        InputError: for a source that cannot be used as a whole, or a data set that is named twice;
+            a single bad record raises when it is read.
         HubError: when a data set cannot be downloaded.
     """
-    if not config.sets:
-        return Folder(config, report) if config.folder is not None else HubDataset(config)
-    names = [describe_place(one) for one in config.sets]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if config.sets:
+        return open_mixture(config, report)
+    if config.folder is not None:
+        return Folder(config, report)
+    return HubDataset(config)
+
+
+def open_mixture(config: DataSettings, report: Report) -> Mixture:
+    """Open the data sets of ``data.sets``; see ``open_source``."""
+    names = [describe_place(data_set) for data_set in config.sets]
+    repeated = sorted(name for name in set(names) if names.count(name) > 1)
+    if repeated:
         raise InputError(
-            f"data.sets: {twice[0]} is named twice. Name it once, with repeats, or with a weight "
-            "beside the others'."
+            f"data.sets: {repeated[0]} is named twice. Name it once, with repeats, or with a "
+            "weight beside the others'."
         )
     sources = []
-    for number, one in enumerate(config.sets):
-        given = {
-            f.name: getattr(one, f.name) for f in fields(one) if f.name not in ("repeats", "weight")
-        }
-        if config.caption is None:
-            given["caption"] = None
+    for number, data_set in enumerate(config.sets):
         try:
-            sources.append(open_source(replace(config, sets=(), **given), report))
-        except InputError as fault:
-            raise InputError(f"data.sets[{number}]: {fault}") from fault
-    return Mixture([shorten(name) for name in names], sources)
+            sources.append(open_source(apply_set_settings(config, data_set), report))
+        except InputError as error:
+            raise InputError(f"data.sets[{number}]: {error}") from error
+    return Mixture([shorten_place(name) for name in names], sources)
 
 
-def describe_place(one: DataSetSettings) -> str:
-    """What tells a data set from others: where it is, its configuration, files and split."""
-    if one.folder is not None:
-        return f"{Path(one.folder).resolve()}{f' ({one.split})' if one.split != 'train' else ''}"
-    return " ".join(
-        part
-        for part in (
-            one.hub,
-            one.hub_config,
-            one.hub_revision,
-            one.hub_files,
-            one.split if one.split != "train" else None,
-        )
-        if part
-    )
+def apply_set_settings(config: DataSettings, data_set: DataSetSettings) -> DataSettings:
+    """Return the settings of a recipe as those of one of its data sets."""
+    overrides = {
+        field.name: getattr(data_set, field.name)
+        for field in fields(data_set)
+        if field.name not in ("repeats", "weight")
+    }
+    # Where a family has no captions, its data sets need none either.
+    if config.caption is None:
+        overrides["caption"] = None
+    return replace(config, sets=(), **overrides)
 
 
-def shorten(name: str) -> str:
-    """A data set's name in messages: the last two parts of its place."""
+def describe_place(data_set: DataSetSettings) -> str:
+    """Name a data set by all that tells it from others: place, configuration, files and split."""
+    split = data_set.split if data_set.split != "train" else None
+    if data_set.folder is not None:
+        folder = str(Path(data_set.folder).resolve())
+        return folder if split is None else f"{folder} ({split})"
+    parts = (data_set.hub, data_set.hub_config, data_set.hub_revision, data_set.hub_files, split)
+    return " ".join(part for part in parts if part)
+
+
+def shorten_place(name: str) -> str:
+    """Return the last two parts of a data set's place, its name in messages."""
     return "/".join(Path(name).parts[-2:])

@@ -1,11 +1,15 @@
-"""Which record a position of the stream has: a pure function of (seed, position), every record as
-often in each epoch as the recipe says."""
+"""The order of examples: the record at each position of the stream.
+
+It is a pure function of (seed, position), and gives every record as often in each epoch as the
+recipe says.
+"""
 
 import bisect
 import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +20,15 @@ from limner.errors import InputError
 PADDING = -1
 
 
+class BucketCount(NamedTuple):
+    """What the first epoch holds of one shape."""
+
+    shape: Shape
+    records: int
+    batches: int
+    empty_rows: int
+
+
 class Order:
     """The order of a run, as tables of epochs.
 
@@ -24,15 +37,14 @@ class Order:
     positions, and an epoch is a whole number of batches.
 
     Args:
-        batch: rows of a global batch.
+        batch_size: rows of a global batch.
         shapes: of each entry.
         sets: the number of each entry's data set, from 0.
         repeats: for each data set, how often an epoch has each of its records.
         weights: for each data set, its share of an epoch; empty: ``repeats`` decide. An epoch then
             has as many examples as there are records, divided exactly (the largest remainders are
             rounded up). A set whose share is no multiple of its records goes on in the next epoch
-            where it ended in this one, so that all of its records come equally often.
-        whole: with buckets.
+            from its place in this one: all of its records come equally often.
 
     Raises:
         InputError: when a data set has no record, or so small a weight that an epoch has no place
@@ -42,132 +54,154 @@ class Order:
     def __init__(
         self,
         seed: int,
-        batch: int,
+        batch_size: int,
         shapes: Sequence[Shape],
         sets: Sequence[int],
         repeats: Sequence[int],
         weights: Sequence[float],
-        whole: bool,
+        with_buckets: bool,
     ):
-        self.seed, self.batch, self.with_buckets = seed, batch, whole
+        self.seed = seed
+        self.batch_size = batch_size
+        self.with_buckets = with_buckets
         self.shapes = sorted(set(shapes))
-        numbers = {shape: i for i, shape in enumerate(self.shapes)}
-        self.shape_of = np.array([numbers[shape] for shape in shapes])
-        self.members = [np.flatnonzero(np.asarray(sets) == i) for i in range(len(repeats))]
-        sizes = [len(entries) for entries in self.members]
-        if 0 in sizes:
-            raise InputError(
-                f"data.sets[{sizes.index(0)}]: no record of it is left to train on; give it more "
-                "records, or leave it out"
-            )
-        self.places = (
-            divide(sum(sizes), weights)
-            if weights
-            else [r * n for r, n in zip(repeats, sizes, strict=True)]
+        shape_numbers = {shape: number for number, shape in enumerate(self.shapes)}
+        self.shape_numbers = np.array([shape_numbers[shape] for shape in shapes])
+        self.entries_of_sets = [
+            np.flatnonzero(np.asarray(sets) == number) for number in range(len(repeats))
+        ]
+        sizes = [len(entries) for entries in self.entries_of_sets]
+        self.examples_per_set = divide_epoch(sizes, repeats, weights)
+        # With buckets, a set that does not end with the epoch gives each epoch other shapes, and so
+        # another amount of padding.
+        self.equal_epochs = not with_buckets or all(
+            count % size == 0 for count, size in zip(self.examples_per_set, sizes, strict=True)
         )
-        if 0 in self.places:
-            i = self.places.index(0)
-            raise InputError(
-                f"data.sets[{i}].weight: {weights[i]} is so small that an epoch of {sum(sizes)} "
-                "examples has no place for it"
-            )
-        self.constant = not whole or all(
-            p % n == 0 for p, n in zip(self.places, sizes, strict=True)
-        )  # whether all epochs are equally long
+        # Threads that load ahead cross from one epoch into the next.
         self.table = functools.lru_cache(maxsize=3)(self.make_table)
-        self.starts, self.growing = [0], threading.Lock()
+        self.epoch_starts = [0]
+        self.epoch_starts_lock = threading.Lock()
 
     @functools.cached_property
     def length(self) -> int:
-        """Positions of the first epoch, empty ones included."""
-        return len(self.table(0)) if self.with_buckets else sum(self.places)
+        """Positions of the first epoch, padding included."""
+        return len(self.table(0)) if self.with_buckets else sum(self.examples_per_set)
 
     @property
     def steps_per_epoch(self) -> float:
         """Optimizer steps of the first epoch."""
-        return self.length / self.batch
+        return self.length / self.batch_size
 
     def steps(self, epochs: float) -> int:
-        """Optimizer steps of so many epochs, a step that is begun included; at least 1."""
-        if self.constant:
-            return max(1, math.ceil(epochs * self.length / self.batch))
-        last = int(epochs)
-        self.grow(lambda: len(self.starts) > last + 1)
-        return max(
-            1,
-            math.ceil(
-                (self.starts[last] + (epochs - last) * (self.starts[last + 1] - self.starts[last]))
-                / self.batch
-            ),
-        )
+        """Return the optimizer steps of some epochs, rounded up; at least 1."""
+        if self.equal_epochs:
+            positions = epochs * self.length
+        else:
+            last = int(epochs)
+            start = self.find_start(last)
+            positions = start + (epochs - last) * (self.find_start(last + 1) - start)
+        return max(1, math.ceil(positions / self.batch_size))
 
     def entry(self, position: int) -> int:
-        """The number of the entry at a position, or ``PADDING``. Safe in threads."""
-        if self.constant:
-            epoch, slot = divmod(position, self.length)
+        """Return the number of the entry at a position, or ``PADDING``. Safe in threads."""
+        if self.equal_epochs:
+            epoch, place = divmod(position, self.length)
         else:
-            self.grow(lambda: self.starts[-1] > position)
-            epoch = bisect.bisect_right(self.starts, position) - 1
-            slot = position - self.starts[epoch]
-        return int(self.table(epoch)[slot])
+            while self.epoch_starts[-1] <= position:
+                self.find_start(len(self.epoch_starts))
+            epoch = bisect.bisect_right(self.epoch_starts, position) - 1
+            place = position - self.epoch_starts[epoch]
+        return int(self.table(epoch)[place])
 
-    def grow(self, enough: Callable[[], bool]) -> None:
-        """Find where further epochs begin, one after the other."""
-        with self.growing:
-            while not enough():
-                self.starts.append(self.starts[-1] + len(self.table(len(self.starts) - 1)))
+    def find_start(self, epoch: int) -> int:
+        """Return the first position of an epoch, by the lengths of all epochs before."""
+        with self.epoch_starts_lock:
+            while len(self.epoch_starts) <= epoch:
+                length = len(self.table(len(self.epoch_starts) - 1))
+                self.epoch_starts.append(self.epoch_starts[-1] + length)
+        return self.epoch_starts[epoch]
 
     def make_table(self, epoch: int) -> np.ndarray:
-        """The entries of an epoch in their order, with buckets in whole batches of one shape
-        each."""
-        order = np.concatenate([self.entries_of_set(i, epoch) for i in range(len(self.members))])
-        if len(self.members) > 1:
-            order = order[rng.at(self.seed, "mixture", epoch).permutation(len(order))]
+        """Return the entries of an epoch in order; with buckets, whole batches of one shape."""
+        sets = range(len(self.entries_of_sets))
+        entries = np.concatenate([self.order_set(number, epoch) for number in sets])
+        if len(self.entries_of_sets) > 1:
+            entries = entries[rng.at(self.seed, "mixture", epoch).permutation(len(entries))]
         if not self.with_buckets:
-            return order
-        parts = [order[self.shape_of[order] == i] for i in range(len(self.shapes))]
-        filled = np.concatenate(
-            [
-                np.concatenate([part, np.full(-len(part) % self.batch, PADDING)]).reshape(
-                    -1, self.batch
-                )
-                for part in parts
-            ]
+            return entries
+        shapes = self.shape_numbers[entries]
+        batches = np.concatenate(
+            [self.fill_batches(entries[shapes == number]) for number in range(len(self.shapes))]
         )
-        return filled[rng.at(self.seed, "batches", epoch).permutation(len(filled))].reshape(-1)
+        order = rng.at(self.seed, "batches", epoch).permutation(len(batches))
+        return batches[order].reshape(-1)
 
-    def entries_of_set(self, number: int, epoch: int) -> np.ndarray:
-        """A data set's entries in an epoch: laps of all of them in random order, from where the
-        last epoch ended."""
-        entries, first = self.members[number], epoch * self.places[number]
-        laps = range(first // len(entries), (first + self.places[number] - 1) // len(entries) + 1)
+    def order_set(self, number: int, epoch: int) -> np.ndarray:
+        """Return a data set's entries in an epoch.
+
+        They are laps over all of them, each in random order, from where the last epoch ended.
+        """
+        entries = self.entries_of_sets[number]
+        count = self.examples_per_set[number]
+        first = epoch * count
+        laps = range(first // len(entries), (first + count - 1) // len(entries) + 1)
         order = np.concatenate(
             [rng.at(self.seed, "order", lap, number).permutation(len(entries)) for lap in laps]
         )
-        return entries[order[first - laps[0] * len(entries) :][: self.places[number]]]
+        start = first - laps[0] * len(entries)
+        return entries[order[start : start + count]]
 
-    def count_batches(self) -> list[tuple[Shape, int, int, int]]:
-        """For each shape: records, batches and empty rows in the first epoch; without buckets all
-        batches are counted, of which one may span epochs."""
-        table, out = self.table(0), []
-        for i, shape in enumerate(self.shapes):
-            places = int(np.count_nonzero(self.shape_of[table[table != PADDING]] == i))
-            out.append(
-                (
-                    shape,
-                    int(np.count_nonzero(self.shape_of == i)),
-                    -(-places // self.batch),
-                    -places % self.batch if self.with_buckets else 0,
-                )
-            )
-        return out
+    def fill_batches(self, entries: np.ndarray) -> np.ndarray:
+        """Return entries in batches [n, batch_size], the last one filled with ``PADDING``."""
+        padding = np.full(-len(entries) % self.batch_size, PADDING)
+        return np.concatenate([entries, padding]).reshape(-1, self.batch_size)
+
+    def count_batches(self) -> list[BucketCount]:
+        """Count the first epoch's records, batches and empty rows by shape.
+
+        Without buckets the last batch may span epochs.
+        """
+        table = self.table(0)
+        examples = self.shape_numbers[table[table != PADDING]]
+        counts = []
+        for number, shape in enumerate(self.shapes):
+            records = int(np.count_nonzero(self.shape_numbers == number))
+            count = int(np.count_nonzero(examples == number))
+            empty_rows = -count % self.batch_size if self.with_buckets else 0
+            counts.append(BucketCount(shape, records, -(-count // self.batch_size), empty_rows))
+        return counts
+
+
+def divide_epoch(
+    sizes: Sequence[int], repeats: Sequence[int], weights: Sequence[float]
+) -> list[int]:
+    """Return the examples of each data set in an epoch; arguments are those of ``Order``."""
+    if 0 in sizes:
+        raise InputError(
+            f"data.sets[{sizes.index(0)}]: no record of it is left to train on; give it more "
+            "records, or leave it out"
+        )
+    if not weights:
+        return [count * size for count, size in zip(repeats, sizes, strict=True)]
+    examples = divide(sum(sizes), weights)
+    if 0 in examples:
+        number = examples.index(0)
+        raise InputError(
+            f"data.sets[{number}].weight: {weights[number]} is so small that an epoch of "
+            f"{sum(sizes)} examples has no place for it"
+        )
+    return examples
 
 
 def divide(total: int, weights: Sequence[float]) -> list[int]:
-    """``total`` in proportion to ``weights``, in whole numbers: rounded down, and the largest
-    remainders up until the sum is right."""
-    exact = [total * w / sum(weights) for w in weights]
-    out = [int(x + 1e-9) for x in exact]
-    for i in sorted(range(len(out)), key=lambda i: (out[i] - exact[i], i))[: total - sum(out)]:
-        out[i] += 1
-    return out
+    """Divide ``total`` in proportion to ``weights``, in whole numbers.
+
+    They are rounded down, and the largest remainders up until the sum is right.
+    """
+    exact = [total * weight / sum(weights) for weight in weights]
+    # A whole number that arithmetic makes a little too small is not rounded to the one below.
+    parts = [int(share + 1e-9) for share in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda i: (parts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(parts)]:
+        parts[i] += 1
+    return parts

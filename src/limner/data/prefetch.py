@@ -1,5 +1,4 @@
-"""Loads ahead: a pure loader needs no state, so any thread may load any step, and results come out
-in order."""
+"""Loading ahead in threads, with results in order."""
 
 from collections import deque
 from collections.abc import Callable, Generator
@@ -12,8 +11,12 @@ T = TypeVar("T")
 def prefetch(
     load: Callable[[int], T], first: int, last: int, *, threads: int = 4, ahead: int | None = None
 ) -> Generator[T, None, None]:
-    """``load(first)`` to ``load(last - 1)`` in order, up to ``ahead`` (``threads + 1``) of them
-    loaded ahead; an error is raised where its turn comes."""
+    """Yield ``load(first)`` to ``load(last - 1)`` in order; an error is raised in its turn.
+
+    Args:
+        load: a pure function of its number, so that any thread may call it.
+        ahead: the most results that are loaded ahead; None: ``threads + 1``.
+    """
     depth = threads + 1 if ahead is None else ahead
     pool = ThreadPoolExecutor(threads, thread_name_prefix="limner-load")
     try:

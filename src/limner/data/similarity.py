@@ -1,28 +1,28 @@
-"""Pictures that look alike, by a perceptual hash: near enough in their 64 bits, found without
-comparing all with all."""
+"""Pictures that look alike: their perceptual hashes differ in a few of 64 bits."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
-DISTANCE = 4  # bits; docs/log.md has what it finds, and what it confuses
-FLAT = 0  # the hash of a picture without detail, which looks like nothing
-BLOCK = 4096  # rows that are compared with all others of a band's bucket at once
+DISTANCE = 4  # bits; docs/log.md tells which pictures it groups, rightly and wrongly
+FLAT = 0  # the hash of a picture without detail, which is like no other
+BLOCK = 4096  # hashes that are compared at once with all others of an equal band
 
 
 def perceptual_hash(picture: Image.Image) -> int:
-    """A picture's 64-bit perceptual hash (pHash of ImageHash: signs of the low frequencies of a
-    32x32 grey picture); ``FLAT`` where there are none."""
+    """Return a picture's 64-bit perceptual hash, or ``FLAT`` for a picture without detail.
+
+    It is pHash of ImageHash: the signs of the low frequencies of a 32x32 grey picture.
+    """
     import imagehash
 
+    # Lanczos over all pixels of a large picture would be slow.
     shrink = max(1, min(picture.size) // 64)
-    grey = (
-        (picture.reduce(shrink) if shrink > 1 else picture)
-        .convert("L")
-        .resize((32, 32), Image.Resampling.LANCZOS)
-    )
+    if shrink > 1:
+        picture = picture.reduce(shrink)
+    grey = picture.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
     if float(np.asarray(grey, np.float32).std()) < 2:
         return FLAT
     bits = imagehash.phash(grey).hash.reshape(-1)
@@ -30,34 +30,50 @@ def perceptual_hash(picture: Image.Image) -> int:
 
 
 def group_similar(hashes: Sequence[int], distance: int = DISTANCE) -> list[list[int]]:
-    """The numbers of pictures that look alike, directly or through others, in order; pictures
-    without detail are in no group.
+    """Return groups of pictures that look alike, directly or through others, as numbers in order.
 
-    Two hashes that differ in at most d bits are equal in one of d + 1 bands, so only pictures with
-    an equal band are compared.
+    Pictures without detail are in no group.
     """
-    values, inverse = np.unique(np.array(hashes, np.uint64), return_inverse=True)
-    parent = list(range(len(values)))
+    values, value_numbers = np.unique(np.array(hashes, np.uint64), return_inverse=True)
+    # A forest over the values: a root is its own parent, and all below it form one group.
+    parents = list(range(len(values)))
 
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
+    def find_root(number: int) -> int:
+        while parents[number] != number:
+            parents[number] = parents[parents[number]]
+            number = parents[number]
+        return number
 
+    for one, other in find_near_pairs(values, distance):
+        roots = find_root(one), find_root(other)
+        parents[max(roots)] = min(roots)
+    groups: dict[int, list[int]] = {}
+    for picture, number in enumerate(value_numbers.reshape(-1)):
+        if values[number] != FLAT:
+            groups.setdefault(find_root(int(number)), []).append(picture)
+    return sorted(group for group in groups.values() if len(group) > 1)
+
+
+def find_near_pairs(values: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:
+    """Yield pairs of numbers of ``values`` (uint64) that differ in at most ``distance`` bits."""
+    # Two values that differ in d bits are equal in at least one of d + 1 bands of their bits, so
+    # only values with an equal band are compared.
     edges = np.linspace(0, 64, distance + 2).astype(int)
     for low, high in itertools.pairwise(edges):
         band = (values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
         order = np.argsort(band, kind="stable")
         for bucket in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
-            for start in range(0, len(bucket), BLOCK):
-                rows = bucket[start : start + BLOCK]
-                near = np.bitwise_count(values[rows][:, None] ^ values[bucket][None, :]) <= distance
-                for a, b in zip(*np.nonzero(np.triu(near, 1 + start)), strict=True):
-                    one, other = root(int(rows[a])), root(int(bucket[b]))
-                    parent[max(one, other)] = min(one, other)
-    found: dict[int, list[int]] = {}
-    for number, value in enumerate(inverse.reshape(-1)):
-        if values[value] != FLAT:
-            found.setdefault(root(int(value)), []).append(number)
-    return sorted(group for group in found.values() if len(group) > 1)
+            yield from compare_all(values, bucket, distance)
+
+
+def compare_all(
+    values: np.ndarray, numbers: np.ndarray, distance: int
+) -> Iterator[tuple[int, int]]:
+    """Yield the near pairs among some values; ``numbers`` are their places in ``values``."""
+    for start in range(0, len(numbers), BLOCK):
+        block = numbers[start : start + BLOCK]
+        differing = np.bitwise_count(values[block][:, None] ^ values[numbers][None, :])
+        # Above the diagonal: each pair once, and none of a value with itself.
+        near = np.triu(differing <= distance, 1 + start)
+        for row, column in zip(*np.nonzero(near), strict=True):
+            yield int(block[row]), int(numbers[column])

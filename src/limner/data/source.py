@@ -1,4 +1,4 @@
-"""What a data source gives: records, or a ``BadRecord`` for one that cannot be used."""
+"""The interface of data sources: records, or ``BadRecord`` for one that cannot be used."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,20 +11,19 @@ import numpy as np
 from limner.data.image import Picture
 from limner.errors import InputError
 
-Row = tuple[str, Any, Any]  # where it is written, file name, caption or captions
-
 
 class BadRecord(Exception):
-    """One record that cannot be used; raised by ``source[i]``."""
+    """A record that cannot be used; raised by ``source[i]``."""
 
     def __init__(self, key: str, reason: str):
         super().__init__(f"{key}: {reason}")
-        self.key, self.reason = key, reason
+        self.key = key
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Record:
-    """One picture with one or several captions; ``key`` is its name in messages.
+    """One picture with its captions; ``key`` is its name in messages.
 
     A single text stands for one caption, a list for several; a text in place of a path is a path.
     """
@@ -40,8 +39,7 @@ class Record:
 
 
 class Source(Protocol):
-    """Records by number. ``[i]`` gives the same record each time, from any thread, or raises
-    ``BadRecord``."""
+    """Records by number: ``source[i]`` is the same each time and in any thread."""
 
     def __len__(self) -> int: ...
 
@@ -49,12 +47,16 @@ class Source(Protocol):
 
 
 def read_captions(value: Any, key: str, where: str = "") -> tuple[str, ...]:
-    values = (
-        [value]
-        if isinstance(value, str) or not isinstance(value, list | tuple | np.ndarray)
-        else list(value)
-    )
+    """Return the captions of a record from a text or a list of texts.
+
+    Args:
+        where: the line of a file that ``value`` is from, for the message.
+
+    Raises:
+        BadRecord: when there is none, or one is missing or no valid text.
+    """
     prefix = f"{where}: " if where else ""
+    values = list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
     if not values:
         raise BadRecord(key, f"{prefix}the list of captions is empty")
     for text in values:
@@ -66,16 +68,30 @@ def read_captions(value: Any, key: str, where: str = "") -> tuple[str, ...]:
                 f"{prefix}the caption is {text!r:.60} ({type(text).__name__}); a text or a list "
                 "of texts is expected",
             )
-        if any("\ud800" <= c <= "\udfff" for c in text):
+        # Half a surrogate pair cannot be encoded, in a cache's key or in a file.
+        if any("\ud800" <= character <= "\udfff" for character in text):
             raise BadRecord(key, f"{prefix}the caption is not valid Unicode")
+    # numpy's strings become plain ones.
     return tuple(str(text) for text in values)
 
 
-def missing_column(setting: str, name: str, columns: Iterable[str], where: str) -> InputError:
+def explain_missing_column(
+    setting: str, name: str, columns: Iterable[str], where: str
+) -> InputError:
+    """Return the error for a column that a table does not have.
+
+    Args:
+        setting: the setting for the column's name; ``file_name`` has none.
+        where: the table.
+    """
     columns = list(columns)
     close = difflib.get_close_matches(name, columns, 1)
-    hint = f" Did you mean {setting}={close[0]}?" if close and setting != "file_name" else ""
+    setting_hint = ""
+    guess_hint = ""
+    if setting != "file_name":
+        setting_hint = f" ({setting})"
+        guess_hint = f" Did you mean {setting}={close[0]}?" if close else ""
     return InputError(
-        f"{where}: no column {name!r}{'' if setting == 'file_name' else f' ({setting})'}; its "
-        f"columns are {', '.join(columns) or 'none'}.{hint}"
+        f"{where}: no column {name!r}{setting_hint}; its columns are "
+        f"{', '.join(columns) or 'none'}.{guess_hint}"
     )

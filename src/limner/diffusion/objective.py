@@ -1,13 +1,14 @@
-"""What the network is asked to predict, as numbers per example, computed on the host in float64.
+"""The training objective as seven numbers for each example, computed on the host in float64.
 
 Every Gaussian diffusion objective is linear in the clean signal x0 and the noise e:
 
-    input = a * x0 + s * e        target = p * x0 + q * e        loss = w * mean((prediction -
-    target) ** 2)
+    input = a * x0 + s * e
+    target = p * x0 + q * e
+    loss = w * mean((prediction - target) ** 2)
 
-so that schedule, prediction type and weighting are all decided here, and an engine only multiplies
-and adds. Equal to diffusers' DDPMScheduler and to Min-SNR, timestep bias and DREAM of its training
-scripts, by test.
+Schedule, prediction type and weighting are all decided here; an engine only multiplies and adds.
+Equal to diffusers' DDPMScheduler and to Min-SNR, timestep bias and DREAM of its training scripts,
+by test.
 """
 
 from dataclasses import dataclass, field
@@ -24,18 +25,15 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """The numbers of a batch, each of shape [batch]: ``t`` (int64) is what the network is told, the
-    others are float32.
+    """The numbers of a batch, each of shape [batch] and, but for ``timestep``, float32."""
 
-    ``d`` is DREAM's lambda, ``sqrt(1 - alpha_bar) ** detail_preservation``; 0 where DREAM is off.
-    """
-
-    timestep: np.ndarray
-    signal_in: np.ndarray
-    noise_in: np.ndarray
-    signal_target: np.ndarray
-    noise_target: np.ndarray
-    weight: np.ndarray
+    timestep: np.ndarray  # int64, the network's argument
+    signal_in: np.ndarray  # a
+    noise_in: np.ndarray  # s
+    signal_target: np.ndarray  # p
+    noise_target: np.ndarray  # q
+    weight: np.ndarray  # w
+    # DREAM's lambda, sqrt(1 - alpha_bar) ** detail_preservation; 0 where DREAM is off.
     dream: np.ndarray
 
 
@@ -45,91 +43,101 @@ class Objective:
 
     alphas_bar: np.ndarray = field(repr=False)
     prediction_type: str = "epsilon"
-    min_snr: float | None = None
-    dream: float | None = None
-    probabilities: np.ndarray | None = field(default=None, repr=False)
+    min_snr: float | None = None  # gamma
+    dream: float | None = None  # detail preservation
+    probabilities: np.ndarray | None = field(default=None, repr=False)  # None: all are equal
 
     @classmethod
-    def from_scheduler(cls, scheduler: dict[str, Any], wanted: ObjectiveSettings) -> "Objective":
-        """The objective of a base's ``scheduler_config.json``, with what the recipe overrides.
+    def from_scheduler(cls, scheduler: dict[str, Any], settings: ObjectiveSettings) -> "Objective":
+        """Make the objective of a base's ``scheduler_config.json`` and a recipe's settings.
 
         Raises:
-            InputError: for a beta schedule or prediction type that is unknown, or DREAM with
-                anything but epsilon.
+            InputError: for an unknown beta schedule or prediction type, or for DREAM with anything
+                but epsilon.
         """
-        predict = wanted.predict or scheduler.get("prediction_type", "epsilon")
+        predict = settings.predict or scheduler.get("prediction_type", "epsilon")
         if predict not in PREDICTION_TYPES:
             raise InputError(
                 f"objective.predict: {predict!r} is not one of {', '.join(PREDICTION_TYPES)}"
             )
-        if wanted.dream is not None and predict != "epsilon":
+        if settings.dream is not None and predict != "epsilon":
             raise InputError(
                 "objective.dream: DREAM is defined for epsilon prediction, this run predicts "
                 f"{predict}. Leave objective.dream out."
             )
-        bar = np.cumprod(1.0 - make_betas(scheduler))
-        return cls(
-            bar,
-            predict,
-            wanted.min_snr,
-            wanted.dream,
-            bias_timesteps(wanted.timestep_bias, len(bar)),
-        )
+        alphas_bar = np.cumprod(1.0 - make_betas(scheduler))
+        probabilities = bias_timesteps(settings.timestep_bias, len(alphas_bar))
+        return cls(alphas_bar, predict, settings.min_snr, settings.dream, probabilities)
 
     def at(self, u: np.ndarray) -> NoiseLevels:
-        """Noise levels for uniform numbers ``u`` in [0, 1), shape [batch].
-
-        Min-SNR weights are equations 5 and 6 of arXiv:2303.09556: min(SNR, gamma) / SNR for
-        epsilon, / (SNR + 1) for v, * 1 for x0; at zero SNR the epsilon weight is its limit, 1.
-        """
-        t = self.to_timesteps(np.asarray(u, np.float64))
-        bar = self.alphas_bar[t]
-        a, s = np.sqrt(bar), np.sqrt(1.0 - bar)
+        """Return the noise levels for uniform numbers ``u`` in [0, 1), shape [batch]."""
+        timestep = self.to_timesteps(np.asarray(u, np.float64))
+        alpha_bar = self.alphas_bar[timestep]
+        a = np.sqrt(alpha_bar)
+        s = np.sqrt(1.0 - alpha_bar)
+        zeros = np.zeros_like(a)
+        ones = np.ones_like(a)
         p, q = {
-            "epsilon": (0 * a, 0 * s + 1),
+            "epsilon": (zeros, ones),
             "v_prediction": (-s, a),
-            "sample": (0 * a + 1, 0 * s),
+            "sample": (ones, zeros),
         }[self.prediction_type]
-        w = np.ones_like(a)
-        if self.min_snr is not None:
-            snr = bar / (1.0 - bar)
-            capped = np.minimum(snr, self.min_snr)
-            w = {
-                "epsilon": capped / np.where(snr > 0, snr, 1.0) + (snr == 0),
-                "v_prediction": capped / (snr + 1.0),
-                "sample": capped,
-            }[self.prediction_type]
-        d = np.zeros_like(s) if self.dream is None else s**self.dream
-        return NoiseLevels(t, *(np.asarray(x, np.float32) for x in (a, s, p, q, w, d)))
+        return NoiseLevels(
+            timestep=timestep,
+            signal_in=a.astype(np.float32),
+            noise_in=s.astype(np.float32),
+            signal_target=p.astype(np.float32),
+            noise_target=q.astype(np.float32),
+            weight=self.weigh_by_snr(alpha_bar).astype(np.float32),
+            dream=(zeros if self.dream is None else s**self.dream).astype(np.float32),
+        )
+
+    def weigh_by_snr(self, alpha_bar: np.ndarray) -> np.ndarray:
+        """Return the Min-SNR weights of the loss, or ones: equations 5 and 6 of arXiv:2303.09556.
+
+        They are min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v, and * 1 for x0.
+        """
+        if self.min_snr is None:
+            return np.ones_like(alpha_bar)
+        snr = alpha_bar / (1.0 - alpha_bar)
+        capped = np.minimum(snr, self.min_snr)
+        if self.prediction_type == "v_prediction":
+            return capped / (snr + 1.0)
+        if self.prediction_type == "sample":
+            return capped
+        # At zero SNR the weight of epsilon is its limit, 1.
+        return capped / np.where(snr > 0, snr, 1.0) + (snr == 0)
 
     def to_timesteps(self, u: np.ndarray) -> np.ndarray:
-        """Uniform over the timesteps, or distributed as ``weights`` (the inverse of their
-        cumulative sum)."""
+        """Return timesteps, int64, for uniform numbers, by the inverse cumulative distribution."""
         count = len(self.alphas_bar)
         if self.probabilities is None:
-            return np.minimum((u * count).astype(np.int64), count - 1)
-        return np.minimum(
-            np.searchsorted(np.cumsum(self.probabilities), u, side="right"), count - 1
-        ).astype(np.int64)
+            timesteps = (u * count).astype(np.int64)
+        else:
+            timesteps = np.searchsorted(np.cumsum(self.probabilities), u, side="right")
+        # Rounding can carry the largest u past the last timestep.
+        return np.minimum(timesteps, count - 1).astype(np.int64)
 
 
-def bias_timesteps(wanted: TimestepBiasSettings | None, count: int) -> np.ndarray | None:
-    """Probabilities of the timesteps: those of the chosen part weigh ``multiplier`` times the
-    others. Shape [count], sum 1."""
-    if wanted is None:
+def bias_timesteps(bias: TimestepBiasSettings | None, count: int) -> np.ndarray | None:
+    """Return the probability of each timestep, shape [count]; None where all are equal.
+
+    The chosen timesteps are ``multiplier`` times as probable as the others.
+    """
+    if bias is None:
         return None
-    chosen = int(wanted.portion * count)
+    chosen = int(bias.portion * count)
     first, last = {
         "later": (count - chosen, count),
         "earlier": (0, chosen),
-        "range": (wanted.begin, wanted.end),
-    }[wanted.strategy]
+        "range": (bias.begin, bias.end),
+    }[bias.strategy]
     if not 0 <= first <= last <= count:
         raise InputError(
             f"objective.timestep_bias: timesteps {first} to {last} are not within 0 to {count}"
         )
-    if wanted.multiplier <= 0:
-        raise InputError(f"objective.timestep_bias.multiplier: {wanted.multiplier} is not above 0")
+    if bias.multiplier <= 0:
+        raise InputError(f"objective.timestep_bias.multiplier: {bias.multiplier} is not above 0")
     weights = np.ones(count)
-    weights[first:last] *= wanted.multiplier
+    weights[first:last] *= bias.multiplier
     return weights / weights.sum()

@@ -1,4 +1,4 @@
-"""The engines, by name: two packages whose modules and functions have the same names."""
+"""The engines by name: two packages whose modules and functions have the same names."""
 
 import importlib
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from limner.protocols import Engine, ModelSource, ProcessGroup, Report
 
 
 def import_module(kind: str, name: str) -> Any:
-    """A module of an engine. Its framework is imported now, and no earlier."""
+    """Import a module of an engine, and with it the framework: now, and no earlier."""
     return importlib.import_module(f"limner.engines.{kind}.{name}")
 
 
@@ -24,25 +24,39 @@ def join_processes(settings: EngineSettings) -> ProcessGroup:
 
 
 def open_engine(
-    config: Config, base: BaseModel, family: Family, world: ProcessGroup, micro: int, report: Report
+    config: Config,
+    base: BaseModel,
+    family: Family,
+    process: ProcessGroup,
+    micro_batch_size: int,
+    report: Report,
 ) -> Engine:
-    """The engine of this process; weights are loaded when they are first needed."""
+    """Open the engine of this process; weights are loaded when they are first needed."""
     module = import_module(config.engine.kind, "engine")
-    engine: Engine = module.open_engine(config, base, family, world, micro, report)
+    engine: Engine = module.open_engine(config, base, family, process, micro_batch_size, report)
     return engine
 
 
 def open_pipeline(
-    weights: ModelSource, other_stage: ModelSource | None, engine: str = "torch", **settings: Any
+    weights: ModelSource,
+    other_stage: ModelSource | None,
+    engine: str = "torch",
+    *,
+    scheduler: str | None,
+    precision: str,
+    device: str | None,
 ) -> Any:
-    """A stock diffusers pipeline, or one in JAX; see ``open_pipeline`` of the engine's pipeline."""
-    return import_module(engine, "pipeline").open_pipeline(weights, other_stage, **settings)
+    """Open a stock diffusers pipeline, or one in JAX; see the engine's ``pipeline``."""
+    module = import_module(engine, "pipeline")
+    return module.open_pipeline(
+        weights, other_stage, scheduler=scheduler, precision=precision, device=device
+    )
 
 
 def draw_pictures(
     pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **settings: Any
 ) -> list[np.ndarray]:
-    """Pictures of a pipeline; see ``engines.torch.pipeline.draw_pictures``."""
+    """Draw pictures with a pipeline; see ``engines.torch.pipeline.draw_pictures``."""
     # A pipeline in JAX draws itself; stock ones are driven from outside.
     draw = getattr(pipeline, "draw", None)
     if draw is not None:
@@ -52,15 +66,16 @@ def draw_pictures(
 
 
 def open_profiler(kind: str, engine: Engine) -> Any:
-    """What measures an engine from outside; see ``engines.torch.profiler.TorchProfiler``."""
+    """Return what measures an engine; see ``engines.torch.profiler.TorchProfiler``."""
     return import_module(kind, "profiler").open_profiler(engine)
 
 
-def parameter_shapes(kind: str, known: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every array of the network that a config describes.
+def parameter_shapes(kind: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every array of the network that a config describes.
 
     Raises:
         InputError: for a network that the JAX engine has no code for.
     """
-    shapes: dict[str, tuple[int, ...]] = import_module(kind, "profiler").parameter_shapes(known)
+    shapes: dict[str, tuple[int, ...]]
+    shapes = import_module(kind, "profiler").parameter_shapes(config)
     return shapes

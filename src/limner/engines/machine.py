@@ -1,8 +1,8 @@
-"""What a machine is called, what its maker promises of it, and how much memory this process has
-taken; no framework is asked."""
+"""The machine's name, published peak and memory, without asking a framework."""
 
 import ctypes
 import platform
+import sys
 from pathlib import Path
 
 # Dense peaks in TFLOP/s: 16 bits, TF32, float32; from NVIDIA's data sheets of the H100, H200 and
@@ -20,57 +20,53 @@ PUBLISHED_PEAKS = {
     "TPU v5": (459.0, 0.0, 0.0),
     "TPU v6 lite": (918.0, 0.0, 0.0),
 }
+# Options of glibc's mallopt.
+MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX = -4, -1, -8
 
 
 def peak_resident() -> int:
-    """Highest resident set of this process, in bytes."""
+    """Return the highest resident set of this process, in bytes."""
+    # Windows has no such module.
     import resource
-    import sys
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def processor_name() -> str:
-    """The processor's name, where the system tells."""
+    """Return the processor's model, or its architecture where the system does not say."""
     return read_cpuinfo("model name") or platform.machine()
 
 
 def instruction_sets() -> str:
-    """The sets of instructions that the processor has, where the system tells."""
+    """Return the processor's instruction sets, or nothing where the system does not say."""
     return read_cpuinfo("flags") or read_cpuinfo("Features")
 
 
-def read_cpuinfo(what: str) -> str:
-    """What the system says of the first processor."""
+def read_cpuinfo(field: str) -> str:
+    """Return a field of the first processor in /proc/cpuinfo, or nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return ""
-    return next(
-        (
-            line.partition(":")[2].strip()
-            for line in lines
-            if line.partition(":")[0].strip() == what
-        ),
-        "",
-    )
-
-
-MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX = -4, -1, -8  # of glibc's mallopt
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    return ""
 
 
 def share_heap() -> None:
-    """Let all threads take memory from one heap; where the C library is glibc, and before the
-    threads are there."""
+    """Let all threads allocate from one heap; glibc only, and before threads are started."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(ARENA_MAX, 1)
 
 
 def keep_heap() -> None:
-    """Give no memory back to the system, and take none past the heap: what is asked for again and
-    again is not cleared page by page each time."""
+    """Never return memory to the system; glibc only.
+
+    Memory that is allocated again and again is then not cleared page by page each time.
+    """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(MMAP_MAX, 0)

@@ -1,6 +1,6 @@
 """The model families, by name; each is one file."""
 
-from limner.config.schema import Config
+from limner.config.schema import SETTINGS, Config
 from limner.errors import InputError
 from limner.families.family import Family
 from limner.families.kandinsky22 import DECODER, PRIOR
@@ -11,7 +11,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (SD, SDXL, PRIO
 
 
 def get_family(config: Config) -> Family:
-    """The family of a recipe.
+    """Return the family of a recipe.
 
     Raises:
         InputError: when there is none of that name, or for a setting that means nothing to it.
@@ -22,24 +22,21 @@ def get_family(config: Config) -> Family:
             f"model.family: {config.model.family!r} is not one of {', '.join(FAMILIES)}"
         )
     plain = Config()
-    if asked := [name for name in family.ignored_settings if config[name] != plain[name]]:
-        raise InputError(
-            "\n".join(
-                f"{name}: it means nothing to family {family.name!r}. Leave {name} out."
-                for name in asked
-            )
-        )
+    unmeant = [n for n, one in SETTINGS.items() if one.declaration.needs in family.lacks]
+    lines = [
+        f"{name}: it means nothing to family {family.name!r}. Leave {name} out."
+        for name in unmeant
+        if config[name] != plain[name]
+    ]
+    if lines:
+        raise InputError("\n".join(lines))
     return family
 
 
-def find_pipeline_family(kind: str) -> Family | None:
-    """The family whose whole pipeline is of a class, or was of Flax's class of that name; None: no
-    one's is."""
-    return next(
-        (
-            family
-            for family in FAMILIES.values()
-            if family.stage is None and family.pipeline == kind.removeprefix("Flax")
-        ),
-        None,
-    )
+def find_pipeline_family(pipeline_class: str) -> Family | None:
+    """Return the family of a pipeline class, Flax's or not; None where no family has it alone."""
+    name = pipeline_class.removeprefix("Flax")
+    for family in FAMILIES.values():
+        if family.stage is None and family.pipeline == name:
+            return family
+    return None

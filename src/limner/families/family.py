@@ -1,5 +1,4 @@
-"""What a model family is: how its parts are named, what is encoded once, how the trained network is
-called. No framework in here."""
+"""The record of a model family: its components, its features, and how its network is called."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,73 +6,68 @@ from typing import Any, Literal
 
 import numpy as np
 
-from limner.protocols import Configs, Features, TextEncoders
+from limner.config.declare import Need
+from limner.protocols import BaseConfigs, Features, TextEncoders
 
 
 @dataclass(frozen=True)
 class Stage:
     """One of two models that make pictures together, one after the other."""
 
-    other_stage: str  # the family of the other one
-    needed_components: dict[
-        str, str
-    ]  # the components of the other one that this one's features are made with -> class name
+    other_stage: str  # the other one's family
+    # The components of the other stage that make this one's features -> class name.
+    needed_components: dict[str, str]
     combined_pipeline: str  # class name of the stock pipeline of both
-    prefix: str  # what the names of this one's components begin with in it
+    prefix: str  # of the names of this stage's components in the combined pipeline
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model family. Functions take and return arrays whose first axis is the example; they work
-    on numpy, torch and jax alike."""
+    """One model family.
+
+    Functions take and return arrays whose first axis is the example; they work on numpy, torch and
+    jax alike.
+    """
 
     name: str
     pipeline: str  # class name of the stock diffusers pipeline
     trained_component: str  # the component that learns
-    components: dict[str, str]  # every component that is read -> its class name
-    # parts, and for each of ``views`` pixels in [-1, 1], [n, 3, H, W] -> what is cached per picture
+    components: dict[str, str]  # every component that is read -> class name
+    # Encoders, and for each of ``image_views`` pixels in [-1, 1], [n, 3, H, W] -> image features,
+    # which are cached.
     encode_image: Callable[..., Features]
-    encode_text: Callable[
-        [TextEncoders, dict[str, Any]], dict[str, Any]
-    ]  # token ids by tokenizer, [n, chunks, length] -> what the network is told of a caption
-    clean_latents: Callable[
-        [Features, Configs, np.ndarray], np.ndarray
-    ]  # features, configs (with ``fixed``), standard normal -> x0
-    latent_features: tuple[
-        str, ...
-    ]  # the image features that ``clean`` turns into x0; all have the shape of x0
-    network_inputs: Callable[
-        [dict[str, Any]], dict[str, Any]
-    ]  # batch -> keyword arguments of the trained network
-    lora_targets: dict[
-        str, tuple[str, ...]
-    ]  # component -> the modules that get adapters; those of text encoders by wish only
+    # Encoders, token ids [n, chunks, length] by tokenizer -> text features.
+    encode_text: Callable[[TextEncoders, dict[str, Any]], dict[str, Any]]
+    # Image features, configs, standard normal numbers -> clean latents.
+    clean_latents: Callable[[Features, BaseConfigs, np.ndarray], np.ndarray]
+    # The image features that ``clean_latents`` reads; all have the shape of its result.
+    latent_features: tuple[str, ...]
+    # Batch -> keyword arguments of the trained network.
+    network_inputs: Callable[[dict[str, Any]], dict[str, Any]]
+    # Component -> the modules that get adapters; those of text encoders only where the recipe asks.
+    lora_targets: dict[str, tuple[str, ...]]
     card_tag: str = "stable-diffusion"  # on a model card
-    image_views: tuple[Literal["crop", "center_square"], ...] = (
-        "crop",
-    )  # of a picture: as the recipe cuts it; the middle square of the whole of it
-    clip_image_size: Callable[[Configs], int] = lambda configs: 0  # pixels a side of ``whole``
+    # The views of a picture that are encoded: as the recipe crops it, the middle square of it all.
+    image_views: tuple[Literal["crop", "center_square"], ...] = ("crop",)
+    # Pixels a side of the middle square.
+    clip_image_size: Callable[[BaseConfigs], int] = lambda configs: 0
     stage: Stage | None = None  # where two models make pictures together
-    # arrays among the trained network's weights that do not learn; their numbers are
-    # ``configs["fixed"]``
+    # Arrays among the trained network's weights that do not learn.
     frozen_arrays: tuple[str, ...] = ()
-    ignored_settings: tuple[str, ...] = ()  # settings that mean nothing to it
-    uses_attention_mask: bool = (
-        False  # whether the network is told which tokens are words: ``mask``, bool [n, length]
-    )
+    lacks: tuple[Need, ...] = ()  # what settings need, and this family does not have
+    # Whether the network reads which tokens are words: ``mask``, bool [n, length].
+    uses_attention_mask: bool = False
     tokenizers: tuple[str, ...] = ("tokenizer",)
-    text_components: tuple[str, ...] = ("text_encoder",)  # the components that make text features
-    image_components: tuple[str, ...] = ("vae",)  # the components that make image features
-    incompatibilities: Callable[[Configs], list[str]] = (
-        lambda configs: []
-    )  # what in a base's configs does not fit together, in words
-    zeros_for_empty_prompt: Callable[[Configs], bool] = lambda configs: (
-        False
-    )  # whether the stock pipeline has zeros for a prompt that is not given
+    text_components: tuple[str, ...] = ("text_encoder",)  # they make text features
+    image_components: tuple[str, ...] = ("vae",)  # they make image features
+    # What in a base's configs does not fit together, in words.
+    incompatibilities: Callable[[BaseConfigs], list[str]] = lambda configs: []
+    # Whether the stock pipeline takes zeros for the features of a prompt that is not given.
+    zeros_for_empty_prompt: Callable[[BaseConfigs], bool] = lambda configs: False
 
     def trained_components(self, text_encoders: bool) -> tuple[str, ...]:
-        """The components that a LoRA changes, the trained network first."""
-        return (
-            self.trained_component,
-            *(name for name in self.text_components if text_encoders and name in self.lora_targets),
-        )
+        """Return the components that a LoRA changes, the trained network first."""
+        if not text_encoders:
+            return (self.trained_component,)
+        encoders = [name for name in self.text_components if name in self.lora_targets]
+        return (self.trained_component, *encoders)

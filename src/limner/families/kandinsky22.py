@@ -1,144 +1,147 @@
-"""Kandinsky 2.2 (arXiv:2310.03502), two models: a prior makes a CLIP image embedding of a caption,
-a decoder makes a picture of the embedding."""
+"""Kandinsky 2.2 (arXiv:2310.03502), a model in two stages.
+
+The prior makes a CLIP image embedding of a caption, the decoder makes a picture of the embedding.
+"""
 
 from typing import Any
 
 import numpy as np
 
+from limner.config.declare import Need
 from limner.families.family import Family, Stage
 from limner.families.text import encode_chunks
-from limner.protocols import Configs, Encoders, Features, TextEncoders
+from limner.protocols import BaseConfigs, Encoders, Features, TextEncoders
 
 COMBINED_PIPELINE = "KandinskyV22CombinedPipeline"
 IMAGE_ENCODER = {
     "image_encoder": "CLIPVisionModelWithProjection",
     "image_processor": "CLIPImageProcessor",
 }
-IGNORED_SETTINGS = (
-    "objective.predict",
-    "adapter.text_encoders",
-    "data.empty_caption",
-    "data.caption_chunks",
-)
+LACKS: tuple[Need, ...] = ("prediction types", "trainable text encoders", "caption chunks")
 
 
-def clip_image_size(configs: Configs) -> int:
-    """Pixels a side of what CLIP's vision tower sees."""
+def get_clip_image_size(configs: BaseConfigs) -> int:
+    """Return the pixels a side of the pictures that the image encoder takes."""
     return int(configs["image_encoder"].get("image_size", 224))
 
 
-def check_image_processor(configs: Configs) -> list[str]:
-    """The processor must show the tower the middle square of the picture, resized by bicubic
-    interpolation, as the stock pipelines do."""
-    known, side = configs["image_processor"], clip_image_size(configs)
-    given = {
-        "size": known.get("size", side),
-        "crop_size": known.get("crop_size", side),
-        "resample": known.get("resample", 3),
-        "do_resize": known.get("do_resize", True),
-        "do_center_crop": known.get("do_center_crop", True),
-        "do_normalize": known.get("do_normalize", True),
+def check_image_processor(configs: BaseConfigs) -> list[str]:
+    """Check that the processor shows the image encoder what Limner shows it.
+
+    That is the middle square of the picture, resized by bicubic interpolation and normalised, as in
+    the stock pipelines.
+    """
+    config = configs["image_processor"]
+    side = get_clip_image_size(configs)
+    # Setting -> its value where the config is silent, and the values that mean the same.
+    expected: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "size": (side, (side, {"shortest_edge": side})),
+        "crop_size": (side, (side, {"height": side, "width": side})),
+        "resample": (3, (3,)),
+        "do_resize": (True, (True,)),
+        "do_center_crop": (True, (True,)),
+        "do_normalize": (True, (True,)),
     }
-    wanted: dict[str, tuple[Any, ...]] = {
-        "size": (side, {"shortest_edge": side}),
-        "crop_size": (side, {"height": side, "width": side}),
-        "resample": (3,),
-    }
-    return [
-        f"image_processor: {name} is {value}, {wanted.get(name, (True,))[0]} is expected beside "
-        f"an image encoder that sees {side}x{side} pixels"
-        for name, value in given.items()
-        if value not in wanted.get(name, (True,))
-    ]
+    problems = []
+    for name, (default, values) in expected.items():
+        value = config.get(name, default)
+        if value not in values:
+            problems.append(
+                f"image_processor: {name} is {value}, {default} is expected with an image encoder "
+                f"that sees {side}x{side} pixels"
+            )
+    return problems
 
 
-def embed_image(parts: Encoders, whole: np.ndarray) -> Features:
-    """The CLIP image embedding of the whole picture, [n, width]."""
-    return {"embedding": parts.encode_image("image_encoder", "image_processor", whole)}
+def embed_image(encoders: Encoders, square: np.ndarray) -> Features:
+    """Return the CLIP image embedding of the middle square of the picture, [n, width]."""
+    return {"embedding": encoders.encode_image("image_encoder", "image_processor", square)}
 
 
 def encode_text(encoders: TextEncoders, ids: dict[str, Any]) -> dict[str, Any]:
-    """All last hidden states of the text encoder, and its projected embedding."""
+    """Return the text encoder's last hidden states of all tokens, and its projected embedding."""
     states, pooled = encode_chunks(encoders, "text_encoder", ids["tokenizer"])
     return {"context": states, "pooled": pooled}
 
 
-def normalize_embedding(features: Features, configs: Configs, normal: np.ndarray) -> np.ndarray:
-    """The image embedding with mean 0 and deviation 1 in every dimension, by the prior's own
-    statistics."""
-    mean, std = (
-        np.asarray(configs["fixed"][name], np.float32).reshape(-1)
-        for name in ("clip_mean", "clip_std")
-    )
+def normalize_embedding(features: Features, configs: BaseConfigs, normal: np.ndarray) -> np.ndarray:
+    """Scale the image embedding to mean 0 and deviation 1, by the statistics of the prior."""
+    mean = np.asarray(configs.frozen_arrays["clip_mean"], np.float32).reshape(-1)
+    std = np.asarray(configs.frozen_arrays["clip_std"], np.float32).reshape(-1)
     return ((features["embedding"] - mean) / std).astype(np.float32)
 
 
-def check_prior(configs: Configs) -> list[str]:
-    """The two CLIP towers must be as wide as the prior, and the statistics such that one can divide
-    by them."""
-    prior, out = configs["prior"], check_image_processor(configs)
+def check_prior(configs: BaseConfigs) -> list[str]:
+    """Check the widths of both CLIP encoders, and that one can divide by the statistics."""
+    prior = configs["prior"]
+    problems = check_image_processor(configs)
     width = prior.get("embedding_dim", 768)
-    for part, name in (
+    for component, name in (
         ("text_encoder", "projection_dim"),
         ("text_encoder", "hidden_size"),
         ("image_encoder", "projection_dim"),
     ):
-        if (given := configs[part].get(name, 512)) != width:
-            out.append(
-                f"prior: embedding_dim is {width}, the {part.replace('_', ' ')}'s {name} is "
-                f"{given}; these two are not from the same model"
+        component_width = configs[component].get(name, 512)
+        if component_width != width:
+            problems.append(
+                f"prior: embedding_dim is {width}, the {component.replace('_', ' ')}'s {name} is "
+                f"{component_width}; these two are not from the same model"
             )
-    length, words = (
-        prior.get("num_embeddings", 77),
-        configs["text_encoder"].get("max_position_embeddings", 77),
-    )
-    if length != words:
-        out.append(
-            f"prior: num_embeddings is {length}, the text encoder has {words} positions; these "
-            "two are not from the same model"
+    length = prior.get("num_embeddings", 77)
+    positions = configs["text_encoder"].get("max_position_embeddings", 77)
+    if length != positions:
+        problems.append(
+            f"prior: num_embeddings is {length}, the text encoder has {positions} positions; "
+            "these two are not from the same model"
         )
-    deviations = np.asarray(configs.get("fixed", {}).get("clip_std", [1.0]))
-    if not (np.isfinite(deviations).all() and (deviations > 0).all()):
-        out.append(
+    # The statistics are read last: configs are also checked before there are weights to read.
+    std = configs.frozen_arrays.get("clip_std", np.ones(1))
+    if not (np.isfinite(std).all() and (std > 0).all()):
+        problems.append(
             "prior: clip_std is not above 0 everywhere; a prior is needed that knows the mean and "
             "deviation of its image embeddings"
         )
-    return out
+    return problems
 
 
-def encode_decoder_image(parts: Encoders, pixels: np.ndarray, whole: np.ndarray) -> Features:
-    """MOVQ latents of the cut picture, and the CLIP image embedding of the whole one; nothing in
-    either is drawn."""
-    return {"latents": parts.encode_movq("movq", pixels)} | embed_image(parts, whole)
+def encode_decoder_image(encoders: Encoders, pixels: np.ndarray, square: np.ndarray) -> Features:
+    """Return MOVQ latents of the cropped picture, and the CLIP image embedding of its square.
+
+    Nothing is drawn from a distribution, so that both can be cached.
+    """
+    latents = encoders.encode_movq("movq", pixels)
+    return {"latents": latents} | embed_image(encoders, square)
 
 
-def check_decoder(configs: Configs) -> list[str]:
-    """The UNet must take the MOVQ's latents, the image encoder's embedding, and nothing else; it
-    may predict a variance beside the noise."""
-    unet, out = configs["unet"], check_image_processor(configs)
-    latent, into, made = (
-        configs["movq"].get("latent_channels", 3),
-        unet.get("in_channels", 4),
-        unet.get("out_channels", 4),
-    )
-    if into != latent or made not in (latent, 2 * latent):
-        many = (
-            f"in_channels is {into} and out_channels {made}, the MOVQ's latent_channels is {latent}"
-        )
-        out.append(
-            f"unet: {many}; {latent} and {2 * latent} are expected. Inpainting and depth models "
-            "are none of this family"
+def check_decoder(configs: BaseConfigs) -> list[str]:
+    """Check that the UNet takes the MOVQ's latents and the image embedding, and nothing else.
+
+    It may predict a variance besides the noise.
+    """
+    unet = configs["unet"]
+    problems = check_image_processor(configs)
+    latent_channels = configs["movq"].get("latent_channels", 3)
+    in_channels = unet.get("in_channels", 4)
+    out_channels = unet.get("out_channels", 4)
+    if in_channels != latent_channels or out_channels not in (latent_channels, 2 * latent_channels):
+        problems.append(
+            f"unet: in_channels is {in_channels} and out_channels {out_channels}, the MOVQ's "
+            f"latent_channels is {latent_channels}; {latent_channels} and {2 * latent_channels} "
+            "are expected. Inpainting and depth models are none of this family"
         )
     for name, wanted in (("encoder_hid_dim_type", "image_proj"), ("addition_embed_type", "image")):
         if unet.get(name) != wanted:
-            out.append(f"unet: {name} is {unet.get(name)}, {wanted} is expected of this family")
-    told, width = unet.get("encoder_hid_dim"), configs["image_encoder"].get("projection_dim", 512)
-    if told != width:
-        out.append(
-            f"unet: encoder_hid_dim is {told}, the image encoder's projection_dim is {width}; "
-            "these two are not from the same model"
+            problems.append(
+                f"unet: {name} is {unet.get(name)}, {wanted} is expected of this family"
+            )
+    unet_width = unet.get("encoder_hid_dim")
+    embedding_width = configs["image_encoder"].get("projection_dim", 512)
+    if unet_width != embedding_width:
+        problems.append(
+            f"unet: encoder_hid_dim is {unet_width}, the image encoder's projection_dim is "
+            f"{embedding_width}; these two are not from the same model"
         )
-    return out
+    return problems
 
 
 PRIOR = Family(
@@ -164,16 +167,10 @@ PRIOR = Family(
     lora_targets={"prior": ("to_q", "to_k", "to_v", "to_out.0")},
     card_tag="kandinsky",
     image_views=("center_square",),
-    clip_image_size=clip_image_size,
+    clip_image_size=get_clip_image_size,
     stage=Stage("kandinsky22-decoder", {}, COMBINED_PIPELINE, "prior_"),
     frozen_arrays=("clip_mean", "clip_std"),
-    ignored_settings=(
-        *IGNORED_SETTINGS,
-        "data.crop",
-        "data.crop_variants",
-        "data.buckets",
-        "objective.noise_offset",
-    ),
+    lacks=(*LACKS, "spatial latents"),
     uses_attention_mask=True,
     image_components=tuple(IMAGE_ENCODER),
     incompatibilities=check_prior,
@@ -194,9 +191,9 @@ DECODER = Family(
     lora_targets={"unet": ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")},
     card_tag="kandinsky",
     image_views=("crop", "center_square"),
-    clip_image_size=clip_image_size,
+    clip_image_size=get_clip_image_size,
     stage=Stage("kandinsky22-prior", IMAGE_ENCODER, COMBINED_PIPELINE, ""),
-    ignored_settings=(*IGNORED_SETTINGS, "data.caption", "data.drop_caption"),
+    lacks=(*LACKS, "captions"),
     tokenizers=(),
     text_components=(),
     image_components=("movq", *IMAGE_ENCODER),

@@ -1,5 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: a UNet on the latents of a KL autoencoder, told of the caption by
-one CLIP text encoder."""
+"""Stable Diffusion 1.x and 2.x: a UNet on latents of a KL autoencoder, with one text encoder."""
 
 from typing import Any
 
@@ -7,66 +6,68 @@ import numpy as np
 
 from limner.families.family import Family
 from limner.families.text import encode_chunks, mask_argument
-from limner.protocols import Configs, Encoders, Features, TextEncoders
+from limner.protocols import BaseConfigs, Encoders, Features, TextEncoders
+
+# What a UNet may be conditioned on besides the caption.
+OTHER_CONDITIONS = (
+    "class_embed_type",
+    "encoder_hid_dim_type",
+    "num_class_embeds",
+    "time_cond_proj_dim",
+)
 
 
-def encode_image(parts: Encoders, pixels: np.ndarray) -> Features:
-    """The posterior's mean and standard deviation, never a draw from it: deterministic, so that
-    caching it is exact."""
-    mean, std = parts.encode_vae("vae", pixels)
+def encode_image(encoders: Encoders, pixels: np.ndarray) -> Features:
+    """Return the mean and standard deviation of the autoencoder's posterior."""
+    # Never a draw from the posterior: what is deterministic can be cached without changing a bit.
+    mean, std = encoders.encode_vae("vae", pixels)
     return {"mean": mean, "std": std}
 
 
 def encode_text(encoders: TextEncoders, ids: dict[str, Any]) -> dict[str, Any]:
-    """The last hidden state of the text encoder, all tokens of it."""
-    return {"context": encode_chunks(encoders, "text_encoder", ids["tokenizer"])[0]}
+    """Return the last hidden state of the text encoder, for all tokens."""
+    context, _ = encode_chunks(encoders, "text_encoder", ids["tokenizer"])
+    return {"context": context}
 
 
-def clean_latents(features: Features, configs: Configs, normal: np.ndarray) -> np.ndarray:
-    """Latents: a draw from the posterior, scaled to about unit variance."""
-    return (features["mean"] + features["std"] * normal) * np.float32(
-        configs["vae"].get("scaling_factor", 0.18215)
-    )
+def clean_latents(features: Features, configs: BaseConfigs, normal: np.ndarray) -> np.ndarray:
+    """Draw latents from the posterior, scaled to about unit variance."""
+    scale = np.float32(configs["vae"].get("scaling_factor", 0.18215))
+    return (features["mean"] + features["std"] * normal) * scale
 
 
-def check_latent_channels(configs: Configs) -> list[str]:
-    """The UNet must take the autoencoder's latents, and nothing beside them."""
-    into, latent = configs["unet"].get("in_channels"), configs["vae"].get("latent_channels")
-    kind = (
-        "these two are not from the same model, or it is an inpainting or depth model, no "
-        "plain text-to-image base"
-    )
-    return (
-        []
-        if into == latent
-        else [f"unet: in_channels is {into}, the autoencoder's latent_channels is {latent}; {kind}"]
-    )
+def check_latent_channels(configs: BaseConfigs) -> list[str]:
+    """Check that the UNet takes the autoencoder's latents, and nothing besides them."""
+    in_channels = configs["unet"].get("in_channels")
+    latent_channels = configs["vae"].get("latent_channels")
+    if in_channels == latent_channels:
+        return []
+    return [
+        f"unet: in_channels is {in_channels}, the autoencoder's latent_channels is "
+        f"{latent_channels}; these two are not from the same model, or it is an inpainting or "
+        "depth model, no plain text-to-image base"
+    ]
 
 
-def check_configs(configs: Configs) -> list[str]:
-    """The UNet must take the autoencoder's latents and the text encoder's states, and nothing
-    else."""
-    unet, text_encoder = configs["unet"], configs["text_encoder"]
-    out = check_latent_channels(configs)
-    width, hidden = unet.get("cross_attention_dim"), text_encoder.get("hidden_size")
-    if any(w != hidden for w in (width if isinstance(width, list) else [width])):
-        out.append(
-            f"unet: cross_attention_dim is {width}, the text encoder's hidden_size is {hidden}; "
-            "these two are not from the same model"
+def check_configs(configs: BaseConfigs) -> list[str]:
+    """Check that the UNet takes latents and the text encoder's states, and nothing else."""
+    unet = configs["unet"]
+    problems = check_latent_channels(configs)
+    width = unet.get("cross_attention_dim")
+    hidden_size = configs["text_encoder"].get("hidden_size")
+    if any(w != hidden_size for w in (width if isinstance(width, list) else [width])):
+        problems.append(
+            f"unet: cross_attention_dim is {width}, the text encoder's hidden_size is "
+            f"{hidden_size}; these two are not from the same model"
         )
-    conditions = (
-        "addition_embed_type",
-        "class_embed_type",
-        "encoder_hid_dim_type",
-        "num_class_embeds",
-        "time_cond_proj_dim",
-    )
-    if extra := [name for name in conditions if unet.get(name) is not None]:
-        out.append(
-            f"unet: it is conditioned on more than the caption ({', '.join(extra)}); such a model "
+    conditions = ("addition_embed_type", *OTHER_CONDITIONS)
+    others = [name for name in conditions if unet.get(name) is not None]
+    if others:
+        problems.append(
+            f"unet: it is conditioned on more than the caption ({', '.join(others)}); such a model "
             "is none of this family"
         )
-    return out
+    return problems
 
 
 SD = Family(

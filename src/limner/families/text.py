@@ -8,30 +8,22 @@ from limner.families.family import Family
 from limner.protocols import Encoders, Features, TextEncoders
 
 
-def tokenize(family: Family, parts: Encoders, captions: list[str], chunks: int) -> Features:
-    """Token ids by tokenizer, int64 [n, chunks, length]; with several chunks, or where padding is
-    heeded, also ``mask``, bool [n, chunks * length].
+def tokenize(family: Family, encoders: Encoders, captions: list[str], chunks: int) -> Features:
+    """Return token ids by tokenizer, int64 [n, chunks, length], and an attention mask where needed.
 
-    With several chunks the mask keeps the network from looking at chunks without words (the first
-    one is always looked at), so that a caption which fits into one chunk means the same whatever
-    the number of chunks is.
+    The mask, bool [n, chunks * length], is there with several chunks, or where the network reads
+    which tokens are words. With several chunks it hides those without words, except the first, so
+    that a caption which fits into one chunk means the same whatever the number of chunks is.
     """
-    ids = {
-        tokenizer: parts.tokenize(tokenizer, captions, chunks) for tokenizer in family.tokenizers
-    }
+    ids = {name: encoders.tokenize(name, captions, chunks) for name in family.tokenizers}
     if family.uses_attention_mask:
-        lengths, (name, *_) = (
-            np.array(parts.count_tokens(family.tokenizers[0], captions)),
-            family.tokenizers,
-        )
-        return ids | {"mask": np.arange(ids[name].shape[-1]) < lengths[:, None]}
+        first = family.tokenizers[0]
+        lengths = np.array(encoders.count_tokens(first, captions))
+        return ids | {"mask": np.arange(ids[first].shape[-1]) < lengths[:, None]}
     if chunks == 1:
         return ids
     words = np.any(
-        [
-            (ids[tokenizer] != parts.tokenize(tokenizer, [""], 1)).any(-1)
-            for tokenizer in family.tokenizers
-        ],
+        [(ids[name] != encoders.tokenize(name, [""], 1)).any(-1) for name in family.tokenizers],
         axis=0,
     )
     words[:, 0] = True
@@ -41,8 +33,12 @@ def tokenize(family: Family, parts: Encoders, captions: list[str], chunks: int) 
 def split_into_chunks(
     captions: list[list[int]], chunks: int, length: int, start: int, end: int, pad: int
 ) -> np.ndarray:
-    """Token ids of captions, uncut and with their start and end, in ``chunks`` pieces that each
-    have their own: int64 [n, chunks, length]; the rest is cut."""
+    """Split the token ids of captions into chunks, int64 [n, chunks, length]; cut off the rest.
+
+    Args:
+        captions: token ids, uncut, with their start and end.
+        start, end, pad: ids of special tokens; each chunk gets its own start and end.
+    """
     out = np.full((len(captions), chunks, length), pad, np.int64)
     for row, ids in enumerate(captions):
         for chunk in range(chunks):
@@ -54,15 +50,13 @@ def split_into_chunks(
 def encode_captions(
     family: Family, encoders: TextEncoders, tokens: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the network is told of captions: the text features of ``tokenize``'s result, and its
-    mask."""
-    return family.encode_text(encoders, tokens) | {
-        name: array for name, array in tokens.items() if name == "mask"
-    }
+    """Return the text features of ``tokenize``'s result, and its mask where there is one."""
+    features = family.encode_text(encoders, tokens)
+    return features | {name: array for name, array in tokens.items() if name == "mask"}
 
 
 def zero_dropped(features: dict[str, Any], keep: Any) -> dict[str, Any]:
-    """Text features with zeros where ``keep``, float32 [n], is 0."""
+    """Return text features with zeros for the examples where ``keep``, float32 [n], is 0."""
     return {
         name: array if name == "mask" else array * keep.reshape(-1, *[1] * (array.ndim - 1))
         for name, array in features.items()
@@ -70,13 +64,15 @@ def zero_dropped(features: dict[str, Any], keep: Any) -> dict[str, Any]:
 
 
 def encode_chunks(encoders: TextEncoders, name: str, ids: Any, skip: int = 0) -> tuple[Any, Any]:
-    """Hidden states of chunks, encoded apart and joined, [n, chunks * length, width], and the first
-    chunk's pooled embedding [n, width]."""
+    """Encode each chunk by itself; return joined states and the first chunk's pooled embedding.
+
+    Shapes: ids [n, chunks, length], states [n, chunks * length, width], pooled [n, width].
+    """
     rows, chunks, length = ids.shape
     states, pooled = encoders.encode_text(name, ids.reshape(rows * chunks, length), skip)
     return states.reshape(rows, chunks * length, -1), pooled.reshape(rows, chunks, -1)[:, 0]
 
 
 def mask_argument(batch: dict[str, Any]) -> dict[str, Any]:
-    """The argument that keeps a UNet from looking at empty chunks, where there are several."""
+    """Return the argument that hides empty chunks from a UNet, where there are several chunks."""
     return {"encoder_attention_mask": batch["mask"]} if "mask" in batch else {}

@@ -1,5 +1,6 @@
 """Which caches a run uses, each named by all that its numbers depend on."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from limner.config.schema import Config
 from limner.data import image
 from limner.errors import InputError
 from limner.families.family import Family
+from limner.features.encoder import FeatureEncoder
 from limner.features.store import DiskStore, FeatureStore, MemoryStore
-from limner.protocols import ProcessGroup, Report
+from limner.protocols import Encoders, ProcessGroup, Report
 from limner.storage import atomic
 
 TEXT_BATCH = 8  # captions that a text encoder sees at once
@@ -22,86 +24,87 @@ def cache_folder(config: Config) -> Path:
 
 
 def known_pictures_file(config: Config) -> Path | None:
-    """The file that remembers which pictures were looked at; None where nothing is to be kept on
-    disk."""
-    return (
-        None
-        if config.data.cache in ("off", "memory")
-        else cache_folder(config) / "known-pictures.json"
-    )
+    """The file that remembers which pictures were decoded well; None: nothing is kept on disk."""
+    if config.data.cache in ("off", "memory"):
+        return None
+    return cache_folder(config) / "known-pictures.json"
 
 
 def open_stores(
-    config: Config, family: Family, opened: BaseModel, process: ProcessGroup, report: Report
+    config: Config, family: Family, base: BaseModel, process: ProcessGroup, report: Report
 ) -> tuple[FeatureStore | None, FeatureStore | None]:
-    """The caches of picture and caption features, each named by what its numbers depend on; what is
-    being trained is never cached.
+    """Open the caches of picture and caption features. What is being trained is never cached.
 
     Raises:
         InputError: when several processes are to keep them in memory.
     """
-    if config.data.cache == "off":
+    data = config.data
+    if data.cache == "off":
         return None, None
-    keeps_texts = bool(family.text_components) and not config.adapter.text_encoders
-    if config.data.cache == "memory":
+    caches_text = bool(family.text_components) and not config.adapter.text_encoders
+    if data.cache == "memory":
         if process.world_size > 1:
             raise InputError(
                 f'data.cache="memory" serves one process, there are {process.world_size}. Give a '
                 "folder, which all fill and read; one below /dev/shm is in memory."
             )
-        return MemoryStore(), MemoryStore() if keeps_texts else None
-    root, how = (
-        cache_folder(config),
-        [
-            family.name,
-            config.engine.kind,
-            config.engine.tf32,
-            config.data.cache_dtype,
-            *process.arithmetic_versions(),
-        ],
+        return MemoryStore(), MemoryStore() if caches_text else None
+    # All that the last bits of features depend on, besides the encoders' bytes.
+    arithmetic = [
+        family.name,
+        config.engine.kind,
+        config.engine.tf32,
+        data.cache_dtype,
+        *process.arithmetic_versions(),
+    ]
+
+    def open_store(kind: str, settings: list[Any], components: tuple[str, ...]) -> DiskStore:
+        weights = process.first(partial(base.fingerprint, *components))
+        name = f"{kind}-{atomic.digest_json([arithmetic, settings, weights])}"
+        return DiskStore(cache_folder(config) / name, report)
+
+    # Only another autoencoder than the base's runs in the recipe's precision.
+    precision = process.precision if config.model.vae is not None else "no"
+    picture_settings = [precision, image.decoder_versions(), image_batch_size(config)]
+    texts = None
+    if caches_text:
+        components = (*family.text_components, *family.tokenizers)
+        texts = open_store("caption", [data.caption_chunks, TEXT_BATCH], components)
+    return open_store("picture", picture_settings, family.image_components), texts
+
+
+def open_feature_encoder(
+    config: Config,
+    family: Family,
+    process: ProcessGroup,
+    get_encoders: Callable[[], Encoders],
+    image_store: FeatureStore | None,
+    text_store: FeatureStore | None,
+) -> FeatureEncoder:
+    """Open what makes features as the recipe says, and reads them from the stores."""
+    return FeatureEncoder(
+        family,
+        get_encoders,
+        image_store,
+        text_store,
+        batch=image_batch_size(config),
+        text_batch=TEXT_BATCH,
+        chunks=config.data.caption_chunks,
+        dtype=config.data.cache_dtype,
+        threads=config.data.threads,
+        world_size=process.world_size,
     )
-    half = process.precision if config.model.vae is not None else "no"
-
-    def store(kind: str, settings: list[Any], parts: tuple[str, ...]) -> DiskStore:
-        weights = process.first(partial(opened.fingerprint, *parts))
-        return DiskStore(root / f"{kind}-{atomic.digest_json([how, settings, weights])}", report)
-
-    captions = (
-        store(
-            "caption",
-            [config.data.caption_chunks, TEXT_BATCH],
-            (*family.text_components, *family.tokenizers),
-        )
-        if keeps_texts
-        else None
-    )
-    return store(
-        "picture",
-        [half, image.decoder_versions(), image_batch_size(config)],
-        family.image_components,
-    ), captions
-
-
-def feature_settings(config: Config, process: ProcessGroup) -> dict[str, Any]:
-    """How features are made."""
-    return {
-        "batch": image_batch_size(config),
-        "text_batch": TEXT_BATCH,
-        "chunks": config.data.caption_chunks,
-        "dtype": config.data.cache_dtype,
-        "threads": config.data.threads,
-        "world": process.world_size,
-    }
 
 
 def image_batch_size(config: Config) -> int:
-    """Pictures that an encoder sees at once: about two million pixels, at most 8; an autoencoder in
-    float32 takes 0.64 GiB for each 512x512."""
+    """Pictures that an encoder sees at once: about two million pixels, at most 8.
+
+    An autoencoder in float32 takes 0.64 GiB for each 512x512.
+    """
     if config.engine.encode_batch is not None:
         return config.engine.encode_batch
-    side = max(
-        (config.data.size,)
-        if config.data.buckets is None
-        else (config.data.size, *config.data.buckets.resolutions)
-    )
+    sides = [config.data.size]
+    if config.data.buckets is not None:
+        sides += config.data.buckets.resolutions
+    side = max(sides)
     return max(1, min(8, 8 * 512 * 512 // (side * side)))

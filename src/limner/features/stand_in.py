@@ -1,20 +1,16 @@
-"""Random features of the right shapes, where no weights are at hand."""
+"""Random features of the right shapes, in place of encoders that are not loaded."""
 
 import numpy as np
 
 from limner import rng
-from limner.config.schema import Config
-from limner.diffusion.objective import Objective
 from limner.families.family import Family
-from limner.families.text import encode_captions, tokenize
-from limner.protocols import Batch, Configs, Features
+from limner.protocols import BaseConfigs, Features
 
 
 class StandInEncoders:
-    """The frozen encoders' place, taken by random numbers of the shapes that their configs
-    promise."""
+    """Stand in for the frozen encoders with random numbers of the shapes that configs promise."""
 
-    def __init__(self, configs: Configs):
+    def __init__(self, configs: BaseConfigs):
         self.configs, self.draws = configs, rng.at(0, "bench", 0)
 
     def encode_vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -28,10 +24,10 @@ class StandInEncoders:
         self, name: str, ids: np.ndarray, skip: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         """See ``protocols.TextEncoders``."""
-        known = self.configs[name]
-        width = known.get("projection_dim") or known["hidden_size"]
+        config = self.configs[name]
+        width = config.get("projection_dim") or config["hidden_size"]
         return self.draws.standard_normal(
-            (*ids.shape, known["hidden_size"]), np.float32
+            (*ids.shape, config["hidden_size"]), np.float32
         ), self.draws.standard_normal((len(ids), width), np.float32)
 
     def concat_features(self, arrays: list[np.ndarray]) -> np.ndarray:
@@ -40,10 +36,10 @@ class StandInEncoders:
 
     def encode_movq(self, name: str, pixels: np.ndarray) -> np.ndarray:
         """See ``protocols.Encoders``."""
-        known = self.configs[name]
-        sides = (side >> (len(known["block_out_channels"]) - 1) for side in pixels.shape[2:])
+        config = self.configs[name]
+        sides = (side >> (len(config["block_out_channels"]) - 1) for side in pixels.shape[2:])
         return self.draws.standard_normal(
-            (len(pixels), known["latent_channels"], *sides), np.float32
+            (len(pixels), config["latent_channels"], *sides), np.float32
         )
 
     def encode_image(self, name: str, processor: str, pixels: np.ndarray) -> np.ndarray:
@@ -65,36 +61,10 @@ class StandInEncoders:
         return min(self.configs[tokenizer].get("model_max_length") or 77, 77)
 
 
-def make_batch(config: Config, configs: Configs, family: Family, rows: int) -> Batch:
-    """A batch of random features, of the shapes that the recipe's pictures and captions would
-    have."""
-    parts, draws = StandInEncoders(configs), rng.at(0, "bench", 1)
-    features = make_image_features(family, parts, rows, (config.data.size, config.data.size))
-    x0 = family.clean_latents(features, configs, np.zeros_like(features[family.latent_features[0]]))
-    noising = vars(
-        Objective.from_scheduler(configs["scheduler"], config.objective).at(draws.random(rows))
-    )
-    kept = {name: array for name, array in features.items() if name not in family.latent_features}
-    tokens = (
-        tokenize(family, parts, [""] * rows, config.data.caption_chunks)
-        if family.text_components
-        else {}
-    )
-    texts = tokens if config.adapter.text_encoders else encode_captions(family, parts, tokens)
-    return {
-        "x0": x0,
-        "noise": draws.standard_normal(x0.shape, np.float32),
-        **noising,
-        "size_and_crop": np.full((rows, 6), config.data.size, np.float32),
-        **kept,
-        **texts,
-    }
-
-
 def make_image_features(
     family: Family, parts: StandInEncoders, rows: int, shape: tuple[int, int]
 ) -> Features:
-    """Random image features of pictures that are cut to ``shape`` (height, width)."""
+    """Make random image features of pictures that are cut to ``shape`` (height, width)."""
     side = family.clip_image_size(parts.configs)
     shapes = {"crop": shape, "center_square": (side, side)}
     return family.encode_image(

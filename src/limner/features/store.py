@@ -1,18 +1,18 @@
-"""Encoded pictures and captions, as rows of named arrays under keys: whole or absent, verified when
-read, and never the source of another number."""
+"""Stores of features: rows of named arrays under keys.
+
+A row is whole or absent, and verified when it is read.
+"""
 
 import contextlib
 import json
 import math
 import os
-import secrets
 import shutil
-import struct
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import xxhash
@@ -20,23 +20,22 @@ import xxhash
 from limner.errors import DiskError, IntegrityError
 from limner.protocols import Features
 from limner.storage import atomic, safetensors
-from limner.storage.safetensors import DTYPES
 
 DAY = 86_400
 VERSION = 2  # of a shard's layout
 
 
 class DamagedError(ValueError):
-    """A shard or a row that is not what was written; the message is the reason."""
+    """A shard or row that differs from its digests; the message is the reason."""
 
 
 class FeatureStore(Protocol):
-    """Where rows of features are kept."""
+    """Rows of features by key."""
 
     def __contains__(self, key: str) -> bool: ...
 
     def get(self, keys: Sequence[str]) -> Features:
-        """The rows of ``keys``, stacked: arrays of shape [len(keys), ...]."""
+        """Return the rows of ``keys``, stacked: arrays of shape [len(keys), ...]."""
         ...
 
     def put(self, keys: Sequence[str], features: Features) -> None:
@@ -44,15 +43,15 @@ class FeatureStore(Protocol):
         ...
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of the keys whose rows are not here, or not what was written."""
+        """Return the keys whose rows are absent or damaged."""
         ...
 
     def refresh(self) -> None:
-        """See what other processes have done."""
+        """Take in what other processes have written or removed."""
         ...
 
     def check_room(self, size: int) -> None:
-        """Refuse to begin what cannot be kept.
+        """Refuse to begin what cannot be stored.
 
         Raises:
             DiskError: when there is no room for ``size`` bytes, or nothing may be written.
@@ -74,10 +73,8 @@ class MemoryStore:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def put(self, keys: Sequence[str], features: Features) -> None:
-        self.rows |= {
-            key: {name: array[i].copy() for name, array in features.items()}
-            for i, key in enumerate(keys)
-        }
+        for i, key in enumerate(keys):
+            self.rows[key] = {name: array[i].copy() for name, array in features.items()}
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         return [key for key in keys if key not in self.rows]
@@ -91,21 +88,38 @@ class MemoryStore:
 
 @dataclass(frozen=True)
 class ArraySpan:
-    """Where in a shard an array lies."""
+    """An array's place in a shard."""
 
     dtype: np.dtype
     shape: tuple[int, ...]  # first axis: rows
-    begin: int
+    begin: int  # in bytes from the file's start
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of a row."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def row(self, file: int, i: int) -> np.ndarray:
-        """Row ``i`` from an open file."""
-        return np.frombuffer(
-            os.pread(file, self.row_bytes, self.begin + i * self.row_bytes), self.dtype
-        ).reshape(self.shape[1:])
+        """Read row ``i`` from an open file."""
+        content = os.pread(file, self.row_bytes, self.begin + i * self.row_bytes)
+        return np.frombuffer(content, self.dtype).reshape(self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The header of a shard."""
+
+    keys: list[str]
+    digests: list[str]
+    arrays: dict[str, ArraySpan]
+
+
+class RowPlace(NamedTuple):
+    """A row's place on disk."""
+
+    path: Path
+    shard: Shard
+    number: int  # of the row in the shard
 
 
 class DiskStore:
@@ -114,57 +128,68 @@ class DiskStore:
     A shard is one safetensors file with up to a few hundred rows of one shape. Its name is the
     digest of its keys; its metadata hold the version of the layout, the keys, a digest of each row,
     and a digest of all that. Opening a shard reads its header; a row is verified whenever it is
-    read. What is damaged is named through ``report`` and left out, so that it is encoded again. No
-    file stays open: a large data set has more shards than a process may have open files.
+    read. Damaged shards are reported and left out, so that their rows are encoded again.
     """
 
     def __init__(self, folder: Path, report: Callable[[str], None] = print):
-        self.folder, self.report = folder, report
-        self.rows: dict[str, tuple[Path, Shard, int]] = {}
-        self.seen: set[Path] = set()
+        self.folder = folder
+        self.report = report
+        # No file stays open: a large data set has more shards than a process may have open files.
+        self.rows: dict[str, RowPlace] = {}
+        self.shards: set[Path] = set()
         with atomic.disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        self.sweep()
+        self.remove_leftovers()
         self.refresh()
 
-    def sweep(self) -> None:
-        """Remove what writers that were killed left behind a day ago or earlier."""
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files of writers that were killed at least a day ago."""
         with contextlib.suppress(OSError):
-            for left in self.folder.glob(".*.tmp"):
-                if time.time() - left.stat().st_mtime > DAY:
-                    left.unlink()
+            for file in self.folder.glob(".*.tmp"):
+                if time.time() - file.stat().st_mtime > DAY:
+                    file.unlink()
 
     def refresh(self) -> None:
-        """Look at the shards that have appeared or vanished since the last time, other processes'
-        included."""
+        """Take in the shards that have appeared or vanished, other processes' included."""
         with atomic.disk_errors(self.folder):
-            there = {
+            shards = {
                 self.folder / name
                 for name in os.listdir(self.folder)
                 if name.endswith(".safetensors") and not name.startswith(".")
             }
-        if gone := self.seen - there:
-            self.rows = {key: place for key, place in self.rows.items() if place[0] not in gone}
-        for path in sorted(there - self.seen):
-            try:
-                shard = open_shard(path)
-            except FileNotFoundError:
-                continue  # another process has just removed it
-            except Exception as error:  # a damaged header can break its reader in any way
-                self.drop(
-                    path, str(error) or type(error).__name__, remove=not isinstance(error, OSError)
-                )
-                continue
-            self.rows |= {key: (path, shard, row) for row, key in enumerate(shard.keys)}
-        self.seen = there
+        vanished = self.shards - shards
+        if vanished:
+            self.rows = {
+                key: place for key, place in self.rows.items() if place.path not in vanished
+            }
+        for path in sorted(shards - self.shards):
+            self.add_shard(path)
+        self.shards = shards
 
-    def drop(self, path: Path, reason: str, remove: bool = True) -> None:
-        """Leave a shard out, and say so."""
-        what = f"{self.folder.name.split('-')[0]}s"
+    def add_shard(self, path: Path) -> None:
+        """Take in the rows of a shard, or leave it out if it is damaged."""
+        try:
+            shard = open_shard(path)
+        except FileNotFoundError:
+            # Another process has just removed it.
+            return
+        # A damaged header can break its reader in any way.
+        except Exception as error:
+            # One that cannot be read now may be whole.
+            is_damaged = not isinstance(error, OSError)
+            self.drop_shard(path, str(error) or type(error).__name__, remove=is_damaged)
+            return
+        for number, key in enumerate(shard.keys):
+            self.rows[key] = RowPlace(path, shard, number)
+
+    def drop_shard(self, path: Path, reason: str, remove: bool = True) -> None:
+        """Leave a shard out, report it, and remove its file."""
+        # The folder's name begins with "picture-" or "caption-".
+        rows = f"{self.folder.name.split('-')[0]}s"
         self.report(
-            f"{path}: this part of the cache is damaged ({reason}); its {what} are encoded again"
+            f"{path}: this part of the cache is damaged ({reason}); its {rows} are encoded again"
         )
-        self.rows = {key: place for key, place in self.rows.items() if place[0] != path}
+        self.rows = {key: place for key, place in self.rows.items() if place.path != path}
         if remove:
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -173,7 +198,7 @@ class DiskStore:
         return key in self.rows
 
     def get(self, keys: Sequence[str]) -> Features:
-        """The rows of ``keys``, stacked: arrays of shape [len(keys), ...].
+        """Return the rows of ``keys``, stacked: arrays of shape [len(keys), ...].
 
         Raises:
             IntegrityError: when a row has been removed or changed since it was verified.
@@ -181,27 +206,29 @@ class DiskStore:
         try:
             rows = [self.read(key) for key in keys]
         except (OSError, DamagedError) as error:
-            path = next((self.rows[key][0] for key in keys if not self.is_good(key)), self.folder)
+            damaged = (self.rows[key].path for key in keys if not self.is_good(key))
+            path = next(damaged, self.folder)
             with contextlib.suppress(OSError):
                 path.unlink()
-            what = f"this part of the cache has been removed or changed during the run ({error})"
             raise IntegrityError(
-                f"{path}: {what}. Run the same command again: it is encoded anew."
+                f"{path}: this part of the cache has been removed or changed during the run "
+                f"({error}). Run the same command again: it is encoded anew."
             ) from error
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def read(self, key: str) -> Features:
-        """One row, compared with its digest.
+        """Read one row and compare it with its digest.
 
         Raises:
-            Damaged: when it differs.
+            DamagedError: when it differs.
             OSError: when the shard cannot be read.
         """
         path, shard, number = self.rows[key]
         file = os.open(path, os.O_RDONLY)
         try:
             row = {name: array.row(file, number) for name, array in shard.arrays.items()}
-        except (ValueError, OverflowError) as error:  # a shape or a place that no longer fits
+        # A file that was cut short, or a shape or place that the header gives wrongly.
+        except (ValueError, OverflowError) as error:
             raise DamagedError(str(error)) from error
         finally:
             os.close(file)
@@ -210,7 +237,7 @@ class DiskStore:
         return row
 
     def is_good(self, key: str) -> bool:
-        """Whether a row is what was written."""
+        """Whether a row is as it was written."""
         try:
             self.read(key)
         except (OSError, DamagedError):
@@ -218,18 +245,16 @@ class DiskStore:
         return True
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of the keys whose rows are not here, or not what was written; all rows of a shard
-        with a damaged one are gone."""
+        """Return the keys whose rows are absent or damaged, with all of a damaged row's shard."""
         keys = list(keys)
         for key in keys:
             if key in self.rows and not self.is_good(key):
-                self.drop(self.rows[key][0], "a row's digest differs")
+                self.drop_shard(self.rows[key].path, "a row's digest differs")
         return [key for key in keys if key not in self.rows]
 
     def put(self, keys: Sequence[str], features: Features) -> None:
-        """Add rows, in one shard, on disk before this returns."""
+        """Add rows in one shard, on disk before this returns."""
         path = self.folder / name_shard(list(keys))
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         digests = [
             digest_row({name: array[i] for name, array in features.items()})
             for i in range(len(keys))
@@ -239,17 +264,12 @@ class DiskStore:
             "keys": json.dumps(list(keys)),
             "digests": json.dumps(digests),
         }
-        with atomic.disk_errors(path, sum(a.nbytes for a in features.values())):
-            try:
-                safetensors.write_arrays(
-                    temporary, features, metadata | {"digest": atomic.digest_json(metadata)}
-                )
-                atomic.sync(temporary)
-                temporary.rename(path)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    temporary.unlink()
-        self.seen.discard(path)
+        metadata["digest"] = atomic.digest_json(metadata)
+        needed = sum(array.nbytes for array in features.values())
+        with atomic.replacing(path, needed) as temporary:
+            safetensors.write_arrays(temporary, features, metadata)
+        # A shard of the same keys may have been there, damaged.
+        self.shards.discard(path)
         self.refresh()
 
     def check_room(self, size: int) -> None:
@@ -261,31 +281,20 @@ class DiskStore:
             )
         free = shutil.disk_usage(self.folder).free
         if free < size:
-            needed = (
-                f"{size / 2**20:.0f} MiB are needed for what is not encoded yet, "
-                f"{free / 2**20:.0f} MiB are free"
-            )
             raise DiskError(
-                f"{self.folder}: {needed}. Make room, set data.cache to a folder on another disk, "
-                "or to off."
+                f"{self.folder}: {size / 2**20:.0f} MiB are needed for what is not encoded yet, "
+                f"{free / 2**20:.0f} MiB are free. Make room, set data.cache to a folder on "
+                "another disk, or to off."
             )
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What a shard's header says."""
-
-    keys: list[str]
-    digests: list[str]
-    arrays: dict[str, ArraySpan]
 
 
 def name_shard(keys: list[str]) -> str:
+    """Return the file name of a shard."""
     return f"{atomic.digest_json(keys)}.safetensors"
 
 
 def digest_row(row: Features) -> str:
-    """XXH3-128 over names, types, shapes and bytes, in the order of the names."""
+    """Return XXH3-128 over names, types, shapes and bytes, in the order of the names."""
     state = xxhash.xxh3_128()
     for name in sorted(row):
         state.update(f"{name} {row[name].dtype} {row[name].shape}".encode())
@@ -294,15 +303,13 @@ def digest_row(row: Features) -> str:
 
 
 def open_shard(path: Path) -> Shard:
-    """A shard's header; raises, one way or another, when it is not what was written, or by another
-    version."""
-    with open(path, "rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0]
-        if length > 1 << 28:
-            raise DamagedError("it has no safetensors header")
-        header: dict[str, Any] = json.loads(file.read(length))
-        size = os.fstat(file.fileno()).st_size
-    metadata = header.pop("__metadata__")
+    """Read a shard's header.
+
+    Raises:
+        Exception: of any kind, for a header that is damaged or of another version.
+    """
+    header = safetensors.read_header(path)
+    metadata = header.metadata
     if metadata.get("version") != str(VERSION):
         raise DamagedError(
             f"another version of Limner wrote it, {metadata.get('version')} and not {VERSION}"
@@ -311,15 +318,13 @@ def open_shard(path: Path) -> Shard:
         {name: metadata[name] for name in ("version", "keys", "digests")}
     ):
         raise DamagedError("its header differs")
-    keys, digests, start = json.loads(metadata["keys"]), json.loads(metadata["digests"]), 8 + length
+    keys, digests = json.loads(metadata["keys"]), json.loads(metadata["digests"])
     arrays = {
-        name: ArraySpan(DTYPES[e["dtype"]], tuple(e["shape"]), start + e["data_offsets"][0])
-        for name, e in header.items()
+        name: ArraySpan(array.numpy_dtype, array.shape, array.begin)
+        for name, array in header.arrays.items()
     }
     if name_shard(keys) != path.name or any(
         array.shape[0] != len(keys) for array in arrays.values()
     ):
         raise DamagedError("its keys are not those that were written")
-    if size != start + max(e["data_offsets"][1] for e in header.values()):
-        raise DamagedError(f"{size} bytes are there, it is cut short or longer than it was")
     return Shard(keys, digests, arrays)

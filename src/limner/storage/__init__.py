@@ -1,1 +1,1 @@
-"""Files: whole or absent, verified, named arrays."""
+"""Files on disk: checkpoints, named arrays, and the files of a run."""

@@ -1,10 +1,10 @@
-"""Files and folders that are whole or absent, whatever moment the process, the disk or the power
-dies."""
+"""Write files and folders so that each is whole or absent, whenever process or power die."""
 
 import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -17,7 +17,9 @@ import xxhash
 from limner.errors import DiskError, IntegrityError, LockedError
 
 MANIFEST = "MANIFEST.json"
-REFUSALS: tuple[int, ...] = (
+LOCK_FILE = ".lock"
+# Errors of the disk, or of the place that the user chose; all others are defects of the program.
+REFUSALS = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -25,8 +27,6 @@ REFUSALS: tuple[int, ...] = (
     errno.EACCES,
     errno.EPERM,
     errno.EIO,
-)
-REFUSALS += (
     errno.ENOTDIR,
     errno.EISDIR,
     errno.EEXIST,
@@ -38,7 +38,7 @@ REFUSALS += (
 
 
 def digest_file(path: Path) -> str:
-    """XXH3-128 of a file's bytes, in hexadecimal: for finding accidents, not attackers."""
+    """Return the XXH3-128 of a file's bytes, in hexadecimal; it finds accidents, not attackers."""
     state = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -47,12 +47,12 @@ def digest_file(path: Path) -> str:
 
 
 def digest_json(value: Any) -> str:
-    """XXH3-128 of a plain value, the same for equal values whatever the order of their keys."""
+    """Return the XXH3-128 of a JSON value, the same whatever the order of its keys."""
     return xxhash.xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Ask the disk to keep a file's bytes, or a folder's list of names."""
+    """Have a file's bytes, or a folder's list of names, written to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -62,33 +62,45 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn the operating system's refusals into a ``DiskError`` that names the path and the
-    space."""
+    """Turn the operating system's refusals into a ``DiskError`` that names the path.
+
+    Args:
+        needed: bytes that are about to be written; the message compares them with the free space.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        folder = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
-        free = shutil.disk_usage(folder).free
-        space = (
-            f"; {needed / 2**20:.0f} MiB are needed, {free / 2**20:.0f} MiB are free"
-            if needed
-            else ""
-        )
+        space = ""
+        if needed:
+            folder = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
+            free = shutil.disk_usage(folder).free
+            space = f"; {needed / 2**20:.0f} MiB are needed, {free / 2**20:.0f} MiB are free"
         raise DiskError(
             f"{path}: {error.strerror}{space}. What was whole before is whole still; make room or "
             "choose another folder."
         ) from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file by a new one; a reader sees the old or the new text, never a part."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; a file written to it then replaces ``path``.
+
+    A reader sees the old file or the new one, never a part. When the block raises, ``path`` is
+    untouched.
+
+    Args:
+        needed: see ``disk_errors``.
+
+    Raises:
+        DiskError: when the disk refuses.
+    """
+    # Random, as threads, and hosts with a shared disk, may write the same file at once.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    with disk_errors(path, needed):
         try:
-            temporary.write_text(text, encoding="utf-8")
+            yield temporary
             sync(temporary)
             os.replace(temporary, path)
         finally:
@@ -96,14 +108,24 @@ def write_text(path: Path, text: str) -> None:
         sync(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, in place of an older one; its folder is made if there is none."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextlib.contextmanager
 def write_folder(final: Path, *, manifest: bool = True) -> Iterator[Path]:
-    """Yield an empty folder to fill; when the block ends well it becomes ``final``, with a manifest
-    if wanted, in one rename.
+    """Yield an empty folder to fill, which becomes ``final`` when the block ends.
 
     An existing ``final`` is replaced only after the new one is whole. When the block raises,
     ``final`` is untouched. A death between the two renames of a replacement leaves the old folder
-    aside, and ``sweep`` puts it back.
+    under another name, and ``sweep`` puts it back.
+
+    Args:
+        manifest: whether to write the manifest that ``verify`` reads.
     """
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     with disk_errors(final):
@@ -112,14 +134,17 @@ def write_folder(final: Path, *, manifest: bool = True) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            seal(temporary) if manifest else flush(temporary)
+            if manifest:
+                seal(temporary)
+            else:
+                flush(temporary)
             replace_folder(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def replace_folder(whole: Path, final: Path) -> None:
-    """Give a folder its name; the one that had the name is kept until then."""
+    """Rename a folder to ``final``; the one of that name is deleted only afterwards."""
     aside = final.with_name(f".{final.name}.{os.getpid()}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
@@ -135,8 +160,7 @@ def replace_folder(whole: Path, final: Path) -> None:
 
 
 def seal(path: Path) -> None:
-    """Write the manifest: size and digest of every file below ``path``, and a digest of the
-    manifest itself."""
+    """Write the manifest of a folder: size and digest of every file, and a digest of itself."""
     names = sorted(
         str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != MANIFEST
     )
@@ -144,14 +168,13 @@ def seal(path: Path) -> None:
         name: {"size": (path / name).stat().st_size, "xxh3_128": digest_file(path / name)}
         for name in names
     }
-    (path / MANIFEST).write_text(
-        json.dumps({"files": files, "digest": digest_json(files)}, indent=1)
-    )
+    manifest = {"files": files, "digest": digest_json(files)}
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1))
     flush(path)
 
 
 def flush(path: Path) -> None:
-    """Ask the disk to keep every file and folder below ``path``."""
+    """Have every file and folder below ``path`` written to the disk."""
     for inner in [*path.rglob("*"), path]:
         sync(inner)
 
@@ -164,29 +187,32 @@ def verify(path: Path) -> None:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files, own = manifest["files"], manifest["digest"]
+        files, digest = manifest["files"], manifest["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
             f"{path / MANIFEST}: missing or unreadable, so {path.name} cannot be trusted"
         ) from error
-    if own != digest_json(files):
+    if digest != digest_json(files):
         raise IntegrityError(f"{path / MANIFEST}: changed since it was written")
-    for name, known in files.items():
-        file = path / name
-        try:
-            size = file.stat().st_size
-            if size != known["size"]:
-                raise IntegrityError(f"{file}: {size} bytes, {known['size']} were written")
-            if digest_file(file) != known["xxh3_128"]:
-                raise IntegrityError(f"{file}: changed since it was written (digest differs)")
-        except OSError as error:
-            raise IntegrityError(
-                f"{file}: {'missing' if error.errno == errno.ENOENT else error.strerror}"
-            ) from error
+    for name, entry in files.items():
+        verify_file(path / name, entry["size"], entry["xxh3_128"])
+
+
+def verify_file(path: Path, size: int, digest: str) -> None:
+    """Compare one file with its size and digest; raises ``IntegrityError`` as ``verify`` does."""
+    try:
+        actual_size = path.stat().st_size
+        if actual_size != size:
+            raise IntegrityError(f"{path}: {actual_size} bytes, {size} were written")
+        if digest_file(path) != digest:
+            raise IntegrityError(f"{path}: changed since it was written (digest differs)")
+    except OSError as error:
+        reason = "missing" if error.errno == errno.ENOENT else error.strerror
+        raise IntegrityError(f"{path}: {reason}") from error
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that a death in between leaves nothing that looks whole."""
+    """Remove a folder; a death before the end leaves nothing that looks whole."""
     if path.exists():
         doomed = path.with_name(f".{path.name}.{os.getpid()}.del")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -195,30 +221,38 @@ def remove_folder(path: Path) -> None:
 
 
 def sweep(root: Path) -> None:
-    """Put back what a writer that died had set aside in ``root``, and remove its leavings. Call it
-    only while holding the lock of ``root``."""
+    """Put back folders that a dead writer had renamed in ``root``, and remove its temporary files.
+
+    Call it only while holding the lock of ``root``.
+    """
     for aside in root.glob(".*.old"):
         final = root / aside.name[1:].rsplit(".", 2)[0]
-        shutil.rmtree(aside) if final.exists() else os.rename(aside, final)
+        if final.exists():
+            shutil.rmtree(aside)
+        else:
+            os.rename(aside, final)
     for left in (*root.glob(".*.tmp"), *root.glob(".*.del")):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def lock(root: Path) -> Iterator[None]:
-    """Hold ``root`` for this process alone; the system lets go of it when the process dies, however
-    it dies.
+    """Hold the lock of a folder; the system releases it when the process dies, however it dies.
 
     Raises:
         LockedError: naming the process and the host that hold it.
     """
     import fcntl
 
+    path = root / LOCK_FILE
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-        file = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        with disk_errors(root / ".lock"):
+        with disk_errors(path):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -236,8 +270,7 @@ def lock(root: Path) -> Iterator[None]:
 
 
 def user_cache_folder() -> Path:
-    """The folder that this user's runs share: LIMNER_CACHE, or ``limner`` in the user's cache
-    folder."""
+    """Return the folder that a user's runs share: LIMNER_CACHE, else one in the user's cache."""
     if chosen := os.environ.get("LIMNER_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limner"

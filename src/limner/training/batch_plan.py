@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from limner.config.schema import Config
+from limner.config.schema import Config, TrainSettings
 from limner.data.order import Order
 from limner.errors import InputError
+from limner.storage.checkpoint import RunState
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class BatchPlan:
     steps: int
     seed: int
     records: int
-    # optimizer steps in which every record is seen once; without buckets a batch may span two
-    # epochs
+    # Optimizer steps in which every record is seen once. Without buckets a batch may span two
+    # epochs.
     steps_per_epoch: float
 
     def to_steps(self, steps: int | None, epochs: float | None) -> int | None:
@@ -36,7 +37,7 @@ def make_plan(
     config: Config,
     world: int,
     records: int,
-    saved: dict[str, Any] | None,
+    saved: RunState | None,
     seed: int,
     order: Callable[[int], Order] | None = None,
     devices: int = 1,
@@ -53,67 +54,72 @@ def make_plan(
         InputError: when it does not divide, or when the recipe asks for another batch or seed than
             the checkpoint's.
     """
-    t = config.train
-    batch = (
-        t.batch_size
-        if t.batch_size is not None
-        else (t.micro_batch_size or 1) * (t.accumulation_steps or 1) * world * devices
-    )
-    if saved is not None:
-        before = saved["config"]["train"]
-        as_before = (t.batch_size, t.micro_batch_size, t.accumulation_steps or 1) == (
-            None,
-            before["micro_batch_size"],
-            before["accumulation_steps"] or 1,
-        ) and before["batch_size"] is None
-        if (
-            batch != saved["batch"] and not as_before
-        ):  # asked for as before, it is another only because the number of processes is
-            begun = (
-                f"this run was begun with a global batch of {saved['batch']}, {batch} is asked for"
-            )
-            raise InputError(
-                f"train.batch_size: {begun}. Keep {saved['batch']}, or begin a new run in another "
-                "folder."
-            )
-        batch = saved["batch"]
-        if t.seed is not None and t.seed != saved["seed"]:
-            begun = f"this run was begun with seed {saved['seed']}, {t.seed} is asked for"
-            raise InputError(
-                f"train.seed: {begun}. Keep {saved['seed']} or leave it out, or begin a new run "
-                "in another folder."
-            )
-    if batch % world:
+    batch_size = choose_batch_size(config.train, saved, world * devices)
+    if batch_size % world:
         raise InputError(
-            f"a global batch of {batch} cannot be divided among {world} processes; use a number "
-            "of processes that divides it"
+            f"a global batch of {batch_size} cannot be divided among {world} processes; use a "
+            "number of processes that divides it"
         )
-    share = batch // world
-    micro = min((t.micro_batch_size or share) * devices, share)
+    share = batch_size // world
+    micro = min((config.train.micro_batch_size or share) * devices, share)
     if share % micro:
-        each = f"each of {world} processes has {share} of the {batch} examples of a step"
         raise InputError(
-            f"train.micro_batch_size: {each}, which micro-batches of {micro} do not divide; use a "
-            "divisor of "
+            f"train.micro_batch_size: each of {world} processes has {share} of the {batch_size} "
+            f"examples of a step, which micro-batches of {micro} do not divide; use a divisor of "
             f"{share}"
         )
-    made = order(batch) if order is not None else None
-    per_epoch = records / batch if made is None else made.steps_per_epoch
-    asked = (
-        max(1, math.ceil((t.epochs or 0) * records / batch))
-        if made is None
-        else made.steps(t.epochs or 0)
-    )
+    steps, steps_per_epoch = count_steps(config.train.epochs or 0, records, batch_size, order)
     return BatchPlan(
-        batch,
-        micro,
-        share // micro,
-        world,
-        asked if t.steps is None else t.steps,
-        seed,
-        records,
-        per_epoch,
+        batch_size=batch_size,
+        micro_batch_size=micro,
+        accumulation_steps=share // micro,
+        world_size=world,
+        steps=steps if config.train.steps is None else config.train.steps,
+        seed=seed,
+        records=records,
+        steps_per_epoch=steps_per_epoch,
     )
+
+
+def count_steps(
+    epochs: float, records: int, batch_size: int, order: Callable[[int], Order] | None
+) -> tuple[int, float]:
+    """Optimizer steps of so many epochs, and of one."""
+    if order is None:
+        return max(1, math.ceil(epochs * records / batch_size)), records / batch_size
+    return order(batch_size).steps(epochs), order(batch_size).steps_per_epoch
+
+
+def choose_batch_size(train: TrainSettings, saved: RunState | None, all_devices: int) -> int:
+    """The global batch that the settings ask for; on resume that of the checkpoint.
+
+    Raises:
+        InputError: when another batch or seed than the checkpoint's is asked for.
+    """
+    asked = train.batch_size
+    if asked is None:
+        asked = (train.micro_batch_size or 1) * (train.accumulation_steps or 1) * all_devices
+    if saved is None:
+        return asked
+    if asked != saved.batch_size and not is_asked_as_before(train, saved.config["train"]):
+        raise InputError(
+            f"train.batch_size: this run was begun with a global batch of {saved.batch_size}, "
+            f"{asked} is asked for. Keep {saved.batch_size}, or begin a new run in another folder."
+        )
+    if train.seed is not None and train.seed != saved.seed:
+        raise InputError(
+            f"train.seed: this run was begun with seed {saved.seed}, {train.seed} is asked for. "
+            f"Keep {saved.seed} or leave it out, or begin a new run in another folder."
+        )
+    return saved.batch_size
+
+
+def is_asked_as_before(train: TrainSettings, before: dict[str, Any]) -> bool:
+    """Whether the batch differs only because the number of processes does: micro-batches and
+    accumulation are asked for as before, and no global batch is."""
+    now = (train.batch_size, train.micro_batch_size, train.accumulation_steps or 1)
+    then = (before["batch_size"], before["micro_batch_size"], before["accumulation_steps"] or 1)
+    return now == then and train.batch_size is None
 
 
 def draw_seed() -> int:

@@ -1,110 +1,124 @@
-"""Before training: pictures and captions become features, once where that is exact, each process
-its share, restartable at any moment."""
+"""Encode pictures and captions before training, once where that is exact.
+
+Each process encodes its share, and any of them may be stopped and started again.
+"""
 
 from functools import partial
 from pathlib import Path
 
-from limner.data import index
 from limner.errors import InputError, LimnerError, Stopped
 from limner.features.caches import cache_folder
+from limner.features.caption_lengths import find_truncated_captions
 from limner.features.encoder import ImageRequest
 from limner.training.setup import Setup
 
 
 def encode_only(setup: Setup) -> Path:
-    """Fill the caches ahead of time."""
-    if setup.config.data.cache in ("off", "memory"):
+    """Fill the caches ahead of time, and return their folder.
+
+    Raises:
+        InputError: when the recipe keeps no cache on disk.
+    """
+    cache = setup.config.data.cache
+    if cache in ("off", "memory"):
         raise InputError(
-            f"data.cache={setup.config.data.cache}: nothing that is encoded ahead of time would be "
-            "kept. Set data.cache to auto or to a folder."
+            f"data.cache={cache}: nothing that is encoded ahead of time would be kept. Set "
+            "data.cache to auto or to a folder."
         )
     fill_caches(setup)
-    captions, pictures = all_requests(setup)
-    endless = sum(setup.stream.variants(e) is None for e in setup.stream.entries)
-    again = (
-        f"; {endless} pictures are cropped anew each time and encoded in every step "
-        "(data.crop_variants "
-        "makes an end of that)"
-        if endless
-        else ""
-    )
-    setup.report(
-        f"{cache_folder(setup.config)}: {len(pictures)} pictures and "
-        f"{len(captions) if setup.stream.features.text_store else 0} captions are encoded{again}"
-    )
-    return cache_folder(setup.config)
+    stream, folder = setup.stream, cache_folder(setup.config)
+    captions, pictures = list_requests(setup)
+    count = len(captions) if stream.features.text_store else 0
+    endless = sum(stream.variants(entry) is None for entry in stream.entries)
+    anew = ""
+    if endless:
+        anew = (
+            f"; {endless} pictures are cropped anew each time and encoded in every step "
+            "(data.crop_variants makes an end of that)"
+        )
+    setup.report(f"{folder}: {len(pictures)} pictures and {count} captions are encoded{anew}")
+    return folder
 
 
 def fill_caches(setup: Setup) -> None:
-    """Fill the caches, each process its share, and let go of the encoders when training will not
-    need them."""
-    stream, process = setup.stream, setup.process
-    captions, pictures = all_requests(setup)
+    """Fill the caches, each process its share, and release the encoders that training will not
+    need.
+
+    Raises:
+        LimnerError: when a process cannot encode its share; all raise it together.
+        Stopped: when a process was told to stop; all stop together.
+    """
+    features, process = setup.stream.features, setup.process
+    captions, pictures = list_requests(setup)
     report_truncated_captions(setup)
-    mine = slice(process.rank, None, process.world_size)
+    share = slice(process.rank, None, process.world_size)
+    # Another process may find damaged rows that this one had written: again until all agree.
     while not setup.caches_verified:
-        fault: LimnerError | None = None
+        error: LimnerError | None = None
         try:
-            stream.features.fill_texts(captions[mine], setup.stop.check)
-            stream.features.fill_images(pictures[mine], setup.stop.check)
-        except Stopped:  # until all have heard of it
+            features.fill_texts(captions[share], setup.stop.check)
+            features.fill_images(pictures[share], setup.stop.check)
+        except Stopped:
+            # It leaves with the others below, who would wait for it for ever.
             pass
-        except LimnerError as error:
-            fault = error
-        if process.any(fault is not None):
-            raise fault or already_reported("another process could not encode its share")
+        except LimnerError as own:
+            error = own
+        if process.any(error is not None):
+            raise error or make_reported("another process could not encode its share")
         setup.stop.asked = process.any(setup.stop.asked)
         setup.stop.check()
-        setup.caches_verified = not process.any(stream.features.is_incomplete(pictures, captions))
-    cached = stream.features.image_store is not None and all(
-        stream.variants(e) is not None for e in stream.entries
-    )
-    texts = stream.features.text_store is not None
-    setup.engine.release_encoders(
-        [
-            *(setup.family.image_components if cached else ()),
-            *((*setup.family.text_components, *setup.family.tokenizers) if texts else ()),
-        ]
-    )
+        setup.caches_verified = not process.any(features.is_incomplete(pictures, captions))
+    release_encoders(setup)
 
 
-def all_requests(setup: Setup) -> tuple[list[str], list[ImageRequest]]:
-    """All captions and pictures that can be kept and that the run will ask for."""
-    stream, entries = setup.stream, (*setup.stream.entries, *setup.validation_entries)
-    captions = list(dict.fromkeys(c for e in entries for c in e.captions)) + (
-        [""] if setup.config.data.drop_caption else []
-    )
-    captions = captions if setup.family.text_components else []
+def release_encoders(setup: Setup) -> None:
+    """Let go of the encoders whose features are all cached."""
+    stream, family = setup.stream, setup.family
+    unneeded: list[str] = []
+    endless = any(stream.variants(entry) is None for entry in stream.entries)
+    if stream.features.image_store is not None and not endless:
+        unneeded += family.image_components
+    if stream.features.text_store is not None:
+        unneeded += [*family.text_components, *family.tokenizers]
+    setup.engine.release_encoders(unneeded)
+
+
+def list_requests(setup: Setup) -> tuple[list[str], list[ImageRequest]]:
+    """All captions and pictures that can be cached and that the run will ask for."""
+    stream, validation = setup.stream, setup.validation_entries
+    captions: list[str] = []
+    if setup.family.text_components:
+        entries = (*stream.entries, *validation)
+        captions = list(dict.fromkeys(c for entry in entries for c in entry.captions))
+        if setup.config.data.drop_caption:
+            captions.append("")
     pictures = [
-        stream.image_request(e, g) for e in stream.entries for g in stream.variants(e) or ()
+        stream.image_request(entry, crop)
+        for entry in stream.entries
+        for crop in stream.variants(entry) or ()
     ]
-    return captions, pictures + [
-        stream.image_request(e, stream.validation_crop(e)) for e in setup.validation_entries
-    ]
+    pictures += [stream.image_request(entry, stream.validation_crop(entry)) for entry in validation]
+    return captions, pictures
 
 
 def report_truncated_captions(setup: Setup) -> None:
     """Name the captions that the text encoders will see cut."""
-    parts, pairs = (
-        setup.engine.get_encoders(),
-        [
-            (e.key, c)
-            for e in (*setup.stream.entries, *setup.validation_entries)
-            for c in e.captions
-        ],
-    )
+    encoders = setup.engine.get_encoders()
+    entries = (*setup.stream.entries, *setup.validation_entries)
+    pairs = [(entry.key, caption) for entry in entries for caption in entry.captions]
     for tokenizer in setup.family.tokenizers:
-        limit = setup.config.data.caption_chunks * (parts.max_tokens(tokenizer) - 2) + 2
-        if long := index.caption_report(pairs, partial(parts.count_tokens, tokenizer), limit):
-            named = ", ".join(f"{o.key} ({o.tokens})" for o in long[:10])
+        limit = setup.config.data.caption_chunks * (encoders.max_tokens(tokenizer) - 2) + 2
+        long = find_truncated_captions(pairs, partial(encoders.count_tokens, tokenizer), limit)
+        if long:
+            named = ", ".join(f"{one.key} ({one.tokens})" for one in long[:10])
             setup.report(
                 f"{len(long)} captions have more than the {limit} tokens that the {tokenizer} "
                 f"gives on and are cut: {named}"
             )
 
 
-def already_reported(text: str) -> LimnerError:
-    """A fault that another process tells of."""
-    fault = LimnerError(text)
-    fault.reported = True
-    return fault
+def make_reported(text: str) -> LimnerError:
+    """An error that another process reports."""
+    error = LimnerError(text)
+    error.reported = True
+    return error

@@ -4,46 +4,31 @@ import html
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from limner.base_model.base import BaseModel
 from limner.base_model.hub import HUB_NAME
 from limner.config import toml
+from limner.config.schema import SETTINGS
 from limner.families import FAMILIES
 from limner.families.family import Family
 from limner.storage.layout import LORA_FILE
 from limner.storage.run_folder import GRID_FILE
 
-SHOWN_SETTINGS: tuple[str, ...] = (
-    "objective.",
-    "adapt.",
-    "optim.",
-    "train.",
-    "engine.precision",
-    "model.family",
-    "model.revision",
-    "model.variant",
-)
-SHOWN_SETTINGS += tuple(
-    f"data.{name}"
-    for name in (
-        "size",
-        "buckets.",
-        "crop",
-        "crops",
-        "flip",
-        "resample",
-        "drop_caption",
-        "empty_caption",
-        "chunks",
-        "limit",
-    )
-)
+
+@dataclass(frozen=True)
+class HubNames:
+    """The Hub repositories that a run used; None for local files, whose paths stay private."""
+
+    base: str | None
+    dataset: str | None
+    other_stage: str | None
 
 
 def write_model_card(
-    plain: Mapping[str, Any],
+    settings: Mapping[str, Any],
     base: BaseModel,
     family: Family,
     step: int,
@@ -52,150 +37,167 @@ def write_model_card(
     repo: str | None = None,
     grid: bool = False,
 ) -> str:
-    """The text of README.md: data of the user's is escaped, and no path or name of a person or
-    machine is told.
+    """Return the text of README.md.
+
+    Text of the user's is escaped, and the card holds no path and no name of a person or machine.
 
     Args:
-        plain: the resolved config, as ``to_plain`` gives it.
-        prompts: shown beside the pictures of ``preview.png``, which ``grid`` says is there.
-        repo: where it is going to be pushed, for the snippet.
+        settings: the resolved config, as ``toml.to_plain`` gives it.
+        prompts: listed with the pictures of ``preview.png``, and the first one in the snippet.
+        repo: the repository that the result will be pushed to, for the snippet.
+        grid: whether ``preview.png`` exists.
     """
-    import yaml
-
-    lora, name = plain["adapter"]["kind"] == "lora", base.name if base.commit is not None else None
-    data = plain["data"].get("hub") or ""
-    data = data if HUB_NAME.fullmatch(data) and not Path(data).exists() else None
-    matter: dict[str, Any] = {
-        k: v
-        for k, v in base.read_card_metadata().items()
-        if k in ("license", "license_name", "license_link") and isinstance(v, str)
-    }
-    matter |= (
-        {"base_model": name, "base_model_relation": "adapter" if lora else "finetune"}
-        if name
-        else {}
-    )
-    matter |= {"datasets": [data]} if data else {}
-    beside = (
-        base.other_stage.name
-        if base.other_stage is not None and base.other_stage.commit is not None
-        else None
-    )
-    matter |= (
-        {"prior": [beside]} if beside and family.stage and not family.stage.prefix else {}
-    )  # by which AutoPipelineForText2Image finds the other stage
-    matter |= {"library_name": "diffusers", "pipeline_tag": "text-to-image", "inference": True}
-    matter["tags"] = [
-        family.card_tag,
-        "text-to-image",
-        "diffusers",
-        "diffusers-training",
-        *(["lora"] if lora else []),
-        "limner",
-    ]
-    what = "LoRA weights for" if lora else "A fine-tuned copy of"
-    source = (
-        escape_markdown(name) if name else f"a {family.pipeline.removesuffix('Pipeline')} model"
-    )
-    shown = {
-        k: v
-        for k, v in toml.flatten(dict(plain)).items()
-        if k.startswith(SHOWN_SETTINGS) and v not in (None, [])
-    }
-    settings = [
-        f"| {escape_markdown(k)} | {escape_markdown(json.dumps(v, ensure_ascii=False))} |"
-        for k, v in shown.items()
-    ]
-    pictures = (
-        [
-            "## Pictures",
-            "",
-            f"![pictures made with these weights]({GRID_FILE})",
-            "",
-            *(f"- {escape_markdown(p)}" for p in prompts),
-            "",
-        ]
-        if grid
-        else []
-    )
+    lora = settings["adapter"]["kind"] == "lora"
+    hub_names = find_hub_names(settings, base)
+    title = (repo or "text-to-image model").split("/")[-1]
+    prompt = prompts[0] if prompts else "a photograph of a cat"
     lines = [
-        f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---\n",
-        f"# {escape_markdown((repo or 'text-to-image model').split('/')[-1])}\n",
-        f"{what} {source}, trained for {step} "
-        f"steps{f' on {escape_markdown(data)}' if data else ''} with "
-        "Limner.\n",
-        *pictures,
+        format_front_matter(hub_names, base, family, lora),
+        f"# {escape_markdown(title)}\n",
+        describe_training(hub_names, family, lora, step),
+        *(format_pictures(prompts) if grid else []),
         "## Use\n",
-        write_snippet(
-            family, lora, name, repo, prompts[0] if prompts else "a photograph of a cat", beside
-        ),
+        write_snippet(family, lora, hub_names, repo, prompt),
         "## Training\n\n| setting | value |\n|---|---|",
-        *settings,
+        *format_settings(settings),
     ]
+    # A lone surrogate, which a prompt may hold, cannot be written as UTF-8.
     return ("\n".join(lines) + "\n").encode("utf-8", "replace").decode()
 
 
+def is_shown(name: str) -> bool:
+    """Whether a setting is for the card."""
+    setting = SETTINGS.get(name)
+    return setting is not None and setting.declaration.on_card
+
+
+def find_hub_names(settings: Mapping[str, Any], base: BaseModel) -> HubNames:
+    """Find the names of what the run used from the Hub."""
+    dataset = settings["data"].get("hub") or ""
+    is_repository = HUB_NAME.fullmatch(dataset) and not Path(dataset).exists()
+    other_stage = base.other_stage
+    return HubNames(
+        base=base.name if base.commit is not None else None,
+        dataset=dataset if is_repository else None,
+        other_stage=other_stage.name if other_stage and other_stage.commit is not None else None,
+    )
+
+
+def format_front_matter(hub_names: HubNames, base: BaseModel, family: Family, lora: bool) -> str:
+    """Format the metadata that the Hub reads, as YAML between two rules."""
+    import yaml
+
+    metadata: dict[str, Any] = {
+        name: value
+        for name, value in base.read_card_metadata().items()
+        if name in ("license", "license_name", "license_link") and isinstance(value, str)
+    }
+    if hub_names.base:
+        metadata["base_model"] = hub_names.base
+        metadata["base_model_relation"] = "adapter" if lora else "finetune"
+    if hub_names.dataset:
+        metadata["datasets"] = [hub_names.dataset]
+    if hub_names.other_stage and family.stage and not family.stage.prefix:
+        # AutoPipelineForText2Image reads here which prior a decoder needs.
+        metadata["prior"] = [hub_names.other_stage]
+    metadata["library_name"] = "diffusers"
+    metadata["pipeline_tag"] = "text-to-image"
+    metadata["inference"] = True
+    tags = [family.card_tag, "text-to-image", "diffusers", "diffusers-training"]
+    metadata["tags"] = [*tags, "lora", "limner"] if lora else [*tags, "limner"]
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def describe_training(hub_names: HubNames, family: Family, lora: bool, step: int) -> str:
+    """Say in one sentence what the result is, and how it was trained."""
+    kind = "LoRA weights for" if lora else "A fine-tuned copy of"
+    if hub_names.base:
+        base = escape_markdown(hub_names.base)
+    else:
+        base = f"a {family.pipeline.removesuffix('Pipeline')} model"
+    dataset = f" on {escape_markdown(hub_names.dataset)}" if hub_names.dataset else ""
+    return f"{kind} {base}, trained for {step} steps{dataset} with Limner.\n"
+
+
+def format_pictures(prompts: Sequence[str]) -> list[str]:
+    """Format the section with the grid of pictures and their prompts, line by line."""
+    return [
+        "## Pictures",
+        "",
+        f"![pictures made with these weights]({GRID_FILE})",
+        "",
+        *(f"- {escape_markdown(prompt)}" for prompt in prompts),
+        "",
+    ]
+
+
+def format_settings(settings: Mapping[str, Any]) -> list[str]:
+    """Format the settings that shaped the weights, one row of a table each."""
+    rows = []
+    for name, value in toml.flatten(dict(settings)).items():
+        if is_shown(name) and value not in (None, []):
+            text = json.dumps(value, ensure_ascii=False)
+            rows.append(f"| {escape_markdown(name)} | {escape_markdown(text)} |")
+    return rows
+
+
 def write_snippet(
-    family: Family,
-    lora: bool,
-    base: str | None,
-    repo: str | None,
-    prompt: str,
-    beside: str | None = None,
+    family: Family, lora: bool, hub_names: HubNames, repo: str | None, prompt: str
 ) -> str:
-    """How to make a picture, in Python; ``beside`` is the repository of the other stage."""
-    here, under = (
-        json.dumps(repo or "path/to/this/folder"),
-        json.dumps(base or "path/to/the/base/model"),
-    )
+    """Return Python that draws a picture with the result, as a block of Markdown."""
+    # What JSON quotes is a Python literal, too.
+    result = json.dumps(repo or "path/to/this/folder")
+    base = json.dumps(hub_names.base or "path/to/the/base/model")
+    prompt = json.dumps(prompt, ensure_ascii=False)
     if family.stage is not None:
-        return write_two_stage_snippet(family, lora, here, under, prompt, beside)
-    load = [
-        f"pipeline = {family.pipeline}.from_pretrained({under if lora else here})",
-        *([f"pipeline.load_lora_weights({here})"] if lora else []),
-    ]
-    make = [
-        f"image = pipeline({json.dumps(prompt, ensure_ascii=False)}).images[0]",
-        'image.save("image.png")',
-    ]
-    return "\n".join(
-        ["```python", f"from diffusers import {family.pipeline}\n", *load, *make, "```\n"]
-    )
+        other_stage = json.dumps(hub_names.other_stage or "path/to/the/other/stage")
+        return write_two_stage_snippet(family, lora, result, base, other_stage, prompt)
+    lines = [f"pipeline = {family.pipeline}.from_pretrained({base if lora else result})"]
+    if lora:
+        lines.append(f"pipeline.load_lora_weights({result})")
+    lines.append(f"image = pipeline({prompt}).images[0]")
+    return format_snippet([family.pipeline], lines)
 
 
 def write_two_stage_snippet(
-    family: Family, lora: bool, here: str, under: str, prompt: str, beside: str | None
+    family: Family, lora: bool, result: str, base: str, other_stage: str, prompt: str
 ) -> str:
-    """The same for one of two stages."""
+    """Return the snippet of a prior or a decoder; all texts are Python literals."""
     assert family.stage is not None
     other = FAMILIES[family.stage.other_stage]
-    names = {
-        f.name: f.trained_component if f.stage and f.stage.prefix else "decoder"
-        for f in (family, other)
-    }
+    variable = name_pipeline_variable(family)
     lines = [
-        f"{names[family.name]} = {family.pipeline}.from_pretrained({under if lora else here})",
-        f"{names[other.name]} = "
-        f"{other.pipeline}.from_pretrained({json.dumps(beside or 'path/to/the/other/stage')})",
+        f"{variable} = {family.pipeline}.from_pretrained({base if lora else result})",
+        f"{name_pipeline_variable(other)} = {other.pipeline}.from_pretrained({other_stage})",
     ]
     if lora:
+        component = family.trained_component
         lines.append(
-            f"{names[family.name]}.{family.trained_component}.load_lora_adapter({here}, "
-            f'prefix="{family.trained_component}", weight_name="{LORA_FILE}")'
+            f"{variable}.{component}.load_lora_adapter({result}, "
+            f'prefix="{component}", weight_name="{LORA_FILE}")'
         )
-    make = [
-        "image_embeds, negative_image_embeds = "
-        f"prior({json.dumps(prompt, ensure_ascii=False)}).to_tuple()",
+    lines += [
+        f"image_embeds, negative_image_embeds = prior({prompt}).to_tuple()",
         "image = decoder(image_embeds=image_embeds, "
         "negative_image_embeds=negative_image_embeds).images[0]",
-        'image.save("image.png")',
     ]
-    pipelines = ", ".join(sorted((family.pipeline, other.pipeline)))
-    return "\n".join(["```python", f"from diffusers import {pipelines}\n", *lines, *make, "```\n"])
+    return format_snippet(sorted([family.pipeline, other.pipeline]), lines)
+
+
+def name_pipeline_variable(family: Family) -> str:
+    """Return the snippet's variable for the pipeline of a stage: ``prior`` or ``decoder``."""
+    is_prior = family.stage is not None and family.stage.prefix
+    return family.trained_component if is_prior else "decoder"
+
+
+def format_snippet(pipelines: Sequence[str], lines: Sequence[str]) -> str:
+    """Return a block of Python that imports these pipelines and saves ``image``."""
+    imports = f"from diffusers import {', '.join(pipelines)}\n"
+    return "\n".join(["```python", imports, *lines, 'image.save("image.png")', "```\n"])
 
 
 def escape_markdown(text: str) -> str:
-    """A user's text as one line of Markdown that shows it and does nothing else."""
+    """Return a user's text as one line of Markdown that shows it and does nothing else."""
     return re.sub(
         r"([\\`*_{}\[\]()#+\-.!|~:])", r"\\\1", html.escape(" ".join(text.split()), quote=False)
     )

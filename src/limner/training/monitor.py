@@ -1,130 +1,147 @@
-"""What is seen of a run while it trains: the progress bar, metrics, held-out loss, previews. None
-of it changes a number."""
+"""What is seen of a run while it trains: progress bar, metrics, validation loss, previews.
+
+None of it changes a number.
+"""
 
 import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 from tqdm import tqdm
 
 from limner.errors import NonFiniteError
-from limner.protocols import NonFiniteStep, State
+from limner.protocols import Metrics, NonFiniteStep, State
 from limner.storage import checkpoint
 from limner.training import sinks
 from limner.training.setup import Setup
+from limner.training.status import StatusFile
 
 
-def fetch_metrics(setup: Setup, state: State, metrics: list[Any]) -> list[dict[str, float]]:
-    """Fetch metrics; a fault is raised as ``NonFiniteError`` with its step and its examples."""
+def fetch_metrics(setup: Setup, state: State, metrics: list[Metrics]) -> list[dict[str, float]]:
+    """Copy metrics of some steps from the device.
+
+    Raises:
+        NonFiniteError: with step and examples, when a step was not finite.
+    """
     try:
         return setup.engine.fetch_metrics(state, metrics)
-    except NonFiniteStep as fault:
-        names = setup.stream.record_names(fault.step)
-        there = checkpoint.list_checkpoints(setup.folder)
+    except NonFiniteStep as error:
+        names = setup.stream.record_names(error.step)
+        saved = checkpoint.list_checkpoints(setup.folder)
         raise NonFiniteError(
-            f"step {fault.step + 1}: the loss or the gradient is not a finite number; the weights "
+            f"step {error.step + 1}: the loss or the gradient is not a finite number; the weights "
             "were not touched by it. "
             f"Examples of this step: {', '.join(names)}. Last checkpoint: "
-            f"{there[0].name if there else 'none'}."
+            f"{saved[0].name if saved else 'none'}."
             " Look at these pictures, lower optim.learning_rate, or train in bf16 or float32."
         ) from None
 
 
-@dataclass
 class Monitor:
-    """Watches one run; each of its methods is called when it is due."""
+    """Watches one run; the loop calls each method when it is due."""
 
-    setup: Setup
-    first_step: int
-    pending: list[Any] = field(default_factory=list)
-    learning_rate: float = 0.0
+    def __init__(self, setup: Setup, first_step: int, status: StatusFile):
+        self.setup, self.first_step, self.status = setup, first_step, status
+        self.pending: list[Metrics] = []  # of steps since the last row, still on the device
+        self.learning_rate = 0.0
+        self.sinks: sinks.Sinks | None = None
+        # Speed is counted from here; validation, previews and saving move the clock.
+        self.clock, self.clock_step = time.monotonic(), first_step
 
     def __enter__(self) -> "Monitor":
-        setup, config = self.setup, self.setup.config
-        self.sink = (
-            sinks.open_sinks(config, setup.folder, self.first_step, setup.report)
-            if setup.process.rank == 0
-            else None
-        )
+        setup = self.setup
+        if setup.process.rank == 0:
+            self.sinks = sinks.open_sinks(setup.config, setup.folder, self.first_step, setup.report)
         self.bar = tqdm(
             total=setup.plan.steps,
             initial=self.first_step,
             desc="training",
             unit="step",
+            # None: shown where standard error is a terminal.
             disable=True if setup.process.rank else None,
             dynamic_ncols=True,
         )
-        self.clock, self.at = time.monotonic(), self.first_step
+        self.clock = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        if self.sink is not None:
-            self.sink.close()
+        if self.sinks is not None:
+            self.sinks.close()
 
-    def add_step(self, metrics: Any, rate: float) -> None:
+    def add_step(self, metrics: Metrics, learning_rate: float) -> None:
+        """Remember a step's metrics, which stay on the device."""
         self.pending.append(metrics)
-        self.learning_rate = rate
+        self.learning_rate = learning_rate
         self.bar.update()
 
     @contextlib.contextmanager
     def timer_paused(self) -> Iterator[None]:
-        """What takes time inside is not training, and does not count in images per second."""
+        """Leave the time inside out of images per second: it is not training."""
         began = time.monotonic()
         yield
         self.clock += time.monotonic() - began
 
     def write_metrics(self, state: State, step: int) -> None:
-        """Mean loss since the last time, gradient norm and learning rate of the last step, and
-        images per second."""
-        rows, self.pending = fetch_metrics(self.setup, state, self.pending), []
-        speed = (
-            (step - self.at) * self.setup.plan.batch_size / max(1e-9, time.monotonic() - self.clock)
-        )
-        self.clock, self.at = time.monotonic(), step
-        loss = math.fsum(r["loss"] for r in rows) / max(1, len(rows))
-        self.write(
-            step,
-            {
-                "loss": loss,
-                "learning_rate": self.learning_rate,
-                "grad_norm": rows[-1]["grad_norm"] if rows else math.nan,
-                "images_per_second": speed,
-            },
-        )
+        """Write the mean loss since the last row, gradient norm and learning rate of the last step,
+        and images per second."""
+        rows = fetch_metrics(self.setup, state, self.pending)
+        self.pending = []
+        seconds = max(1e-9, time.monotonic() - self.clock)
+        speed = (step - self.clock_step) * self.setup.plan.batch_size / seconds
+        self.clock, self.clock_step = time.monotonic(), step
+        loss = math.fsum(row["loss"] for row in rows) / max(1, len(rows))
+        values = {
+            "loss": loss,
+            "learning_rate": self.learning_rate,
+            "grad_norm": rows[-1]["grad_norm"] if rows else math.nan,
+            "images_per_second": speed,
+        }
+        self.write(step, values)
+        self.status.update(step=step, images_per_second=speed)
         self.bar.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{speed:.1f}"})
 
     def validate(self, state: State, step: int) -> None:
-        """Mean loss over the held-out records, with the weights that will be the result."""
-        setup, sums = self.setup, [0.0, 0.0]
-        for count, batch in setup.stream.validation_batches(
+        """Write the mean loss over the held-out records, with the weights that will be the
+        result."""
+        setup, process = self.setup, self.setup.process
+        loss, count = 0.0, 0.0
+        batches = setup.stream.validation_batches(
             setup.validation_entries,
             setup.config.validation.timesteps,
-            setup.process.rank,
-            setup.process.world_size,
-        ):
-            losses = setup.engine.losses(state, batch, average=True)[:count]
-            sums = [sums[0] + math.fsum(losses.tolist()), sums[1] + count]
-        sums = setup.process.total(sums)
-        self.write(step, {"held_out_loss": sums[0] / sums[1]})
+            process.rank,
+            process.world_size,
+        )
+        for rows, batch in batches:
+            losses = setup.engine.losses(state, batch, average=True)[:rows]
+            loss += math.fsum(losses.tolist())
+            count += rows
+        loss, count = process.total([loss, count])
+        self.write(step, {"held_out_loss": loss / count})
 
     def draw_previews(self, state: State, step: int) -> None:
-        """Pictures for the prompts of the recipe, with fixed seeds."""
-        p, setup = self.setup.config.preview, self.setup
-        prompts = [prompt for prompt in p.prompts for _ in range(p.count)]
-        seeds = [setup.plan.seed + k for _ in p.prompts for k in range(p.count)]
-        size = setup.config.data.size - setup.config.data.size % 8  # what stock pipelines draw
-        with setup.stream.features.busy:  # the loaders use the same tokenizer
-            made = setup.engine.draw_previews(
-                state, prompts, seeds, steps=p.steps, guidance_scale=p.guidance_scale, size=size
+        """Draw the prompts of the recipe, with fixed seeds."""
+        setup, preview = self.setup, self.setup.config.preview
+        prompts = [prompt for prompt in preview.prompts for _ in range(preview.count)]
+        seeds = [setup.plan.seed + k for _ in preview.prompts for k in range(preview.count)]
+        # Stock pipelines draw multiples of 8.
+        size = setup.config.data.size - setup.config.data.size % 8
+        # The loaders use the same tokenizers, which are not safe in threads.
+        with setup.stream.features.busy:
+            pictures = setup.engine.draw_previews(
+                state,
+                prompts,
+                seeds,
+                steps=preview.steps,
+                guidance_scale=preview.guidance_scale,
+                size=size,
             )
-        if self.sink is not None:
-            self.sink.images(step, "validation", list(zip(prompts, made, strict=True)))
+        if self.sinks is not None:
+            self.sinks.write_images(step, "validation", list(zip(prompts, pictures, strict=True)))
         setup.process.barrier()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        if self.sink is not None:
-            self.sink.write(step, values)
+        """Write a row to all sinks, in the first process."""
+        if self.sinks is not None:
+            self.sinks.write(step, values)

@@ -5,27 +5,31 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from limner.base_model.hub import endpoint, hub_errors
 from limner.errors import HubError, InputError, IntegrityError
 from limner.storage import atomic
-from limner.storage.run_folder import CARD_FILE, GRID_FILE, PUSHED_FILE
+from limner.storage.run_folder import CARD_FILE, GRID_FILE, RunFolder
 from limner.training.result import is_result_whole, read_result
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 
 def check_push(repo_id: str, private: bool = False) -> str:
-    """Make sure, before training, that the result can be pushed; returns the repository's full
-    name. An absent one is made.
+    """Check before training that the result can be pushed, and return the repository's full name.
+
+    A repository that does not exist is created.
 
     Raises:
-        HubError: when there is no token, or it may not write there.
+        HubError: when there is no token, or it may not write to this repository.
     """
     with hub_errors(
         repo_id, then="Nothing was trained yet; leave export.hub out to train without pushing."
     ):
         api, token = connect(repo_id)
-        name = make_repository(api, repo_id, private, token)
+        name = create_repository(api, repo_id, private, token)
         api.auth_check(name, token=token, write=True)
     return name
 
@@ -33,8 +37,7 @@ def check_push(repo_id: str, private: bool = False) -> str:
 def push_result(
     run: Path, repo_id: str, private: bool = False, report: Callable[[str], None] = print
 ) -> str:
-    """Upload the result, its card and its pictures, nothing else; returns the address of the
-    repository.
+    """Upload the result, its card and its pictures, and return the address of the repository.
 
     Raises:
         IntegrityError: when there is no whole result to push.
@@ -42,41 +45,41 @@ def push_result(
     """
     from huggingface_hub import CommitOperationAdd
 
-    found = read_result(run)
+    result = read_result(run)
     if not is_result_whole(run):
         raise IntegrityError(
             f"{run}: a file of the result was changed or is missing. Run the training command "
             "again: a finished run only writes its result anew."
         )
-    names = [*found["files"], *(name for name in (CARD_FILE, GRID_FILE) if (run / name).is_file())]
-    again = f"limner export {shlex.quote(str(run))} --push {shlex.quote(repo_id)}"
-    with hub_errors(repo_id, then=f"The result in {run} is complete. To push it again: {again}"):
+    extras = [name for name in (CARD_FILE, GRID_FILE) if (run / name).is_file()]
+    names = [*result["files"], *extras]
+    command = f"limner export {shlex.quote(str(run))} --push {shlex.quote(repo_id)}"
+    with hub_errors(repo_id, then=f"The result in {run} is complete. To push it again: {command}"):
         api, token = connect(repo_id)
-        name = make_repository(api, repo_id, private, token)
-        report(f"pushing {len(names)} files to {name}: {', '.join(names)}")
-        operations = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=run / n) for n in names]
+        repository = create_repository(api, repo_id, private, token)
+        report(f"pushing {len(names)} files to {repository}: {', '.join(names)}")
         api.create_commit(
-            name, operations, commit_message=f"Result of step {found['step']}", token=token
+            repository,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=run / name) for name in names],
+            commit_message=f"Result of step {result['step']}",
+            token=token,
         )
-    atomic.write_text(
-        run / PUSHED_FILE, json.dumps({"repository": name, "digest": found["digest"]})
-    )
-    return f"{endpoint() or 'https://huggingface.co'}/{name}"
+    pushed = {"repository": repository, "digest": result["digest"]}
+    atomic.write_text(RunFolder(run).pushed, json.dumps(pushed))
+    return f"{endpoint() or 'https://huggingface.co'}/{repository}"
 
 
 def is_pushed(run: Path, repo_id: str) -> bool:
-    """Whether this result has been pushed to this repository."""
+    """Return whether this result has been pushed to this repository."""
     try:
-        return json.loads((run / PUSHED_FILE).read_text()) == {
-            "repository": repo_id,
-            "digest": read_result(run)["digest"],
-        }
+        pushed = json.loads(RunFolder(run).pushed.read_text())
+        return bool(pushed == {"repository": repo_id, "digest": read_result(run)["digest"]})
     except (OSError, ValueError, IntegrityError):
         return False
 
 
-def connect(repo_id: str) -> tuple[Any, str]:
-    """The Hub's interface and the token of the environment or of the login."""
+def connect(repo_id: str) -> "tuple[HfApi, str]":
+    """Return the Hub's interface, and the token of the environment or of the login."""
     import huggingface_hub
 
     if re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", repo_id) is None:
@@ -93,14 +96,15 @@ def connect(repo_id: str) -> tuple[Any, str]:
     return huggingface_hub.HfApi(endpoint=endpoint()), token
 
 
-def make_repository(api: Any, repo_id: str, private: bool, token: str) -> str:
-    """Make the repository if there is none; its full name."""
-    who = api.whoami(token=token)
-    if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
+def create_repository(api: "HfApi", repo_id: str, private: bool, token: str) -> str:
+    """Create the repository if there is none, and return its full name."""
+    user = api.whoami(token=token)
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise HubError(
             f"{repo_id}: the token may only read. Make one that may write, on the Hub's settings "
             "page, and set HF_TOKEN."
         )
-    name = repo_id if "/" in repo_id else f"{who['name']}/{repo_id}"
+    name = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+    # None leaves the visibility to the settings of the owner's account.
     api.create_repo(name, private=private or None, exist_ok=True, token=token)
     return name

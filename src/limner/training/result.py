@@ -1,15 +1,13 @@
 """Write the result of a run: a diffusers folder or a LoRA file."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
-from safetensors import safe_open
 
 from limner.base_model.base import INDEX, BaseModel
 from limner.base_model.weight_files import has_usable_weights, has_weights, list_files
@@ -20,41 +18,72 @@ from limner.families.family import Family
 from limner.storage import atomic, layout, safetensors
 from limner.storage.checkpoint import Checkpoint
 from limner.storage.layout import LORA_FILE, WEIGHTS_FILE
-from limner.storage.run_folder import CARD_FILE, GRID_FILE, RESULT_FILE
+from limner.storage.run_folder import RESULT_FILE, RunFolder
 from limner.training.model_card import write_model_card
 
-PREDICTS_SAMPLE = (
+# Stock schedulers that draw with a network that predicts the sample.
+SAMPLE_SCHEDULERS = (
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
     "UniPCMultistepScheduler",
 )
+# What DDIM takes over from the config of another scheduler.
+DDIM_SETTINGS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "steps_offset",
+    "set_alpha_to_one",
+    "timestep_spacing",
+    "rescale_betas_zero_snr",
+    "_diffusers_version",
+)
+
+
+class FileRecord(TypedDict):
+    """Size and digest of one file of a result."""
+
+    size: int
+    xxh3_128: str
+
+
+class ResultRecord(TypedDict):
+    """What ``result.json`` holds."""
+
+    step: int
+    kind: str  # full or lora
+    files: dict[str, FileRecord]  # by path below the run's folder
+    digest: str  # of the three above
 
 
 def write_result(
-    found: Checkpoint, config: Config, base: BaseModel, family: Family, predict: str
+    checkpoint: Checkpoint, config: Config, base: BaseModel, family: Family, prediction_type: str
 ) -> None:
-    """The result of a run from its last checkpoint, the moving average where one was kept, unless
-    it is there already; and its model card."""
+    """Write a run's result from its last checkpoint, and the model card.
+
+    The moving average is the result where there is one. A result that is already whole stays.
+    """
     run = Path(config.run)
-    if not is_result_whole(run, found.step):
-        arrays = layout.array_reader(found, config.adapter, family)(
-            layout.result_group(found, config.adapter, family)
-        )
+    if not is_result_whole(run, checkpoint.step):
+        read_arrays = layout.array_reader(checkpoint, config.adapter, family)
+        arrays = read_arrays(layout.result_group(checkpoint, config.adapter, family))
         if config.adapter.kind == "lora":
-            write_lora(base, family, run, arrays, config.adapter, found.step)
+            write_lora(base, family, run, arrays, config.adapter, checkpoint.step)
         else:
-            write_full(base, family, run, arrays, predict, found.step)
+            write_full(base, family, run, arrays, prediction_type, checkpoint.step)
     card = write_model_card(
         toml.to_plain(config),
         base,
         family,
-        found.step,
+        checkpoint.step,
         prompts=config.preview.prompts,
         repo=config.export.hub,
-        grid=(run / GRID_FILE).is_file(),
+        grid=RunFolder(run).grid.is_file(),
     )
-    atomic.write_text(run / CARD_FILE, card)
+    atomic.write_text(RunFolder(run).card, card)
 
 
 def write_full(
@@ -62,34 +91,32 @@ def write_full(
     family: Family,
     run: Path,
     arrays: Mapping[str, np.ndarray],
-    predict: str,
+    prediction_type: str,
     step: int,
 ) -> None:
-    """Write a diffusers folder at the run's root: the base's components, with the trained one's new
-    weights.
+    """Write a diffusers folder at the run's root: the base with the newly trained weights.
 
     Killed at any moment and called again it completes; until then there is no ``model_index.json``
     and no ``result.json``.
     """
     invalidate_result(run)
-    index = {k: v for k, v in base.configs["model_index"].items() if k != "_name_or_path"}
-    files = []
-    for name in [k for k, v in index.items() if not k.startswith("_") and isinstance(v, list)]:
-        if index[name][1] is None:
-            continue
+    index = {k: v for k, v in base.configs.model_index.items() if k != "_name_or_path"}
+    files: list[str] = []
+    for name in list_components(index):
         if name not in family.components and not is_copyable(base, name):
             index[name] = [None, None]
             continue
-        with atomic.write_folder(run / name, manifest=False) as path:
+        with atomic.write_folder(run / name, manifest=False) as folder:
             if name == base.trained_component:
-                write_json(path / "config.json", base.configs[name])
-                safetensors.write_arrays(path / WEIGHTS_FILE, dict(arrays))
+                write_json(folder / "config.json", base.configs[name])
+                safetensors.write_arrays(folder / WEIGHTS_FILE, dict(arrays))
             elif name == "scheduler":
-                changed = export_scheduler(base.configs[name], index[name][1], predict)
-                index[name] = [index[name][0], changed.get("_class_name", index[name][1])]
-                write_json(path / "scheduler_config.json", changed)
+                library, class_name = index[name][:2]
+                scheduler = adapt_scheduler(base.configs[name], class_name, prediction_type)
+                index[name] = [library, scheduler.get("_class_name", class_name)]
+                write_json(folder / "scheduler_config.json", scheduler)
             else:
-                copy_component(base, name, path)
+                copy_component(base, name, folder)
         files += [f"{name}/{file}" for file in list_files(run / name)]
     atomic.write_text(run / INDEX, json.dumps(index, indent=2) + "\n")
     seal_result(run, "full", step, [INDEX, *files])
@@ -103,51 +130,54 @@ def write_lora(
     adapter: AdapterSettings,
     step: int,
 ) -> None:
-    """Write ``pytorch_lora_weights.safetensors`` at the run's root; names as PEFT has them, e.g.
-    ``unet.mid_block...to_q.lora_A.weight``."""
+    """Write ``pytorch_lora_weights.safetensors`` at the run's root.
+
+    Names are those of PEFT, e.g. ``unet.mid_block...to_q.lora_A.weight``.
+    """
     invalidate_result(run)
-    temporary = run / f".{LORA_FILE}.{os.getpid()}.tmp"
-    with atomic.disk_errors(run / LORA_FILE, sum(a.nbytes for a in arrays.values())):
+    needed = sum(array.nbytes for array in arrays.values())
+    with atomic.replacing(run / LORA_FILE, needed) as temporary:
         safetensors.write_arrays(temporary, dict(arrays), layout.lora_header(adapter, family))
-        atomic.sync(temporary)
-        os.replace(temporary, run / LORA_FILE)
-        atomic.sync(run)
     seal_result(run, "lora", step, [LORA_FILE])
 
 
 def is_result_whole(run: Path, step: int | None = None) -> bool:
-    """Whether the result (of this step) is there, every file of it as it was written."""
+    """Return whether the result (of this step) exists, with every file as it was written."""
     try:
-        found = read_result(run)
-        return step in (None, found["step"]) and all(
-            (run / n).stat().st_size == f["size"] and atomic.digest_file(run / n) == f["xxh3_128"]
-            for n, f in found["files"].items()
-        )
+        result = read_result(run)
+        if step not in (None, result["step"]):
+            return False
+        return all(is_unchanged(run / name, file) for name, file in result["files"].items())
     except (OSError, IntegrityError):
         return False
 
 
-def read_result(run: Path) -> dict[str, Any]:
-    """``result.json``: step, kind (full or lora), and size and digest of every file."""
+def is_unchanged(path: Path, file: FileRecord) -> bool:
+    """Return whether a file has the size and the digest with which it was written."""
+    return path.stat().st_size == file["size"] and atomic.digest_file(path) == file["xxh3_128"]
+
+
+def read_result(run: Path) -> ResultRecord:
+    """Read ``result.json``.
+
+    Raises:
+        IntegrityError: when it is missing, damaged or changed.
+    """
     try:
-        found = json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
-        files = found["files"]
-        if (
-            found["digest"] != atomic.digest_json([found["step"], found["kind"], files])
-            or not files
-        ):
+        result: ResultRecord = json.loads(RunFolder(run).result.read_text(encoding="utf-8"))
+        digest = atomic.digest_json([result["step"], result["kind"], result["files"]])
+        if result["digest"] != digest or not result["files"]:
             raise ValueError("changed since it was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
             f"{run}: there is no whole result ({RESULT_FILE} is missing or damaged). Run the "
-            "training "
-            "command again: a finished run only writes its result anew."
+            "training command again: a finished run only writes its result anew."
         ) from error
-    return found
+    return result
 
 
 def invalidate_result(run: Path) -> None:
-    """Take away what calls an earlier result whole, before a file of it changes."""
+    """Remove what declares an earlier result whole, before a file of it changes."""
     for name in (RESULT_FILE, INDEX):
         with atomic.disk_errors(run / name):
             (run / name).unlink(missing_ok=True)
@@ -156,93 +186,97 @@ def invalidate_result(run: Path) -> None:
 
 
 def seal_result(run: Path, kind: str, step: int, names: Sequence[str]) -> None:
-    """Declare the result whole."""
-    files = {
-        name: {"size": (run / name).stat().st_size, "xxh3_128": atomic.digest_file(run / name)}
-        for name in sorted(names)
+    """Declare the result whole: write ``result.json``, with a digest of every file."""
+    files: dict[str, FileRecord] = {}
+    for name in sorted(names):
+        path = run / name
+        files[name] = {"size": path.stat().st_size, "xxh3_128": atomic.digest_file(path)}
+    result: ResultRecord = {
+        "step": step,
+        "kind": kind,
+        "files": files,
+        "digest": atomic.digest_json([step, kind, files]),
     }
-    atomic.write_text(
-        run / RESULT_FILE,
-        json.dumps(
-            {
-                "step": step,
-                "kind": kind,
-                "files": files,
-                "digest": atomic.digest_json([step, kind, files]),
-            },
-            indent=1,
-        ),
-    )
+    atomic.write_text(RunFolder(run).result, json.dumps(result, indent=1))
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A component's config without the path it was once loaded from."""
-    path.write_text(
-        json.dumps({k: v for k, v in value.items() if k != "_name_or_path"}, indent=2) + "\n",
-        encoding="utf-8",
-    )
+def list_components(index: Mapping[str, Any]) -> list[str]:
+    """List the components that a ``model_index.json`` names and that exist."""
+    return [
+        name
+        for name, entry in index.items()
+        if not name.startswith("_") and isinstance(entry, list) and entry[1] is not None
+    ]
 
 
 def is_copyable(base: BaseModel, name: str) -> bool:
-    """Whether a component beyond the family's own is there, without weights or with safetensors
-    ones."""
+    """Return whether the base has this component, and has its weights, if any, as safetensors."""
     names = list_files(base.component_folder(name))
     return bool(names) and (not has_weights(names) or has_usable_weights(name, names, base.variant))
 
 
 def copy_component(base: BaseModel, name: str, target: Path) -> None:
-    """Copy one component of the base; weight files lose the infix of their variant."""
+    """Copy one component of the base into an empty folder."""
     source = base.component_folder(name)
-    for file in list_files(source):
+    names = list_files(source)
+    for file in names:
         if file.endswith(".json") and ".index." not in file:
-            value = json.loads((source / file).read_text(encoding="utf-8"))
-            write_json(target / file, value) if isinstance(
-                value, dict
-            ) and "_name_or_path" in value else shutil.copyfile(source / file, target / file)
+            copy_json(source / file, target / file)
         elif file.endswith((".txt", ".model")):
             shutil.copyfile(source / file, target / file)
-    weights = base.weight_files(name) if has_weights(list_files(source)) else []
-    shards: dict[str, str] = {}
-    for path in weights:
+    if has_weights(names):
+        copy_weights(base.weight_files(name), target)
+
+
+def copy_json(source: Path, target: Path) -> None:
+    """Copy a file of JSON; a config loses the path from which it was once loaded."""
+    value = json.loads(source.read_text(encoding="utf-8"))
+    if isinstance(value, dict) and "_name_or_path" in value:
+        write_json(target, value)
+    else:
+        shutil.copyfile(source, target)
+
+
+def write_json(path: Path, config: Mapping[str, Any]) -> None:
+    """Write a component's config without the path from which it was once loaded."""
+    shown = {name: value for name, value in config.items() if name != "_name_or_path"}
+    path.write_text(json.dumps(shown, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_weights(paths: Sequence[Path], target: Path) -> None:
+    """Copy a component's weight files; names lose their variant, shards get a new index."""
+    shards: dict[str, str] = {}  # name of an array -> its file
+    for path in paths:
         shard = re.search(r"-\d{5}-of-\d{5}", path.name)
-        plain = re.split(r"[.-]", path.name)[0] + (shard[0] if shard else "") + ".safetensors"
-        shutil.copyfile(path, target / plain)
+        name = f"{get_stem(path)}{shard[0] if shard else ''}.safetensors"
+        shutil.copyfile(path, target / name)
         if shard:
-            with safe_open(path, "np") as opened:
-                shards |= dict.fromkeys(opened.keys(), plain)
+            shards |= dict.fromkeys(sorted(safetensors.read_header(path).arrays), name)
     if shards:
-        stem = weights[0].name.split(".")[0].split("-")[0]
-        write_json(
-            target / f"{stem}.safetensors.index.json",
-            {
-                "metadata": {"total_size": sum(p.stat().st_size for p in weights)},
-                "weight_map": shards,
-            },
-        )
+        total_size = sum(path.stat().st_size for path in paths)
+        index = {"metadata": {"total_size": total_size}, "weight_map": shards}
+        write_json(target / f"{get_stem(paths[0])}.safetensors.index.json", index)
 
 
-def export_scheduler(found: Mapping[str, Any], cls: str, predict: str) -> dict[str, Any]:
-    """The base's scheduler config, telling what was trained; DDIM where the base's own sampler
-    cannot use it."""
-    if predict == found.get("prediction_type", "epsilon"):
-        return dict(found)
-    if predict != "sample" or cls in PREDICTS_SAMPLE:
-        return {**found, "prediction_type": predict}
-    kept = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "steps_offset",
-        "set_alpha_to_one",
-        "timestep_spacing",
-        "rescale_betas_zero_snr",
-        "_diffusers_version",
-    )
+def get_stem(path: Path) -> str:
+    """Return a weight file's name up to its variant or shard, e.g. ``model``."""
+    return re.split(r"[.-]", path.name)[0]
+
+
+def adapt_scheduler(
+    config: Mapping[str, Any], class_name: str, prediction_type: str
+) -> dict[str, Any]:
+    """Return the base's scheduler config with the prediction type that was trained.
+
+    A scheduler that cannot draw with this prediction type is replaced by DDIM.
+    """
+    if prediction_type == config.get("prediction_type", "epsilon"):
+        return dict(config)
+    if prediction_type != "sample" or class_name in SAMPLE_SCHEDULERS:
+        return {**config, "prediction_type": prediction_type}
     return {
         "_class_name": "DDIMScheduler",
-        **{k: found[k] for k in kept if k in found},
+        **{name: config[name] for name in DDIM_SETTINGS if name in config},
         "clip_sample": False,
-        "prediction_type": predict,
+        "prediction_type": prediction_type,
     }

@@ -1,18 +1,21 @@
-"""Everything a run needs, checked before a weight is loaded."""
+"""Everything a run needs, checked before a weight is loaded.
 
-from collections.abc import Sequence
+Each command comes as far as it needs: ``show`` and ``bench`` resolve the config, ``check``,
+``encode`` and ``train`` prepare the run. What ``train`` would refuse, ``check`` refuses in the same
+lines.
+"""
+
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from limner import engines, protocols, rng
+from limner import engines, rng
 from limner.base_model.base import BaseModel
 from limner.base_model.open import open_base
-from limner.config import rules
-from limner.config.schema import Config, DataSettings, ModelSettings
-from limner.data import buckets, index, mixture
-from limner.data.index import Entry, Index
+from limner.config.rules import check_config
+from limner.config.schema import Config, DataSettings
+from limner.data import buckets, mixture
+from limner.data.index import Entry, Index, build_index, write_skipped
 from limner.data.order import Order
 from limner.data.source import Source
 from limner.diffusion.objective import Objective
@@ -20,222 +23,325 @@ from limner.errors import InputError
 from limner.families import get_family
 from limner.families.family import Family
 from limner.features import caches
-from limner.features.encoder import FeatureEncoder
-from limner.protocols import Engine, ProcessGroup
-from limner.storage import checkpoint
-from limner.storage.checkpoint import Checkpoint
-from limner.storage.run_folder import SKIPPED_FILE
-from limner.training import batch_plan, push, sinks
-from limner.training.batch_plan import BatchPlan
-from limner.training.resume import make_run_state, must_match
+from limner.protocols import Engine, ProcessGroup, Report
+from limner.storage import checkpoint as checkpoints
+from limner.storage.checkpoint import Checkpoint, RunState
+from limner.storage.run_folder import RunFolder
+from limner.training import push, sinks
+from limner.training.batch_plan import BatchPlan, draw_seed, make_plan
+from limner.training.resume import check_unchanged, make_run_state
 from limner.training.signals import Stop
 from limner.training.stream import Stream
-
-SHARED_SETTINGS = (
-    "kind",
-    "device",
-    "precision",
-    "devices",
-    "fsdp",
-    "compile_cache",
-)  # what processes have settled when they have met
 
 
 @dataclass
 class Setup:
     """Everything that training needs, checked and ready; see ``prepare``."""
 
-    config: Config
+    config: Config  # resolved: nothing in it is left to the launcher, the base or chance
     plan: BatchPlan
     family: Family
     base: BaseModel
     process: ProcessGroup
     engine: Engine
+    source: Source
+    index: Index
     stream: Stream
     validation_entries: tuple[Entry, ...]
     checkpoint: Checkpoint | None
-    run_state: dict[str, Any]
-    report: protocols.Report
+    run_state: RunState
+    report: Report
     stop: Stop
     caches_verified: bool = False  # whether all that can be cached is, in every process
 
     @property
     def folder(self) -> Path:
+        """The run's folder."""
         return Path(self.config.run)
 
 
-def link_stages(configs: Sequence[Config]) -> list[tuple[Config, ModelSettings]]:
-    """Each recipe beside the earlier one that trains its other stage, and the model that can be
-    looked at before that one has been trained."""
-    out: list[tuple[Config, ModelSettings]] = []
-    for config in configs:
-        rules.check_config(config)
-        family, earlier = get_family(config), {one.model.family: one for one, _ in out}
-        if config.run in (one.run for one, _ in out):
-            raise InputError(
-                f"run: two recipes would train in {config.run}. Give each a run of its own, in the "
-                "recipes."
-            )
-        if different := [
-            name
-            for name in SHARED_SETTINGS
-            if getattr(config.engine, name) != getattr(configs[0].engine, name)
-        ]:
-            raise InputError(
-                "engine: recipes that are trained one after the other need the same "
-                f"engine.{different[0]}"
-            )
-        before = earlier.get(family.stage.other_stage) if family.stage is not None else None
-        if before is None:
-            out.append((config, config.model))
-        else:
-            out.append(
-                (
-                    replace(config, model=replace(config.model, other_stage=before.run)),
-                    replace(config.model, other_stage=before.model.base),
-                )
-            )
-    return out
+def resolve(config: Config, *, own_records: bool = False) -> tuple[Config, Family]:
+    """Check the settings, and settle what the family decides.
+
+    Args:
+        own_records: whether records come from the caller, not from the config.
+
+    Raises:
+        InputError: for settings that cannot be honoured, or that mean nothing to the family.
+    """
+    check_config(config, own_records=own_records)
+    family = get_family(config)
+    if not family.text_components:
+        config = replace(config, data=replace(config.data, caption=None))
+    return config, family
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A config in which nothing is left open, and what it names."""
+
+    config: Config
+    family: Family
+    checkpoint: Checkpoint | None
+    source: Source
+    base: BaseModel
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The records of a run, and the order and batches in which it sees them."""
+
+    index: Index  # of all good records
+    digest: str  # of those that are used
+    training: tuple[Entry, ...]
+    validation: tuple[Entry, ...]
+    plan: BatchPlan
+    order: Order
 
 
 def prepare(
     config: Config,
     source: Source | None,
     process: ProcessGroup,
-    report: protocols.Report,
+    report: Report,
     stop: Stop,
+    *,
+    read_only: bool = False,
 ) -> Setup:
-    """Look at everything that can be wrong, before any weight is loaded."""
-    folder = Path(config.run)
-    family = get_family(config)
-    where = process.first(lambda: find_resume_point(folder, config.checkpoint.resume, report))
-    found = None if where is None else checkpoint.open_verified(Path(where))
-    seed = (
-        found.state["seed"]
-        if found
-        else process.first(
-            lambda: batch_plan.draw_seed() if config.train.seed is None else config.train.seed
-        )
+    """Look at everything that can be wrong, before any weight is loaded.
+
+    Args:
+        source: the caller's own records; None: those that the config names.
+        read_only: nothing is written or made, neither in the run's folder nor in the cache nor on
+            the Hub, and bad records do not stop it.
+
+    Raises:
+        LimnerError: of the kind that fits, for all that would keep the run from going well.
+    """
+    settled = settle(config, source, process, report, read_only=read_only)
+    config, base, checkpoint = settled.config, settled.base, settled.checkpoint
+    examples = plan_examples(settled, process, report, read_only=read_only)
+    plan = examples.plan
+    base_digest = digest_base(base, settled.family, process)
+    run_state = make_run_state(config, plan, examples.digest, base_digest)
+    if checkpoint is not None:
+        report_changes(checkpoint, run_state, plan, report)
+    report_small_buckets(examples.order, plan.batch_size, report)
+    micro = plan.micro_batch_size
+    engine = engines.open_engine(config, base, settled.family, process, micro, report)
+    return Setup(
+        config=config,
+        plan=plan,
+        family=settled.family,
+        base=base,
+        process=process,
+        engine=engine,
+        source=settled.source,
+        index=examples.index,
+        stream=open_stream(settled, examples, engine, process, report, read_only=read_only),
+        validation_entries=examples.validation,
+        checkpoint=checkpoint,
+        run_state=run_state,
+        report=report,
+        stop=stop,
     )
-    config = replace(
-        config,
-        data=replace(config.data, caption=config.data.caption if family.text_components else None),
-    )
+
+
+def settle(
+    config: Config,
+    source: Source | None,
+    process: ProcessGroup,
+    report: Report,
+    *,
+    read_only: bool,
+) -> Settled:
+    """Settle what the config leaves to the launcher, the family, the base, the Hub or chance."""
+    config, family = resolve(config, own_records=source is not None)
+    config = replace(config, engine=replace(config.engine, precision=process.precision))  # type: ignore[arg-type]
+    checkpoint = find_checkpoint(config, process, report)
+    config = settle_seed(config, checkpoint, process, draw=not read_only)
     source = mixture.open_source(config.data, report) if source is None else source
-    opened = open_base_everywhere(config, family, process)
-    if opened.other_stage is not None:
-        config = replace(
-            config,
-            model=replace(config.model, other_stage=config.model.other_stage or config.model.base),
-        )
-    base_digest = process.first(
-        lambda: opened.fingerprint(
-            *family.components, *(family.stage.needed_components if family.stage else ())
-        )
-    )
-    objective = Objective.from_scheduler(opened.configs["scheduler"], config.objective)
+    base = open_base_everywhere(config, family, process)
+    config = settle_other_stage(config, base)
+    # Refused now, not when the stream opens: nothing has been decoded yet.
+    Objective.from_scheduler(base.configs["scheduler"], config.objective)
     sinks.require_packages(config.log.to)
-    if config.export.hub is not None:
-        full_name = process.first(
-            partial(push.check_push, config.export.hub, config.export.private)
-        )
-        config = replace(config, export=replace(config.export, hub=full_name))
-    looked = Index.from_plain(process.first(lambda: index_records(source, config, report)))
-    used = (
-        looked if config.data.max_records is None else looked.sample(config.data.max_records, seed)
-    )
-    learned, held_out = split_validation(used.entries, config.validation.hold_out, seed)
-    order = partial(make_order, learned, source, config.data, seed)
-    numbers = batch_plan.make_plan(
+    if not read_only:
+        config = settle_repository(config, process)
+    return Settled(config, family, checkpoint, source, base)
+
+
+def plan_examples(
+    settled: Settled, process: ProcessGroup, report: Report, *, read_only: bool
+) -> Examples:
+    """Decode every picture once, and divide the records into epochs and batches."""
+    config, source, seed = settled.config, settled.source, settled.config.train.seed or 0
+    index = index_records(source, config, process, report, read_only=read_only)
+    used = index
+    if config.data.max_records is not None:
+        used = index.sample(config.data.max_records, seed)
+    training, validation = split_validation(used.entries, config.validation.hold_out, seed)
+    order_for = partial(make_order, training, source, config.data, seed)
+    # The checkpoint's batch and seed win over the recipe's: positions in the stream depend on them.
+    plan = make_plan(
         config,
         process.world_size,
-        len(learned),
-        found.state if found else None,
+        len(training),
+        settled.checkpoint.state if settled.checkpoint else None,
         seed,
-        order,
+        order_for,
         process.device_count,
     )
-    identity = make_run_state(config, numbers, used.digest, base_digest)
-    if found is not None:
-        for line in must_match(found.state, identity, found.step):
-            report(line)
-        if numbers.steps < found.step:
-            report(f"checkpoint-{found.step} is past the {numbers.steps} steps that are asked for")
-    report_small_buckets(order(numbers.batch_size), numbers.batch_size, report)
-    engine = engines.open_engine(config, opened, family, process, numbers.micro_batch_size, report)
-    kept, how = (
-        caches.open_stores(config, family, opened, process, report),
-        caches.feature_settings(config, process),
+    return Examples(index, used.digest, training, validation, plan, order_for(plan.batch_size))
+
+
+def open_stream(
+    settled: Settled,
+    examples: Examples,
+    engine: Engine,
+    process: ProcessGroup,
+    report: Report,
+    *,
+    read_only: bool,
+) -> Stream:
+    """Open the stream of batches; with ``read_only`` without a cache."""
+    config, family, base = settled.config, settled.family, settled.base
+    image_store, text_store = None, None
+    if not read_only:
+        image_store, text_store = caches.open_stores(config, family, base, process, report)
+    features = caches.open_feature_encoder(
+        config, family, process, engine.get_encoders, image_store, text_store
     )
-    encoded = FeatureEncoder(family, engine.get_encoders, *kept, **how)
-    stream = Stream(
-        learned,
-        order(numbers.batch_size),
-        source,
-        config.data,
-        config.objective,
-        objective,
-        family,
-        opened.configs,
-        encoded,
-        seed=numbers.seed,
-        batch_size=numbers.batch_size,
+    return Stream(
+        entries=examples.training,
+        order=examples.order,
+        source=settled.source,
+        data=config.data,
+        noise=config.objective,
+        objective=Objective.from_scheduler(base.configs["scheduler"], config.objective),
+        family=family,
+        configs=base.configs,
+        features=features,
+        seed=examples.plan.seed,
+        batch_size=examples.plan.batch_size,
         text_encoders=config.adapter.text_encoders,
     )
-    return Setup(
-        config,
-        numbers,
-        family,
-        opened,
-        process,
-        engine,
-        stream,
-        held_out,
-        found,
-        identity,
-        report,
-        stop,
-    )
+
+
+def find_checkpoint(config: Config, process: ProcessGroup, report: Report) -> Checkpoint | None:
+    """The checkpoint to go on from, verified by the first process; None to begin afresh."""
+    folder, resume = Path(config.run), config.checkpoint.resume
+    found = process.first(lambda: find_resume_point(folder, resume, report))
+    return None if found is None else checkpoints.open_verified(Path(found))
+
+
+def find_resume_point(folder: Path, resume: str, report: Report) -> str | None:
+    """The folder of the checkpoint to go on from, verified; None to begin afresh.
+
+    Raises:
+        InputError: where ``checkpoint.resume`` forbids to go on, or no checkpoint is good.
+    """
+    present = checkpoints.list_checkpoints(folder)
+    if resume == "never":
+        if present:
+            raise InputError(
+                f"{folder} holds {present[0].name}. To go on from it pass --resume_from_checkpoint "
+                "latest (or checkpoint.resume=auto); "
+                "to begin afresh choose another folder."
+            )
+        return None
+    which = "latest" if resume == "auto" else resume
+    checkpoint = checkpoints.find_checkpoint(folder, which, report)
+    if checkpoint is not None:
+        return str(checkpoint.folder)
+    if present:
+        raise InputError(
+            f"{folder} holds {present[0].name}, but no checkpoint that can be gone on from. Choose "
+            "another folder, or move these away to begin afresh."
+        )
+    if resume == "latest":
+        report(f"{folder}: there is no checkpoint yet; beginning afresh")
+    return None
+
+
+def settle_seed(
+    config: Config, checkpoint: Checkpoint | None, process: ProcessGroup, *, draw: bool
+) -> Config:
+    """Draw a seed for a run that was given none, or with ``draw`` off take 0; a resumed run keeps
+    that of its checkpoint.
+
+    Another seed than the checkpoint's stays in the config: the plan refuses it.
+    """
+    seed = config.train.seed
+    if seed is None and checkpoint is not None:
+        seed = checkpoint.state.seed
+    if seed is None:
+        seed = process.first(draw_seed) if draw else 0
+    return replace(config, train=replace(config.train, seed=seed))
 
 
 def open_base_everywhere(config: Config, family: Family, process: ProcessGroup) -> BaseModel:
-    """The base in every process; the first one downloads what is not there."""
+    """Open the base in every process; the first one downloads what is not there."""
     draws = bool(config.preview.prompts)
     process.first(lambda: str(open_base(config.model, family, draws=draws).folder))
     return open_base(config.model, family, draws=draws)
 
 
+def settle_other_stage(config: Config, base: BaseModel) -> Config:
+    """Name the other stage, which lies in the base's own folder where none is given."""
+    if base.other_stage is None or config.model.other_stage is not None:
+        return config
+    return replace(config, model=replace(config.model, other_stage=config.model.base))
+
+
+def settle_repository(config: Config, process: ProcessGroup) -> Config:
+    """Make sure that the result can be pushed, and put the repository's full name in."""
+    hub, private = config.export.hub, config.export.private
+    if hub is None:
+        return config
+    full_name = process.first(lambda: push.check_push(hub, private))
+    return replace(config, export=replace(config.export, hub=full_name))
+
+
+def digest_base(base: BaseModel, family: Family, process: ProcessGroup) -> str:
+    """The fingerprint of all that the weights depend on."""
+    components = tuple(family.components)
+    if family.stage is not None:
+        components += tuple(family.stage.needed_components)
+    return process.first(lambda: base.fingerprint(*components))
+
+
+def index_records(
+    source: Source, config: Config, process: ProcessGroup, report: Report, *, read_only: bool
+) -> Index:
+    """Read every record once, in the first process. What is bad is refused, or left out and listed
+    in ``skipped.jsonl``; with ``read_only`` it is only left out."""
+    data = replace(config.data, on_bad_record="skip") if read_only else config.data
+
+    def build() -> object:
+        index = build_index(
+            source, data, cache_file=caches.known_pictures_file(config), report=report
+        )
+        if index.skipped and not read_only:
+            write_skipped(Path(config.run), index.skipped)
+            report(f"{RunFolder(Path(config.run)).skipped} names each of them, with the reason")
+        return index.to_plain()
+
+    return Index.from_plain(process.first(build))  # type: ignore[arg-type]
+
+
 def split_validation(
     entries: tuple[Entry, ...], count: int, seed: int
 ) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
-    """The records to train on, and ``count`` others that are only watched, drawn by the seed."""
+    """The records to train on, and ``count`` others for validation, drawn by the seed."""
     if count >= len(entries):
         raise InputError(
             f"validation.hold_out: {count} records are held out of {len(entries)}, so that none is "
             "left to train on"
         )
-    held = {int(i) for i in rng.at(seed, "hold out", 0).permutation(len(entries))[:count]}
-    return tuple(e for i, e in enumerate(entries) if i not in held), tuple(
-        entries[i] for i in sorted(held)
-    )
-
-
-def report_small_buckets(order: Order, batch: int, report: protocols.Report) -> None:
-    """Say which buckets cannot fill a single batch, and what that costs."""
-    small = [
-        (shape, records, empty)
-        for shape, records, _, empty in order.count_batches()
-        if order.with_buckets and records < batch
-    ]
-    if small:
-        named = ", ".join(f"{wide}x{tall}: {records}" for (tall, wide), records, _ in small[:5]) + (
-            ", ..." if len(small) > 5 else ""
-        )
-        rows = f"{sum(empty for *_, empty in small)} rows of every epoch's batches are empty for it"
-        report(
-            f"{len(small)} of {len(order.shapes)} buckets have fewer pictures than a batch of "
-            f"{batch} ({named}); {rows}, and nothing is repeated"
-        )
+    chosen = {int(i) for i in rng.at(seed, "hold out", 0).permutation(len(entries))[:count]}
+    training = tuple(entry for i, entry in enumerate(entries) if i not in chosen)
+    return training, tuple(entries[i] for i in sorted(chosen))
 
 
 def make_order(
@@ -243,48 +349,43 @@ def make_order(
     source: Source,
     data: DataSettings,
     seed: int,
-    batch: int,
+    batch_size: int,
 ) -> Order:
     """The order in which a run sees its records."""
-    shapes, owners = (
-        [buckets.choose_shape(e.size, data) for e in entries],
-        [mixture.set_of(source, e.row) for e in entries],
+    shapes = [buckets.choose_shape(entry.size, data) for entry in entries]
+    sets = [mixture.set_of(source, entry.row) for entry in entries]
+    repeats = [one.repeats for one in data.sets] or [1]
+    weights = [one.weight for one in data.sets if one.weight is not None]
+    with_buckets = data.buckets is not None
+    return Order(seed, batch_size, shapes, sets, repeats, weights, with_buckets=with_buckets)
+
+
+def report_changes(
+    checkpoint: Checkpoint, run_state: RunState, plan: BatchPlan, report: Report
+) -> None:
+    """Say what differs from the checkpoint by permission.
+
+    Raises:
+        InputError: for a difference without permission.
+    """
+    for line in check_unchanged(checkpoint.state, run_state, checkpoint.step):
+        report(line)
+    if plan.steps < checkpoint.step:
+        report(f"checkpoint-{checkpoint.step} is past the {plan.steps} steps that are asked for")
+
+
+def report_small_buckets(order: Order, batch_size: int, report: Report) -> None:
+    """Say which buckets cannot fill a single batch, and what that costs."""
+    if not order.with_buckets:
+        return
+    small = [row for row in order.count_batches() if row[1] < batch_size]
+    if not small:
+        return
+    names = [f"{width}x{height}: {records}" for (height, width), records, *_ in small[:5]]
+    named = ", ".join(names) + (", ..." if len(small) > 5 else "")
+    padding = sum(rows for *_, rows in small)
+    report(
+        f"{len(small)} of {len(order.shapes)} buckets have fewer pictures than a batch of "
+        f"{batch_size} ({named}); {padding} rows of every epoch's batches are empty for it, and "
+        "nothing is repeated"
     )
-    repeats, weights = (
-        [one.repeats for one in data.sets] or [1],
-        [one.weight for one in data.sets if one.weight is not None],
-    )
-    return Order(seed, batch, shapes, owners, repeats, weights, whole=data.buckets is not None)
-
-
-def find_resume_point(folder: Path, resume: str, report: protocols.Report) -> str | None:
-    """The folder of the checkpoint to go on from, verified; None to begin afresh."""
-    there = checkpoint.list_checkpoints(folder)
-    if resume == "never":
-        if there:
-            raise InputError(
-                f"{folder} holds {there[0].name}. To go on from it pass --resume_from_checkpoint "
-                "latest (or checkpoint.resume=auto); "
-                "to begin afresh choose another folder."
-            )
-        return None
-    found = checkpoint.find_checkpoint(folder, "latest" if resume == "auto" else resume, report)
-    if found is None and there:
-        raise InputError(
-            f"{folder} holds {there[0].name}, but no checkpoint that can be gone on from. Choose "
-            "another folder, or move these away to begin afresh."
-        )
-    if found is None and resume == "latest":
-        report(f"{folder}: there is no checkpoint yet; beginning afresh")
-    return None if found is None else str(found.folder)
-
-
-def index_records(source: Source, config: Config, report: protocols.Report) -> dict[str, Any]:
-    """Read every record once; what is bad is refused, or written to ``skipped.jsonl``."""
-    looked = index.build_index(
-        source, config.data, known=caches.known_pictures_file(config), report=report
-    )
-    if looked.skipped:
-        index.write_skipped(Path(config.run), looked.skipped)
-        report(f"{Path(config.run) / SKIPPED_FILE} names each of them, with the reason")
-    return looked.to_plain()

@@ -1,52 +1,58 @@
-"""Turns SIGTERM and Ctrl-C into a request that the loops look at, so that a run ends with a
-checkpoint."""
+"""Turn SIGTERM and Ctrl-C into a request to stop, so that a run ends with a checkpoint."""
 
 import os
 import signal
 import threading
 import time
+from types import FrameType
 from typing import Any
 
 from limner.errors import Stopped
 
+# A terminal's Ctrl-C reaches a launcher too, which passes it on: signals within this time are one.
+REPEAT_SECONDS = 3
+
 
 class Stop:
-    """The first signal is a request once ``gently`` is true, and a fault before; one that comes
-    seconds later ends the process as usual.
+    """A request to stop, made by a signal while this context is open.
 
-    A terminal's Ctrl-C reaches a launcher too, which passes it on: what comes twice at once is one
-    request.
+    The first signal raises ``Stopped`` at once, or is a request once ``save_first`` is set. A later
+    one does what it would do without this context.
     """
 
     def __init__(self) -> None:
-        self.asked, self.since, self.save_first = False, 0.0, False
-        self.before: dict[int, Any] = {}
+        self.asked = False
+        self.asked_at = 0.0  # seconds of the monotonic clock
+        self.save_first = False
+        self.previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
+        # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
-            self.before = {
-                number: signal.signal(number, self.ask)
-                for number in (signal.SIGTERM, signal.SIGINT)
-            }
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous_handlers[number] = signal.signal(number, self.handle_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
-    def ask(self, number: int, frame: Any) -> None:
-        if self.asked and time.monotonic() - self.since > 3:
-            signal.signal(number, self.before[number])
-            signal.raise_signal(number)
-        elif not self.asked:
-            self.asked, self.since = True, time.monotonic()
+    def handle_signal(self, number: int, frame: FrameType | None) -> None:
+        """Ask the run to stop, or end the process when it was asked before."""
+        if not self.asked:
+            self.asked = True
+            self.asked_at = time.monotonic()
             if not self.save_first:
                 self.check()
-            os.write(
-                2,
+            # Straight to the descriptor: the signal may have interrupted a print.
+            message = (
                 b"\nlimner: stopping as soon as the state is saved; once more ends the run "
-                b"without saving\n",
+                b"without saving\n"
             )
+            os.write(2, message)
+        elif time.monotonic() - self.asked_at > REPEAT_SECONDS:
+            signal.signal(number, self.previous_handlers[number])
+            signal.raise_signal(number)
 
     def check(self) -> None:
         """Raise ``Stopped`` when a stop was asked for while nothing has been trained."""

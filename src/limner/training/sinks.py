@@ -1,5 +1,7 @@
-"""What is written down about a run, and for whom: metrics.jsonl always, other sinks where asked;
-none may stop training, change it or keep a secret."""
+"""Where a run's metrics and pictures go: files in its folder always, trackers on request.
+
+No sink may stop training, change it, or store a secret.
+"""
 
 import importlib.util
 import json
@@ -20,8 +22,9 @@ from limner.config import toml
 from limner.config.schema import Config
 from limner.errors import InputError
 from limner.storage import atomic
-from limner.storage.run_folder import METRICS_FILE
+from limner.storage.run_folder import METRICS_FILE, TRACKER_ID_FILE, RunFolder
 
+# Tracker -> the packages that provide it, any of which is enough.
 PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "wandb": ("wandb",),
@@ -35,13 +38,13 @@ Pictures = Sequence[tuple[str, np.ndarray]]  # caption, uint8 [height, width, 3]
 
 
 class Sink(Protocol):
-    """Somewhere that numbers and pictures go."""
+    """A destination of metrics and pictures."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Record the values of one step."""
         ...
 
-    def images(self, step: int, name: str, pictures: Pictures) -> None:
+    def write_images(self, step: int, name: str, pictures: Pictures) -> None:
         """Record pictures with their captions; ``name`` says what they are, e.g. ``validation``."""
         ...
 
@@ -51,51 +54,59 @@ class Sink(Protocol):
 
 
 def redact(value: Any) -> Any:
-    """The same plain value without secrets: tokens by the name of their key, by their form, or
-    because the environment holds them."""
+    """Return the same plain value without secrets.
+
+    A secret is recognised by the name of its key, by its form, or because the environment holds it.
+    """
     if isinstance(value, Mapping):
         return {
-            redact(k): HIDDEN
-            if SECRET_KEY.search(str(k)) and v not in (None, "", True, False)
-            else redact(v)
-            for k, v in value.items()
+            redact(key): HIDDEN if is_secret(key, item) else redact(item)
+            for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [redact(v) for v in value]
-    if not isinstance(value, str):
-        return value
-    known = [secret for name in SECRET_VARIABLES if (secret := os.environ.get(name, "").strip())]
-    for secret in known:
-        value = (
-            HIDDEN
-            if value == secret
-            else value.replace(secret, HIDDEN)
-            if len(secret) >= 8
-            else value
-        )
-    return SECRET_TEXT.sub(HIDDEN, value)
+        return [redact(item) for item in value]
+    return redact_text(value) if isinstance(value, str) else value
 
 
-def installed_sinks() -> tuple[str, ...]:
-    """The sinks whose packages are there, without importing them."""
-    return tuple(name for name, packages in PACKAGES.items() if any(map(_is_there, packages)))
+def is_secret(key: Any, value: Any) -> bool:
+    """Return whether a key's name promises a secret, and its value may be one."""
+    return bool(SECRET_KEY.search(str(key))) and value not in (None, "", True, False)
 
 
-def _is_there(package: str) -> bool:
-    return (
-        sys.modules[package] is not None
-        if package in sys.modules
-        else importlib.util.find_spec(package) is not None
-    )
+def redact_text(text: str) -> str:
+    """Return a text without the tokens that it contains."""
+    for name in SECRET_VARIABLES:
+        secret = os.environ.get(name, "").strip()
+        if secret and text == secret:
+            text = HIDDEN
+        elif len(secret) >= 8:
+            # A shorter one could be part of any word.
+            text = text.replace(secret, HIDDEN)
+    return SECRET_TEXT.sub(HIDDEN, text)
+
+
+def list_installed_sinks() -> tuple[str, ...]:
+    """List the trackers whose packages are installed, without importing them."""
+    return tuple(name for name, packages in PACKAGES.items() if any(map(is_installed, packages)))
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported."""
+    # find_spec raises for a loaded module without a spec.
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return importlib.util.find_spec(package) is not None
 
 
 def require_packages(names: Iterable[str]) -> None:
-    """Refuse sinks whose package is missing.
+    """Check that the packages of these trackers are installed.
 
     Raises:
-        InputError: naming the command that installs it.
+        InputError: naming the command that installs what is missing.
     """
-    if missing := [name for name in names if name not in installed_sinks()]:
+    installed = list_installed_sinks()
+    missing = [name for name in names if name not in installed]
+    if missing:
         packages = " ".join(name.replace("_", "-") for name in missing)
         raise InputError(
             f"log.to: {', '.join(missing)} is not installed. Run `pip install {packages}`, or "
@@ -106,57 +117,68 @@ def require_packages(names: Iterable[str]) -> None:
 def open_sinks(
     config: Config, run: Path, resumed_step: int, report: Callable[[str], None] = print
 ) -> "Sinks":
-    """All sinks of a run, in its first process; what earlier attempts wrote of steps after
-    ``resumed_step`` is dropped.
+    """Open all sinks of a run, in its first process.
+
+    Rows of steps after ``resumed_step``, which earlier attempts wrote, are dropped.
 
     Args:
-        resumed_step: of the checkpoint that training goes on from; 0 for a fresh start.
+        resumed_step: step of the checkpoint from which training resumes; 0 for a fresh start.
 
     Raises:
-        InputError: when a sink's package is not installed.
+        InputError: when a tracker's package is not installed.
         DiskError: when the run's folder cannot be written to.
     """
     require_packages(config.log.to)
     sinks = Sinks(RunFiles(run, resumed_step), report)
-    openers: dict[str, Callable[[Config, Path, int], Sink]] = {
+    trackers: dict[str, Callable[[Config, Path, int], Sink]] = {
         "tensorboard": TensorBoard,
         "wandb": WeightsAndBiases,
         "comet_ml": Comet,
     }
     for name in config.log.to:
-        sinks.add(name, partial(openers[name], config, run / config.log.folder, resumed_step))
+        sinks.add(
+            name,
+            partial(trackers[name], config, RunFolder(run).logs(config.log.folder), resumed_step),
+        )
     return sinks
 
 
 class Sinks:
-    """The files of the run and every other sink, as one; a sink that fails is told of once and
-    dropped, the files are tried again."""
+    """The run's files and its trackers as one sink.
+
+    A tracker that fails is reported once and dropped; files that fail are tried again.
+    """
 
     def __init__(self, files: Sink, report: Callable[[str], None]) -> None:
-        self.files, self.report = files, report
-        self.others: dict[str, Sink] = {}
+        self.files = files
+        self.report = report
+        self.trackers: dict[str, Sink] = {}
         self.files_failed = False
 
-    def add(self, name: str, opener: Callable[[], Sink]) -> None:
+    def add(self, name: str, open_tracker: Callable[[], Sink]) -> None:
+        """Open a tracker; one that fails is left out."""
         try:
-            self.others[name] = opener()
+            self.trackers[name] = open_tracker()
         except Exception as error:
             self._drop(name, error)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        self._each(lambda sink: sink.write(step, values))
+        """Record the values of one step in every sink."""
+        self._call_each(lambda sink: sink.write(step, values))
 
-    def images(self, step: int, name: str, pictures: Pictures) -> None:
-        shown = [(redact(caption), np.asarray(array)) for caption, array in pictures]
-        self._each(lambda sink: sink.images(step, name, shown))
+    def write_images(self, step: int, name: str, pictures: Pictures) -> None:
+        """Record pictures in every sink, with captions that hold no secret."""
+        redacted = [(redact(caption), np.asarray(array)) for caption, array in pictures]
+        self._call_each(lambda sink: sink.write_images(step, name, redacted))
 
     def close(self) -> None:
-        self._each(lambda sink: sink.close())
-        self.others.clear()
+        """Close every sink."""
+        self._call_each(lambda sink: sink.close())
+        self.trackers.clear()
 
-    def _each(self, act: Callable[[Sink], None]) -> None:
+    def _call_each(self, call: Callable[[Sink], None]) -> None:
         try:
-            act(self.files)
+            call(self.files)
         except Exception as error:
             if not self.files_failed:
                 self.files_failed = True
@@ -164,14 +186,15 @@ class Sinks:
                     "metrics or previews could not be written, training goes on: "
                     f"{redact(str(error))}"
                 )
-        for name, sink in list(self.others.items()):
+        for name, tracker in list(self.trackers.items()):
+            # Trackers raise whatever their network and libraries raise.
             try:
-                act(sink)
+                call(tracker)
             except Exception as error:
                 self._drop(name, error)
 
     def _drop(self, name: str, error: Exception) -> None:
-        self.others.pop(name, None)
+        self.trackers.pop(name, None)
         self.report(
             f"{name} failed and is left out from now on; {METRICS_FILE} has all numbers: "
             f"{redact(f'{type(error).__name__}: {error}')}"
@@ -179,67 +202,64 @@ class Sinks:
 
 
 class RunFiles:
-    """``metrics.jsonl``, one JSON object per line, and ``previews/step-000500/00.png``; rows that a
-    full disk refused are kept and written later."""
+    """``metrics.jsonl``, one JSON object per line, and folders like ``previews/step-000500``.
+
+    Rows that a full disk refused are written later.
+    """
 
     def __init__(self, run: Path, resumed_step: int) -> None:
-        self.path, self.previews = run / METRICS_FILE, run / "previews"
-        kept = (
-            [line for line, row in _rows(self.path) if row["step"] <= resumed_step]
-            if resumed_step
-            else []
-        )
-        atomic.write_text(self.path, "".join(line + "\n" for line in kept))
-        self.size, self.waiting = self.path.stat().st_size, b""
+        self.folder = RunFolder(run)
+        self.path = self.folder.metrics
+        rows = _read_rows(self.path) if resumed_step else []
+        lines = [line for line, row in rows if row["step"] <= resumed_step]
+        atomic.write_text(self.path, "".join(f"{line}\n" for line in lines))
+        self.size = self.path.stat().st_size  # bytes of whole rows
+        self.waiting = b""  # rows that are not on the disk yet
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        self.waiting += (
-            json.dumps({"step": step} | {k: _number(v) for k, v in values.items()}, allow_nan=False)
-            + "\n"
-        ).encode()
+        """Append a row, after those that could not be written before."""
+        row = {"step": step} | {name: _to_json_number(value) for name, value in values.items()}
+        self.waiting += f"{json.dumps(row, allow_nan=False)}\n".encode()
         self._flush()
 
     def _flush(self) -> None:
-        with (
-            atomic.disk_errors(self.path),
-            open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file,
-        ):
-            file.seek(
-                min(self.size, os.fstat(file.fileno()).st_size)
-            )  # over what an earlier failure left half written
-            start = file.tell()
-            file.write(self.waiting)
-            file.truncate()
-        self.size, self.waiting = start + len(self.waiting), b""
+        with atomic.disk_errors(self.path):
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            with open(descriptor, "r+b") as file:
+                # After the last whole row: an earlier failure may have left half of one.
+                start = file.seek(min(self.size, os.fstat(descriptor).st_size))
+                file.write(self.waiting)
+                file.truncate()
+        self.size = start + len(self.waiting)
+        self.waiting = b""
 
-    def images(self, step: int, name: str, pictures: Pictures) -> None:
-        final = self.previews / (
-            f"step-{step:06d}" if name == "validation" else f"step-{step:06d}-{name}"
-        )
-        with atomic.write_folder(final) as folder:
+    def write_images(self, step: int, name: str, pictures: Pictures) -> None:
+        """Write numbered PNG files into a folder that is whole or absent."""
+        with atomic.write_folder(self.folder.previews_of_step(step, name)) as folder:
             for number, (caption, array) in enumerate(pictures):
                 text = PngImagePlugin.PngInfo()
                 text.add_itxt("caption", caption)
                 Image.fromarray(array).save(folder / f"{number:02d}.png", pnginfo=text)
 
     def close(self) -> None:
+        """Write the rows that are left."""
         if self.waiting:
             self._flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a line that a killed process left half written is passed
-    over."""
-    return [row for _, row in _rows(path)]
+    """Read the rows of a ``metrics.jsonl``, without a last line that is not whole."""
+    return [row for _, row in _read_rows(path)]
 
 
-def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Read the whole lines of a ``metrics.jsonl``, each as text and as a row."""
     if not path.exists():
         return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[
-        :-1
-    ]:  # after the last line break: nothing, or half a line
+    # After the last line break there is nothing, or what a killed process wrote of a line.
+    for line in lines[:-1]:
         try:
             row = json.loads(line)
         except ValueError:
@@ -249,31 +269,28 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def _number(value: Any) -> Any:
-    """A plain number for JSON, which knows no NaN and no infinity: null."""
+def _to_json_number(value: Any) -> Any:
+    """Return a plain number; NaN and infinity, which JSON lacks, become None."""
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """The config as trackers take it: flat, without secrets."""
+def _flatten_config(config: Config) -> dict[str, Any]:
+    """Return the config as trackers take it: flat, without secrets."""
     return toml.flatten(redact(toml.to_plain(config)))
 
 
-def _identity(folder: Path, resumed_step: int) -> str:
-    """The name under which remote sinks know this run: kept with it, so that a resumed run goes on
-    there; new at a fresh start."""
-    path = folder / "run-id"
+def _get_run_id(folder: Path, resumed_step: int) -> str:
+    """Return the name of this run at remote trackers: the same on resume, new at a fresh start."""
+    path = folder / TRACKER_ID_FILE
     if not (resumed_step and path.exists()):
-        atomic.write_text(
-            path, uuid.uuid4().hex
-        )  # from the operating system, not from any seeded generator
+        # uuid4 draws from the operating system, and so moves no seeded generator.
+        atomic.write_text(path, uuid.uuid4().hex)
     return path.read_text().strip()
 
 
 class TensorBoard:
-    """Event files; what an earlier attempt wrote after the resumed step is hidden by TensorBoard
-    itself."""
+    """Event files; TensorBoard itself hides rows of steps after the resumed one."""
 
     def __init__(self, config: Config, folder: Path, resumed_step: int) -> None:
         try:
@@ -282,70 +299,67 @@ class TensorBoard:
         except ImportError:
             from tensorboardX import SummaryWriter  # type: ignore[no-redef]
             from tensorboardX.summary import hparams  # type: ignore[no-redef]
-        self.writer = SummaryWriter(
-            str(folder / config.log.project), purge_step=resumed_step + 1 if resumed_step else 0
-        )
+        purge_step = resumed_step + 1 if resumed_step else 0
+        self.writer = SummaryWriter(str(folder / config.log.project), purge_step=purge_step)
         settings = {
-            k: v if isinstance(v, bool | int | float | str) else json.dumps(v)
-            for k, v in _settings(config).items()
+            name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            for name, value in _flatten_config(config).items()
         }
         for summary in hparams(settings, {}):
             self.writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
         self.writer.flush()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add a scalar for each value."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
-    def images(self, step: int, name: str, pictures: Pictures) -> None:
-        self.writer.add_images(
-            name, np.stack([array for _, array in pictures]), step, dataformats="NHWC"
-        )
+    def write_images(self, step: int, name: str, pictures: Pictures) -> None:
+        """Add the pictures as one batch."""
+        images = np.stack([array for _, array in pictures])
+        self.writer.add_images(name, images, step, dataformats="NHWC")
         self.writer.flush()
 
     def close(self) -> None:
+        """Close the event file."""
         self.writer.close()
 
 
 class WeightsAndBiases:
-    """A run on Weights & Biases; ``step`` is logged as a value, because its own counter refuses to
-    go back on resume."""
+    """A run on Weights & Biases."""
 
     def __init__(self, config: Config, folder: Path, resumed_step: int) -> None:
         import wandb
 
-        identity = _identity(folder, resumed_step)
         self.wandb = wandb
-        private = wandb.Settings(
-            x_disable_meta=True
-        )  # its metadata would hold the command line, and with it a token given as a flag
         self.run = wandb.init(
             project=config.log.project,
             dir=str(folder),
-            id=identity,
+            id=_get_run_id(folder, resumed_step),
             resume="allow",
-            config=_settings(config),
-            settings=private,
+            config=_flatten_config(config),
+            # The metadata would hold the command line, and with it a token given as a flag.
+            settings=wandb.Settings(x_disable_meta=True),
         )
+        # The step is logged as a value: the counter of wandb refuses to go back on resume.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log the values with their step."""
         self.run.log({**values, "step": step})
 
-    def images(self, step: int, name: str, pictures: Pictures) -> None:
-        self.run.log(
-            {
-                name: [
-                    self.wandb.Image(array, caption=f"{i}: {caption}")
-                    for i, (caption, array) in enumerate(pictures)
-                ],
-                "step": step,
-            }
-        )
+    def write_images(self, step: int, name: str, pictures: Pictures) -> None:
+        """Log the pictures with numbered captions."""
+        images = [
+            self.wandb.Image(array, caption=f"{i}: {caption}")
+            for i, (caption, array) in enumerate(pictures)
+        ]
+        self.run.log({name: images, "step": step})
 
     def close(self) -> None:
+        """Finish the run."""
         self.run.finish()
 
 
@@ -355,24 +369,25 @@ class Comet:
     def __init__(self, config: Config, folder: Path, resumed_step: int) -> None:
         import comet_ml
 
-        private = comet_ml.ExperimentConfig(
-            parse_args=False, log_env_details=False
-        )  # it would send the command line, and with it a token given as a flag
-        key = _identity(folder, resumed_step)
+        # By default it sends the command line, and with it a token given as a flag.
+        private = comet_ml.ExperimentConfig(parse_args=False, log_env_details=False)
         self.experiment = comet_ml.start(
             project_name=config.log.project,
-            experiment_key=key,
+            experiment_key=_get_run_id(folder, resumed_step),
             mode="get_or_create",
             experiment_config=private,
         )
-        self.experiment.log_parameters(_settings(config))
+        self.experiment.log_parameters(_flatten_config(config))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log the values of one step."""
         self.experiment.log_metrics(dict(values), step=step)
 
-    def images(self, step: int, name: str, pictures: Pictures) -> None:
+    def write_images(self, step: int, name: str, pictures: Pictures) -> None:
+        """Log the pictures, each named by number and caption."""
         for number, (caption, array) in enumerate(pictures):
             self.experiment.log_image(array, name=f"{name} {number}: {caption}", step=step)
 
     def close(self) -> None:
+        """End the experiment."""
         self.experiment.end()

@@ -1,5 +1,7 @@
-"""Fused attention, where a platform has a kernel for it: the scores, gigabytes at full size, are
-never in memory (arXiv:2205.14135)."""
+"""Fused attention where a platform has a kernel for it (arXiv:2205.14135).
+
+It never holds the scores, which are gigabytes at full size.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,83 +12,85 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 Array = jax.Array
-Kernel = Callable[
-    [Array, Array, Array], Array | None
-]  # q, k, v [n, tokens, heads, width] to the same shape; None: what it cannot serve
-AMPERE = 8.0  # the compute capability that cuDNN's fused attention begins with
-LANES = 128  # of a TPU: what tokens are padded to
-LONG = 1024  # tokens; the scores of fewer are small, and plain products as fast
+# q, k, v [n, tokens, heads, width] -> the same shape, or None for inputs that it does not take.
+Kernel = Callable[[Array, Array, Array], Array | None]
+AMPERE = 8.0  # compute capability from which cuDNN has fused attention
+LANES = 128  # of a TPU: tokens are padded to a multiple
+LONG = 1024  # tokens; below it the scores are small, and plain products as fast
 
 
 def choose_kernel(device: jax.Device, mesh: Mesh | None = None) -> Kernel | None:
-    """The kernel of a kind of device: NVIDIA's from Ampere on, and TPUs; None where there is none.
+    """Choose the kernel of a device: NVIDIA's from Ampere on, or that of TPUs, or None.
 
     Args:
-        mesh: over all of whose devices the rows are divided; None: they lie on one device.
+        mesh: the devices that rows are divided over; None: all rows are on one device.
     """
-    if (
-        device.platform == "gpu"
-        and "cuda" in device.client.platform_version.lower()
-        and float(device.compute_capability) >= AMPERE
-    ):
-        return cudnn
-    return partial(flash, mesh=mesh) if device.platform == "tpu" else None
+    if device.platform == "tpu":
+        return partial(flash, mesh=mesh)
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+        return None
+    return cudnn if float(device.compute_capability) >= AMPERE else None
 
 
 def cudnn(q: Array, k: Array, v: Array) -> Array | None:
-    """cuDNN's, for 16 bits and heads of up to 128."""
-    if q.dtype not in (jnp.float16, jnp.bfloat16) or q.shape[-1] % 8 or q.shape[-1] > 128:
+    """Attend by cuDNN, in 16 bits and with heads of up to 128."""
+    width = q.shape[-1]
+    if q.dtype not in (jnp.float16, jnp.bfloat16) or width % 8 or width > 128:
         return None
-    found: Array = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    return found
+    output: Array = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    return output
 
 
 def flash(q: Array, k: Array, v: Array, mesh: Mesh | None = None) -> Array | None:
-    """Pallas' for TPUs, for the attention of many tokens to themselves in bfloat16."""
+    """Attend by Pallas' kernel for TPUs: long self-attention in bfloat16."""
     width = q.shape[-1]
-    if (
-        q.dtype != jnp.bfloat16
-        or q.shape != k.shape
-        or q.shape[1] < LONG
-        or (width > LANES and width % LANES)
-    ):
+    is_short = q.shape != k.shape or q.shape[1] < LONG
+    if q.dtype != jnp.bfloat16 or is_short or (width > LANES and width % LANES):
         return None
     if mesh is None:
         return flash_padded(q, k, v)
     rows = PartitionSpec(mesh.axis_names)
-    found: Array = jax.shard_map(
-        flash_padded, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False
-    )(q, k, v)
-    return found
+    divided = jax.shard_map(flash_padded, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    output: Array = divided(q, k, v)
+    return output
 
 
 def flash_padded(q: Array, k: Array, v: Array) -> Array:
-    """On one TPU; tokens up to the next multiple of its lanes are there, and not looked at."""
+    """Attend on one TPU; padding up to a multiple of its lanes is in a segment of its own."""
     from jax.experimental.pallas.ops.tpu import flash_attention as tpu
 
     rows, tokens, _, width = q.shape
-    whole = -(-tokens // LANES) * LANES
-    side = next(side for side in (512, 256, LANES) if whole % side == 0)
-    forward, keys, queries = (
-        ("q", "k_major", "k"),
-        ("q_major_dkv", "k_major_dkv", "k_dkv", "q_dkv"),
-        ("k_major_dq", "k_dq", "q_dq"),
+    padded_tokens = -(-tokens // LANES) * LANES
+    side = next(side for side in (512, 256, LANES) if padded_tokens % side == 0)
+    segments = None
+    if padded_tokens > tokens:
+        is_padding = jnp.broadcast_to(jnp.arange(padded_tokens) >= tokens, (rows, padded_tokens))
+        segments = tpu.SegmentIds(*[is_padding.astype(jnp.int32)] * 2)
+    padding = ((0, 0), (0, padded_tokens - tokens), (0, 0), (0, 0))
+    heads_first = (jnp.pad(x, padding).transpose(0, 2, 1, 3) for x in (q, k, v))
+    output: Array = tpu.flash_attention(
+        *heads_first,
+        segment_ids=segments,
+        sm_scale=1 / math.sqrt(width),
+        block_sizes=make_block_sizes(side),
     )
-    sizes = tpu.BlockSizes(
-        block_b=1, **{f"block_{name}": side for name in (*forward, *keys, *queries)}
+    return output.transpose(0, 2, 1, 3)[:, :tokens]
+
+
+def make_block_sizes(side: int) -> object:
+    """Return square blocks for the forward pass and both backward passes."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as tpu
+
+    return tpu.BlockSizes(
+        block_b=1,
+        block_q=side,
+        block_k_major=side,
+        block_k=side,
+        block_q_major_dkv=side,
+        block_k_major_dkv=side,
+        block_k_dkv=side,
+        block_q_dkv=side,
+        block_k_major_dq=side,
+        block_k_dq=side,
+        block_q_dq=side,
     )
-    seen = (
-        tpu.SegmentIds(
-            *[jnp.broadcast_to(jnp.arange(whole) >= tokens, (rows, whole)).astype(jnp.int32)] * 2
-        )
-        if whole > tokens
-        else None
-    )
-    apart = (
-        jnp.pad(x, ((0, 0), (0, whole - tokens), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
-        for x in (q, k, v)
-    )
-    found: Array = tpu.flash_attention(
-        *apart, segment_ids=seen, sm_scale=1 / math.sqrt(width), block_sizes=sizes
-    )
-    return found.transpose(0, 2, 1, 3)[:, :tokens]

@@ -1,5 +1,7 @@
-"""CLIP's text encoder (arXiv:2103.00020), with and without projection, as one pure function of its
-arrays and its config.json."""
+"""CLIP's text encoder (arXiv:2103.00020), with and without projection.
+
+It is a pure function of its arrays and the component's config.json.
+"""
 
 from typing import Any
 
@@ -9,14 +11,12 @@ from limner.engines.jax.attention import Array
 from limner.engines.jax.nn import ACTIVATIONS, Params, attention, layer_norm, linear, list_shapes
 
 
-def unsupported(config: dict[str, Any]) -> list[str]:
-    """What in a config this file has no code for, in words."""
-    known = config.get("hidden_act", "quick_gelu")
-    return (
-        []
-        if known in ACTIVATIONS
-        else [f"hidden_act is {known!r}, one of {', '.join(ACTIVATIONS)} is expected"]
-    )
+def find_unsupported(config: dict[str, Any]) -> list[str]:
+    """Say which settings of a config there is no code for."""
+    activation = config.get("hidden_act", "quick_gelu")
+    if activation in ACTIVATIONS:
+        return []
+    return [f"hidden_act is {activation!r}, one of {', '.join(ACTIVATIONS)} is expected"]
 
 
 def encode_text(
@@ -25,54 +25,61 @@ def encode_text(
     ids: Array,
     skip: int = 0,
     projection: bool = False,
-    kind: Any = jnp.float32,
+    dtype: Any = jnp.float32,
 ) -> tuple[Array, Array]:
-    """Hidden states [n, tokens, width] and pooled embedding [n, width] of token ids [n, tokens];
-    see ``protocols.TextEncoders``.
+    """Encode token ids [n, tokens]; see ``protocols.TextEncoders``.
 
     Args:
-        projection: whether the pooled embedding is projected: a ``CLIPTextModelWithProjection``.
-        kind: the type that is computed in.
+        projection: whether the pooled embedding is projected (``CLIPTextModelWithProjection``).
+        dtype: the type of activations.
+
+    Returns:
+        Hidden states [n, tokens, width] and pooled embedding [n, width].
     """
-    width, eps = config["hidden_size"], config.get("layer_norm_eps", 1e-5)
-    m, act = p / "text_model", ACTIVATIONS[config.get("hidden_act", "quick_gelu")]
-    words = m("embeddings.token_embedding.weight", config["vocab_size"], width)
-    places = m(
-        "embeddings.position_embedding.weight", config.get("max_position_embeddings", 77), width
-    )
-    x = (words[ids] + places[: ids.shape[1]]).astype(kind)
+    eps = config.get("layer_norm_eps", 1e-5)
+    model = p / "text_model"
+    x = embed_tokens(model / "embeddings", config, ids).astype(dtype)
     states = [x]
     for i in range(config["num_hidden_layers"]):
-        layer = m / "encoder" / "layers" / i
-        h, a = layer_norm(layer / "layer_norm1", x, eps), layer / "self_attn"
-        q, k, v = (linear(a / name, h, width) for name in ("q_proj", "k_proj", "v_proj"))
-        x = x + linear(
-            a / "out_proj", attention(q, k, v, config["num_attention_heads"], causal=True), width
-        )
-        h = act(
-            linear(
-                layer / "mlp" / "fc1",
-                layer_norm(layer / "layer_norm2", x, eps),
-                config["intermediate_size"],
-            )
-        )
-        x = x + linear(layer / "mlp" / "fc2", h, width)
+        x = encoder_layer(model / "encoder" / "layers" / i, config, x)
         states.append(x)
-    last = layer_norm(m / "final_layer_norm", x, eps)
+    last = layer_norm(model / "final_layer_norm", x, eps)
     end = config.get("eos_token_id", 49407)
-    at = (
-        ids.argmax(-1) if end == 2 else (ids == end).argmax(-1)
-    )  # configs of old say 2, and mean the highest id
-    pooled = last[jnp.arange(len(ids)), at]
+    # Old configs say 2, and mean the highest id.
+    position = ids.argmax(-1) if end == 2 else (ids == end).argmax(-1)
+    pooled = last[jnp.arange(len(ids)), position]
     if projection:
-        pooled = linear(
-            p / "text_projection", pooled, config.get("projection_dim", 512), bias=False
-        )
+        width = config.get("projection_dim", 512)
+        pooled = linear(p / "text_projection", pooled, width, bias=False)
     return states[-1 - skip] if skip else last, pooled
 
 
-def text_shapes(config: dict[str, Any], projection: bool) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every array."""
-    return list_shapes(
-        lambda p: encode_text(p, config, jnp.zeros((1, 1), jnp.int32), projection=projection)
-    )
+def embed_tokens(p: Params, config: dict[str, Any], ids: Array) -> Array:
+    """Embed token ids and their positions: [n, tokens, width]."""
+    width = config["hidden_size"]
+    words = p("token_embedding.weight", config["vocab_size"], width)
+    max_tokens = config.get("max_position_embeddings", 77)
+    positions = p("position_embedding.weight", max_tokens, width)
+    return words[ids] + positions[: ids.shape[1]]
+
+
+def encoder_layer(p: Params, config: dict[str, Any], x: Array) -> Array:
+    """Apply causal self-attention and two linear layers to x [n, tokens, width]."""
+    eps, width = config.get("layer_norm_eps", 1e-5), x.shape[-1]
+    activation = ACTIVATIONS[config.get("hidden_act", "quick_gelu")]
+    h = layer_norm(p / "layer_norm1", x, eps)
+    layer = p / "self_attn"
+    q, k, v = (linear(layer / name, h, width) for name in ("q_proj", "k_proj", "v_proj"))
+    attended = attention(q, k, v, config["num_attention_heads"], causal=True)
+    x = x + linear(layer / "out_proj", attended, width)
+    h = layer_norm(p / "layer_norm2", x, eps)
+    h = activation(linear(p / "mlp" / "fc1", h, config["intermediate_size"]))
+    return x + linear(p / "mlp" / "fc2", h, width)
+
+
+def list_text_encoder_shapes(
+    config: dict[str, Any], projection: bool
+) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every array."""
+    ids = jnp.zeros((1, 1), jnp.int32)
+    return list_shapes(lambda p: encode_text(p, config, ids, projection=projection))

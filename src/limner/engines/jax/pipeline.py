@@ -1,28 +1,27 @@
-"""Pictures in JAX: prompts encoded, one scan over the table of a sampler, and the autoencoder in
-float32; the same seed gives the same picture."""
+"""Draw pictures in JAX: encode prompts, run a sampler's table, decode latents."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from limner import rng
 from limner.base_model.base import BaseModel
 from limner.base_model.open import open_base, read_pipeline_class
 from limner.config.schema import ModelSettings
-from limner.diffusion import samplers
-from limner.diffusion.samplers import SAMPLERS
+from limner.diffusion.samplers import SAMPLERS, make_table
+from limner.diffusion.starting_noise import draw_starting_noise
 from limner.engines.jax.attention import Array, Kernel, choose_kernel
 from limner.engines.jax.encoders import JaxEncoders
+from limner.engines.jax.lora_file import read_lora
 from limner.engines.jax.nn import Params
 from limner.engines.jax.processes import choose_devices, local_device
 from limner.engines.jax.unet import unet
 from limner.engines.jax.weights import read_component
+from limner.engines.state import find_half_dtype
 from limner.errors import InputError
 from limner.families import FAMILIES, find_pipeline_family
 from limner.families.family import Family
@@ -30,17 +29,76 @@ from limner.families.text import encode_captions, tokenize
 from limner.protocols import ModelSource
 from limner.storage.layout import LORA_FILE
 
-GUIDANCE = {"sd": 7.5, "sdxl": 5.0}  # of the stock pipelines
-HALF = {"fp16": jnp.float16, "bf16": jnp.bfloat16}
+GUIDANCE_SCALES = {"sd": 7.5, "sdxl": 5.0}  # of the stock pipelines
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A UNet that clean latents are sampled with.
+
+    Args:
+        scale: alpha / rank of its LoRA.
+        dtype: the type of its activations.
+    """
+
+    family: Family
+    config: dict[str, Any]
+    dtype: Any
+    kernel: Kernel | None = None
+    scale: float = 1.0
+
+    def sample(
+        self,
+        arrays: dict[str, Array],
+        table: tuple[Array, Array],
+        noise: Array,
+        features: dict[str, Array],
+        guidance_scale: Array,
+        guided: bool,
+    ) -> Array:
+        """Sample clean latents, float32 [n, channels, h, w], in one scan over a sampler's table.
+
+        Args:
+            table: timesteps and coefficients; see ``diffusion.samplers``.
+            noise: standard normal, [n, channels, h, w].
+            features: of the prompts; if guided, those of the negative prompts come first.
+        """
+        net = Params(arrays, scale=self.scale)
+        inputs = self.family.network_inputs(features)
+        timesteps, coefficients = table
+
+        def step(outputs: Array, row: tuple[Array, Array, Array]) -> tuple[Array, None]:
+            i, t, weights = row
+            x = jnp.tensordot(weights, outputs, 1)
+            both = jnp.concatenate([x, x]) if guided else x
+            times = jnp.full(len(both), t)
+            prediction = unet(
+                net, self.config, both.astype(self.dtype), times, inputs, kernel=self.kernel
+            )
+            output = prediction[:, : x.shape[1]].astype(jnp.float32)
+            if guided:
+                # Equation 6 of arXiv:2207.12598.
+                without, output = jnp.split(output, 2)
+                output = without + guidance_scale * (output - without)
+            return outputs.at[i + 1].set(output), None
+
+        # The starting noise is row 0, the network's output of step i row i + 1.
+        outputs = jnp.zeros((len(coefficients), *noise.shape)).at[0].set(noise)
+        rows = (jnp.arange(len(timesteps)), timesteps, coefficients[:-1])
+        outputs, _ = jax.lax.scan(step, outputs, rows)
+        return jnp.tensordot(coefficients[-1], outputs, 1)
 
 
 @dataclass
 class Pipeline:
-    """What draws: a base, and the networks that are not as in it.
+    """A base model that draws, with other weights for some of its networks.
 
     Args:
-        nets: components whose arrays are others than the base's, among them the trained network.
+        nets: components whose arrays differ from the base's, among them the trained network.
         half: the type that the UNet computes in; None: float32.
+        scheduler: the sampler; None: the base's own.
+        kernel: of attention.
+        text_dtype: the type that text encoders have in the stock pipeline, unless in ``nets``.
     """
 
     base: BaseModel
@@ -49,32 +107,41 @@ class Pipeline:
     nets: dict[str, Params]
     prediction_type: str
     half: Any = None
-    scheduler: str | None = None  # None: the base's own
-    kernel: Kernel | None = None  # of attention
-    compiled: dict[Any, Any] = field(default_factory=dict)
+    scheduler: str | None = None
+    kernel: Kernel | None = None
+    text_dtype: Any = jnp.float32
+    compiled: dict[float, Any] = field(default_factory=dict)
+
+    @property
+    def noise_dtype(self) -> Any:
+        """The type that the stock pipeline draws noise in: that of its last text encoder."""
+        net = self.nets.get(self.family.text_components[-1])
+        return self.text_dtype if net is None else next(iter(net.arrays.values())).dtype
 
     def encode_text(
         self, name: str, ids: np.ndarray, skip: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See ``protocols.TextEncoders``: with the text encoders that have learned, where some
-        have."""
+        """See ``protocols.TextEncoders``; trained text encoders replace the base's."""
         return self.encoders.encode_text(name, ids, skip, self.nets.get(name))
 
     def concat_features(self, arrays: list[np.ndarray]) -> np.ndarray:
         """See ``protocols.TextEncoders``."""
         return self.encoders.concat_features(arrays)
 
-    def text_features(self, prompts: Sequence[str], given: bool) -> dict[str, np.ndarray]:
-        """What the network is told of prompts; zeros for a negative prompt that is not given, where
-        the base says so."""
-        found = encode_captions(
-            self.family, self, tokenize(self.family, self.encoders, list(prompts), 1)
-        )
-        return (
-            found
-            if given or not self.family.zeros_for_empty_prompt(self.base.configs)
-            else {name: np.zeros_like(array) for name, array in found.items()}
-        )
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the text features of prompts."""
+        tokens = tokenize(self.family, self.encoders, list(prompts), 1)
+        return encode_captions(self.family, self, tokens)
+
+    def encode_negative(self, negative: str | None, count: int) -> dict[str, np.ndarray]:
+        """Return the text features of a negative prompt, ``count`` times.
+
+        Without one the stock pipelines of some bases have zeros in their place.
+        """
+        features = self.encode_prompts([negative or ""] * count)
+        if negative is None and self.family.zeros_for_empty_prompt(self.base.configs):
+            return {name: np.zeros_like(array) for name, array in features.items()}
+        return features
 
     def draw(
         self,
@@ -86,171 +153,148 @@ class Pipeline:
         size: int | None,
         negative: str | None = None,
         batch: int = 4,
-        latents: np.ndarray | None = None,
     ) -> list[np.ndarray]:
-        """One picture per prompt and seed, uint8 [size, size, 3].
+        """Draw one picture per prompt and seed, uint8 [size, size, 3].
+
+        A picture depends on its seed, but not on the device or the size of the batch. It is that
+        of the stock pipeline with ``torch.Generator("cpu").manual_seed(seed)``.
 
         Args:
+            guidance_scale: None: the stock pipeline's own.
             size: pixels a side; None: the model's own.
-            latents: the starting noise, standard normal [n, channels, h, w]; None: addressed by
-                each seed, the same for every device and batch size.
+            negative: the negative prompt of all pictures.
         """
-        factor = 2 ** (len(self.base.configs["vae"]["block_out_channels"]) - 1)
         side = latent_side(self.base, size)
-        scale = GUIDANCE[self.family.name] if guidance_scale is None else guidance_scale
         shape = (self.base.configs["unet"].get("in_channels", 4), side, side)
         pictures: list[np.ndarray] = []
-        for first in range(0, len(prompts), batch):
-            part, chosen = list(prompts[first : first + batch]), seeds[first : first + batch]
-            noise = (
-                latents[first : first + batch]
-                if latents is not None
-                else np.stack(
-                    [rng.at(s, "picture", 0).standard_normal(shape, np.float32) for s in chosen]
-                )
-            )
-            short = batch - len(part) if len(prompts) > batch else 0  # one shape is compiled once
-            part, noise = (
-                part + part[-1:] * short,
-                np.concatenate([noise, noise[-1:].repeat(short, axis=0)]),
-            )
-            features = self.text_features(part, True)
-            if scale > 1:
-                against = self.text_features([negative or ""] * len(part), negative is not None)
-                features = {
-                    name: np.concatenate([against[name], array]) for name, array in features.items()
-                }
-            made = self.denoise(noise, features, steps, scale, side * factor)
-            pixels = self.encoders.decode(
-                "vae", made / np.float32(self.base.configs["vae"].get("scaling_factor", 0.18215))
-            )
-            shown = np.clip(pixels / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
-            pictures += [
-                (picture * 255).round().astype(np.uint8) for picture in shown[: len(part) - short]
+        for start in range(0, len(prompts), batch):
+            part = list(prompts[start : start + batch])
+            noise = [
+                draw_starting_noise(shape, seed, self.noise_dtype).astype(np.float32)
+                for seed in seeds[start : start + batch]
             ]
+            count = len(part)
+            if len(prompts) > batch:
+                # The last batch is filled up, so that only one shape is compiled.
+                part += part[-1:] * (batch - count)
+                noise += noise[-1:] * (batch - count)
+            pictures += self.draw_from_noise(
+                part,
+                np.stack(noise),
+                steps=steps,
+                guidance_scale=guidance_scale,
+                size=size,
+                negative=negative,
+            )[:count]
         return pictures
+
+    def draw_from_noise(
+        self,
+        prompts: Sequence[str],
+        noise: np.ndarray,
+        *,
+        steps: int,
+        guidance_scale: float | None,
+        size: int | None,
+        negative: str | None = None,
+    ) -> list[np.ndarray]:
+        """Draw one picture per prompt from the starting noise; see ``draw``.
+
+        Args:
+            noise: standard normal, [n, channels, h, w].
+        """
+        config = self.base.configs["vae"]
+        if guidance_scale is None:
+            guidance_scale = GUIDANCE_SCALES[self.family.name]
+        pixels = latent_side(self.base, size) * latent_factor(self.base)
+        guided = guidance_scale > 1
+        features = self.encode_prompts(prompts)
+        if guided:
+            against = self.encode_negative(negative, len(prompts))
+            features = {
+                name: np.concatenate([against[name], array]) for name, array in features.items()
+            }
+        latents = self.denoise(noise, features, steps, guidance_scale, pixels)
+        decoded = self.encoders.decode(
+            "vae", latents / np.float32(config.get("scaling_factor", 0.18215))
+        )
+        images = np.clip(decoded / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
+        return [(image * 255).round().astype(np.uint8) for image in images]
 
     def denoise(
         self,
         noise: np.ndarray,
         features: dict[str, np.ndarray],
         steps: int,
-        guidance: float,
+        guidance_scale: float,
         size: int,
     ) -> np.ndarray:
-        """Clean latents, float32 [n, channels, h, w], of standard normal noise; ``features`` of
-        negative prompts come before those of prompts."""
-        table = samplers.make_table(
+        """Sample clean latents, float32 [n, channels, h, w]; see ``Denoiser.sample``.
+
+        Args:
+            size: pixels a side, which XL is conditioned on.
+        """
+        table = make_table(
             self.base.configs["scheduler"], steps, self.scheduler, self.prediction_type
         )
-        net, known, kind = (
-            self.nets[self.family.trained_component],
-            self.base.configs[self.family.trained_component],
-            self.half or jnp.float32,
-        )
-        told_of = features | {
-            "size_and_crop": np.tile(
-                np.array([size, size, 0, 0, size, size], np.float32),
-                (len(next(iter(features.values()))), 1),
-            )
-        }
+        component = self.family.trained_component
+        net = self.nets[component]
+        rows = len(next(iter(features.values())))
+        size_and_crop = np.array([size, size, 0, 0, size, size], np.float32)
+        features = features | {"size_and_crop": np.tile(size_and_crop, (rows, 1))}
+        # One program serves all arrays, which it must not hold: previews change them.
         if net.scale not in self.compiled:
-            how = {
-                "config": known,
-                "scale": net.scale,
-                "family": self.family,
-                "kind": kind,
-                "kernel": self.kernel,
-            }
-            self.compiled[net.scale] = jax.jit(partial(sample, **how), static_argnames=("guided",))
+            config, dtype = self.base.configs[component], self.half or jnp.float32
+            denoiser = Denoiser(self.family, config, dtype, self.kernel, net.scale)
+            self.compiled[net.scale] = jax.jit(denoiser.sample, static_argnames="guided")
         with jax.default_matmul_precision("highest" if self.half is None else None):
-            made = self.compiled[net.scale](
+            latents = self.compiled[net.scale](
                 net.arrays,
-                table.timesteps,
-                table.coefficients,
+                (table.timesteps, table.coefficients),
                 noise,
-                told_of,
-                np.float32(guidance),
-                guided=guidance > 1,
+                features,
+                np.float32(guidance_scale),
+                guided=guidance_scale > 1,
             )
-        return np.asarray(made, np.float32)
+        return np.asarray(latents, np.float32)
 
 
-def sample(
-    arrays: dict[str, Array],
-    timesteps: Array,
-    weights: Array,
-    noise: Array,
-    features: dict[str, Array],
-    guidance: Array,
-    *,
-    config: dict[str, Any],
-    scale: float,
-    family: Family,
-    kind: Any,
-    guided: bool,
-    kernel: Kernel | None,
-) -> Array:
-    """One scan over a table: each step mixes the noise and what was said so far, and asks the
-    network; see ``sampler``."""
-    inputs = family.network_inputs(features)
-
-    def step(said: Array, given: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        i, t, row = given
-        x = jnp.tensordot(row, said, 1)
-        both = jnp.concatenate([x, x]) if guided else x
-        out = unet(
-            Params(arrays, scale=scale),
-            config,
-            both.astype(kind),
-            jnp.full(len(both), t),
-            **inputs,
-            kernel=kernel,
-        )[:, : x.shape[1]].astype(jnp.float32)
-        if guided:  # equation 6 of arXiv:2207.12598
-            without, out = jnp.split(out, 2)
-            out = without + guidance * (out - without)
-        return said.at[i + 1].set(out), None
-
-    begin = jnp.zeros((len(weights), *noise.shape)).at[0].set(noise)
-    said, _ = jax.lax.scan(step, begin, (jnp.arange(len(timesteps)), timesteps, weights[:-1]))
-    return jnp.tensordot(weights[-1], said, 1)
+def latent_factor(base: BaseModel) -> int:
+    """Return how many pixels a side one latent stands for."""
+    factor: int = 2 ** (len(base.configs["vae"]["block_out_channels"]) - 1)
+    return factor
 
 
 def latent_side(base: BaseModel, size: int | None) -> int:
-    """Latents a side of pictures of ``size`` pixels; None: the model's own.
+    """Return the latents a side of pictures of ``size`` pixels; None: the model's own.
 
     Raises:
         InputError: when latents cannot have that side.
     """
-    factor, own = (
-        2 ** (len(base.configs["vae"]["block_out_channels"]) - 1),
-        base.configs["unet"].get("sample_size"),
-    )
-    if size is None and not isinstance(own, int):
-        raise InputError(
-            f"size: the model's own is not said (sample_size is {own}); give one, a multiple of "
-            f"{factor} pixels"
-        )
-    pixels = size if size is not None else int(own or 0) * factor
-    if pixels < factor or pixels % factor:
-        raise InputError(
-            f"size: {pixels} pixels are no multiple of {factor}; choose "
-            f"{max(1, round(pixels / factor)) * factor}"
-        )
-    return pixels // factor
+    factor = latent_factor(base)
+    if size is None:
+        sample_size = base.configs["unet"].get("sample_size")
+        if not isinstance(sample_size, int):
+            raise InputError(
+                f"size: the model's own is not stated (sample_size is {sample_size}); give one, a "
+                f"multiple of {factor} pixels"
+            )
+        size = sample_size * factor
+    if size < factor or size % factor:
+        nearest = max(1, round(size / factor)) * factor
+        raise InputError(f"size: {size} pixels are no multiple of {factor}; choose {nearest}")
+    return size // factor
 
 
 def open_pipeline(
-    found: ModelSource,
+    source: ModelSource,
     other_stage: ModelSource | None,
     *,
     scheduler: str | None,
     precision: str,
     device: str | None,
 ) -> Pipeline:
-    """A pipeline ready to draw, from a diffusers folder or a Hub repository, with a LoRA on it
-    where there is one.
+    """Open a diffusers folder or a Hub repository for drawing, with a LoRA on it if there is one.
 
     Raises:
         InputError: for a scheduler or a model that there is no code for.
@@ -260,160 +304,71 @@ def open_pipeline(
             f"scheduler: {scheduler!r} has no table in JAX; it has {', '.join(SAMPLERS)}"
         )
     choose_devices(device)
-    family = read_family(found)
+    family = find_family(source)
     model = ModelSettings(
-        found.model,
+        source.model,
         family.name,
-        revision=found.revision,
-        variant=found.variant,
-        cache_dir=found.cache_dir,
+        revision=source.revision,
+        variant=source.variant,
+        cache_dir=source.cache_dir,
     )
-    base, half = open_base(model, family), HALF.get(precision)
-    parts = JaxEncoders(base)
-    nets = {
-        family.trained_component: Params(
-            to_device(read_component(base, family.trained_component), half)
-        )
-    }
-    if found.lora is not None:
-        nets = apply_lora(base, family, nets, found, half)
+    base = open_base(model, family)
+    half = find_half_dtype(jnp, precision)
+    component = family.trained_component
+    nets = {component: Params(to_device(read_component(base, component), half))}
+    if source.lora is not None:
+        add_lora(nets, source.lora, base, family, half)
     return Pipeline(
         base,
         family,
-        parts,
+        JaxEncoders(base),
         nets,
         base.configs["scheduler"].get("prediction_type", "epsilon"),
         half,
         scheduler,
         choose_kernel(local_device()),
+        half or jnp.float32,
     )
 
 
-def read_family(found: ModelSource) -> Family:
-    """The family of a model's index.
+def find_family(source: ModelSource) -> Family:
+    """Find the family that a model's index names.
 
     Raises:
         InputError: when the JAX engine does not draw with it.
     """
-    kind = read_pipeline_class(found).removeprefix(
-        "Flax"
-    )  # old bases are turned into plain ones when they are opened
-    family = find_pipeline_family(kind)
+    # Old Flax bases become ordinary ones when they are opened.
+    pipeline = read_pipeline_class(source).removeprefix("Flax")
+    family = find_pipeline_family(pipeline)
     if family is None:
+        supported = ", ".join(f.pipeline for f in FAMILIES.values() if f.stage is None)
         raise InputError(
-            f"{found.model} is of a {kind}; the JAX engine draws with "
-            f"{', '.join(f.pipeline for f in FAMILIES.values() if f.stage is None)}"
+            f"{source.model} is of a {pipeline}; the JAX engine draws with {supported}"
         )
     return family
 
 
 def to_device(arrays: dict[str, np.ndarray], half: Any) -> dict[str, Array]:
-    """Arrays on the first device, in the type that is computed in."""
+    """Put arrays on the first device, in the type that is computed in."""
     return {
         name: jax.device_put(array.astype(half or np.float32), local_device())
         for name, array in arrays.items()
     }
 
 
-def apply_lora(
-    base: BaseModel, family: Family, nets: dict[str, Params], found: ModelSource, half: Any
-) -> dict[str, Params]:
-    """The networks with the low-rank additions of a file, whose header says their rank and alpha.
+def add_lora(
+    nets: dict[str, Params], folder: Path, base: BaseModel, family: Family, half: Any
+) -> None:
+    """Add the layers of a LoRA to the networks that it was trained for.
 
     Raises:
-        InputError: for a file that is damaged, of another model, or of a kind of adapter that there
-            is no code for.
+        InputError: for a file that is damaged or does not fit; see ``lora_file``.
     """
-    from safetensors import SafetensorError, safe_open
-
-    assert found.lora is not None
-    where = found.lora / LORA_FILE
-    try:
-        with safe_open(where, "np") as file:
-            said = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            arrays = {to_lora_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-    except (SafetensorError, ValueError) as error:
-        raise InputError(
-            f"{where}: not a whole safetensors file ({error}). Fetch or copy it again."
-        ) from error
-    if more := [
-        name
-        for name, value in said.items()
-        if value
-        and name.rpartition(".")[2] in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
-    ]:
-        raise InputError(
-            f"{where}: it has {more[0]}, which the JAX engine has no code for. Use --engine torch."
-        )
-    components = dict.fromkeys(name.partition(".")[0] for name in arrays)
-    if strange := [name for name in components if name not in family.lora_targets]:
-        raise InputError(
-            f"{where}: it is for {strange[0]}, which this family has not; was it trained on "
-            "another model?"
-        )
-    for component in components:
-        own = {
-            name.removeprefix(f"{component}."): array
-            for name, array in arrays.items()
-            if name.startswith(f"{component}.")
-        }
-        before = (
-            nets[component].arrays
-            if component in nets
-            else to_device(read_component(base, component), half)
-        )
-        if lost := [
-            name for name, array in own.items() if not is_adapter_of(name, array, own, before)
-        ]:
-            expected = (
-                "low-rank additions to linear layers of it are expected. Was it trained on another "
-                "model, or is it of another kind?"
-            )
-            raise InputError(
-                f"{where}: {len(lost)} arrays have no place in the {component} "
-                f"({', '.join(lost[:3])}); {expected}"
-            )
-        rank = said.get(f"{component}.r") or next(
-            array.shape[0] for name, array in own.items() if name.endswith("lora_A.weight")
-        )
-        scale = said.get(f"{component}.lora_alpha", rank) / rank
-        nets[component] = Params({**before, **to_device(own, half)}, scale=scale)
-    return nets
-
-
-def to_lora_name(name: str) -> str:
-    """The name of an array of a LoRA as it is written today, of one as diffusers used to write
-    it."""
-    for old, new in (
-        (".lora_linear_layer", ""),
-        (".lora.down.", ".lora_A."),
-        (".lora.up.", ".lora_B."),
-        (".down.weight", ".lora_A.weight"),
-        (".up.weight", ".lora_B.weight"),
-    ):
-        name = name.replace(old, new)
-    return name
-
-
-def is_adapter_of(
-    name: str, array: np.ndarray, own: dict[str, np.ndarray], before: Mapping[str, Any]
-) -> bool:
-    """Whether an array is half of a low-rank addition to a linear layer."""
-    stem, _, half = name.removesuffix(".weight").rpartition(".")
-    weight, pair = (
-        before.get(f"{stem}.weight"),
-        own.get(f"{stem}.{'lora_B' if half == 'lora_A' else 'lora_A'}.weight"),
-    )
-    if (
-        weight is None
-        or weight.ndim != 2
-        or half not in ("lora_A", "lora_B")
-        or pair is None
-        or array.ndim != 2
-    ):
-        return False
-    return bool(
-        array.shape[1] == weight.shape[1]
-        if half == "lora_A"
-        else array.shape == (weight.shape[0], pair.shape[0])
-    )
+    lora = read_lora(folder / LORA_FILE, family)
+    for component, layers in lora.components.items():
+        if component not in nets:
+            nets[component] = Params(to_device(read_component(base, component), half))
+        weights = nets[component].arrays
+        lora.check_fit(component, weights)
+        arrays = {**weights, **to_device(layers, half)}
+        nets[component] = Params(arrays, scale=lora.scale(component))

@@ -1,7 +1,5 @@
-"""What a machine does in a second and holds at once, through JAX: clocks, memory, and arithmetic
-counted in the traced program, where nothing is computed."""
+"""Measure an engine through JAX: time, memory, and the arithmetic of the traced step."""
 
-import copy
 import itertools
 import math
 import platform
@@ -17,170 +15,175 @@ from jax.interpreters import partial_eval
 
 from limner.engines.jax import weights
 from limner.engines.jax.engine import JaxEngine
-from limner.engines.jax.layout import make_adapters
+from limner.engines.jax.lora import list_linear_adapters
+from limner.engines.jax.model import TrainedModel
 from limner.engines.jax.processes import local_device
 from limner.engines.machine import PUBLISHED_PEAKS, peak_resident, processor_name
 from limner.protocols import Batch
+
+PRECISIONS = {jnp.float16: "fp16", jnp.bfloat16: "bf16"}
 
 
 class JaxProfiler:
     """Measures one engine from outside; see ``engines.torch.profiler.TorchProfiler``."""
 
     def __init__(self, engine: JaxEngine):
-        self.engine, self.device = engine, local_device()
+        self.engine = engine
+        self.device = local_device()
 
     def mark(self, metrics: Any = None) -> float:
-        """This moment, or that at which a step's metrics are there: the step is waited for."""
+        """Return the time in seconds, once a step's metrics have been computed."""
         jax.block_until_ready(metrics)
         return time.perf_counter()
 
     def seconds(self, marks: list[float]) -> list[float]:
-        """The time between neighbouring stamps."""
+        """Return the time between neighbouring marks."""
         return [after - before for before, after in itertools.pairwise(marks)]
 
     def peak_memory(self) -> dict[str, int]:
-        """Highest use so far, in bytes: of the device as JAX counts it, or of the whole process."""
-        known = self.device.memory_stats()
-        return {"allocated": known["peak_bytes_in_use"]} if known else {"process": peak_resident()}
+        """Return the highest use so far in bytes, of the device or else of the whole process."""
+        stats = self.device.memory_stats()
+        return {"allocated": stats["peak_bytes_in_use"]} if stats else {"process": peak_resident()}
 
     def describe_machine(self) -> dict[str, Any]:
-        """Device, precision and versions."""
-        name = (
-            f"cpu ({processor_name()})"
-            if self.device.platform == "cpu"
-            else self.device.device_kind
-        )
-        name = f"{self.engine.mesh.size} x {name}" if self.engine.mesh.size > 1 else name
-        precision = {
-            None: "TF32" if self.engine.precise is None else "float32",
-            jnp.float16: "fp16",
-            jnp.bfloat16: "bf16",
-        }[self.engine.half]
+        """Return device, precision and versions."""
+        device = self.device.device_kind
+        if self.device.platform == "cpu":
+            device = f"cpu ({processor_name()})"
+        if self.engine.mesh.size > 1:
+            device = f"{self.engine.mesh.size} x {device}"
+        full_precision = "TF32" if self.engine.matmul_precision is None else "float32"
         return {
-            "device": name,
-            "precision": precision,
+            "device": device,
+            "precision": PRECISIONS.get(self.engine.half, full_precision),
             "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
         }
 
     def count_flops(self, batch: Batch, micro: int) -> float:
-        """Floating-point operations of the network in one step's forward and backward passes, with
-        nothing recomputed."""
-        engine, name, plain = (
-            self.engine,
-            self.engine.family.trained_component,
-            copy.copy(self.engine),
-        )
-        plain.kernel, plain.half = None, None
-        plain.config = replace(
-            engine.config,
-            engine=replace(engine.config.engine, gradient_checkpointing=False),
-            adapter=replace(engine.config.adapter, dropout=0.0),
-        )
-        known = {
-            part: weights.expected_shapes(
-                engine.base.component_class(part)[1], engine.base.configs[part]
-            )
-            for part in engine.learns
+        """Count the network's floating-point operations in one step, forward and backward.
+
+        Only matrix products and convolutions count, and recomputed activations do not. Nothing is
+        computed: the step is traced with the shapes of ``micro`` rows.
+        """
+        engine = self.engine
+        plain = copy_without_optimizations(engine)
+        component_class, configs = engine.base.component_class, engine.base.configs
+        shapes = {
+            component: weights.expected_shapes(component_class(component)[1], configs[component])
+            for component in plain.components
         }
         arrays = {
-            part: {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()}
-            for part, shapes in known.items()
+            component: {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in of.items()}
+            for component, of in shapes.items()
         }
-        lora = engine.config.adapter.kind == "lora"
-        learn: Any = (
-            make_adapters(known, engine.config.adapter, engine.family, 0) if lora else arrays[name]
-        )
-        rows = {
-            key: jax.ShapeDtypeStruct(
-                (micro, *a.shape[1:]), np.int32 if a.dtype == np.int64 else a.dtype
-            )
-            for key, a in batch.items()
-        }
-        loss = jax.grad(
-            lambda params, frozen, rows: plain.example_losses(
-                params, frozen, rows, None, True
-            ).sum()
-        )
-        program = jax.make_jaxpr(loss)(learn, arrays if lora else {}, rows).jaxpr
-        return (
-            count_multiplications(partial_eval.dce_jaxpr(program, [True] * len(program.outvars))[0])
-            * len(batch["timestep"])
-            / micro
-        )
+        params: Any = arrays[engine.family.trained_component]
+        frozen: Any = {}
+        if engine.config.adapter.kind == "lora":
+            adapters = list_linear_adapters(shapes, engine.config.adapter, engine.family)
+            params = {
+                name: jax.ShapeDtypeStruct(one.shape, np.float32) for name, one in adapters.items()
+            }
+            frozen = arrays
+        rows = {name: describe_rows(array, micro) for name, array in batch.items()}
+
+        def total_loss(params: Any, frozen: Any, rows: Any) -> jax.Array:
+            return plain.example_losses(params, frozen, rows, training=True).sum()
+
+        jaxpr = jax.make_jaxpr(jax.grad(total_loss))(params, frozen, rows).jaxpr
+        needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        return count_matrix_flops(needed) * len(batch["timestep"]) / micro
 
     def measure_matmul(self) -> float:
-        """Operations per second of a large matrix product in the run's precision: the median of
-        some."""
+        """Measure the operations per second of a large matrix product in the run's precision.
+
+        The median of some products, after two for warming up.
+        """
         n = 2048 if self.device.platform == "cpu" else 8192
-        a, b = (
-            jax.device_put(jnp.ones((n, n), self.engine.half or jnp.float32), self.device)
-            for _ in range(2)
-        )
-        with jax.default_matmul_precision(self.engine.precise):
+        dtype = self.engine.half or jnp.float32
+        a, b = (jax.device_put(jnp.ones((n, n), dtype), self.device) for _ in range(2))
+        with jax.default_matmul_precision(self.engine.matmul_precision):
             multiply = jax.jit(jnp.matmul)
             marks = [self.mark(multiply(a, b)) for _ in range(9)]
         return 2 * n**3 / statistics.median(self.seconds(marks)[2:])
 
     def published_peak(self) -> float | None:
-        """The dense peak that the maker states for this device and precision, where it is known."""
-        peaks = PUBLISHED_PEAKS.get(self.device.device_kind)
-        found = (
-            peaks[0 if self.engine.half else 1 if self.engine.precise is None else 2]
-            if peaks
-            else 0.0
-        )
-        return found * 1e12 or None
+        """Return the maker's dense peak for this device and precision in FLOP/s, if published."""
+        if self.device.device_kind not in PUBLISHED_PEAKS:
+            return None
+        in_16_bits, in_tf32, in_float32 = PUBLISHED_PEAKS[self.device.device_kind]
+        if self.engine.half is not None:
+            peak = in_16_bits
+        else:
+            peak = in_tf32 if self.engine.matmul_precision is None else in_float32
+        return peak * 1e12 or None
 
 
-def count_multiplications(program: Any) -> float:
-    """Two for each multiplication of the matrix products and convolutions of a program, and of the
-    programs inside it."""
-    total = 0.0
-    for step in program.eqns:
-        inner = [
-            getattr(value, "jaxpr", value)
-            for value in jax.tree.leaves(list(step.params.values()), is_leaf=is_program)
-            if is_program(value)
-        ]
-        counts = [count_multiplications(one) for one in inner]
-        total += (
-            max(counts, default=0) if step.primitive.name == "cond" else sum(counts)
-        )  # of alternatives one is chosen
-        if step.primitive.name == "dot_general":
-            (contracted, _), _ = step.params["dimension_numbers"]
-            total += (
-                2.0
-                * math.prod(step.outvars[0].aval.shape)
-                * math.prod(step.invars[0].aval.shape[i] for i in contracted)
-            )
-        if step.primitive.name == "conv_general_dilated":
-            kernel, places = step.invars[1].aval.shape, step.params["dimension_numbers"].rhs_spec
-            spread = math.prod(
-                step.params["lhs_dilation"]
-            )  # all but one of so many places are zeros that stand between numbers
-            total += (
-                2.0
-                * math.prod(step.outvars[0].aval.shape)
-                * math.prod(kernel[i] for i in places[1:])
-                / spread
-            )
-    return total
+def describe_rows(array: np.ndarray, count: int) -> jax.ShapeDtypeStruct:
+    """Describe ``count`` rows of an array of a batch, as the engine takes them."""
+    dtype = np.int32 if array.dtype == np.int64 else array.dtype
+    return jax.ShapeDtypeStruct((count, *array.shape[1:]), dtype)
 
 
-def is_program(value: Any) -> bool:
-    """Whether a parameter of an operation is a program."""
+def copy_without_optimizations(engine: JaxEngine) -> TrainedModel:
+    """Copy an engine's model to float32, with plain attention and without recomputing."""
+    config = replace(
+        engine.config,
+        engine=replace(engine.config.engine, gradient_checkpointing=False),
+        adapter=replace(engine.config.adapter, dropout=0.0),
+    )
+    return replace(engine.model, config=config, kernel=None, half=None)
+
+
+def count_matrix_flops(jaxpr: Any) -> float:
+    """Count two operations per multiplication in a program's matrix products and convolutions."""
+    return sum(count_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def count_equation_flops(equation: Any) -> float:
+    """Count the operations of one equation of a program, and of the programs inside it."""
+    inner_programs = [
+        getattr(value, "jaxpr", value)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)
+        if is_jaxpr(value)
+    ]
+    counts = [count_matrix_flops(program) for program in inner_programs]
+    if equation.primitive.name == "cond":
+        # Only one of the branches is taken.
+        return max(counts)
+    return sum(counts) + count_own_flops(equation)
+
+
+def count_own_flops(equation: Any) -> float:
+    """Count the operations of a matrix product or a convolution; 0 for any other equation."""
+    kind, parameters = equation.primitive.name, equation.params
+    if kind not in ("dot_general", "conv_general_dilated"):
+        return 0.0
+    output_size = math.prod(equation.outvars[0].aval.shape)
+    if kind == "dot_general":
+        (contracted, _), _ = parameters["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2.0 * output_size * math.prod(shape[i] for i in contracted)
+    shape = equation.invars[1].aval.shape
+    in_channels_and_sides = parameters["dimension_numbers"].rhs_spec[1:]
+    multiplications = output_size * math.prod(shape[i] for i in in_channels_and_sides)
+    # Dilation puts zeros between the numbers: only one of so many multiplications counts.
+    return 2.0 * multiplications / math.prod(parameters["lhs_dilation"])
+
+
+def is_jaxpr(value: Any) -> bool:
+    """Return whether a parameter of an equation is a program."""
     return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 def open_profiler(engine: JaxEngine) -> JaxProfiler:
-    """What measures an engine from outside."""
+    """Open the profiler of an engine."""
     return JaxProfiler(engine)
 
 
-def parameter_shapes(known: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every array of the network that a config describes.
+def parameter_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every array of the network that a config describes.
 
     Raises:
         InputError: for a network that there is no code for.
     """
-    return weights.expected_shapes(known["_class_name"], known)
+    return weights.expected_shapes(config["_class_name"], config)

@@ -1,7 +1,10 @@
-"""The UNet of Stable Diffusion 1.x, 2.x and XL (arXiv:2112.10752, arXiv:2307.01952) as one pure
-function of its arrays and its config.json."""
+"""The UNet of Stable Diffusion 1.x, 2.x and XL (arXiv:2112.10752, arXiv:2307.01952).
 
-from functools import partial
+It is a pure function of its arrays and the component's config.json.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,7 +25,8 @@ from limner.engines.jax.nn import (
     upsample,
 )
 
-PLAIN = {  # what the config of a plain UNet says; anything else would need code that is not here
+# Of the settings that would need code of their own, the values that need none.
+EXPECTED_SETTINGS = {
     "act_fn": "silu",
     "attention_type": "default",
     "center_input_sample": False,
@@ -48,48 +52,39 @@ PLAIN = {  # what the config of a plain UNet says; anything else would need code
     "dropout": 0.0,
     "reverse_transformer_layers_per_block": None,
 }
-BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+SUPPORTED_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 
 
-def unsupported(config: dict[str, Any]) -> list[str]:
-    """What in a config this file has no code for, in words."""
-    out = [
-        f"{name} is {config[name]!r}, {wanted!r} is expected"
-        for name, wanted in PLAIN.items()
-        if config.get(name, wanted) != wanted
+def find_unsupported(config: dict[str, Any]) -> list[str]:
+    """Say which settings of a config there is no code for."""
+    problems = [
+        f"{name} is {config[name]!r}, {expected!r} is expected"
+        for name, expected in EXPECTED_SETTINGS.items()
+        if config.get(name, expected) != expected
     ]
-    kinds = [
-        kind
-        for kind in (*config["down_block_types"], *config["up_block_types"])
-        if kind not in BLOCKS
-    ]
-    out += [f"a {kind} is none of {', '.join(BLOCKS)}" for kind in dict.fromkeys(kinds)]
-    flat = {
-        "cross_attention_dim": [config.get("cross_attention_dim", 1280)],
-        "transformer_layers_per_block": value_per_level(
-            config.get("transformer_layers_per_block", 1), 1
-        ),
-    }
-    out += [
-        f"{name} is {config[name]}, one number is expected"
-        for name, values in flat.items()
-        if any(isinstance(v, list | tuple) for v in values)
-    ]
-    if config.get("addition_embed_type") not in (None, "text_time"):
-        out.append(
-            f"addition_embed_type is {config['addition_embed_type']!r}, None or 'text_time' is "
-            "expected"
-        )
-    return out
+    for block in dict.fromkeys((*config["down_block_types"], *config["up_block_types"])):
+        if block not in SUPPORTED_BLOCKS:
+            problems.append(f"a {block} is none of {', '.join(SUPPORTED_BLOCKS)}")
+    depths = expand_per_level(config.get("transformer_layers_per_block", 1), 1)
+    for name, values in (
+        ("cross_attention_dim", [config.get("cross_attention_dim", 1280)]),
+        ("transformer_layers_per_block", depths),
+    ):
+        if any(isinstance(value, list | tuple) for value in values):
+            problems.append(f"{name} is {config[name]}, one number is expected")
+    added = config.get("addition_embed_type")
+    if added not in (None, "text_time"):
+        problems.append(f"addition_embed_type is {added!r}, None or 'text_time' is expected")
+    return problems
 
 
-def value_per_level(value: Any, count: int) -> list[Any]:
-    """One value per level."""
+def expand_per_level(value: Any, count: int) -> list[Any]:
+    """Return one value per level."""
     return list(value) if isinstance(value, list | tuple) else [value] * count
 
 
 def feed_forward(p: Params, x: Array) -> Array:
-    """Two linear layers with a gated GELU between them (arXiv:2002.05202)."""
+    """Apply two linear layers with a gated GELU between them (arXiv:2002.05202)."""
     width = x.shape[-1]
     h, gate = jnp.split(linear(p / "net" / 0 / "proj", x, 8 * width), 2, axis=-1)
     return linear(p / "net" / 2, h * jax.nn.gelu(gate, approximate=False), width)
@@ -98,84 +93,102 @@ def feed_forward(p: Params, x: Array) -> Array:
 def attend(
     p: Params, x: Array, context: Array, heads: int, mask: Array | None, kernel: Kernel | None
 ) -> Array:
-    """Attention of x [n, tokens, width] to a context [n, keys, ...]."""
+    """Attend x [n, tokens, width] to a context [n, keys, ...]."""
     width = x.shape[-1]
-    q, k, v = (
-        linear(p / name, source, width, bias=False)
-        for name, source in (("to_q", x), ("to_k", context), ("to_v", context))
-    )
+    q = linear(p / "to_q", x, width, bias=False)
+    k = linear(p / "to_k", context, width, bias=False)
+    v = linear(p / "to_v", context, width, bias=False)
     return linear(p / "to_out" / 0, attention(q, k, v, heads, mask, kernel=kernel), width)
 
 
-def block(
+def transformer_block(
     p: Params, x: Array, context: Array, mask: Array | None, heads: int, kernel: Kernel | None
 ) -> Array:
-    """Attention to itself, attention to the caption, two linear layers; each on what a norm makes
-    of x, and added to it."""
+    """Add self-attention, attention to the caption and two linear layers, each after a norm."""
     h = layer_norm(p / "norm1", x)
     x = x + attend(p / "attn1", h, h, heads, None, kernel)
     x = x + attend(p / "attn2", layer_norm(p / "norm2", x), context, heads, mask, None)
     return x + feed_forward(p / "ff", layer_norm(p / "norm3", x))
 
 
-def transformer(
-    p: Params,
-    x: Array,
-    context: Array,
-    mask: Array | None,
-    *,
-    heads: int,
-    depth: int,
-    groups: int,
-    remat: bool,
-    kernel: Kernel | None,
-    convolution: bool,
-) -> Array:
-    """Transformer blocks over the pixels of x [n, h, w, channels]."""
-    n, height, width, channels = x.shape
-    h = group_norm(p / "norm", x, groups, 1e-6).reshape(n, height * width, channels)
-    h = pointwise(p / "proj_in", h, channels, convolution)
-    run = partial(block, heads=heads, kernel=kernel)
-    for i in range(depth):
-        inner = p / "transformer_blocks" / i
-        h = (
-            jax.checkpoint(lambda h, c, inner=inner: run(inner, h, c, mask))
-            if remat
-            else lambda h, c, inner=inner: run(inner, h, c, mask)
-        )(h, context)
-    return x + pointwise(p / "proj_out", h, channels, convolution).reshape(x.shape)
-
-
 def embed_conditions(
     p: Params, config: dict[str, Any], x: Array, t: Array, added: dict[str, Array] | None
 ) -> Array:
-    """What timestep, and for XL pooled caption and the six numbers of the crop, come to: [n,
-    width]."""
-    first = config["block_out_channels"][0]
-    width = config.get("time_embedding_dim") or 4 * first
-    wave = partial(
-        sinusoid,
-        cosine_first=config.get("flip_sin_to_cos", True),
-        shift=config.get("freq_shift", 0),
-    )
+    """Embed the timestep: [n, width], in the type of x.
 
-    def two(inner: Params, h: Array) -> Array:
-        return linear(
-            inner / "linear_2",
-            jax.nn.silu(linear(inner / "linear_1", h.astype(x.dtype), width)),
-            width,
-        )
+    Args:
+        added: XL's pooled caption ``text_embeds`` and six numbers ``time_ids`` [n, 6].
+    """
+    channels = config["block_out_channels"][0]
+    width = config.get("time_embedding_dim") or 4 * channels
+    cosine_first, shift = config.get("flip_sin_to_cos", True), config.get("freq_shift", 0)
 
-    time = two(p / "time_embedding", wave(t, first))
+    def two_layers(inner: Params, h: Array) -> Array:
+        h = jax.nn.silu(linear(inner / "linear_1", h.astype(x.dtype), width))
+        return linear(inner / "linear_2", h, width)
+
+    time = two_layers(p / "time_embedding", sinusoid(t, channels, cosine_first, shift))
     if config.get("addition_embed_type") != "text_time" or added is None:
         return time
-    numbers = wave(added["time_ids"].reshape(-1), config["addition_time_embed_dim"]).reshape(
-        len(x), -1
-    )
-    return time + two(
-        p / "add_embedding",
-        jnp.concatenate([added["text_embeds"].astype(jnp.float32), numbers], -1),
-    )
+    numbers = added["time_ids"].reshape(-1)
+    waves = sinusoid(numbers, config["addition_time_embed_dim"], cosine_first, shift)
+    waves = waves.reshape(len(x), -1)
+    pooled = added["text_embeds"].astype(jnp.float32)
+    return time + two_layers(p / "add_embedding", jnp.concatenate([pooled, waves], -1))
+
+
+@dataclass(frozen=True)
+class UNetBlocks:
+    """The two kinds of block that a UNet is made of, and what all of them share."""
+
+    config: dict[str, Any]
+    time: Array  # the embedded timestep, [n, width]
+    context: Array  # of the caption, [n, tokens, width]
+    mask: Array | None  # False for tokens to be ignored, bool [n, tokens]
+    remat: bool
+    kernel: Kernel | None
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels that are normalised together."""
+        return int(self.config.get("norm_num_groups", 32))
+
+    @property
+    def eps(self) -> float:
+        """Added to variances, outside the transformers."""
+        return float(self.config.get("norm_eps", 1e-5))
+
+    def run(self, block: Callable[[Array, Array], Array], h: Array, condition: Array) -> Array:
+        """Run a block, with its activations recomputed in the backward pass if asked for."""
+        return (jax.checkpoint(block) if self.remat else block)(h, condition)
+
+    def resnet(self, p: Params, h: Array, out: int) -> Array:
+        """Apply two convolutions to h [n, h, w, channels], with the timestep between them."""
+
+        def block(h: Array, time: Array) -> Array:
+            return resnet(p, h, time, out, self.groups, self.eps)
+
+        return self.run(block, h, self.time)
+
+    def transformer(self, p: Params, x: Array, level: int) -> Array:
+        """Apply transformer blocks to the pixels of x [n, h, w, channels]."""
+        config, levels = self.config, len(self.config["block_out_channels"])
+        # diffusers' attention_head_dim is the number of heads.
+        head_counts = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+        heads = expand_per_level(head_counts, levels)[level]
+        depths = expand_per_level(config.get("transformer_layers_per_block", 1), levels)
+        convolution = not config.get("use_linear_projection", False)
+        n, height, width, channels = x.shape
+        h = group_norm(p / "norm", x, self.groups, 1e-6).reshape(n, height * width, channels)
+        h = pointwise(p / "proj_in", h, channels, convolution)
+        for i in range(depths[level]):
+            inner = p / "transformer_blocks" / i
+
+            def block(h: Array, context: Array, inner: Params = inner) -> Array:
+                return transformer_block(inner, h, context, self.mask, heads, self.kernel)
+
+            h = self.run(block, h, self.context)
+        return x + pointwise(p / "proj_out", h, channels, convolution).reshape(x.shape)
 
 
 def unet(
@@ -183,98 +196,89 @@ def unet(
     config: dict[str, Any],
     x: Array,
     t: Array,
-    encoder_hidden_states: Array,
-    added_cond_kwargs: dict[str, Array] | None = None,
-    encoder_attention_mask: Array | None = None,
+    inputs: dict[str, Any],
     *,
     remat: bool = False,
     kernel: Kernel | None = None,
 ) -> Array:
-    """What the network predicts for noisy latents x [n, channels, h, w] at timesteps t [n]: [n, out
-    channels, h, w], in the type of x.
+    """Predict from noisy latents x [n, channels, h, w] at timesteps t [n].
 
     Args:
-        encoder_hidden_states: [n, tokens, width] of the caption.
-        encoder_attention_mask: which tokens are looked at, bool [n, tokens].
+        inputs: ``encoder_hidden_states`` [n, tokens, width] of the caption; as the family needs
+            them ``encoder_attention_mask``, bool [n, tokens], and ``added_cond_kwargs``, see
+            ``embed_conditions``.
         remat: recompute activations block by block in the backward pass (arXiv:1604.06174).
-        kernel: of attention; see ``attention.choose_kernel``.
+        kernel: of self-attention; see ``attention.choose_kernel``.
+
+    Returns:
+        [n, out channels, h, w], in the type of x.
     """
-    channels, layers = config["block_out_channels"], config.get("layers_per_block", 2)
-    levels, groups, eps = (
-        len(channels),
-        config.get("norm_num_groups", 32),
-        config.get("norm_eps", 1e-5),
-    )
-    heads, depth = (
-        value_per_level(
-            config.get("num_attention_heads") or config.get("attention_head_dim", 8), levels
-        ),
-        value_per_level(config.get("transformer_layers_per_block", 1), levels),
-    )
-    per_level = value_per_level(layers, levels)
-    x, context = x.transpose(0, 2, 3, 1), encoder_hidden_states.astype(x.dtype)
-    time = embed_conditions(p, config, x, t, added_cond_kwargs)
-
-    def cell(inner: Params, h: Array, out: int) -> Array:
-        def run(h: Array, time: Array) -> Array:
-            return resnet(inner, h, time, out, groups, eps)
-
-        return (jax.checkpoint(run) if remat else run)(h, time)
-
-    def attend(inner: Params, h: Array, level: int) -> Array:
-        how = {
-            "heads": heads[level],
-            "depth": depth[level],
-            "groups": groups,
-            "remat": remat,
-            "kernel": kernel,
-        }
-        return transformer(
-            inner,
-            h,
-            context,
-            encoder_attention_mask,
-            **how,
-            convolution=not config.get("use_linear_projection", False),
-        )
-
-    h = conv(p / "conv_in", x, channels[0])
-    skips = [h]
-    for level, kind in enumerate(config["down_block_types"]):
-        down = p / "down_blocks" / level
-        for i in range(per_level[level]):
-            h = cell(down / "resnets" / i, h, channels[level])
-            if kind.startswith("CrossAttn"):
-                h = attend(down / "attentions" / i, h, level)
-            skips.append(h)
-        if level < levels - 1:
-            h = conv(down / "downsamplers" / 0 / "conv", h, channels[level], stride=2)
-            skips.append(h)
-    middle = p / "mid_block"
-    h = cell(middle / "resnets" / 0, h, channels[-1])
-    h = attend(middle / "attentions" / 0, h, levels - 1)
-    h = cell(middle / "resnets" / 1, h, channels[-1])
-    for i, kind in enumerate(config["up_block_types"]):
-        level, up = levels - 1 - i, p / "up_blocks" / i
-        for j in range(per_level[level] + 1):
-            h = cell(up / "resnets" / j, jnp.concatenate([h, skips.pop()], -1), channels[level])
-            if kind.startswith("CrossAttn"):
-                h = attend(up / "attentions" / j, h, level)
-        if i < levels - 1:
-            h = upsample(up, h, skips[-1].shape[1:3])
-    h = jax.nn.silu(group_norm(p / "conv_norm_out", h, groups, eps))
+    x = x.transpose(0, 2, 3, 1)
+    context = inputs["encoder_hidden_states"].astype(x.dtype)
+    time = embed_conditions(p, config, x, t, inputs.get("added_cond_kwargs"))
+    mask = inputs.get("encoder_attention_mask")
+    blocks = UNetBlocks(config, time, context, mask, remat, kernel)
+    h = conv(p / "conv_in", x, config["block_out_channels"][0])
+    h, skips = run_down_blocks(p, blocks, h)
+    h = run_middle_block(p / "mid_block", blocks, h)
+    h = run_up_blocks(p, blocks, h, skips)
+    h = jax.nn.silu(group_norm(p / "conv_norm_out", h, blocks.groups, blocks.eps))
     return conv(p / "conv_out", h, config.get("out_channels", 4)).transpose(0, 3, 1, 2)
 
 
-def unet_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every array of the network."""
+def run_down_blocks(p: Params, blocks: UNetBlocks, h: Array) -> tuple[Array, list[Array]]:
+    """Run the levels from large to small; also returns what the way up concatenates."""
+    channels = blocks.config["block_out_channels"]
+    layers = expand_per_level(blocks.config.get("layers_per_block", 2), len(channels))
+    skips = [h]
+    for level, kind in enumerate(blocks.config["down_block_types"]):
+        down = p / "down_blocks" / level
+        for i in range(layers[level]):
+            h = blocks.resnet(down / "resnets" / i, h, channels[level])
+            if kind.startswith("CrossAttn"):
+                h = blocks.transformer(down / "attentions" / i, h, level)
+            skips.append(h)
+        if level < len(channels) - 1:
+            h = conv(down / "downsamplers" / 0 / "conv", h, channels[level], stride=2)
+            skips.append(h)
+    return h, skips
+
+
+def run_middle_block(p: Params, blocks: UNetBlocks, h: Array) -> Array:
+    """Run the block between the way down and the way up."""
+    channels = blocks.config["block_out_channels"]
+    h = blocks.resnet(p / "resnets" / 0, h, channels[-1])
+    h = blocks.transformer(p / "attentions" / 0, h, len(channels) - 1)
+    return blocks.resnet(p / "resnets" / 1, h, channels[-1])
+
+
+def run_up_blocks(p: Params, blocks: UNetBlocks, h: Array, skips: list[Array]) -> Array:
+    """Run the levels from small to large; uses up ``skips``."""
+    channels = blocks.config["block_out_channels"]
+    layers = expand_per_level(blocks.config.get("layers_per_block", 2), len(channels))
+    for i, kind in enumerate(blocks.config["up_block_types"]):
+        level, up = len(channels) - 1 - i, p / "up_blocks" / i
+        for j in range(layers[level] + 1):
+            joined = jnp.concatenate([h, skips.pop()], -1)
+            h = blocks.resnet(up / "resnets" / j, joined, channels[level])
+            if kind.startswith("CrossAttn"):
+                h = blocks.transformer(up / "attentions" / j, h, level)
+        if level > 0:
+            h = upsample(up, h, skips[-1].shape[1:3])
+    return h
+
+
+def list_unet_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every array of the network."""
     side = 2 ** (len(config["block_out_channels"]) - 1)
     x = jnp.zeros((1, config.get("in_channels", 4), side, side))
-    width = config.get("cross_attention_dim", 1280)
-    added = None
+    context = jnp.zeros((1, 1, config.get("cross_attention_dim", 1280)))
+    inputs: dict[str, Any] = {"encoder_hidden_states": context}
     if config.get("addition_embed_type") == "text_time":
-        pooled = (
-            config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        )
-        added = {"text_embeds": jnp.zeros((1, pooled)), "time_ids": jnp.zeros((1, 6))}
-    return list_shapes(lambda p: unet(p, config, x, jnp.zeros(1), jnp.zeros((1, 1, width)), added))
+        numbers_width = 6 * config["addition_time_embed_dim"]
+        pooled_width = config["projection_class_embeddings_input_dim"] - numbers_width
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": jnp.zeros((1, pooled_width)),
+            "time_ids": jnp.zeros((1, 6)),
+        }
+    return list_shapes(lambda p: unet(p, config, x, jnp.zeros(1), inputs))

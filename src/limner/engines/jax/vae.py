@@ -1,5 +1,7 @@
-"""The KL autoencoder of Stable Diffusion (arXiv:2112.10752), encoder and decoder, as pure functions
-of its arrays and its config.json."""
+"""The KL autoencoder of Stable Diffusion (arXiv:2112.10752), encoder and decoder.
+
+Both are pure functions of their arrays and the component's config.json.
+"""
 
 from typing import Any
 
@@ -19,97 +21,92 @@ from limner.engines.jax.nn import (
 )
 
 EPS = 1e-6
+BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 
-def unsupported(config: dict[str, Any]) -> list[str]:
-    """What in a config this file has no code for, in words."""
-    plain = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-    out = [
-        f"a {kind} is no {wanted}"
-        for name, wanted in plain.items()
-        for kind in dict.fromkeys(config.get(name, []))
-        if kind != wanted
-    ]
-    out += [
-        f"{name} is {config[name]}, none is expected"
-        for name in ("latents_mean", "latents_std", "shift_factor")
-        if config.get(name) is not None
-    ]
-    return out + (
-        [f"act_fn is {config['act_fn']!r}, 'silu' is expected"]
-        if config.get("act_fn", "silu") != "silu"
-        else []
-    )
+def find_unsupported(config: dict[str, Any]) -> list[str]:
+    """Say which settings of a config there is no code for."""
+    problems = []
+    for name, expected in BLOCKS.items():
+        for block in dict.fromkeys(config.get(name, [])):
+            if block != expected:
+                problems.append(f"a {block} is no {expected}")
+    for name in ("latents_mean", "latents_std", "shift_factor"):
+        if config.get(name) is not None:
+            problems.append(f"{name} is {config[name]}, none is expected")
+    if config.get("act_fn", "silu") != "silu":
+        problems.append(f"act_fn is {config['act_fn']!r}, 'silu' is expected")
+    return problems
 
 
-def middle_block(p: Params, h: Array, groups: int, looks: bool) -> Array:
-    """Two residual cells, with attention of one head between them."""
-    h = resnet(p / "resnets" / 0, h, None, h.shape[-1], groups, EPS)
-    if looks:
-        a, width = p / "attentions" / 0, h.shape[-1]
-        x = group_norm(a / "group_norm", h, groups, EPS).reshape(len(h), -1, width)
-        q, k, v = (linear(a / name, x, width) for name in ("to_q", "to_k", "to_v"))
-        h = h + linear(a / "to_out" / 0, attention(q, k, v, 1), width).reshape(h.shape)
-    return resnet(p / "resnets" / 1, h, None, h.shape[-1], groups, EPS)
+def middle_block(p: Params, h: Array, config: dict[str, Any]) -> Array:
+    """Apply two residual blocks, with attention of one head between them."""
+    groups, width = config.get("norm_num_groups", 32), h.shape[-1]
+    h = resnet(p / "resnets" / 0, h, None, width, groups, EPS)
+    if config.get("mid_block_add_attention", True):
+        layer = p / "attentions" / 0
+        x = group_norm(layer / "group_norm", h, groups, EPS).reshape(len(h), -1, width)
+        q, k, v = (linear(layer / name, x, width) for name in ("to_q", "to_k", "to_v"))
+        h = h + linear(layer / "to_out" / 0, attention(q, k, v, 1), width).reshape(h.shape)
+    return resnet(p / "resnets" / 1, h, None, width, groups, EPS)
+
+
+def output_block(p: Params, h: Array, config: dict[str, Any], out: int) -> Array:
+    """Apply the last norm, activation and convolution of either half."""
+    normed = group_norm(p / "conv_norm_out", h, config.get("norm_num_groups", 32), EPS)
+    return conv(p / "conv_out", jax.nn.silu(normed), out)
 
 
 def encode(p: Params, config: dict[str, Any], x: Array) -> tuple[Array, Array]:
-    """Mean and standard deviation of the posterior, [n, latent channels, h, w], for pixels in [-1,
-    1], [n, 3, H, W]."""
-    channels, groups, latent = (
-        config["block_out_channels"],
-        config.get("norm_num_groups", 32),
-        config.get("latent_channels", 4),
-    )
-    e = p / "encoder"
-    h = conv(e / "conv_in", x.transpose(0, 2, 3, 1), channels[0])
+    """Encode pixels in [-1, 1], [n, 3, H, W].
+
+    Returns:
+        Mean and standard deviation of the posterior, [n, latent channels, h, w].
+    """
+    channels, groups = config["block_out_channels"], config.get("norm_num_groups", 32)
+    latent_channels = config.get("latent_channels", 4)
+    encoder = p / "encoder"
+    h = conv(encoder / "conv_in", x.transpose(0, 2, 3, 1), channels[0])
     for level, out in enumerate(channels):
-        down = e / "down_blocks" / level
+        down = encoder / "down_blocks" / level
         for i in range(config.get("layers_per_block", 1)):
             h = resnet(down / "resnets" / i, h, None, out, groups, EPS)
         if level < len(channels) - 1:
             h = conv(down / "downsamplers" / 0 / "conv", h, out, stride=2, pad=(0, 1))
-    h = middle_block(e / "mid_block", h, groups, config.get("mid_block_add_attention", True))
-    h = conv(
-        e / "conv_out", jax.nn.silu(group_norm(e / "conv_norm_out", h, groups, EPS)), 2 * latent
-    )
+    h = middle_block(encoder / "mid_block", h, config)
+    h = output_block(encoder, h, config, 2 * latent_channels)
     if config.get("use_quant_conv", True):
-        h = conv(p / "quant_conv", h, 2 * latent, size=1)
+        h = conv(p / "quant_conv", h, 2 * latent_channels, size=1)
     mean, log_variance = jnp.split(h.transpose(0, 3, 1, 2), 2, axis=1)
     return mean, jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
 
 
 def decode(p: Params, config: dict[str, Any], z: Array) -> Array:
-    """Pixels, about within [-1, 1], [n, 3, H, W], of unscaled latents z [n, latent channels, h,
-    w]."""
+    """Decode unscaled latents [n, latent channels, h, w].
+
+    Returns:
+        Pixels, about within [-1, 1], [n, 3, H, W].
+    """
     channels, groups = config["block_out_channels"], config.get("norm_num_groups", 32)
-    h, d = z.transpose(0, 2, 3, 1), p / "decoder"
+    decoder = p / "decoder"
+    h = z.transpose(0, 2, 3, 1)
     if config.get("use_post_quant_conv", True):
         h = conv(p / "post_quant_conv", h, h.shape[-1], size=1)
-    h = middle_block(
-        d / "mid_block",
-        conv(d / "conv_in", h, channels[-1]),
-        groups,
-        config.get("mid_block_add_attention", True),
-    )
+    h = conv(decoder / "conv_in", h, channels[-1])
+    h = middle_block(decoder / "mid_block", h, config)
     for i, out in enumerate(reversed(channels)):
-        up = d / "up_blocks" / i
+        up = decoder / "up_blocks" / i
         for j in range(config.get("layers_per_block", 1) + 1):
             h = resnet(up / "resnets" / j, h, None, out, groups, EPS)
         if i < len(channels) - 1:
             h = upsample(up, h)
-    return conv(
-        d / "conv_out", jax.nn.silu(group_norm(d / "conv_norm_out", h, groups, EPS)), 3
-    ).transpose(0, 3, 1, 2)
+    return output_block(decoder, h, config, 3).transpose(0, 3, 1, 2)
 
 
-def vae_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every array of both halves."""
+def list_vae_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every array of both halves."""
     side = 2 ** (len(config["block_out_channels"]) - 1)
-    pixels, latents = (
-        jnp.zeros((1, 3, side, side)),
-        jnp.zeros((1, config.get("latent_channels", 4), 1, 1)),
-    )
-    return list_shapes(lambda p: encode(p, config, pixels)) | list_shapes(
-        lambda p: decode(p, config, latents)
-    )
+    pixels = jnp.zeros((1, 3, side, side))
+    latents = jnp.zeros((1, config.get("latent_channels", 4), 1, 1))
+    encoder = list_shapes(lambda p: encode(p, config, pixels))
+    return encoder | list_shapes(lambda p: decode(p, config, latents))

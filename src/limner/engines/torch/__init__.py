@@ -1,5 +1,4 @@
-"""The PyTorch engine: one process of a run, its device, its models and stock diffusers
-pipelines."""
+"""The PyTorch engine: one process of a run, its device, its models and stock pipelines."""
 
 import os
 

@@ -1,10 +1,10 @@
-"""Training in PyTorch: one pure-looking step on one flat buffer; nothing is copied to the host but
-at logging and saving."""
+"""Training in PyTorch: the step on one flat buffer, and what the loop asks of an engine.
 
-import contextlib
+Nothing is copied to the host but at logging and saving.
+"""
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -12,7 +12,10 @@ import torch
 from limner.base_model.base import BaseModel
 from limner.config.schema import Config
 from limner.diffusion.objective import Objective
+from limner.engines.adapters import list_adapters
+from limner.engines.state import find_half_dtype
 from limner.engines.torch import lora, pipeline
+from limner.engines.torch import state as states
 from limner.engines.torch.encoders import (
     TorchEncoders,
     TrainableTextEncoders,
@@ -20,29 +23,16 @@ from limner.engines.torch.encoders import (
     checkpoint_gradients,
     load_component,
 )
-from limner.engines.torch.flat_parameters import ALIGN, FlatParameters
+from limner.engines.torch.flat_parameters import FlatParameters
+from limner.engines.torch.optimizer import clip_and_update, load_adamw8bit, make_optimizer
 from limner.engines.torch.processes import TorchProcessGroup
-from limner.errors import InputError, IntegrityError
+from limner.engines.torch.state import TorchState
 from limner.families.family import Family
 from limner.families.text import encode_captions, zero_dropped
 from limner.protocols import Arrays, Batch, Metrics, NonFiniteStep, Report
 
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-SWAP_PIECE = 1 << 24  # numbers that are held twice while weights and average change places
-
-
-@dataclass
-class TorchState:
-    """Everything that learns or remembers; ``fault`` is the first step that was not finite, -1
-    where there was none."""
-
-    net: torch.nn.Module
-    text_encoders: dict[str, torch.nn.Module]  # the text encoders that learn too, by name
-    parameters: FlatParameters
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    ema: torch.Tensor | None
-    fault: torch.Tensor
+Tensors = dict[str, torch.Tensor]
+Networks = dict[str, torch.nn.Module]
 
 
 class TorchEngine:
@@ -53,86 +43,95 @@ class TorchEngine:
         config: Config,
         base: BaseModel,
         family: Family,
-        world: TorchProcessGroup,
-        micro: int,
-        report: Callable[[str], None] = print,
+        process: TorchProcessGroup,
+        micro_batch_size: int,
+        report: Report = print,
     ):
-        self.config, self.base, self.family, self.process, self.micro_batch_size, self.report = (
-            config,
-            base,
-            family,
-            world,
-            micro,
-            report,
+        self.config = config
+        self.base = base
+        self.family = family
+        self.process = process
+        self.micro_batch_size = micro_batch_size
+        self.report = report
+        self.rank = process.rank
+        self.world_size = process.world_size
+        self.device = process.device
+        self.half: torch.dtype | None = find_half_dtype(torch, process.precision)
+        self.refuse_settings()
+        # An autoencoder that the recipe names is safe in half precision; the base's may not be.
+        runs_in_half = config.model.vae is not None and self.half is not None
+        self.encoders = TorchEncoders(
+            base, self.device, {"vae": self.half} if runs_in_half and self.half else {}
         )
-        self.rank, self.world_size, self.device = world.rank, world.world_size, world.device
-        self.half = HALF.get(world.precision)
-        safe = {"vae": self.half} if config.model.vae is not None and self.half is not None else {}
-        self.encoders = TorchEncoders(base, self.device, safe)
-        if config.optim.kind == "adamw8bit":
-            load_adamw8bit()
-        if config.adapter.targets:
-            lora.choose_targets(build_on_meta(base), config.adapter, family)
-        self.prediction_type = Objective.from_scheduler(
-            base.configs["scheduler"], config.objective
-        ).prediction_type
+        objective = Objective.from_scheduler(base.configs["scheduler"], config.objective)
+        self.prediction_type = objective.prediction_type
         if config.engine.tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
 
+    def refuse_settings(self) -> None:
+        """Refuse what cannot be trained, before a weight is loaded."""
+        if self.config.optim.kind == "adamw8bit":
+            load_adamw8bit()
+        if self.config.adapter.targets:
+            shapes = {self.family.trained_component: lora.list_shapes(build_on_meta(self.base))}
+            list_adapters(shapes, self.config.adapter, self.family)
+
     def get_encoders(self) -> TorchEncoders:
+        """See ``protocols.Engine``."""
         return self.encoders
 
     def release_encoders(self, names: Iterable[str] | None = None) -> None:
+        """See ``protocols.Engine``."""
         self.encoders.release(names)
 
     def init_state(self, seed: int) -> TorchState:
-        fixed = self.family.frozen_arrays
-        nets = {
+        """See ``protocols.Engine``."""
+        config = self.config
+        nets: Networks = {
             name: load_component(self.base, name)
-            for name in self.family.trained_components(self.config.adapter.text_encoders)
+            for name in self.family.trained_components(config.adapter.text_encoders)
         }
-        net = nets[self.family.trained_component]
-        self.choose_attention(net)
-        if self.config.engine.gradient_checkpointing:
+        self.choose_attention(nets[self.family.trained_component])
+        if config.engine.gradient_checkpointing:
             for one in nets.values():
                 checkpoint_gradients(one)
-        if self.config.adapter.kind == "lora":
-            if self.half is not None:
-                for one in nets.values():
-                    torch.nn.Module.to(one, self.half)  # diffusers' own warns of nothing
-            named = lora.add_adapters(nets, self.config.adapter, self.family, seed)
-        else:
-            named = {
-                name: p.requires_grad_(name not in fixed)
-                for name, p in net.named_parameters()
-                if name not in fixed
-            }
+        named = self.choose_parameters(nets, seed)
         for one in nets.values():
             one.to(self.device).train()
-        arena = FlatParameters(named)
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.half is torch.float16)
-        ema = (
-            arena.flat.detach().to(
-                "cpu" if self.config.optim.ema_offload else self.device, copy=True
-            )
-            if self.config.optim.ema is not None
-            else None
-        )
-        texts = {name: one for name, one in nets.items() if one is not net}
+        parameters = FlatParameters(named)
+        ema = None
+        if config.optim.ema is not None:
+            place = torch.device("cpu") if config.optim.ema_offload else self.device
+            ema = parameters.flat.detach().to(place, copy=True)
+        net = nets.pop(self.family.trained_component)
         return TorchState(
-            net,
-            texts,
-            arena,
-            self.make_optimizer(arena.flat),
-            scaler,
-            ema,
-            torch.full((), -1, dtype=torch.int64, device=self.device),
+            net=net,
+            text_encoders=nets,
+            parameters=parameters,
+            optimizer=make_optimizer(config.optim, parameters.flat),
+            scaler=torch.amp.GradScaler(self.device.type, enabled=self.half is torch.float16),
+            ema=ema,
+            fault=torch.full((), -1, dtype=torch.int64, device=self.device),
         )
 
+    def choose_parameters(self, nets: Networks, seed: int) -> dict[str, torch.nn.Parameter]:
+        """Return the parameters to train by their names in files; all others are frozen."""
+        if self.config.adapter.kind != "full":
+            if self.half is not None:
+                for one in nets.values():
+                    # Not one.to(): diffusers' own warns of modules to keep in float32, naming none.
+                    torch.nn.Module.to(one, self.half)
+            return lora.add_adapters(nets, self.config.adapter, self.family, seed)
+        trained: dict[str, torch.nn.Parameter] = {}
+        for name, parameter in nets[self.family.trained_component].named_parameters():
+            parameter.requires_grad_(name not in self.family.frozen_arrays)
+            if parameter.requires_grad:
+                trained[name] = parameter
+        return trained
+
     def choose_attention(self, net: torch.nn.Module) -> None:
-        """PyTorch's memory-efficient attention is diffusers' default; plain products or xFormers
-        serve by wish, and where they can run."""
+        """Set plain products or xFormers, where the recipe asks for them and they can run."""
         if self.config.engine.attention == "math":
             net.set_default_attn_processor()  # type: ignore[operator]
         if self.config.engine.attention == "xformers":
@@ -146,20 +145,6 @@ class TorchEngine:
                         "attention is used"
                     )
 
-    def make_optimizer(self, flat: torch.nn.Parameter) -> torch.optim.Optimizer:
-        o = self.config.optim
-        settings: dict[str, Any] = {
-            "lr": o.learning_rate,
-            "betas": o.betas,
-            "eps": o.eps,
-            "weight_decay": o.weight_decay,
-        }
-        if o.kind == "adamw":
-            return torch.optim.AdamW(
-                [flat], fused=self.device.type in ("cpu", "cuda", "xpu", "mps"), **settings
-            )
-        return load_adamw8bit()([flat], **settings)
-
     def step(
         self,
         state: TorchState,
@@ -170,127 +155,123 @@ class TorchEngine:
         ema: float | None,
         seed: int,
     ) -> tuple[TorchState, Metrics]:
-        arena, gradient = state.parameters, state.parameters.flat.grad
-        assert gradient is not None
-        gradient.zero_()
-        rows = self.to_device(batch)
+        """See ``protocols.Engine``."""
+        flat = state.parameters.flat
+        assert flat.grad is not None
+        flat.grad.zero_()
+        loss = self.accumulate_gradient(state, batch, step, seed)
+        self.process.sum_(flat.grad)
+        self.process.sum_(loss)
+        state.optimizer.param_groups[0]["lr"] = learning_rate
+        norm, updated = clip_and_update(state, loss, step, self.config.optim.max_grad_norm)
+        if state.ema is not None and ema is not None:
+            # A step that changed no weight moves no average.
+            weight = torch.where(updated, 1.0 - ema, 0.0).to(state.ema.device)
+            state.ema.lerp_(flat.detach().to(state.ema.device), weight)
+        return state, {"loss": loss, "grad_norm": norm}
+
+    def accumulate_gradient(
+        self, state: TorchState, batch: Batch, step: int, seed: int
+    ) -> torch.Tensor:
+        """Add the gradient of this process's rows to the buffer; return their part of the loss."""
+        rows = len(batch["timestep"]) * self.world_size
         total = torch.zeros((), device=self.device)
-        for i, part in enumerate(split_micro_batches(rows, self.micro_batch_size)):
+        for i, part in enumerate(self.split_micro_batches(batch)):
             torch.manual_seed(
                 (seed * 1_000_003 + step * 8191 + self.rank * 131 + i) % 2**63
             )  # dropout, addressed by the step
-            loss = self.example_losses(state.net, part, state.text_encoders).sum() / (
-                len(batch["timestep"]) * self.world_size
-            )
+            losses = self.example_losses(state.net, part, state.text_encoders)
+            # The mean over the global batch: micro-batches and processes only have to be added.
+            loss = losses.sum() / rows
             state.scaler.scale(loss).backward()
             total += loss.detach()
-        self.process.sum_(gradient)
-        self.process.sum_(total)
-        state.optimizer.param_groups[0]["lr"] = learning_rate
-        norm, good = self.update(state, gradient, total, step)
-        if state.ema is not None and ema is not None:
-            weight = torch.where(good, 1.0 - ema, 0.0).to(state.ema.device)
-            state.ema.lerp_(arena.flat.detach().to(state.ema.device), weight)
-        return state, {"loss": total, "grad_norm": norm}
-
-    def update(
-        self, state: TorchState, gradient: torch.Tensor, loss: torch.Tensor, step: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clip and step, unless something is not finite; all of it on the device. Returns the
-        gradient norm and whether an update was made."""
-        optimizer, scaler = state.optimizer, state.scaler
-        scale = (
-            scaler._get_scale_async() if scaler.is_enabled() else None
-        )  # the one handle on the scale that does not wait for the device
-        norm = compute_norm(gradient) if scale is None else compute_norm(gradient) / scale
-        good = torch.isfinite(norm) & torch.isfinite(loss)
-        overflow = (
-            torch.zeros_like(good) if scale is None else torch.isfinite(loss) & (scale > 1.0)
-        )  # the scaler lowers the scale and goes on
-        state.fault = torch.where((state.fault < 0) & ~good & ~overflow, step, state.fault)
-        shrink = torch.clamp((norm + 1e-6) / self.config.optim.max_grad_norm, min=1.0)
-        if scaler.is_enabled():
-            scaler.unscale_(optimizer)
-        if getattr(
-            optimizer, "_step_supports_amp_scaling", False
-        ):  # the fused kernel divides by grad_scale, and does nothing where found_inf is set
-            optimizer.grad_scale, optimizer.found_inf = shrink, (~good).float()  # type: ignore[attr-defined]
-            if scaler.is_enabled():
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.step()
-                del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-        else:
-            gradient.div_(shrink).masked_fill_(~good, 0.0)
-            scaler.step(optimizer)
-            scaler.update()
-        return norm, good
+        return total
 
     def example_losses(
-        self,
-        net: torch.nn.Module,
-        b: dict[str, torch.Tensor],
-        texts: dict[str, torch.nn.Module] | None = None,
+        self, net: torch.nn.Module, rows: Tensors, text_encoders: Networks | None = None
     ) -> torch.Tensor:
-        """The weighted loss of each example, float32, shape [rows]; where text encoders learn,
-        ``b`` has token ids in place of text features."""
+        """Return the weighted loss of each example, float32 [rows].
+
+        Args:
+            rows: a micro-batch; where text encoders are trained, it has token ids in place of text
+                features.
+            text_encoders: those that are trained, by name.
+        """
+        x0, noise = rows["x0"], rows["noise"]
 
         def column(name: str) -> torch.Tensor:
-            return b[name].view(-1, *[1] * (b["x0"].dim() - 1))
+            return rows[name].view(-1, *[1] * (x0.dim() - 1))
 
-        x = column("signal_in") * b["x0"] + column("noise_in") * b.get("input_noise", b["noise"])
-        target = column("signal_target") * b["x0"] + column("noise_target") * b["noise"]
+        x = column("signal_in") * x0 + column("noise_in") * rows.get("input_noise", noise)
+        target = column("signal_target") * x0 + column("noise_target") * noise
         with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
-            if texts:
-                features = encode_captions(self.family, TrainableTextEncoders(texts), b)
-                b = b | (zero_dropped(features, b["keep"]) if "keep" in b else features)
-            inputs = self.family.network_inputs(b)
-            if (
-                self.config.objective.dream is not None and net.training
-            ):  # algorithm 1 of arXiv:2312.00210
-                with torch.no_grad():
-                    delta = (
-                        target - net(x, b["timestep"], **inputs)[0][:, : x.shape[1]].float()
-                    ) * column("dream")
-                x, target = x + column("noise_in") * delta, target + delta
-            prediction = net(x, b["timestep"], **inputs)[0][:, : x.shape[1]]
-        return b["weight"] * (prediction.float() - target).square().flatten(1).mean(1)
+            if text_encoders:
+                features = encode_captions(self.family, TrainableTextEncoders(text_encoders), rows)
+                rows = rows | (zero_dropped(features, rows["keep"]) if "keep" in rows else features)
+            inputs = self.family.network_inputs(rows)
 
-    def to_device(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Copies of the arrays (so that memory is laid out alike in every run), sent without
-        waiting where the device allows."""
+            def predict(x: torch.Tensor) -> torch.Tensor:
+                # Some networks predict a variance beside the noise, which is not trained.
+                prediction: torch.Tensor = net(x, rows["timestep"], **inputs)[0][:, : x.shape[1]]
+                return prediction.float()
+
+            # Algorithm 1 of arXiv:2312.00210; the validation loss is without it.
+            if self.config.objective.dream is not None and net.training:
+                with torch.no_grad():
+                    delta = (target - predict(x)) * column("dream")
+                x = x + column("noise_in") * delta
+                target = target + delta
+            prediction = predict(x)
+        return rows["weight"] * (prediction - target).square().flatten(1).mean(1)
+
+    def split_micro_batches(self, batch: Batch) -> Iterator[Tensors]:
+        """Yield a batch's rows on the device, as many at a time as it holds at once."""
+        rows = self.to_device(batch)
+        for start in range(0, len(rows["timestep"]), self.micro_batch_size):
+            part = slice(start, start + self.micro_batch_size)
+            yield {name: tensor[part] for name, tensor in rows.items()}
+
+    def to_device(self, batch: Batch) -> Tensors:
+        """Return a batch's arrays on the device, sent without waiting where that is possible."""
+        # Copies, so that memory is laid out alike in every run: kernels depend on it.
         host = {name: torch.tensor(np.ascontiguousarray(array)) for name, array in batch.items()}
         if self.device.type != "cuda":
-            return {name: t.to(self.device) for name, t in host.items()}
-        return {name: t.pin_memory().to(self.device, non_blocking=True) for name, t in host.items()}
+            return {name: tensor.to(self.device) for name, tensor in host.items()}
+        return {
+            name: tensor.pin_memory().to(self.device, non_blocking=True)
+            for name, tensor in host.items()
+        }
 
     def fetch_metrics(
         self, state: TorchState, metrics: Sequence[Metrics]
     ) -> list[dict[str, float]]:
+        """See ``protocols.Engine``."""
         names = list(metrics[0]) if metrics else []
-        table = torch.stack(
-            [state.fault.float(), *(m[name].float() for m in metrics for name in names)]
-        ).tolist()
-        if table[0] >= 0:
-            raise NonFiniteStep(int(table[0]))
+        values = [one[name].float() for one in metrics for name in names]
+        # All in one tensor: one copy, one wait.
+        fault, *numbers = torch.stack([state.fault.float(), *values]).tolist()
+        if fault >= 0:
+            raise NonFiniteStep(int(fault))
         return [
-            dict(zip(names, table[1 + i * len(names) :], strict=False)) for i in range(len(metrics))
+            dict(zip(names, numbers[i * len(names) :], strict=False)) for i in range(len(metrics))
         ]
 
     @torch.no_grad()
     def losses(self, state: TorchState, batch: Batch, *, average: bool) -> np.ndarray:
-        with self.using_average(state, average), in_eval_mode(state):
+        """See ``protocols.Engine``."""
+        with self.using_average(state, average), states.evaluating(state):
             parts = [
                 self.example_losses(state.net, part, state.text_encoders)
-                for part in split_micro_batches(self.to_device(batch), self.micro_batch_size)
+                for part in self.split_micro_batches(batch)
             ]
         return torch.cat(parts).cpu().numpy()
 
-    def using_average(self, state: TorchState, average: bool) -> "SwappedWeights":
-        """A context in which the network has the moving average for weights, where there is one and
-        it is wished for."""
-        return SwappedWeights(state.parameters.flat.data, state.ema if average else None)
+    def using_average(self, state: TorchState, average: bool) -> AbstractContextManager[None]:
+        """Give the network the moving average for weights inside, if ``average`` and there is one.
+
+        The two change places: copies only, so that not a bit is lost.
+        """
+        return states.swapped(state.parameters.flat.data, state.ema if average else None)
 
     @torch.no_grad()
     def draw_previews(
@@ -303,184 +284,52 @@ class TorchEngine:
         guidance_scale: float,
         size: int,
     ) -> list[np.ndarray]:
+        """See ``protocols.Engine``."""
         if self.rank > 0:
             return []
         keep = bool(self.encoders.loaded)
+        nets = {self.family.trained_component: state.net, **state.text_encoders}
         with (
             self.using_average(state, True),
-            in_eval_mode(state),
+            states.evaluating(state),
             torch.autocast(self.device.type, self.half, enabled=self.half is not None),
         ):
             stock = pipeline.build_from_components(
-                self.family,
-                self.base,
-                self.encoders,
-                {self.family.trained_component: state.net, **state.text_encoders},
-                self.prediction_type,
+                self.family, self.base, self.encoders, nets, self.prediction_type
             )
-            made = pipeline.draw_pictures(
+            pictures = pipeline.draw_pictures(
                 stock, prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size
             )
         if not keep:
             self.release_encoders()
-        return made
+        return pictures
 
     def snapshot(self, state: TorchState) -> Iterator[tuple[str, Arrays]]:
-        arena, fixed = state.parameters, self.read_frozen_arrays(state)
-        yield "model", arena.read(arena.flat) | fixed
-        if state.ema is not None:
-            yield "ema", arena.read(state.ema) | fixed
-        memory: Arrays = {}
-        for key, value in state.optimizer.state[arena.flat].items():
-            if (
-                isinstance(value, torch.Tensor)
-                and value.is_floating_point()
-                and value.numel() == arena.flat.numel()
-            ):
-                memory |= {f"{key}/{name}": array for name, array in arena.read(value).items()}
-            else:
-                memory[key] = (
-                    value.detach().cpu().numpy()
-                    if isinstance(value, torch.Tensor)
-                    else np.asarray(value)
-                )
-        yield "optimizer", memory
-        if state.scaler.is_enabled():
-            yield (
-                "scaler",
-                {key: np.asarray(value) for key, value in state.scaler.state_dict().items()},
-            )
+        """See ``protocols.Engine``."""
+        return states.snapshot(state, self.read_frozen_arrays(state))
+
+    def restore(self, state: TorchState, groups: Callable[[str], Arrays]) -> TorchState:
+        """See ``protocols.Engine``."""
+        states.restore(state, groups, self.read_frozen_arrays(state))
+        return state
 
     def read_frozen_arrays(self, state: TorchState) -> Arrays:
-        """The trained network's arrays that do not learn, which a whole network has on disk beside
-        those that do."""
-        if self.config.adapter.kind == "lora":
+        """Return the arrays of a whole network's files that are not trained."""
+        if self.config.adapter.kind != "full":
             return {}
         return {
             name: state.net.get_parameter(name).detach().cpu().numpy()
             for name in self.family.frozen_arrays
         }
 
-    def restore(self, state: TorchState, groups: Callable[[str], Arrays]) -> TorchState:
-        arena, fixed = state.parameters, self.read_frozen_arrays(state)
-
-        def learnt(group: str) -> Arrays:
-            return {name: array for name, array in groups(group).items() if name not in fixed}
-
-        arena.write(arena.flat.data, learnt("model"), "the checkpoint's weights")
-        if state.ema is not None:
-            arena.write(state.ema, learnt("ema"), "the checkpoint's average")
-        saved = groups("optimizer")
-        memory: dict[str, Any] = {}
-        for key in {name.split("/")[0] for name in saved}:
-            if key in saved:
-                whole = torch.tensor(saved[key])
-                memory[key] = (
-                    whole
-                    if (key == "step" and self.config.optim.kind == "adamw") or whole.dim()
-                    else whole.item()
-                )
-                continue
-            like = {
-                name.partition("/")[2]: array
-                for name, array in saved.items()
-                if name.startswith(key + "/")
-            }
-            memory[key] = torch.zeros(
-                arena.flat.shape,
-                dtype=torch.from_numpy(np.empty(0, next(iter(like.values())).dtype)).dtype,
-                device=self.device,
-            )
-            arena.write(memory[key], like, "the checkpoint's optimizer")
-        on_device = {
-            k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in memory.items()
-        }
-        if not on_device:
-            raise IntegrityError("the checkpoint's optimizer: it is empty")
-        state.optimizer.state[arena.flat] = on_device
-        if state.scaler.is_enabled():
-            state.scaler.load_state_dict(
-                {key: array.item() for key, array in groups("scaler").items()}
-            )
-        return state
-
-
-def compute_norm(flat: torch.Tensor) -> torch.Tensor:
-    """The Euclidean norm of a buffer, in two steps: in one, PyTorch's kernel for the CPU loses 6e-5
-    over three million numbers, and more over more."""
-    return torch.linalg.vector_norm(flat.view(-1, ALIGN), dim=1).square().sum().sqrt()
-
-
-@contextlib.contextmanager
-def in_eval_mode(state: TorchState) -> Iterator[None]:
-    """Dropout is off inside."""
-    nets = [state.net, *state.text_encoders.values()]
-    for net in nets:
-        net.eval()
-    yield
-    for net in nets:
-        net.train()
-
-
-class SwappedWeights:
-    """Exchanges the contents of two flat buffers inside, and back after: copies only, so that not a
-    bit is lost, and a piece at a time."""
-
-    def __init__(self, flat: torch.Tensor, other: torch.Tensor | None):
-        self.flat, self.other = flat, other
-
-    def __enter__(self) -> None:
-        self.exchange()
-
-    def __exit__(self, *_: object) -> None:
-        self.exchange()
-
-    def exchange(self) -> None:
-        if self.other is not None:
-            for one, other in zip(
-                self.flat.split(SWAP_PIECE), self.other.split(SWAP_PIECE), strict=True
-            ):
-                kept = one.clone()
-                one.copy_(other)
-                other.copy_(kept)
-
-
-def split_micro_batches(
-    rows: dict[str, torch.Tensor], micro: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The rows in micro-batches."""
-    for start in range(0, len(rows["timestep"]), micro):
-        yield {name: tensor[start : start + micro] for name, tensor in rows.items()}
-
-
-def load_adamw8bit() -> Any:
-    """AdamW with 8-bit moments, from bitsandbytes (arXiv:2110.02861).
-
-    Raises:
-        InputError: where it cannot run.
-    """
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise InputError(
-            'optim.kind: adamw8bit needs bitsandbytes, "pip install bitsandbytes", and a CUDA '
-            'device; or use optim.kind="adamw"'
-        ) from error
-    if not torch.cuda.is_available():
-        raise InputError(
-            "optim.kind: adamw8bit runs on CUDA devices only, and there is none; use "
-            'optim.kind="adamw"'
-        )
-    return AdamW8bit
-
 
 def open_engine(
     config: Config,
     base: BaseModel,
     family: Family,
-    world: TorchProcessGroup,
-    micro: int,
+    process: TorchProcessGroup,
+    micro_batch_size: int,
     report: Report,
 ) -> TorchEngine:
-    """The engine of this process; weights are loaded when they are first needed."""
-    return TorchEngine(config, base, family, world, micro, report)
+    """Open the engine of this process; weights are loaded when they are first needed."""
+    return TorchEngine(config, base, family, process, micro_batch_size, report)

@@ -1,100 +1,103 @@
-"""Low-rank adaptation in PyTorch: peft puts the adapters in, their starting values come from the
-host, addressed by parameter name."""
+"""Adapters in PyTorch: peft puts them in, their first values come from the host."""
 
-import math
-import zlib
+from functools import partial
 
+import numpy as np
 import torch
 
-from limner import rng
 from limner.config.schema import AdapterSettings
+from limner.engines.adapters import Shape, get_alpha, list_adapters
 from limner.errors import InputError
 from limner.families.family import Family
+from limner.storage.layout import target_modules
 
 
 def add_adapters(
-    nets: dict[str, torch.nn.Module], adapter: AdapterSettings, family: Family, seed: int
+    nets: dict[str, torch.nn.Module], settings: AdapterSettings, family: Family, seed: int
 ) -> dict[str, torch.nn.Parameter]:
-    """Freeze the components, add adapters, and return their parameters by the names that files use,
-    e.g. ``unet....to_q.lora_A.weight``.
+    """Freeze the components and add adapters with their first values.
 
-    The down projection starts normal with standard deviation 1 / rank (peft's ``gaussian``), the up
-    projection at zero.
+    Returns:
+        the adapters' parameters by their names in files, float32, e.g.
+        ``unet....to_q.lora_A.weight``.
 
     Raises:
-        InputError: when a target names no module of the network.
+        InputError: for a target that names no module, or one that cannot have such an adapter.
     """
-    named: dict[str, torch.nn.Parameter] = {}
-    for component, net in nets.items():
-        insert_adapters(
-            net,
-            adapter,
-            choose_targets(net, adapter, family)
-            if component == family.trained_component
-            else list(family.lora_targets[component]),
+    weights = {component: name_parameters(net) for component, net in nets.items()}
+    shapes = {component: list_shapes(net) for component, net in nets.items()}
+    listed = list_adapters(shapes, settings, family)
+    parameters = insert_adapters(nets, settings, family)
+    different = sorted(parameters.keys() ^ listed.keys())
+    if different:
+        # peft adapts embeddings too, by arrays of other names and shapes.
+        raise InputError(
+            f"adapter.targets: {different[0]} is no part of a {settings.kind} adapter; name linear "
+            "layers and convolutions"
         )
-        named |= {
-            f"{component}.{to_file_name(name, net)}": p
-            for name, p in net.named_parameters()
-            if p.requires_grad
-        }
-    for name, p in named.items():
-        if ".lora_A." in name:
-            address = zlib.crc32(name.removeprefix(f"{family.trained_component}.").encode())
-            normal = (
-                rng.at(seed, "lora", address)
-                .standard_normal(math.prod(p.shape), "float32")
-                .reshape(p.shape)
-            )
-            p.data = torch.from_numpy(normal / adapter.rank).to(p.device, torch.float32)
-        else:
-            p.data = torch.zeros_like(p.data, dtype=torch.float32)
-    return named
+    for name, parameter in parameters.items():
+        array = listed[name]
+        read_weight = partial(read_array, weights[array.component][array.weight])
+        values = array.initial_values(settings, family, seed, read_weight)
+        parameter.data = torch.from_numpy(values).to(parameter.device)
+    return parameters
 
 
-def insert_adapters(net: torch.nn.Module, adapter: AdapterSettings, modules: list[str]) -> None:
-    """Freeze a component and put adapters beside these modules of it."""
+def insert_adapters(
+    nets: dict[str, torch.nn.Module], settings: AdapterSettings, family: Family
+) -> dict[str, torch.nn.Parameter]:
+    """Freeze the components and put adapters beside their targets, as peft starts them.
+
+    Returns:
+        the adapters' parameters by their names in files.
+    """
+    parameters: dict[str, torch.nn.Parameter] = {}
+    for component, net in nets.items():
+        targets = target_modules(settings, family, component)
+        net.requires_grad_(False)
+        net.add_adapter(make_peft_config(settings, list(targets)))  # type: ignore[operator]
+        for name, parameter in name_parameters(net).items():
+            if parameter.requires_grad:
+                parameters[f"{component}.{name}"] = parameter
+    return parameters
+
+
+def make_peft_config(settings: AdapterSettings, targets: list[str]) -> object:
+    """Return peft's configuration of an adapter."""
     from peft import LoraConfig
 
-    net.requires_grad_(False)
-    alpha = adapter.rank if adapter.alpha is None else adapter.alpha
-    settings = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        lora_dropout=adapter.dropout,
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=get_alpha(settings),  # type: ignore[arg-type]
+        lora_dropout=settings.dropout,
         init_lora_weights="gaussian",
-        target_modules=modules,
+        target_modules=targets,
     )
-    net.add_adapter(settings)  # type: ignore[operator]
+
+
+def name_parameters(net: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return a component's parameters by their names in files."""
+    return {to_file_name(name, net): parameter for name, parameter in net.named_parameters()}
+
+
+def list_shapes(net: torch.nn.Module) -> dict[str, Shape]:
+    """Return the shapes of a component's parameters by their names in files."""
+    return {name: tuple(parameter.shape) for name, parameter in name_parameters(net).items()}
 
 
 def to_file_name(name: str, net: torch.nn.Module) -> str:
-    """A parameter's name in a file: without peft's adapter name, and with the ``text_model`` that
-    CLIP's text encoder had before transformers 5.6."""
-    name = name.replace(".default", "")
-    return (
-        f"text_model.{name}"
-        if type(net).__name__ == "CLIPTextModel" and not name.startswith("text_model.")
-        else name
-    )
+    """Return the name in files of a parameter or module of a component.
 
-
-def choose_targets(net: torch.nn.Module, adapter: AdapterSettings, family: Family) -> list[str]:
-    """The modules of the trained network that get adapters, by the last parts of their names.
-
-    Raises:
-        InputError: when one names no module of the network.
+    Files do not have peft's name of the adapter, and have the ``text_model`` that CLIP's text
+    encoder had before transformers 5.6.
     """
-    own = family.lora_targets[family.trained_component]
-    known = {
-        part
-        for name, _ in net.named_modules()
-        for part in (name, *(name[i + 1 :] for i, c in enumerate(name) if c == "."))
-    }
-    if missing := [t for t in adapter.targets or own if t not in known]:
-        raise InputError(
-            f"adapter.targets: the {family.trained_component} has no module named {missing[0]}; "
-            "this family's "
-            f"own are {', '.join(own)}"
-        )
-    return list(adapter.targets or own)
+    name = name.replace(".default", "")
+    if type(net).__name__ == "CLIPTextModel" and not name.startswith("text_model."):
+        return f"text_model.{name}"
+    return name
+
+
+def read_array(weight: torch.Tensor) -> np.ndarray:
+    """Return a weight on the host, float32."""
+    array: np.ndarray = weight.detach().float().cpu().numpy()
+    return array

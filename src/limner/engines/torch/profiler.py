@@ -1,5 +1,4 @@
-"""What a machine does in a second and holds at once: clocks, memory, and arithmetic counted on the
-meta device, where nothing is computed."""
+"""Speed, memory and arithmetic of a PyTorch engine, measured from outside."""
 
 import copy
 import itertools
@@ -22,14 +21,18 @@ class TorchProfiler:
     """Measures one engine from outside."""
 
     def __init__(self, engine: TorchEngine):
-        self.engine, self.device = engine, engine.device
+        self.engine = engine
+        self.device = engine.device
         self.cuda = self.device.type == "cuda"
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def mark(self, metrics: Any = None) -> Any:
-        """This moment, or that at which a step's metrics are there, on the device's own clock,
-        where it has one; nothing waits."""
+        """Mark this moment on the device's own clock, where it has one; nothing waits.
+
+        Args:
+            metrics: of a step that has just been asked for; the mark lies behind it.
+        """
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -37,14 +40,14 @@ class TorchProfiler:
         return event
 
     def seconds(self, marks: list[Any]) -> list[float]:
-        """The time between neighbouring stamps."""
+        """Return the time between neighbouring marks."""
         if not self.cuda:
             return [after - before for before, after in itertools.pairwise(marks)]
         torch.cuda.synchronize(self.device)
         return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(marks)]
 
     def peak_memory(self) -> dict[str, int]:
-        """Highest use so far, in bytes: of the GPU as torch counts it, or of the whole process."""
+        """Return the highest use so far, in bytes: of the GPU, else of the whole process."""
         if self.cuda:
             return {
                 "allocated": torch.cuda.max_memory_allocated(self.device),
@@ -53,54 +56,48 @@ class TorchProfiler:
         return {"process": peak_resident()}
 
     def describe_machine(self) -> dict[str, Any]:
-        """Device, precision and versions."""
-        name = (
-            torch.cuda.get_device_name(self.device)
-            if self.cuda
-            else f"{self.device.type} ({processor_name()}, {torch.get_num_threads()} threads)"
-        )
-        precision = {
+        """Return device, precision and versions."""
+        if self.cuda:
+            name = torch.cuda.get_device_name(self.device)
+        else:
+            threads = torch.get_num_threads()
+            name = f"{self.device.type} ({processor_name()}, {threads} threads)"
+        precisions = {
             None: "TF32" if self.tf32 else "float32",
             torch.float16: "fp16",
             torch.bfloat16: "bf16",
-        }[self.engine.half]
+        }
         return {
             "device": name,
-            "precision": precision,
+            "precision": precisions[self.engine.half],
             "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
         }
 
     @property
     def tf32(self) -> bool:
+        """Whether float32 products are computed in TF32."""
         return self.cuda and self.engine.config.engine.tf32
 
-    def count_flops(self, batch: Batch, micro: int) -> float:
-        """Floating-point operations of the network in one step's forward and backward passes, with
-        nothing recomputed."""
-        torch.manual_seed(0)
-        net = build_on_meta(self.engine.base)
-        if self.engine.config.adapter.kind == "lora":
-            lora.add_adapters(
-                {self.engine.family.trained_component: net},
-                self.engine.config.adapter,
-                self.engine.family,
-                0,
-            )
-        rows = {
-            name: torch.empty(
-                micro, *array.shape[1:], dtype=torch.from_numpy(array).dtype, device="meta"
-            )
-            for name, array in batch.items()
-        }
-        counting = copy.copy(self.engine)
-        counting.half = None
+    def count_flops(self, batch: Batch, micro_batch_size: int) -> float:
+        """Count the floating-point operations of the network in one step, nothing recomputed."""
+        # On the meta device nothing is computed.
+        engine = copy.copy(self.engine)
+        engine.half = None
+        net = build_on_meta(engine.base)
+        if engine.config.adapter.kind != "full":
+            name = engine.family.trained_component
+            lora.insert_adapters({name: net}, engine.config.adapter, engine.family)
+        rows: dict[str, torch.Tensor] = {}
+        for name, array in batch.items():
+            dtype = torch.from_numpy(array).dtype
+            shape = (micro_batch_size, *array.shape[1:])
+            rows[name] = torch.empty(shape, dtype=dtype, device="meta")
         with FlopCounterMode(display=False) as counter:
-            counting.example_losses(net.train(), rows).sum().backward()
-        return counter.get_total_flops() * len(batch["timestep"]) / micro
+            engine.example_losses(net.train(), rows).sum().backward()
+        return counter.get_total_flops() * len(batch["timestep"]) / micro_batch_size
 
     def measure_matmul(self) -> float:
-        """Operations per second of a large matrix product in the run's precision: the median of
-        some."""
+        """Return the operations per second of a large matrix product in the run's precision."""
         n = 8192 if self.cuda else 2048
         dtype = self.engine.half or torch.float32
         a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))
@@ -108,19 +105,28 @@ class TorchProfiler:
         for _ in range(9):
             marks.append(self.mark())
             a @ b
+        # The first two warm up.
         return 2 * n**3 / statistics.median(self.seconds(marks)[2:])
 
     def published_peak(self) -> float | None:
-        """The dense peak that the maker states for this device and precision, where it is known."""
-        peaks = PUBLISHED_PEAKS.get(torch.cuda.get_device_name(self.device)) if self.cuda else None
-        return peaks and peaks[0 if self.engine.half else 1 if self.tf32 else 2] * 1e12
+        """Return the dense peak that the maker states for this device and precision, if known."""
+        if not self.cuda:
+            return None
+        peaks = PUBLISHED_PEAKS.get(torch.cuda.get_device_name(self.device))
+        if peaks is None:
+            return None
+        half, tf32, float32 = peaks
+        if self.engine.half is not None:
+            return half * 1e12
+        return (tf32 if self.tf32 else float32) * 1e12
 
 
-def parameter_shapes(known: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every array of the network that a config describes."""
-    return {name: tuple(p.shape) for name, p in build_from_config(known).named_parameters()}
+def parameter_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every array of the network that a config describes."""
+    net = build_from_config(config)
+    return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
 
 
 def open_profiler(engine: TorchEngine) -> TorchProfiler:
-    """What measures an engine from outside."""
+    """Return what measures an engine from outside."""
     return TorchProfiler(engine)

@@ -1,0 +1,140 @@
+"""Read the JSON files of a folder in the diffusers layout, and refuse what is not of a family."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from limner.base_model.base import INDEX, read_json
+from limner.base_model.importers import flax
+from limner.errors import InputError
+from limner.families.family import Family, Stage
+
+# Libraries whose classes stock pipelines are made of.
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+
+
+def read_index(folder: Path, family: Family) -> dict[str, Any]:
+    """Read ``model_index.json``; of a folder that holds both stages, the part of this one.
+
+    Raises:
+        InputError: when there is none, when it is of another family, or when a component is code
+            that comes with the model.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        raise InputError(
+            f"model.base: {folder} has no {INDEX}, so it is not a pipeline folder in the "
+            f"diffusers layout. Give the folder that holds {INDEX} beside "
+            f"{', '.join(family.components)}."
+        )
+    index = read_json(path)
+    prefix = "Flax" if flax.is_flax(index) else ""
+    pipeline = str(index.get("_class_name")).removeprefix(prefix)
+    combined_pipeline = None if family.stage is None else family.stage.combined_pipeline
+    if pipeline not in (family.pipeline, combined_pipeline):
+        raise InputError(
+            f"model.base: {path} is of a {pipeline}; family {family.name!r} needs a "
+            f"{family.pipeline}. Choose another base, or the model.family it belongs to."
+        )
+    if family.stage is not None and pipeline == combined_pipeline:
+        index = select_stage(index, family, family.stage)
+    check_libraries(path, index)
+    check_classes(path, index, family, prefix)
+    return index
+
+
+def select_stage(index: dict[str, Any], family: Family, stage: Stage) -> dict[str, Any]:
+    """Return the index that one stage would have alone, from the index of both stages."""
+    selected = {name: value for name, value in index.items() if name == "_diffusers_version"}
+    for name in family.components:
+        selected[name] = index.get(f"{stage.prefix}{name}", [None, None])
+    return selected | {"_class_name": family.pipeline}
+
+
+def check_libraries(path: Path, index: dict[str, Any]) -> None:
+    """Refuse components of other libraries: those are code in the model's folder."""
+    for name, (library, class_name) in list_components(index).items():
+        if library not in LIBRARIES or re.fullmatch(r"[\w-]+", name) is None:
+            raise InputError(
+                f"model.base: {path}: {name} is a {library}.{class_name}, code that comes with the "
+                "model. Such code is never run; choose a base of stock components."
+            )
+
+
+def check_classes(path: Path, index: dict[str, Any], family: Family, prefix: str) -> None:
+    """Refuse an index whose components are not those of the family.
+
+    Args:
+        prefix: what class names begin with, "Flax" or nothing.
+    """
+    components = list_components(index)
+    for name, wanted in family.components.items():
+        _, class_name = components.get(name, ("", "missing"))
+        # Tokenizers and image processors have variants that read and write the same files.
+        accepted = (wanted, f"{wanted}Fast", f"{wanted}Pil")
+        if class_name == "missing" or (wanted and class_name.removeprefix(prefix) not in accepted):
+            raise InputError(
+                f"model.base: {path}: {name} is {class_name}, {wanted or 'a scheduler'} is "
+                f"expected for family {family.name!r}."
+            )
+
+
+def list_components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the components that an index names, each as (library, class)."""
+    components = {}
+    for name, value in index.items():
+        is_pair = isinstance(value, list) and len(value) == 2
+        if is_pair and value[1] is not None and not name.startswith("_"):
+            components[name] = (value[0], value[1])
+    return components
+
+
+def holds_both_stages(folder: Path, stage: Stage) -> bool:
+    """Return whether a folder is of the pipeline that combines both stages."""
+    return read_json(folder / INDEX).get("_class_name") == stage.combined_pipeline
+
+
+def read_component_configs(
+    folder: Path, external_folders: dict[str, Path], family: Family
+) -> dict[str, dict[str, Any]]:
+    """Read the config of every component of a family.
+
+    Raises:
+        InputError: when one is missing, or asks for code that comes with the model.
+    """
+    configs = {}
+    for component in family.components:
+        component_folder = external_folders.get(component, folder / component)
+        path = component_folder / name_config_file(family, component)
+        configs[component] = read_json(path)
+        if "auto_map" in configs[component]:
+            raise InputError(
+                f"{path}: auto_map asks for code that comes with the model. Such code is never "
+                "run; choose a base of stock components."
+            )
+        if component in family.tokenizers and not has_vocabulary(component_folder):
+            raise InputError(
+                f"{component_folder}: neither tokenizer.json nor vocab.json and merges.txt are "
+                "there. Is the model's folder complete?"
+            )
+    return configs
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Return whether a tokenizer's folder holds its vocabulary, in either format."""
+    if (folder / "tokenizer.json").is_file():
+        return True
+    return (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+
+
+def name_config_file(family: Family, component: str) -> str:
+    """Return the name of a component's config; only what has a ``config.json`` has weights."""
+    if component in family.tokenizers:
+        return "tokenizer_config.json"
+    names = {"": "scheduler_config.json", "CLIPImageProcessor": "preprocessor_config.json"}
+    return names.get(family.components[component], "config.json")
+
+
+def list_components_with_weights(family: Family) -> list[str]:
+    """Return the components of a family that have weights."""
+    return [c for c in family.components if name_config_file(family, c) == "config.json"]

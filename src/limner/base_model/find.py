@@ -1,0 +1,149 @@
+"""Find a base's folder, or fetch it from the Hub, and read its configs; no weights are read."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from limner.base_model.base import INDEX, BaseModel, read_json
+from limner.base_model.configs import holds_both_stages, read_component_configs, read_index
+from limner.base_model.hub import HUB_NAME, fetch_files, list_repository_files
+from limner.base_model.importers import flax
+from limner.base_model.importers.flax import FLAX_FILES
+from limner.base_model.weight_files import choose_files
+from limner.config.schema import ModelSettings
+from limner.errors import InputError
+from limner.families.family import Family
+from limner.protocols import BaseConfigs
+
+
+def find_base(model: ModelSettings, family: Family) -> BaseModel:
+    """Find a base and read its configs; the weights of a Hub repository are not fetched.
+
+    Raises:
+        InputError: for what is no folder of this family in the diffusers layout.
+        HubError: when the Hub refuses or cannot be reached.
+    """
+    external_folders: dict[str, Path] = {}
+    commit = None
+    if Path(model.base).exists():
+        folder = check_folder(Path(model.base), model)
+    else:
+        folder = fetch_configs(model)
+        commit = folder.name
+        if model.trained_revision is not None:
+            trained = family.trained_component
+            other_commit = fetch_files(model, model.trained_revision, [f"{trained}/*.json"])
+            external_folders[trained] = other_commit / trained
+    # A model of another family is refused before weights are fetched or converted.
+    index = read_index(folder, family)
+    if flax.is_flax(index):
+        if commit is not None:
+            patterns = [f"{component}/{file}" for component, file in FLAX_FILES.items()]
+            fetch_files(model, commit, patterns, tqdm)
+            commit = None
+        folder = flax.convert(folder)
+        index = read_index(folder, family)
+    stage = family.stage
+    if stage is not None and stage.prefix and holds_both_stages(folder, stage):
+        for component in family.components:
+            external_folders[component] = folder / f"{stage.prefix}{component}"
+    if model.vae is not None:
+        if "vae" not in family.components:
+            raise InputError(
+                f"model.vae: family {family.name!r} has no autoencoder of that kind. Leave "
+                "model.vae out."
+            )
+        external_folders["vae"] = find_vae(replace(model, base=model.vae))
+    components = read_component_configs(folder, external_folders, family)
+    return BaseModel(
+        folder=folder,
+        external_folders=external_folders,
+        trained_component=family.trained_component,
+        name=model.base,
+        commit=commit,
+        variant=model.variant,
+        configs=BaseConfigs(index, components),
+    )
+
+
+def check_folder(path: Path, model: ModelSettings) -> Path:
+    """Refuse what is no folder, with what to do instead; return the absolute path."""
+    if path.suffix == ".gguf" and path.is_file():
+        raise InputError(
+            f"model.base: {path} is a GGUF file: quantized weights cannot be trained. Give "
+            "the model's diffusers folder, or its name on the Hub."
+        )
+    if path.is_file():
+        how = f"StableDiffusionPipeline.from_single_file({str(path)!r}).save_pretrained('a-folder')"
+        raise InputError(
+            f"model.base: {path} is a single file; a folder in the diffusers layout is needed. "
+            f"Convert it once, with diffusers: {how}, and give that folder."
+        )
+    for name in ("revision", "trained_revision"):
+        if getattr(model, name) is not None:
+            raise InputError(
+                f"model.{name}: {model.base} is a folder; only a Hub repository has revisions. "
+                f"Leave model.{name} out."
+            )
+    return path.absolute()
+
+
+def fetch_configs(model: ModelSettings) -> Path:
+    """Fetch all of a Hub repository but the weights; return the folder, named by its commit."""
+    if not HUB_NAME.fullmatch(model.base):
+        raise InputError(
+            f"model.base: {model.base}: no such folder, and not a name on the Hub "
+            "(owner/name). Give a folder in the diffusers layout or such a name."
+        )
+    folder = fetch_files(model, model.revision, [INDEX, "README.md"])
+    patterns = []
+    for name in read_json(folder / INDEX):
+        if not name.startswith("_"):
+            patterns += [f"{name}/*.json", f"{name}/*.txt", f"{name}/*.model"]
+    fetch_files(model, folder.name, patterns)
+    return folder
+
+
+def find_vae(model: ModelSettings) -> Path:
+    """Find an autoencoder with its weights, by itself or in a pipeline's folder.
+
+    Args:
+        model: where ``base`` is the autoencoder's folder or Hub repository.
+    """
+    if Path(model.base).exists():
+        folder = find_vae_folder(Path(model.base).absolute())
+    else:
+        folder = fetch_vae(model)
+    class_name = read_json(folder / "config.json").get("_class_name")
+    if class_name != "AutoencoderKL":
+        raise InputError(
+            f"model.vae: {folder / 'config.json'} is of a {class_name}, AutoencoderKL is expected. "
+            "Choose another autoencoder, or leave model.vae out."
+        )
+    return folder
+
+
+def find_vae_folder(folder: Path) -> Path:
+    """Return the folder itself where it is an autoencoder's, else the one that a pipeline has."""
+    return folder if (folder / "config.json").is_file() else folder / "vae"
+
+
+def fetch_vae(model: ModelSettings) -> Path:
+    """Fetch an autoencoder from the Hub; return its folder."""
+    if not HUB_NAME.fullmatch(model.base):
+        raise InputError(
+            f"model.vae: {model.base}: no such folder, and not a name on the Hub "
+            "(owner/name). Give a folder that holds an autoencoder."
+        )
+    repository = fetch_files(model, None, ["config.json", "vae/config.json"])
+    folder = find_vae_folder(repository)
+    prefix = "" if folder == repository else "vae/"
+    names = []
+    for path in list_repository_files(model, repository):
+        name = path.removeprefix(prefix)
+        if path.startswith(prefix) and "/" not in name:
+            names.append(name)
+    wanted = [f"{prefix}{name}" for name in choose_files("vae", names, model.variant)]
+    fetch_files(model, repository.name, wanted, tqdm)
+    return folder

@@ -1,0 +1,71 @@
+"""How a setting is declared: default, meaning, unit, range, and what else depends on it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a setting may have, and the end of a sentence about one that it may not."""
+
+    text: str
+    contains: Callable[[Any], bool]
+    refusal: str
+
+
+ABOVE_0 = Range("above 0", lambda value: value > 0, "is not above 0")
+AT_LEAST_0 = Range("at least 0", lambda value: value >= 0, "is below 0")
+PROBABILITY = Range("0 to 1", lambda value: 0 <= value <= 1, "is not a probability, 0 to 1")
+BELOW_1 = Range("0 to below 1", lambda value: 0 <= value < 1, "is not within 0 to below 1")
+DECAY = Range("0 to below 1", lambda value: 0 <= value < 1, "is not a decay, 0 to below 1")
+BOTH_BELOW_1 = Range(
+    "both 0 to below 1",
+    lambda pair: all(0 <= value < 1 for value in pair),
+    "are not both within 0 to below 1",
+)
+SEED = Range("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "is not within 0 to 2**63 - 1")
+
+# Whether a setting may differ from the checkpoint's when a run goes on. Free: it moves no example,
+# or is compared in another way. On request: where checkpoint.allow_changes names it.
+OnResume = Literal["fixed", "free", "on request"]
+# What a family must have for a setting to mean something.
+Need = Literal[
+    "",
+    "captions",
+    "caption chunks",
+    "spatial latents",
+    "prediction types",
+    "trainable text encoders",
+]
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What is known of a setting besides its type and default."""
+
+    about: str
+    unit: str
+    range: Range | None
+    resume: OnResume
+    path: bool  # ``~`` stands for the user's home in it
+    shared: bool  # by recipes that are trained one after the other
+    on_card: bool  # shown on the model card
+    needs: Need
+
+
+def setting(
+    default: Any,
+    about: str,
+    *,
+    unit: str = "",
+    range: Range | None = None,
+    resume: OnResume = "fixed",
+    path: bool = False,
+    shared: bool = False,
+    on_card: bool = False,
+    needs: Need = "",
+) -> Any:
+    """A dataclass field that carries its declaration."""
+    declaration = Declaration(about, unit, range, resume, path, shared, on_card, needs)
+    return field(default=default, metadata={"declaration": declaration})
