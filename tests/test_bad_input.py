@@ -523,8 +523,8 @@ def test_a_picture_that_vanishes_while_training_is_named(
     folder = tiny.pictures(tmp_path / "mine", 2)
     look = setup.index_records
 
-    def look_then_lose(*arguments: Any) -> Any:
-        seen = look(*arguments)
+    def look_then_lose(*arguments: Any, **settings: Any) -> Any:
+        seen = look(*arguments, **settings)
         (folder / "001.png").unlink()
         return seen
 

@@ -141,10 +141,10 @@ def run_in_group(
             setup = prepare(config, source, process, report, stop)
         if only_encode:
             return encode_only(setup)
-        if is_finished(setup):
+        if setup.checkpoint is not None and is_finished(setup):
             report(
-                f"{folder}: finished at step {setup.plan.steps}; nothing to do. Ask for more with "
-                "train.steps."
+                f"{folder}: finished at step {setup.checkpoint.step}; nothing to do. Ask for more "
+                "with train.steps."
             )
             return folder
         # From here on a signal saves a checkpoint before the run ends.
