@@ -1,4 +1,4 @@
-# make install | test | lint | demo | demo ENGINE=jax | check-jax | soak. Python 3.11+ and make are all that must be there.
+# make install | quick | test | lint | demo | demo ENGINE=jax | check-jax | soak. Python 3.11+ and make are all that must be there.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -10,8 +10,13 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[torch,jax,hub,tensorboard,dev]"
 	touch $@
 
-test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# Everything that needs neither PyTorch nor JAX; such a test that imports one fails.
+quick: install
+	$(BIN)/python -m pytest --quick --numprocesses 2
+
+# The quick tests first, then all others.
+test: quick
+	$(BIN)/python -m pytest -m "frameworks and not soak" --numprocesses 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
@@ -37,4 +42,4 @@ soak: install
 	CURVE_STEPS=100 $(BIN)/python -m pytest tests/test_jax.py tests/test_flax.py -m "soak or not soak"
 	$(BIN)/python -m pytest tests/test_gpu_check.py -m soak
 
-.PHONY: install test lint demo check-jax soak
+.PHONY: install quick test lint demo check-jax soak

@@ -1,13 +1,16 @@
 """What every test stands on: one thread, no network, a cache and an environment of its own, and two
-small folders that are built once."""
+small folders that are built once; and the quick tests, for which no framework is imported."""
 
 import os
+import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
+from refusal import Refusal
 
 LAUNCHERS = (
     "RANK",
@@ -34,6 +37,9 @@ PREFIXES = (
     "LIMNER_",
 )
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT")
+FRAMEWORKS = ("torch", "jax", "diffusers", "transformers", "accelerate", "peft")
+MODELS = {"base", "sd", "sd_fp16", "sdxl", "kandinsky"}  # fixtures, below
+WHOLE_FILE = re.compile(r"^pytestmark = (\[\s*)?pytest\.mark\.frameworks\b", re.MULTILINE)
 
 
 def stranger(name: str) -> bool:
@@ -43,11 +49,15 @@ def stranger(name: str) -> bool:
 
 for name in filter(stranger, list(os.environ)):
     del os.environ[name]
+# Equal numbers need an equal number of threads. PyTorch reads theirs when it is imported; where
+# that has happened already, it is told.
 os.environ |= {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-}  # read when torch and tokenizers are imported
+}
+if "torch" in sys.modules:
+    sys.modules["torch"].set_num_threads(1)
 compiled = tempfile.TemporaryDirectory(
     prefix="limner-compiled-"
 )  # what JAX has compiled once, no test and no process of this worker compiles again
@@ -124,16 +134,34 @@ def sd_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Equal numbers need an equal number of threads; torch has read it if it was imported before
-    this file."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kills", type=int, default=10, help="how many times the resume tests kill a run (10)"
     )
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="only the tests that import no framework; they fail where one is imported",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With ``--quick``, a test or a file of tests that imports a framework fails."""
+    if config.option.quick:
+        config.option.markexpr = "not frameworks and not soak"
+        advice = "mark it with pytest.mark.frameworks, or do without"
+        sys.meta_path.insert(0, Refusal(FRAMEWORKS, advice))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``--quick``, files that need a framework as a whole are not opened."""
+    if config.option.quick and collection_path.suffix == ".py":
+        return bool(WHOLE_FILE.search(collection_path.read_text(encoding="utf-8"))) or None
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that is given a tiny model needs the framework which makes it."""
+    for item in items:
+        if not MODELS.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("frameworks")

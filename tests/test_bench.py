@@ -27,6 +27,8 @@ from limner.families.published import load_published
 from limner.families.sd import SD
 from limner.storage.safetensors import read_arrays
 
+pytestmark = pytest.mark.frameworks
+
 
 @pytest.fixture(autouse=True)
 def own_temporary_folder(tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ from limner.engines.torch.encoders import TorchEncoders
 from limner.errors import InputError
 from limner.training import loop
 
+pytestmark = pytest.mark.frameworks
+
 
 def found(cfg: Config, **settings) -> dict:
     """What the JSON file has."""

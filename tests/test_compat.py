@@ -191,9 +191,17 @@ SPELT = {
     },
 }
 
+SCALED = (FLAX, "scale_lr")  # by the number of devices, which JAX counts
+COUNTS_DEVICES = pytest.mark.frameworks
+
 
 @pytest.mark.parametrize(
-    ("script", "name"), [(script, name) for script in SCRIPTS for name in SCRIPTS[script].flags]
+    ("script", "name"),
+    [
+        pytest.param(script, name, marks=COUNTS_DEVICES if (script, name) == SCALED else ())
+        for script in SCRIPTS
+        for name in SCRIPTS[script].flags
+    ],
 )
 def test_every_flag_has_a_place(script, name):
     line, expected = SPELT[name, script] if (name, script) in SPELT else REACHED[name]

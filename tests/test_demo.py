@@ -23,6 +23,7 @@ def test_the_pictures_are_few_small_and_captioned():
     assert all(row["text"].startswith("a blueprint drawing of") for row in rows)
 
 
+@pytest.mark.frameworks
 def test_the_model_is_small_complete_and_loads_in_stock_diffusers():
     from diffusers import StableDiffusionPipeline
 
@@ -37,6 +38,7 @@ def test_the_model_is_small_complete_and_loads_in_stock_diffusers():
     assert picture.shape == (64, 64, 3)
 
 
+@pytest.mark.frameworks
 def test_the_demo_trains_and_ends_with_a_picture(tmp_path, capsys):
     output = tmp_path / "before-after.png"
     small = [
@@ -56,6 +58,7 @@ def test_the_demo_trains_and_ends_with_a_picture(tmp_path, capsys):
     assert demo.read_validation_losses(tmp_path / "run")[0] == pytest.approx(before)
 
 
+@pytest.mark.frameworks
 def test_again_it_is_finished_and_draws_and_another_bundle_gets_another_folder(
     base, pictures, tmp_path, monkeypatch, capsys
 ):

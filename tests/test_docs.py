@@ -9,6 +9,8 @@ from limner.config.reference import format_reference
 from limner.storage import checkpoint
 from limner.training import sinks
 
+pytestmark = pytest.mark.frameworks
+
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCKS = [
     (path.name, block)

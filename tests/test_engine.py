@@ -21,6 +21,8 @@ from limner.errors import InputError, IntegrityError
 from limner.families.sd import SD
 from limner.protocols import Batch, NonFiniteStep
 
+pytestmark = pytest.mark.frameworks
+
 
 def make(base: Path, micro: int = 4, precision: str = "no", **sections) -> TorchEngine:
     cfg = toml.build(

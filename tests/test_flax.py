@@ -13,6 +13,8 @@ from limner.data import contact_sheet
 from limner.errors import InputError
 from limner.families import FAMILIES
 
+pytestmark = pytest.mark.frameworks
+
 pytest.importorskip("msgpack")
 
 

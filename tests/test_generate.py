@@ -18,6 +18,8 @@ from limner.errors import InputError
 from limner.protocols import ModelSource
 from limner.training import loop
 
+pytestmark = pytest.mark.frameworks
+
 
 @pytest.fixture(scope="module")
 def runs(base, pictures, tmp_path_factory) -> dict[str, Path]:

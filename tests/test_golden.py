@@ -28,6 +28,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.make_inputs(tmp_path_factory.mktemp("golden"))
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("name", runs.RUNS)
 def test_losses_are_the_recorded_ones(name: str, inputs: Path, tmp_path: Path) -> None:
     """The first loss to 1e-6, all losses, held-out ones too, to 1e-5."""

@@ -21,6 +21,8 @@ import limner
 from limner.compat import diffusers
 from limner.data import contact_sheet
 
+pytestmark = pytest.mark.frameworks
+
 SCRIPTS, SOURCE = Path(__file__).parent.parent / "scripts", str(Path(limner.__file__).parent.parent)
 MODEL, DATA = "stable-diffusion-v1-5/stable-diffusion-v1-5", "lambdalabs/naruto-blip-captions"
 TOKEN = "hf_thisIsASecret"

@@ -569,6 +569,7 @@ def test_pixels_are_what_to_tensor_and_normalize_give() -> None:
     assert result.min() == -1 and result.max() == 1
 
 
+@pytest.mark.frameworks
 def test_pixels_equal_torch_to_the_bit() -> None:
     torch = pytest.importorskip("torch")
     levels = torch.arange(256, dtype=torch.uint8)

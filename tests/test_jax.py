@@ -39,6 +39,8 @@ from limner.storage import checkpoint
 from limner.training import loop
 from limner.training.stream import Stream
 
+pytestmark = pytest.mark.frameworks
+
 jax = pytest.importorskip("jax")
 
 

@@ -35,7 +35,10 @@ PRIOR, DECODER = "kandinsky22-prior", "kandinsky22-decoder"
 OTHER = {PRIOR: DECODER, DECODER: PRIOR}
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 # The stock pipeline hands its decoder an argument that diffusers has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`callback_steps` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.frameworks,
+    pytest.mark.filterwarnings("ignore:`callback_steps` is deprecated:FutureWarning"),
+]
 
 
 def stage(family: str) -> str:

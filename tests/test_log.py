@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from limner.config import toml
@@ -166,6 +165,7 @@ def accumulated(run: Path) -> Any:
     return events
 
 
+@pytest.mark.frameworks
 def test_tensorboard_holds_the_numbers_pictures_and_settings(tmp_path: Path) -> None:
     sinks = open_sinks(recipe("tensorboard", train={"steps": 7}), tmp_path, 0)
     for step in (1, 2, 3):
@@ -183,6 +183,7 @@ def test_tensorboard_holds_the_numbers_pictures_and_settings(tmp_path: Path) -> 
     sinks.close()
 
 
+@pytest.mark.frameworks
 def test_tensorboard_after_resume_shows_each_step_once(tmp_path: Path) -> None:
     first = open_sinks(recipe("tensorboard"), tmp_path, 0)
     for step in (1, 2, 3, 4):
@@ -317,6 +318,7 @@ def test_redact(monkeypatch: pytest.MonkeyPatch) -> None:
     assert redact(plain) == plain, "no setting is taken for a secret"
 
 
+@pytest.mark.frameworks
 def test_no_byte_of_the_run_holds_a_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: Any
 ) -> None:
@@ -341,7 +343,10 @@ def test_no_byte_of_the_run_holds_a_token(
         assert CANARY not in repr(calls) and secret not in repr(calls)
 
 
+@pytest.mark.frameworks
 def test_sinks_move_no_random_number(tmp_path: Path) -> None:
+    import torch
+
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     sinks = open_sinks(recipe("tensorboard"), tmp_path, 0)

@@ -19,6 +19,8 @@ from limner.engines.torch.engine import TorchEngine, TorchState
 from limner.engines.torch.processes import TorchProcessGroup
 from limner.families.sd import SD
 
+pytestmark = pytest.mark.frameworks
+
 
 class Largest(TorchDispatchMode):
     """The most numbers that any operation inside has put into memory of its own."""

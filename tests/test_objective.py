@@ -57,6 +57,7 @@ def objective(scheduler: dict[str, Any], **settings: Any) -> Objective:
     return Objective.from_scheduler(scheduler, toml.build(ObjectiveSettings, settings))
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("predict", PREDICTION_TYPES)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_input_and_target_equal_diffusers(name: str, predict: str) -> None:
@@ -92,6 +93,7 @@ def test_input_and_target_equal_diffusers(name: str, predict: str) -> None:
     assert {str(x.dtype) for name, x in vars(n).items() if name != "timestep"} == {"float32"}
 
 
+@pytest.mark.frameworks
 def test_stock_scheduler_agrees_in_float32() -> None:
     """Without any change to it, diffusers' scheduler differs by no more than its float32 product
     explains."""
@@ -106,6 +108,7 @@ def test_stock_scheduler_agrees_in_float32() -> None:
     np.testing.assert_allclose(n.noise_in, stock.add_noise(zeros, ones, t)[:, 0], atol=1e-5)
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 5.0, 20.0])
 @pytest.mark.parametrize(
     "name", ["defaults", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "trained_betas"]
@@ -240,6 +243,7 @@ def test_timesteps_are_uniform_and_within_range() -> None:
         assert (np.bincount(made.to_timesteps(everywhere({}) + 1e-7)) == 1).all()
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("preservation", [0.5, 1.0, 2.0])
 def test_dream_equals_diffusers(preservation: float) -> None:
     """Input, target and loss through the torch engine's own code, with a toy network, against

@@ -16,6 +16,8 @@ from limner import rng
 from limner.storage import atomic, checkpoint
 from limner.training import sinks
 
+pytestmark = pytest.mark.frameworks
+
 STEPS = 6
 
 

@@ -22,6 +22,7 @@ BASE = {
 SPACINGS = ["leading", "trailing", "linspace"]
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize(
     ("predict", "spacing"),
     [

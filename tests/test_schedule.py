@@ -33,6 +33,7 @@ def of_diffusers(name: str, peak: float, warmup: int, total: int, cycles: int) -
     return rates
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(
     ("warmup", "total", "cycles"),
@@ -55,6 +56,7 @@ def test_every_schedule_is_tested() -> None:
     assert sorted(SHAPES) == sorted(SCHEDULES)
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("top", [0.9999, 0.9, 0.3])
 def test_ema_decay_is_equal_to_diffusers(top: float) -> None:
     """``EMAModel.step`` adds one to its count before it asks for the decay."""

@@ -19,6 +19,8 @@ import limner
 from limner.compat import diffusers
 from limner.storage import atomic
 
+pytestmark = pytest.mark.frameworks
+
 FULL, LORA = "train_text_to_image", "train_text_to_image_lora"
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 COMMON = [

@@ -30,6 +30,8 @@ from limner.storage import checkpoint
 from limner.training import loop
 from limner.training.stream import Stream
 
+pytestmark = pytest.mark.frameworks
+
 SEED, SIZE = 3, 32
 
 

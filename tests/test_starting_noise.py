@@ -31,6 +31,7 @@ def drawn_by_torch(shape: tuple[int, ...], seed: int, dtype: Any = None) -> np.n
     return torch.randn(shape, generator=generator, dtype=dtype).double().numpy()
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("seed", SEEDS)
 def test_float32_is_torch_s_to_one_millionth(seed: int) -> None:
     for shape in SHAPES:
@@ -39,12 +40,14 @@ def test_float32_is_torch_s_to_one_millionth(seed: int) -> None:
         assert np.abs(own - drawn_by_torch(shape, seed)).max(initial=0) < 1e-6, shape
 
 
+@pytest.mark.frameworks
 def test_a_million_numbers_with_their_tails() -> None:
     own, stock = draw_starting_noise((1 << 20,), 3), drawn_by_torch((1 << 20,), 3)
     assert np.abs(own - stock).max() < 1e-6
     assert np.abs(stock).max() > 4.5, "the rarest numbers are among them"
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize(("name", "bits"), [("float16", 11), ("bfloat16", 8)])
 def test_half_precision_is_torch_s_but_for_how_the_last_bit_is_rounded(
     name: str, bits: int

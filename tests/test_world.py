@@ -15,6 +15,8 @@ from limner.engines.torch import processes
 from limner.engines.torch.processes import PRECISIONS, TorchProcessGroup
 from limner.errors import DiskError, InputError, LimnerError, Stopped
 
+pytestmark = pytest.mark.frameworks
+
 LAUNCHED = (
     "ACCELERATE_",
     "MASTER_",

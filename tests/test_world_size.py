@@ -25,6 +25,8 @@ from limner.storage import checkpoint
 from limner.training import batch_plan, encode, loop, signals
 from limner.training.signals import Stop
 
+pytestmark = pytest.mark.frameworks
+
 STEPS = 24
 STOPPED_AT_LEAST = 3
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -60,7 +60,7 @@ def train(
     return loop.run_training(config, records)
 
 
-def generate(
+def generate(  # noqa: PLR0913 - all but two by keyword, as the options of the command
     model: str | Path,
     prompts: str | Sequence[str],
     *,

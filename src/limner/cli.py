@@ -51,6 +51,7 @@ class RenamedOption(argparse.Action):
         values: object,
         option_string: str | None = None,
     ) -> NoReturn:
+        """End the command with a message."""
         parser.error(f"{option_string}: renamed to {self.const}")
 
 

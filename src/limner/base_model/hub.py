@@ -26,8 +26,11 @@ class SilentBar(tqdm):  # type: ignore[type-arg]
 
 
 def fetch_files(
-    model: ModelSettings, revision: str | None, patterns: list[str], bar: type[tqdm] = SilentBar
-) -> Path:  # type: ignore[type-arg]
+    model: ModelSettings,
+    revision: str | None,
+    patterns: list[str],
+    bar: "type[tqdm[object]]" = SilentBar,
+) -> Path:
     """Fetch the files of one commit that match; return their folder, named by the commit.
 
     Raises:

@@ -54,7 +54,7 @@ class Declaration:
     needs: Need
 
 
-def setting(
+def setting(  # noqa: PLR0913 - what a declaration says, most of it by keyword
     default: Any,
     about: str,
     *,

@@ -50,7 +50,7 @@ def find_recipe(path: Path) -> Path:
     return next((file for file in (path, *own) if file.is_file()), path)
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     """A plain value as TOML writes it."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{k} = {format_value(v)}" for k, v in value.items()) + " }"
@@ -77,7 +77,7 @@ RENAMED = {
 }
 
 
-def explain_renamed(name: str, value: Any) -> list[str]:
+def explain_renamed(name: str, value: object) -> list[str]:
     """A line for a setting under its old name, or for each setting of a section under its old
     name."""
     if name not in RENAMED:
@@ -108,7 +108,7 @@ def build(cls: type, raw: dict[str, Any], where: str = "") -> Any:
     )
 
 
-def expand_home(name: str, value: Any) -> Any:
+def expand_home(name: str, value: object) -> object:
     """Put the user's home in place of ``~`` where a setting names a place."""
     setting = SETTINGS.get(re.sub(r"\[\d+\]", "", name))
     if setting is None or not setting.declaration.path or not isinstance(value, str):
@@ -116,58 +116,75 @@ def expand_home(name: str, value: Any) -> Any:
     return os.path.expanduser(value)
 
 
-def convert(kind: Any, value: Any, where: str) -> Any:
-    options = (
-        typing.get_args(kind)
-        if typing.get_origin(kind) in (types.UnionType, typing.Union)
-        else (kind,)
-    )  # Literal | None is a Union
+def convert(kind: object, value: object, where: str) -> Any:
+    """Convert a plain value to a declared type: a whole number to a float, a list to a tuple, a
+    table to its dataclass.
+
+    Args:
+        where: the setting's name, for the message.
+
+    Raises:
+        InputError: for a value of another type.
+    """
+    # Literal | None is a Union.
+    is_union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    options = typing.get_args(kind) if is_union else (kind,)
     for option in options:
-        origin, arguments = typing.get_origin(option) or option, typing.get_args(option)
-        if dataclasses.is_dataclass(option) and isinstance(value, dict):
-            return build(option, value, where + ".")  # type: ignore[arg-type]
-        if origin is Literal and value in arguments:
-            return value
-        if (
-            origin is tuple
-            and isinstance(value, list | tuple)
-            and (arguments[-1] is ... or len(value) == len(arguments))
-        ):
-            return tuple(convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-        if (
-            option is float and type(value) in (int, float) and abs(value) <= sys.float_info.max
-        ):  # neither NaN nor infinite
-            return float(value)
-        if (option is types.NoneType and value is None) or (
-            isinstance(option, type) and option is not float and type(value) is option
-        ):
-            return value
+        if fits(option, value):
+            return convert_fitting(option, value, where)
     raise InputError(f"{where}: {value!r} was given, {describe_types(options)} is expected")
 
 
-def describe_types(options: tuple[Any, ...]) -> str:
-    names = {
-        str: "a text",
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        types.NoneType: "",
-    }
-    parts = []
-    for option in options:
-        if typing.get_origin(option) is Literal:
-            parts.append("one of " + ", ".join(map(repr, typing.get_args(option))))
-        elif typing.get_origin(option) is tuple:
-            arguments = typing.get_args(option)
-            parts.append(
-                ("a list" if arguments[-1] is ... else f"a list of {len(arguments)}")
-                + f", each {describe_types(arguments[:1])}"
-            )
-        elif dataclasses.is_dataclass(option):
-            parts.append(f"a table with {', '.join(f.name for f in dataclasses.fields(option))}")
-        else:
-            parts.append(names.get(option, str(option)))
-    return " or ".join(p for p in parts if p)
+def fits(option: object, value: Any) -> bool:
+    """Whether a value, not what is in it, is of one type; of no union."""
+    arguments = typing.get_args(option)
+    if dataclasses.is_dataclass(option):
+        return isinstance(value, dict)
+    if typing.get_origin(option) is Literal:
+        return value in arguments
+    if typing.get_origin(option) is tuple:
+        fixed = arguments[-1] is not ...
+        return isinstance(value, list | tuple) and (not fixed or len(value) == len(arguments))
+    if option is float:  # neither NaN nor infinite
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is option  # True is no whole number
+
+
+def convert_fitting(option: Any, value: Any, where: str) -> Any:
+    """Convert a value that ``fits``; see ``convert``."""
+    if dataclasses.is_dataclass(option):
+        return build(option, value, where + ".")  # type: ignore[arg-type]
+    if typing.get_origin(option) is tuple:
+        inner = typing.get_args(option)[0]
+        return tuple(convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
+    return float(value) if option is float else value
+
+
+TYPE_NAMES: dict[object, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    types.NoneType: "",
+}
+
+
+def describe_types(options: Iterable[object]) -> str:
+    """Return what a value may be, as the end of a refusal says it; None is passed over."""
+    return " or ".join(text for text in map(describe_type, options) if text)
+
+
+def describe_type(option: object) -> str:
+    """Return what a value of one type is; see ``describe_types``."""
+    arguments = typing.get_args(option)
+    if typing.get_origin(option) is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if typing.get_origin(option) is tuple:
+        kind = "a list" if arguments[-1] is ... else f"a list of {len(arguments)}"
+        return f"{kind}, each {describe_types(arguments[:1])}"
+    if dataclasses.is_dataclass(option):
+        return f"a table with {', '.join(f.name for f in dataclasses.fields(option))}"
+    return TYPE_NAMES.get(option, str(option))
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Processes(ProcessGroup):
             raise error
         if "error" in answer:
             raise from_message(answer)
-        return answer["result"]  # type: ignore[no-any-return]
+        return answer["result"]
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process."""

@@ -69,21 +69,24 @@ class MemoryStore:
         return key in self.rows
 
     def get(self, keys: Sequence[str]) -> Features:
+        """Stack the rows of these keys, in their order."""
         rows = [self.rows[key] for key in keys]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def put(self, keys: Sequence[str], features: Features) -> None:
+        """Keep a copy of each row, so that the batch it came in can be freed."""
         for i, key in enumerate(keys):
             self.rows[key] = {name: array[i].copy() for name, array in features.items()}
 
     def missing(self, keys: Iterable[str]) -> list[str]:
+        """Return the keys that were not put; nothing here is ever damaged."""
         return [key for key in keys if key not in self.rows]
 
     def refresh(self) -> None:
-        pass
+        """Do nothing: no other process writes here."""
 
     def check_room(self, size: int) -> None:
-        pass
+        """Refuse nothing: how much memory there is, is not known."""
 
 
 @dataclass(frozen=True)

@@ -310,7 +310,7 @@ class JaxEngine:
         """See ``protocols.Engine``; names are those of the PyTorch engine's checkpoints."""
 
         def read(group: str) -> Arrays:
-            return self.layout.unpack(self.on_host(state[group]))  # type: ignore[no-any-return]
+            return self.layout.unpack(self.on_host(state[group]))
 
         moments = {name: read(group) for name, group in MOMENTS.items()}
         groups: list[tuple[str, Arrays]] = [("model", read("params"))]

@@ -148,7 +148,7 @@ class TrainingStep:
         )
         updates, (adam, *_) = make_adam(settings).update(
             jax.tree.map(lambda g: g * shrink, gradient), before, state["params"]
-        )  # type: ignore[misc]
+        )
         moved = jax.tree.map(lambda p, u: p - rate * u, state["params"], updates)
         after = {"params": moved, "mu": adam.mu, "nu": adam.nu, "count": adam.count}
         new: State = {"fault": fault}

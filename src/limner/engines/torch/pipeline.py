@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -286,30 +286,31 @@ def decode_without_autocast(autoencoder: Any, latents: torch.Tensor, **settings:
         return type(autoencoder).decode(autoencoder, latents.to(autoencoder.dtype), **settings)
 
 
+class CallSettings(TypedDict):
+    """What all pictures of a call have in common; None: the pipeline's own."""
+
+    steps: int
+    guidance_scale: float | None
+    size: int | None
+
+
 def draw_pictures(
     pipeline: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    steps: int,
-    guidance_scale: float | None,
-    size: int | None,
     negative: str | None = None,
     batch: int = 4,
+    **call: Unpack[CallSettings],
 ) -> list[np.ndarray]:
     """Draw one picture per prompt and seed, uint8 [size, size, 3].
 
     Args:
-        guidance_scale, size: None: the pipeline's own.
         negative: what no picture should show.
         batch: pictures at a time.
     """
     pipeline.set_progress_bar_config(disable=True)
-    settings: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
-    if size is not None:
-        settings |= {"height": size, "width": size}
-    if guidance_scale is not None:
-        settings["guidance_scale"] = guidance_scale
+    settings = name_settings(**call)
     pictures: list[np.ndarray] = []
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
@@ -325,3 +326,13 @@ def draw_pictures(
         )
         pictures += [(picture * 255).round().astype(np.uint8) for picture in output.images]
     return pictures
+
+
+def name_settings(*, steps: int, guidance_scale: float | None, size: int | None) -> dict[str, Any]:
+    """Return the settings of a call under the stock pipelines' names."""
+    settings: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
+    if size is not None:
+        settings |= {"height": size, "width": size}
+    if guidance_scale is not None:
+        settings["guidance_scale"] = guidance_scale
+    return settings
