@@ -7,9 +7,12 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from limner.plain import Plain
+
 Report = Callable[[str], None]
+Array = Any  # numpy's, or of the framework that computes
 State = Any  # an engine's own; donated to ``step``: never use the old one again
-Metrics = dict[str, Any]  # arrays on the device, until ``fetch``
+Metrics = dict[str, Array]  # arrays on the device, until ``fetch``
 Batch = dict[str, np.ndarray]  # x0, noise, t a s p q w d and features; first axis: examples
 Arrays = dict[str, np.ndarray]  # arrays by parameter name
 T = TypeVar("T")
@@ -39,12 +42,12 @@ Features = dict[str, np.ndarray]  # first axis: examples
 class BaseConfigs:
     """The configs of a base model; ``configs["unet"]`` is the config of a component."""
 
-    model_index: dict[str, Any]  # model_index.json: the pipeline's class, and each component's
-    components: dict[str, dict[str, Any]]  # component -> its config.json
+    model_index: Plain  # model_index.json: the pipeline's class, and each component's
+    components: dict[str, Plain]  # component -> its config.json
     # Arrays among the trained network's weights that do not learn, float32; see ``Family``.
     frozen_arrays: Arrays = field(default_factory=dict)
 
-    def __getitem__(self, component: str) -> dict[str, Any]:
+    def __getitem__(self, component: str) -> Plain:
         return self.components[component]
 
 
@@ -52,7 +55,7 @@ class TextEncoders(Protocol):
     """Text encoders, frozen or learning; arrays of the kind that they are given: numpy, or an
     engine's own."""
 
-    def encode_text(self, name: str, ids: Any, skip: int = 0) -> tuple[Any, Any]:
+    def encode_text(self, name: str, ids: Array, skip: int = 0) -> tuple[Array, Array]:
         """Hidden states [n, tokens, width] and pooled embedding [n, width] of token ids [n,
         tokens].
 
@@ -62,7 +65,7 @@ class TextEncoders(Protocol):
         """
         ...
 
-    def concat_features(self, arrays: list[Any]) -> Any:
+    def concat_features(self, arrays: list[Array]) -> Array:
         """Arrays joined along the last axis."""
         ...
 

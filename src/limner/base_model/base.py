@@ -4,10 +4,10 @@ import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from limner.base_model.weight_files import choose_files, has_weights, list_files
 from limner.errors import InputError
+from limner.plain import Plain
 from limner.protocols import BaseConfigs
 from limner.storage import atomic
 
@@ -62,7 +62,7 @@ class BaseModel:
         """Return a digest of configs, vocabularies and weights: equal for equal bytes anywhere."""
         return atomic.digest_json({name: self.digest_component(name) for name in components})
 
-    def digest_component(self, component: str) -> list[Any]:
+    def digest_component(self, component: str) -> list[object]:
         """Return a component's config and the digests of its vocabulary and weight files."""
         # The config without where it was loaded from, and which version wrote it.
         config = {
@@ -76,7 +76,7 @@ class BaseModel:
             paths += self.weight_files(component)
         return [config, *(digest_unchanged(path) for path in paths)]
 
-    def read_card_metadata(self) -> dict[str, Any]:
+    def read_card_metadata(self) -> Plain:
         """Return the front matter of the base's model card; empty where there is none."""
         import yaml
 
@@ -105,7 +105,7 @@ def digest_at(path: Path, size: int, changed: int) -> str:
     return atomic.digest_file(path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Plain:
     """Read a JSON object from a file.
 
     Raises:

@@ -2,18 +2,18 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from limner.base_model.base import INDEX, read_json
 from limner.base_model.importers import flax
 from limner.errors import InputError
 from limner.families.family import Family, Stage
+from limner.plain import Plain
 
 # Libraries whose classes stock pipelines are made of.
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 
 
-def read_index(folder: Path, family: Family) -> dict[str, Any]:
+def read_index(folder: Path, family: Family) -> Plain:
     """Read ``model_index.json``; of a folder that holds both stages, the part of this one.
 
     Raises:
@@ -43,7 +43,7 @@ def read_index(folder: Path, family: Family) -> dict[str, Any]:
     return index
 
 
-def select_stage(index: dict[str, Any], family: Family, stage: Stage) -> dict[str, Any]:
+def select_stage(index: Plain, family: Family, stage: Stage) -> Plain:
     """Return the index that one stage would have alone, from the index of both stages."""
     selected = {name: value for name, value in index.items() if name == "_diffusers_version"}
     for name in family.components:
@@ -51,7 +51,7 @@ def select_stage(index: dict[str, Any], family: Family, stage: Stage) -> dict[st
     return selected | {"_class_name": family.pipeline}
 
 
-def check_libraries(path: Path, index: dict[str, Any]) -> None:
+def check_libraries(path: Path, index: Plain) -> None:
     """Refuse components of other libraries: those are code in the model's folder."""
     for name, (library, class_name) in list_components(index).items():
         if library not in LIBRARIES or re.fullmatch(r"[\w-]+", name) is None:
@@ -61,7 +61,7 @@ def check_libraries(path: Path, index: dict[str, Any]) -> None:
             )
 
 
-def check_classes(path: Path, index: dict[str, Any], family: Family, prefix: str) -> None:
+def check_classes(path: Path, index: Plain, family: Family, prefix: str) -> None:
     """Refuse an index whose components are not those of the family.
 
     Args:
@@ -79,7 +79,7 @@ def check_classes(path: Path, index: dict[str, Any], family: Family, prefix: str
             )
 
 
-def list_components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+def list_components(index: Plain) -> dict[str, tuple[str, str]]:
     """Return the components that an index names, each as (library, class)."""
     components = {}
     for name, value in index.items():
@@ -96,7 +96,7 @@ def holds_both_stages(folder: Path, stage: Stage) -> bool:
 
 def read_component_configs(
     folder: Path, external_folders: dict[str, Path], family: Family
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Plain]:
     """Read the config of every component of a family.
 
     Raises:

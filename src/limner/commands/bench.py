@@ -24,7 +24,17 @@ from limner.errors import InputError, NonFiniteError
 from limner.families.family import Family
 from limner.features.encoder import FeatureEncoder
 from limner.features.stand_in import StandInEncoders
-from limner.protocols import BaseConfigs, Batch, Engine, NonFiniteStep, ProcessGroup, Report, State
+from limner.plain import Plain
+from limner.protocols import (
+    BaseConfigs,
+    Batch,
+    Engine,
+    Metrics,
+    NonFiniteStep,
+    ProcessGroup,
+    Report,
+    State,
+)
 from limner.storage import atomic
 from limner.training.batch_plan import BatchPlan, make_plan
 from limner.training.loop import schedule_step
@@ -77,7 +87,7 @@ class BenchFigures:
 
 def run_bench(
     config: Config, *, steps: int = 10, json_file: Path | None = None, report: Report = print
-) -> dict[str, Any]:
+) -> Plain:
     """Measure ``steps`` steps of a recipe after the warm-up, print a table, and return the figures
     that the JSON file has.
 
@@ -161,8 +171,8 @@ def time_steps(
 ) -> list[float]:
     """Seconds of each step after the warm-up."""
     state = engine.init_state(plan.seed)
-    marks: list[Any] = []
-    metrics: list[Any] = []
+    marks: list[object] = []
+    metrics: list[Metrics] = []
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
             wait_for_steps(engine, state, metrics)
@@ -185,7 +195,7 @@ def time_steps(
     return seconds
 
 
-def wait_for_steps(engine: Engine, state: State, metrics: list[Any]) -> None:
+def wait_for_steps(engine: Engine, state: State, metrics: list[Metrics]) -> None:
     """Wait for the steps so far. Their losses must be numbers: arithmetic on infinities is not what
     training costs."""
     try:

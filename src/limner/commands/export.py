@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from limner.base_model.base import INDEX, BaseModel, read_json
 from limner.base_model.open import open_base
@@ -14,6 +13,7 @@ from limner.diffusion.objective import Objective
 from limner.errors import InputError, IntegrityError
 from limner.families import FAMILIES
 from limner.families.family import Family
+from limner.plain import Plain
 from limner.storage import atomic, checkpoint
 from limner.storage.run_folder import RunFolder
 from limner.training.push import push_result
@@ -135,7 +135,7 @@ def combine_stages(
     if base.other_stage is None or base.other_stage.adapter is not None:
         raise InputError(f"{other_stage}: {LORA_REFUSAL}")
     other_family = FAMILIES[family.stage.other_stage]
-    index: dict[str, Any] = {"_class_name": family.stage.combined_pipeline}
+    index: Plain = {"_class_name": family.stage.combined_pipeline}
     index |= copy_stage(base, family, target)
     index |= copy_stage(base.other_stage, other_family, target)
     atomic.write_text(target / INDEX, json.dumps(index, indent=2) + "\n")

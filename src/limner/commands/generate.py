@@ -15,6 +15,7 @@ from limner import engines
 from limner.base_model.base import INDEX
 from limner.data.contact_sheet import draw_contact_sheet
 from limner.errors import InputError
+from limner.plain import Plain
 from limner.protocols import ModelSource
 from limner.storage import atomic
 from limner.storage.layout import LORA_FILE
@@ -173,7 +174,7 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
     """
     model = os.path.expanduser(model)
     folder = Path(model)
-    trained: dict[str, Any] = {}  # the model settings of the run
+    trained: Plain = {}  # the model settings of the run
     config = RunFolder(folder).config
     if config.is_file():
         trained = json.loads(config.read_text(encoding="utf-8")).get("model", {})

@@ -3,12 +3,12 @@ read."""
 
 import math
 import os
-from typing import Any
 
 from limner.config import toml
 from limner.config.schema import Config, DataSettings
 from limner.config.toml import format_value
 from limner.data import mixture
+from limner.plain import Plain
 from limner.training.batch_plan import make_plan
 from limner.training.setup import resolve
 
@@ -24,7 +24,7 @@ def format_settings(config: Config) -> str:
     return "\n".join([*lines, "", *format_arithmetic(config)])
 
 
-def format_section(values: dict[str, Any]) -> list[str]:
+def format_section(values: Plain) -> list[str]:
     """Settings that have a value, then the names of those that have none."""
     given = [f"{name} = {format_value(v)}" for name, v in values.items() if v is not None]
     return given + [f"# {name} is not set" for name, v in values.items() if v is None]

@@ -19,6 +19,7 @@ from limner.config.schema import Config, ModelSettings
 from limner.errors import InputError, LimnerError
 from limner.families.family import Family
 from limner.families.published import load_published
+from limner.plain import Plain
 from limner.protocols import BaseConfigs, ProcessGroup
 from limner.storage import atomic, safetensors
 from limner.storage.layout import WEIGHTS_FILE
@@ -105,13 +106,14 @@ def open_local_base(model: ModelSettings, family: Family, folder: str) -> BaseMo
     return open_base(local, family, draws=False)
 
 
-def write_random_component(folder: Path, config: dict[str, Any], kind: str = "torch") -> None:
+def write_random_component(folder: Path, config: Plain, kind: str = "torch") -> None:
     """Write a component's folder: its config, and weights drawn as PyTorch draws them for new
     layers, one array at a time in memory."""
     shapes = engines.parameter_shapes(kind, config)
     with atomic.disk_errors(folder):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(config))
+        # Arrays, as far as their writer needs.
         arrays: dict[str, Any] = {
             name: RandomArray(name, shape, seed)
             for seed, (name, shape) in enumerate(shapes.items())
@@ -135,7 +137,7 @@ class RandomArray:
         """Bytes of the array."""
         return 4 * math.prod(self.shape)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
         if len(self.shape) == 1:
             return np.full(self.shape, float(self.name.endswith(".weight")), np.float32)
         numbers = np.random.Generator(np.random.SFC64(self.seed)).random(self.shape, np.float32)

@@ -7,7 +7,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from limner.cli import run_guarded
 from limner.compat.common_flags import COMMON_FLAGS
@@ -17,6 +16,7 @@ from limner.config.rules import check_config
 from limner.config.schema import Config
 from limner.config.toml import build
 from limner.errors import InputError, report_once
+from limner.plain import Plain
 
 BEGIN = "<!-- flags: begin -->"
 END = "<!-- flags: end -->"
@@ -53,7 +53,7 @@ def make_parser(script: str) -> argparse.ArgumentParser:
     return parser
 
 
-def describe_value(flag: Flag) -> dict[str, Any]:
+def describe_value(flag: Flag) -> Plain:
     """Return what argparse needs to read a flag's value."""
     if flag.kind is bool:
         return {"action": "store_true"}
@@ -94,7 +94,7 @@ def to_config(script: str, arguments: Namespace) -> Config:
     refusals = list_refusals(arguments)
     if refusals:
         raise InputError("\n".join(refusals))
-    settings: dict[str, Any] = {}
+    settings: Plain = {}
     for name, value in SCRIPTS[script].fixed_settings.items():
         put_setting(settings, name, value)
     for name, flag in SCRIPTS[script].flags.items():
@@ -111,7 +111,7 @@ def to_config(script: str, arguments: Namespace) -> Config:
     return config
 
 
-def put_setting(settings: dict[str, Any], name: str, value: Any) -> None:
+def put_setting(settings: Plain, name: str, value: object) -> None:
     """Set ``section.key`` in nested dictionaries."""
     *sections, key = name.split(".")
     for section in sections:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from limner.plain import Plain
+
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 
 
@@ -37,7 +39,7 @@ class Script:
     """One of the diffusers scripts: its flags, and the settings that no flag decides."""
 
     flags: dict[str, Flag]
-    fixed_settings: dict[str, Any]
+    fixed_settings: Plain
 
 
 def scale_learning_rate(arguments: Namespace) -> float:
@@ -96,7 +98,7 @@ def choose_dream_exponent(arguments: Namespace) -> float | None:
     return arguments.dream_detail_preservation if arguments.dream_training else None
 
 
-def choose_timestep_bias(arguments: Namespace) -> dict[str, Any] | None:
+def choose_timestep_bias(arguments: Namespace) -> Plain | None:
     """Return the table of the timestep bias, or None where all timesteps are drawn alike."""
     if arguments.timestep_bias_strategy == "none":
         return None

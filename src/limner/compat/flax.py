@@ -11,9 +11,10 @@ on each.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 from PIL import Image
 
 from limner.base_model.base import BaseModel
@@ -22,8 +23,14 @@ from limner.config.schema import ModelSettings
 from limner.diffusion.samplers import make_table
 from limner.errors import InputError
 from limner.families import FAMILIES
+from limner.protocols import Array
 
-Weights = dict[str, dict[str, Any]]  # arrays by component and name
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from limner.engines.jax.attention import Kernel
+
+Weights = dict[str, dict[str, Array]]  # arrays by component and name
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,9 @@ class FlaxOutput:
             the prompts had one.
     """
 
-    images: Any
+    images: Array
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: int) -> Array:
         """Return the images at 0, as outputs of diffusers do."""
         return (self.images,)[i]
 
@@ -45,11 +52,11 @@ class FlaxOutput:
 class DrawInputs(NamedTuple):
     """The arrays of one call besides the weights; rows are prompts."""
 
-    ids: Any  # token ids, [n, length] or with several tokenizers [n, tokenizers, length]
-    negative_ids: Any  # of the negative prompts
-    noise: Any  # standard normal, [n, channels, h, w]
-    table: tuple[Any, Any]  # the sampler's timesteps and coefficients
-    guidance_scale: Any
+    ids: Array  # token ids, [n, length] or with several tokenizers [n, tokenizers, length]
+    negative_ids: Array  # of the negative prompts
+    noise: Array  # standard normal, [n, channels, h, w]
+    table: tuple[Array, Array]  # the sampler's timesteps and coefficients
+    guidance_scale: Array
 
     def divide_rows(self) -> "DrawInputs":
         """Divide the prompts over all devices."""
@@ -69,7 +76,7 @@ def replicate(tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(make_mesh(), PartitionSpec()))
 
 
-def shard(array: Any) -> np.ndarray:
+def shard(array: Array) -> np.ndarray:
     """Divide rows over devices: [devices, rows / devices, ...].
 
     Raises:
@@ -85,7 +92,7 @@ def shard(array: Any) -> np.ndarray:
     return rows.reshape(count, -1, *rows.shape[1:])
 
 
-def make_mesh() -> Any:
+def make_mesh() -> "Mesh":
     """Return all devices in a row."""
     import jax
     from jax.sharding import AxisType, Mesh
@@ -98,28 +105,28 @@ class FlaxStableDiffusionPipeline:
 
     family = "sd"
 
-    def __init__(self, base: BaseModel, dtype: Any):
+    def __init__(self, base: BaseModel, dtype: np.dtype):
         from limner.engines.jax.encoders import JaxEncoders
 
         self.base = base
         self.dtype = dtype
         self.record = FAMILIES[self.family]
         self.encoders = JaxEncoders(base)
-        self.compiled: dict[Any, Callable[[Weights, DrawInputs], Any]] = {}
+        self.compiled: dict[tuple[bool, bool, bool], Callable[[Weights, DrawInputs], Array]] = {}
 
     # The arguments of this and of __call__ are those of diffusers.
     @classmethod
     def from_pretrained(
         cls,
         model: str,
-        dtype: Any = np.float32,
+        dtype: DTypeLike = np.float32,
         *,
         revision: str | None = None,
         variant: str | None = None,
         cache_dir: str | None = None,
         from_pt: bool = False,
-        safety_checker: Any = None,
-        feature_extractor: Any = None,
+        safety_checker: object = None,
+        feature_extractor: object = None,
     ) -> tuple["FlaxStableDiffusionPipeline", Weights]:
         """Load a pipeline and its weights from a folder or a Hub repository.
 
@@ -162,18 +169,18 @@ class FlaxStableDiffusionPipeline:
 
     def __call__(
         self,
-        prompt_ids: Any,
+        prompt_ids: Array,
         params: Weights,
-        prng_seed: Any,
+        prng_seed: Array,
         num_inference_steps: int = 50,
         height: int | None = None,
         width: int | None = None,
         guidance_scale: float = 7.5,
-        latents: Any = None,
-        neg_prompt_ids: Any = None,
+        latents: Array | None = None,
+        neg_prompt_ids: Array | None = None,
         return_dict: bool = True,
         jit: bool = False,
-    ) -> Any:
+    ) -> FlaxOutput | tuple[Array]:
         """Draw pictures of prompts.
 
         Args:
@@ -220,7 +227,7 @@ class FlaxStableDiffusionPipeline:
 
     def get_program(
         self, guided: bool, no_negative: bool, jit: bool
-    ) -> Callable[[Weights, DrawInputs], Any]:
+    ) -> Callable[[Weights, DrawInputs], Array]:
         """Return ``draw`` for one kind of call, jitted once."""
         import jax
 
@@ -235,8 +242,14 @@ class FlaxStableDiffusionPipeline:
         return self.compiled[key]
 
     def draw(
-        self, params: Weights, inputs: DrawInputs, *, guided: bool, no_negative: bool, kernel: Any
-    ) -> Any:
+        self,
+        params: Weights,
+        inputs: DrawInputs,
+        *,
+        guided: bool,
+        no_negative: bool,
+        kernel: "Kernel | None",
+    ) -> Array:
         """Draw pictures [n, height, width, 3] in [0, 1], as one pure function.
 
         Args:
@@ -273,7 +286,7 @@ class FlaxStableDiffusionPipeline:
         pixels = vae.decode(Params(params["vae"]), configs["vae"], latents / scaling)
         return jnp.clip(pixels / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
 
-    def encode_prompts(self, params: Weights, ids: Any) -> dict[str, Any]:
+    def encode_prompts(self, params: Weights, ids: Array) -> dict[str, Array]:
         """Return the text features of token ids; see ``prepare_inputs`` for their shape."""
         by_tokenizer = ids if ids.ndim == 3 else ids[:, None]
         return self.record.encode_text(
@@ -282,7 +295,7 @@ class FlaxStableDiffusionPipeline:
         )
 
     @staticmethod
-    def numpy_to_pil(images: Any) -> list[Image.Image]:
+    def numpy_to_pil(images: Array) -> list[Image.Image]:
         """Convert pictures [n, height, width, 3] in [0, 1] to PIL's."""
         return [
             Image.fromarray((image * 255).round().astype(np.uint8))
@@ -302,9 +315,9 @@ class FlaxTextEncoders:
 
     params: Weights
     base: BaseModel
-    dtype: Any
+    dtype: np.dtype
 
-    def encode_text(self, name: str, ids: Any, skip: int = 0) -> tuple[Any, Any]:
+    def encode_text(self, name: str, ids: Array, skip: int = 0) -> tuple[Array, Array]:
         """See ``protocols.TextEncoders``."""
         from limner.engines.jax import clip
         from limner.engines.jax.encoders import has_projection
@@ -313,14 +326,14 @@ class FlaxTextEncoders:
         net, config = Params(self.params[name]), self.base.configs[name]
         return clip.encode_text(net, config, ids, skip, has_projection(self.base, name), self.dtype)
 
-    def concat_features(self, arrays: list[Any]) -> Any:
+    def concat_features(self, arrays: list[Array]) -> Array:
         """See ``protocols.TextEncoders``."""
         import jax.numpy as jnp
 
         return jnp.concatenate(arrays, axis=-1)
 
 
-def draw_noise(keys: Any, shape: tuple[int, ...]) -> Any:
+def draw_noise(keys: Array, shape: tuple[int, ...]) -> Array:
     """Draw standard normal numbers, an equal part of the rows from each key of ``jax.random``."""
     import jax
 

@@ -58,7 +58,7 @@ def format_table(settings: typing.Iterable[Setting]) -> Iterator[str]:
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def format_default(value: Any) -> str:
+def format_default(value: object) -> str:
     """A default as TOML has it."""
     return format_value(list(value) if isinstance(value, tuple) else value)
 

@@ -558,7 +558,7 @@ class Setting:
 
     name: str
     type: Any
-    default: Any
+    default: object
     declaration: Declaration
 
 

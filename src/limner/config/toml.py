@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from limner.config.schema import SETTINGS, Config
 from limner.errors import InputError
+from limner.plain import Plain
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Config:
@@ -87,7 +88,7 @@ def explain_renamed(name: str, value: object) -> list[str]:
     return [f"{name}: renamed to {RENAMED[name]}"]
 
 
-def build(cls: type, raw: dict[str, Any], where: str = "") -> Any:
+def build(cls: type, raw: Plain, where: str = "") -> Any:
     """A dataclass from plain data; every key must exist, every value must have the declared type.
 
     Raises:
@@ -187,7 +188,7 @@ def describe_type(option: object) -> str:
     return TYPE_NAMES.get(option, str(option))
 
 
-def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def apply_overrides(raw: Plain, overrides: Iterable[str]) -> Plain:
     """Put ``section.key=value`` pairs into plain data; ``none`` stands for no value."""
     for item in overrides:
         name, equals, text = item.partition("=")
@@ -212,14 +213,14 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, 
     return raw
 
 
-def to_plain(value: Any) -> dict[str, Any]:
+def to_plain(value: Any) -> Plain:
     """A config as JSON knows it: what is saved with the run, and what ``build`` takes back."""
     return json.loads(json.dumps(dataclasses.asdict(value)))
 
 
-def flatten(raw: dict[str, Any], where: str = "") -> dict[str, Any]:
+def flatten(raw: Plain, where: str = "") -> Plain:
     """``{"train": {"steps": 5}}`` as ``{"train.steps": 5}``."""
-    out: dict[str, Any] = {}
+    out: Plain = {}
     for key, value in raw.items():
         out |= flatten(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
     return out

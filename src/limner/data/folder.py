@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from limner.config.schema import DataSettings
 from limner.data.source import BadRecord, Record, explain_missing_column, read_captions
 from limner.errors import InputError
+from limner.plain import Plain
 from limner.protocols import Report
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -211,7 +212,7 @@ def list_files(base: Path) -> Iterator[str]:
                 yield Path(folder, name).relative_to(base).as_posix()
 
 
-def explain_bad_name(name: Any) -> str | None:
+def explain_bad_name(name: object) -> str | None:
     """Return the reason why a file name is refused before it is looked up; None for a good one."""
     if not isinstance(name, str) or not name.strip():
         return "file_name is missing or not a text"
@@ -256,7 +257,7 @@ def read_metadata(path: Path, caption: str | None) -> Iterator[Row]:
 
 
 # The columns of a metadata file, and its rows: (the line, the values by column).
-Table = tuple[list[str], list[tuple[str, dict[str, Any]]]]
+Table = tuple[list[str], list[tuple[str, Plain]]]
 
 
 def read_jsonl(path: Path) -> Table:

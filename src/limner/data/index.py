@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -25,6 +25,7 @@ from limner.data.image import Undecodable
 from limner.data.similarity import FLAT
 from limner.data.source import BadRecord, Record, Source
 from limner.errors import DiskError, InputError
+from limner.plain import Plain
 from limner.protocols import Report
 from limner.storage import atomic
 from limner.storage.run_folder import RunFolder
@@ -112,12 +113,12 @@ class Index:
         """Yield every caption as (key of its record, caption)."""
         return ((entry.key, text) for entry in self.entries for text in entry.captions)
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> Plain:
         """Return the index as plain values, for JSON from one process to the others."""
         return {"entries": [vars(entry) for entry in self.entries], "skipped": self.skipped}
 
     @staticmethod
-    def from_plain(plain: dict[str, Any]) -> "Index":
+    def from_plain(plain: Plain) -> "Index":
         """Return the index from the values of ``to_plain``."""
         entries = (
             Entry(**(fields | {"captions": tuple(fields["captions"])}))

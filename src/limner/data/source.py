@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class Source(Protocol):
     def __getitem__(self, i: int, /) -> Record: ...
 
 
-def read_captions(value: Any, key: str, where: str = "") -> tuple[str, ...]:
+def read_captions(value: object, key: str, where: str = "") -> tuple[str, ...]:
     """Return the captions of a record from a text or a list of texts.
 
     Args:

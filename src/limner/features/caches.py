@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from limner.base_model.base import BaseModel
 from limner.config.schema import Config
@@ -58,7 +57,7 @@ def open_stores(
         *process.arithmetic_versions(),
     ]
 
-    def open_store(kind: str, settings: list[Any], components: tuple[str, ...]) -> DiskStore:
+    def open_store(kind: str, settings: list[object], components: tuple[str, ...]) -> DiskStore:
         weights = process.first(partial(base.fingerprint, *components))
         name = f"{kind}-{atomic.digest_json([arithmetic, settings, weights])}"
         return DiskStore(cache_folder(config) / name, report)

@@ -10,7 +10,6 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
@@ -46,7 +45,7 @@ def digest_file(path: Path) -> str:
     return state.hexdigest()
 
 
-def digest_json(value: Any) -> str:
+def digest_json(value: object) -> str:
     """Return the XXH3-128 of a JSON value, the same whatever the order of its keys."""
     return xxhash.xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from limner.errors import InputError, IntegrityError
+from limner.plain import Plain
 from limner.storage import atomic
 from limner.storage.safetensors import NamedArrays, read_arrays, write_arrays
 
@@ -25,7 +25,7 @@ class RunState:
     """What a checkpoint remembers of its run besides arrays: all that the run's future depends
     on."""
 
-    config: dict[str, Any]  # resolved, as ``to_plain`` gives it
+    config: Plain  # resolved, as ``to_plain`` gives it
     seed: int
     batch_size: int  # global
     world_size: int
@@ -37,12 +37,12 @@ class RunState:
     numpy_version: str
     version: int = RUN_STATE_VERSION
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> Plain:
         """For JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_plain(cls, raw: Mapping[str, Any], folder: Path) -> "RunState":
+    def from_plain(cls, raw: Plain, folder: Path) -> "RunState":
         """The inverse of ``to_plain``; ``folder`` is the checkpoint's.
 
         Raises:
@@ -69,7 +69,7 @@ class Checkpoint:
 
     folder: Path
     step: int
-    plain_state: dict[str, Any]
+    plain_state: Plain
 
     @property
     def state(self) -> RunState:
@@ -85,7 +85,7 @@ def save(
     root: Path,
     step: int,
     files: Iterable[tuple[str, NamedArrays, dict[str, str]]],
-    state: Mapping[str, Any],
+    state: Mapping[str, object],
     *,
     keep: int | None = None,
     finish: Callable[[Path], None] | None = None,

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from limner.config.schema import AdapterSettings, Config
 from limner.families.family import Family
+from limner.plain import Plain
 from limner.protocols import Arrays
 from limner.storage import checkpoint
 from limner.storage.checkpoint import Checkpoint, RunState
@@ -38,7 +38,7 @@ def target_modules(adapter: AdapterSettings, family: Family, component: str) -> 
 def lora_header(adapter: AdapterSettings, family: Family) -> dict[str, str]:
     """Return a LoRA file's metadata: rank, alpha and targets, as diffusers has them."""
     alpha = adapter.rank if adapter.alpha is None else adapter.alpha
-    metadata: dict[str, Any] = {}
+    metadata: Plain = {}
     for component in family.trained_components(adapter.text_encoders):
         metadata[f"{component}.r"] = adapter.rank
         metadata[f"{component}.lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
@@ -53,7 +53,7 @@ def save_groups(
     state: RunState,
     config: Config,
     family: Family,
-    trained: dict[str, Any],
+    trained: Plain,
 ) -> Path:
     """Write the checkpoint of a step.
 

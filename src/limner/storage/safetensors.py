@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from limner.plain import Plain
+
 NamedArrays = dict[str, np.ndarray]
 DTYPE_NAMES = {
     "float64": "F64",
@@ -90,7 +92,7 @@ def write_arrays(path: Path, arrays: NamedArrays, metadata: dict[str, str] | Non
     """
     # Wide dtypes come first, so that every array is aligned.
     order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
-    header: dict[str, Any] = {METADATA: {"format": "pt", **(metadata or {})}}
+    header: Plain = {METADATA: {"format": "pt", **(metadata or {})}}
     end = 0
     for name in order:
         begin = end
@@ -133,7 +135,7 @@ def read_header(path: Path) -> Header:
     return Header(arrays, metadata, data_begin)
 
 
-def parse_json_object(text: bytes) -> dict[str, Any]:
+def parse_json_object(text: bytes) -> Plain:
     """Parse the text of a header."""
     try:
         value = json.loads(text.decode("utf-8"))
@@ -144,7 +146,7 @@ def parse_json_object(text: bytes) -> dict[str, Any]:
     return value
 
 
-def parse_metadata(value: Any) -> dict[str, str]:
+def parse_metadata(value: object) -> dict[str, str]:
     """Check that metadata are texts by name."""
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise SafetensorsError(f"its {METADATA} are not texts by name")

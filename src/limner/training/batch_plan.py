@@ -4,11 +4,11 @@ import math
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from limner.config.schema import Config, TrainSettings
 from limner.data.order import Order
 from limner.errors import InputError
+from limner.plain import Plain
 from limner.storage.checkpoint import RunState
 
 
@@ -114,7 +114,7 @@ def choose_batch_size(train: TrainSettings, saved: RunState | None, all_devices:
     return saved.batch_size
 
 
-def is_asked_as_before(train: TrainSettings, before: dict[str, Any]) -> bool:
+def is_asked_as_before(train: TrainSettings, before: Plain) -> bool:
     """Whether the batch differs only because the number of processes does: micro-batches and
     accumulation are asked for as before, and no global batch is."""
     now = (train.batch_size, train.micro_batch_size, train.accumulation_steps or 1)

@@ -3,10 +3,9 @@
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from limner.base_model.base import BaseModel
 from limner.base_model.hub import HUB_NAME
@@ -14,6 +13,7 @@ from limner.config import toml
 from limner.config.schema import SETTINGS
 from limner.families import FAMILIES
 from limner.families.family import Family
+from limner.plain import Plain
 from limner.storage.layout import LORA_FILE
 from limner.storage.run_folder import GRID_FILE
 
@@ -28,7 +28,7 @@ class HubNames:
 
 
 def write_model_card(
-    settings: Mapping[str, Any],
+    settings: Plain,
     base: BaseModel,
     family: Family,
     step: int,
@@ -71,7 +71,7 @@ def is_shown(name: str) -> bool:
     return setting is not None and setting.declaration.on_card
 
 
-def find_hub_names(settings: Mapping[str, Any], base: BaseModel) -> HubNames:
+def find_hub_names(settings: Plain, base: BaseModel) -> HubNames:
     """Find the names of what the run used from the Hub."""
     dataset = settings["data"].get("hub") or ""
     is_repository = HUB_NAME.fullmatch(dataset) and not Path(dataset).exists()
@@ -87,7 +87,7 @@ def format_front_matter(hub_names: HubNames, base: BaseModel, family: Family, lo
     """Format the metadata that the Hub reads, as YAML between two rules."""
     import yaml
 
-    metadata: dict[str, Any] = {
+    metadata: Plain = {
         name: value
         for name, value in base.read_card_metadata().items()
         if name in ("license", "license_name", "license_link") and isinstance(value, str)
@@ -131,7 +131,7 @@ def format_pictures(prompts: Sequence[str]) -> list[str]:
     ]
 
 
-def format_settings(settings: Mapping[str, Any]) -> list[str]:
+def format_settings(settings: Plain) -> list[str]:
     """Format the settings that shaped the weights, one row of a table each."""
     rows = []
     for name, value in toml.flatten(dict(settings)).items():

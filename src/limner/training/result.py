@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from limner.config import toml
 from limner.config.schema import AdapterSettings, Config
 from limner.errors import IntegrityError
 from limner.families.family import Family
+from limner.plain import Plain
 from limner.storage import atomic, layout, safetensors
 from limner.storage.checkpoint import Checkpoint
 from limner.storage.layout import LORA_FILE, WEIGHTS_FILE
@@ -200,7 +201,7 @@ def seal_result(run: Path, kind: str, step: int, names: Sequence[str]) -> None:
     atomic.write_text(RunFolder(run).result, json.dumps(result, indent=1))
 
 
-def list_components(index: Mapping[str, Any]) -> list[str]:
+def list_components(index: Mapping[str, object]) -> list[str]:
     """List the components that a ``model_index.json`` names and that exist."""
     return [
         name
@@ -237,7 +238,7 @@ def copy_json(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def write_json(path: Path, config: Mapping[str, Any]) -> None:
+def write_json(path: Path, config: Mapping[str, object]) -> None:
     """Write a component's config without the path from which it was once loaded."""
     shown = {name: value for name, value in config.items() if name != "_name_or_path"}
     path.write_text(json.dumps(shown, indent=2) + "\n", encoding="utf-8")
@@ -263,9 +264,7 @@ def get_stem(path: Path) -> str:
     return re.split(r"[.-]", path.name)[0]
 
 
-def adapt_scheduler(
-    config: Mapping[str, Any], class_name: str, prediction_type: str
-) -> dict[str, Any]:
+def adapt_scheduler(config: Mapping[str, object], class_name: str, prediction_type: str) -> Plain:
     """Return the base's scheduler config with the prediction type that was trained.
 
     A scheduler that cannot draw with this prediction type is replaced by DDIM.

@@ -1,7 +1,6 @@
 """What a checkpoint remembers of its run, and what may change when it is resumed."""
 
 import json
-from typing import Any
 
 import numpy as np
 
@@ -9,6 +8,7 @@ from limner import rng
 from limner.config import toml
 from limner.config.schema import SETTINGS, Config
 from limner.errors import InputError
+from limner.plain import Plain
 from limner.storage import atomic
 from limner.storage.checkpoint import RunState
 from limner.training.batch_plan import BatchPlan
@@ -112,7 +112,7 @@ def list_changed_inputs(saved: RunState, now: RunState) -> list[str]:
     return lines
 
 
-def describe_source(data: dict[str, Any]) -> str:
+def describe_source(data: Plain) -> str:
     """What a data section of a config names."""
     return (
         data["folder"]

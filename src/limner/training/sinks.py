@@ -21,6 +21,7 @@ from PIL import Image, PngImagePlugin
 from limner.config import toml
 from limner.config.schema import Config
 from limner.errors import InputError
+from limner.plain import Plain
 from limner.storage import atomic
 from limner.storage.run_folder import METRICS_FILE, TRACKER_ID_FILE, RunFolder
 
@@ -40,7 +41,7 @@ Pictures = Sequence[tuple[str, np.ndarray]]  # caption, uint8 [height, width, 3]
 class Sink(Protocol):
     """A destination of metrics and pictures."""
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, object]) -> None:
         """Record the values of one step."""
         ...
 
@@ -68,7 +69,7 @@ def redact(value: Any) -> Any:
     return redact_text(value) if isinstance(value, str) else value
 
 
-def is_secret(key: Any, value: Any) -> bool:
+def is_secret(key: object, value: object) -> bool:
     """Return whether a key's name promises a secret, and its value may be one."""
     return bool(SECRET_KEY.search(str(key))) and value not in (None, "", True, False)
 
@@ -162,7 +163,7 @@ class Sinks:
         except Exception as error:
             self._drop(name, error)
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, object]) -> None:
         """Record the values of one step in every sink."""
         self._call_each(lambda sink: sink.write(step, values))
 
@@ -216,7 +217,7 @@ class RunFiles:
         self.size = self.path.stat().st_size  # bytes of whole rows
         self.waiting = b""  # rows that are not on the disk yet
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, object]) -> None:
         """Append a row, after those that could not be written before."""
         row = {"step": step} | {name: _to_json_number(value) for name, value in values.items()}
         self.waiting += f"{json.dumps(row, allow_nan=False)}\n".encode()
@@ -247,12 +248,12 @@ class RunFiles:
             self._flush()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Plain]:
     """Read the rows of a ``metrics.jsonl``, without a last line that is not whole."""
     return [row for _, row in _read_rows(path)]
 
 
-def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _read_rows(path: Path) -> list[tuple[str, Plain]]:
     """Read the whole lines of a ``metrics.jsonl``, each as text and as a row."""
     if not path.exists():
         return []
@@ -269,13 +270,13 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def _to_json_number(value: Any) -> Any:
+def _to_json_number(value: object) -> object:
     """Return a plain number; NaN and infinity, which JSON lacks, become None."""
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _flatten_config(config: Config) -> dict[str, Any]:
+def _flatten_config(config: Config) -> Plain:
     """Return the config as trackers take it: flat, without secrets."""
     return toml.flatten(redact(toml.to_plain(config)))
 
@@ -309,7 +310,7 @@ class TensorBoard:
             self.writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
         self.writer.flush()
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, object]) -> None:
         """Add a scalar for each value."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
@@ -346,7 +347,7 @@ class WeightsAndBiases:
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, object]) -> None:
         """Log the values with their step."""
         self.run.log({**values, "step": step})
 
@@ -379,7 +380,7 @@ class Comet:
         )
         self.experiment.log_parameters(_flatten_config(config))
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, object]) -> None:
         """Log the values of one step."""
         self.experiment.log_metrics(dict(values), step=step)
 

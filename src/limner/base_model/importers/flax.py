@@ -17,6 +17,7 @@ import numpy as np
 
 from limner.base_model.base import INDEX, read_json
 from limner.errors import InputError
+from limner.plain import Plain
 from limner.storage import atomic, safetensors
 
 NETWORK_FILE = "diffusion_flax_model.msgpack"
@@ -33,7 +34,7 @@ SMALL_FILES = (INDEX, "*/*.json", "*/*.txt", "*/*.model")
 ARRAY, SCALAR = 1, 3
 
 
-def is_flax(index: dict[str, Any]) -> bool:
+def is_flax(index: Plain) -> bool:
     """Return whether a model's index is of a Flax pipeline."""
     return str(index.get("_class_name", "")).startswith("Flax")
 
@@ -82,19 +83,19 @@ def digest_model(folder: Path, weights: dict[str, Path]) -> str:
     return atomic.digest_json({name: atomic.digest_file(path) for name, path in files.items()})
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: Plain) -> None:
     """Write a JSON file."""
     path.write_text(json.dumps(value, indent=2))
 
 
-def rename_class(config: dict[str, Any]) -> dict[str, Any]:
+def rename_class(config: Plain) -> Plain:
     """Return a config under the name of the class that is not Flax's."""
     return config | {"_class_name": str(config.get("_class_name", "")).removeprefix("Flax")}
 
 
-def rename_index(index: dict[str, Any], components: list[str]) -> dict[str, Any]:
+def rename_index(index: Plain, components: list[str]) -> Plain:
     """Return a model's index with the classes that are not Flax's."""
-    renamed: dict[str, Any] = {"_class_name": rename_class(index)["_class_name"]}
+    renamed: Plain = {"_class_name": rename_class(index)["_class_name"]}
     if "safety_checker" in index:
         renamed["safety_checker"] = [None, None]
     for name, value in index.items():
@@ -126,7 +127,7 @@ def write_component(path: Path, target: Path) -> None:
     safetensors.write_arrays(target / file_name, arrays)
 
 
-def read_msgpack(path: Path) -> dict[str, Any]:
+def read_msgpack(path: Path) -> Plain:
     """Read the nested dictionary of a file.
 
     Raises:
@@ -182,7 +183,7 @@ def walk_arrays(node: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, 
         yield names, np.asarray(node)
 
 
-def join_pieces(node: dict[str, Any]) -> np.ndarray:
+def join_pieces(node: Plain) -> np.ndarray:
     """Return an array that is stored in pieces."""
     chunks, shape = node["chunks"], node["shape"]
     pieces = [chunks[key].reshape(-1) for key in sorted(chunks, key=int)]
