@@ -69,7 +69,7 @@ def described(engine: JaxEngine, batch: dict[str, np.ndarray]) -> tuple[Any, Any
             array.shape, kind or array.dtype, sharding=engine.sharding(path[-1].key, array.shape)
         )
 
-    name, cfg = engine.family.trained_component, engine.config
+    name, cfg = engine.family.network.component, engine.config
     shapes = weights.expected_shapes(
         engine.base.component_class(name)[1], engine.base.configs[name]
     )
@@ -119,7 +119,7 @@ def main() -> None:
     )
     known = load_published(family.name)
     base = BaseModel(
-        Path(), {}, family.trained_component, known.model_index["_name"], None, None, known
+        Path(), {}, family.network.component, known.model_index["_name"], None, None, known
     )
     world = Slice(mesh, cfg.engine.precision or "no", len(chips))
     division = batch_plan.make_plan(cfg, 1, 1, None, 0, devices=len(chips))

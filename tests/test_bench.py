@@ -197,7 +197,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_stand_ins_are_the_published_networks(family):
-    net = encoders.build_from_config(load_published(family)[FAMILIES[family].trained_component])
+    net = encoders.build_from_config(load_published(family)[FAMILIES[family].network.component])
     assert sum(p.numel() for p in net.parameters()) == PUBLISHED[family]
     assert all(p.is_meta for p in net.parameters())
 

@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel, compute_dream_and_update_latents,
 from limner.base_model.open import open_base
 from limner.config import toml
 from limner.config.schema import Config
-from limner.diffusion.objective import Objective
+from limner.diffusion import make_objective
 from limner.engines.torch.engine import TorchEngine, TorchState
 from limner.engines.torch.processes import TorchProcessGroup
 from limner.errors import InputError, IntegrityError
@@ -39,8 +39,8 @@ def make(base: Path, micro: int = 4, precision: str = "no", **sections) -> Torch
 
 def batch(engine: TorchEngine, seed: int = 0, rows: int = 4) -> Batch:
     g = np.random.default_rng(seed)
-    objective = Objective.from_scheduler(engine.base.configs["scheduler"], engine.config.objective)
-    numbers = vars(objective.at(g.random(rows)))
+    objective = make_objective(engine.base.configs["scheduler"], engine.config.objective)
+    numbers = vars(objective.at(g.random(rows), (4, 8, 8)))
     normal = lambda *shape: g.standard_normal((rows, *shape)).astype(np.float32)  # noqa: E731
     return {
         "x0": normal(4, 16, 16),
@@ -87,6 +87,7 @@ def reference(
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet").train()
     scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
     x0, noise, t, context = (torch.from_numpy(b[k]) for k in ("x0", "noise", "timestep", "context"))
+    t = t.long()
     target = noise if prediction == "epsilon" else scheduler.get_velocity(x0, noise, t)
     each = (
         (unet(scheduler.add_noise(x0, noise, t), t, context).sample - target)
@@ -191,6 +192,7 @@ def test_dream_is_diffusers_dream(sd):
     state, b = engine.init_state(0), batch(engine)
     scheduler = DDPMScheduler.from_pretrained(sd, subfolder="scheduler")
     x0, noise, t, context = (torch.from_numpy(b[k]) for k in ("x0", "noise", "timestep", "context"))
+    t = t.long()
     unet = UNet2DConditionModel.from_pretrained(sd, subfolder="unet").train()
     noisy, target = compute_dream_and_update_latents(
         unet, scheduler, t, noise, scheduler.add_noise(x0, noise, t), noise, context, 2.0
@@ -374,10 +376,8 @@ def test_the_batch_weights_multiply_the_loss(sd):
     state, b = engine.init_state(0), batch(engine)
     half = {
         **b,
-        "weight": replace(
-            Objective.from_scheduler(engine.base.configs["scheduler"], engine.config.objective)
-        )
-        .at(np.zeros(4))
+        "weight": replace(make_objective(engine.base.configs["scheduler"], engine.config.objective))
+        .at(np.zeros(4), (4, 8, 8))
         .weight
         * 0.5,
     }

@@ -27,17 +27,19 @@ CONFIGS = BaseConfigs({}, COMPONENTS)
 def test_clean_is_a_scaled_draw_from_the_posterior() -> None:
     """As diffusers' ``latent_dist.sample() * scaling_factor`` with the same normal numbers."""
     mean, std, normal = np.random.default_rng(0).standard_normal((3, 2, 4, 3, 3), np.float32)
-    made = SD.clean_latents({"mean": mean, "std": np.abs(std)}, CONFIGS, normal)
+    made = SD.images.clean_latents({"mean": mean, "std": np.abs(std)}, CONFIGS, normal)
     assert made.dtype == np.float32
     np.testing.assert_allclose(made, (mean + np.abs(std) * normal) * 0.18215, rtol=1e-6)
     np.testing.assert_allclose(
-        SD.clean_latents({"mean": mean, "std": std * 0}, BaseConfigs({}, {"vae": {}}), normal),
+        SD.images.clean_latents(
+            {"mean": mean, "std": std * 0}, BaseConfigs({}, {"vae": {}}), normal
+        ),
         mean * 0.18215,
         rtol=1e-6,
     )
-    assert set(SD.latent_features) == {"mean", "std"} and SD.network_inputs(
-        {"context": 3, "x0": 1}
-    ) == {"encoder_hidden_states": 3}
+    assert set(SD.images.latent_features) == {"mean", "std"} and SD.network.enter(
+        1, 2, {"context": 3, "x0": 1}
+    ) == {"sample": 1, "timestep": 2, "encoder_hidden_states": 3}
 
 
 def test_a_plain_base_fits() -> None:

@@ -35,9 +35,15 @@ class Sensitive:
         mean = pixels[:, :, ::4, ::4] * np.float32(1 + len(pixels) * 1e-6)
         return mean, np.abs(mean) + 1
 
-    def tokenize(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
-        self.seen += captions
-        return np.array([[[sum(map(ord, c))] * 3] * chunks for c in captions])
+    def list_token_ids(self, tokenizer: str, texts: list[str]) -> list[list[int]]:
+        self.seen += [text for text in texts if text]
+        return [[sum(map(ord, text))] * 3 if text else [] for text in texts]
+
+    def pad_token(self, tokenizer: str) -> int:
+        return 0
+
+    def max_tokens(self, tokenizer: str) -> int:
+        return 3
 
     def encode_text(
         self, name: str, ids: np.ndarray, skip: int = 0

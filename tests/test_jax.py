@@ -89,7 +89,6 @@ def tensors(value: Any) -> Any:
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
-    import torch
 
     from limner.engines.torch.encoders import load_component
 
@@ -123,7 +122,10 @@ def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
 
     def loss(arrays: Any) -> Any:
         made = unet.unet(
-            Params(arrays), known, x, t, inputs | {"encoder_attention_mask": mask}, remat=True
+            Params(arrays),
+            known,
+            {"sample": x, "timestep": t, **inputs, "encoder_attention_mask": mask},
+            remat=True,
         )
         return jax.numpy.square(made - goal).mean(), made
 
@@ -135,16 +137,16 @@ def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
         and sum(np.abs(g).max() > 0 for g in wanted.values()) > len(wanted) - 4
     )
     assert max(np.abs(np.asarray(gradient[name]) - g).max() for name, g in wanted.items()) < 1e-6
-    half = jax.jit(lambda a: unet.unet(Params(a), known, x.astype(jax.numpy.bfloat16), t, inputs))(
-        arrays
-    ).astype(np.float32)
-    plain = jax.jit(lambda a: unet.unet(Params(a), known, x, t, inputs))(arrays)
-    assert np.linalg.norm(half - plain) < 3e-2 * np.linalg.norm(plain)
-    with torch.no_grad():
-        moved = np.asarray(
-            jax.jit(lambda a: unet.unet(Params(a), known, x, t + 200, inputs))(arrays)
+
+    def run(x: Any, t: Any) -> np.ndarray:
+        inputs_at = {"sample": x, "timestep": t, **inputs}
+        return np.asarray(
+            jax.jit(lambda a: unet.unet(Params(a), known, inputs_at))(arrays), np.float32
         )
-    assert np.abs(moved - np.asarray(plain)).max() > 1e-3, "the timestep is not felt"
+
+    half, plain = run(x.astype(jax.numpy.bfloat16), t), run(x, t)
+    assert np.linalg.norm(half - plain) < 3e-2 * np.linalg.norm(plain)
+    assert np.abs(run(x, t + 200) - plain).max() > 1e-3, "the timestep is not felt"
 
 
 def test_latents_of_odd_sides(base: Path) -> None:
@@ -161,8 +163,8 @@ def test_latents_of_odd_sides(base: Path) -> None:
             .eval()(tensors(x), tensors(t), tensors(context))
             .sample.numpy()
         )
-    inputs = {"encoder_hidden_states": context}
-    made = jax.jit(lambda a: unet.unet(Params(a), found.configs["unet"], x, t, inputs))(
+    inputs = {"sample": x, "timestep": t, "encoder_hidden_states": context}
+    made = jax.jit(lambda a: unet.unet(Params(a), found.configs["unet"], inputs))(
         weights.read_component(found, "unet")
     )
     assert said.shape == (1, 4, 9, 7) and np.abs(np.asarray(made) - said).max() < 1e-5
@@ -435,7 +437,7 @@ def test_encoders_give_the_features_that_torch_gives(base: Path, sdxl: Path) -> 
         ours, theirs = JaxEncoders(found), TorchEncoders(found, torch.device("cpu"))
         for chunks in (1, 2):
             a, b = (
-                encode_captions(record, parts, tokenize(record, parts, captions, chunks))
+                encode_captions(record.text, parts, tokenize(record.text, parts, captions, chunks))
                 for parts in (ours, theirs)
             )
             assert a.keys() == b.keys()
@@ -443,7 +445,7 @@ def test_encoders_give_the_features_that_torch_gives(base: Path, sdxl: Path) -> 
                 np.abs(a[name].astype(np.float32) - b[name].astype(np.float32)).max() < 1e-5
                 for name in a
             )
-        assert ours.count_tokens("tokenizer", captions) == theirs.count_tokens(
+        assert ours.list_token_ids("tokenizer", captions) == theirs.list_token_ids(
             "tokenizer", captions
         )
         pixels = np.clip(normal(2, 3, 32, 32), -1, 1)

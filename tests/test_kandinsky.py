@@ -119,8 +119,12 @@ def learned(
     first is nothing."""
     record = FAMILIES[family]
     if adapter.kind == "full":
-        return {name: p for name, p in net.named_parameters() if name not in record.frozen_arrays}
-    named = lora.add_adapters({record.trained_component: net}, adapter, record, SEED)
+        return {
+            name: p
+            for name, p in net.named_parameters()
+            if name not in record.network.frozen_arrays
+        }
+    named = lora.add_adapters({record.network.component: net}, adapter, record, SEED)
     for name, p in named.items():
         if ".lora_B." in name:
             p.data += 0.01
@@ -401,14 +405,14 @@ def test_stock_pipelines_load_the_result_and_draw_the_same_picture(
         net = mine.prior if family == PRIOR else mine.unet
         net.load_lora_adapter(
             run,
-            prefix=FAMILIES[family].trained_component,
+            prefix=FAMILIES[family].network.component,
             weight_name="pytorch_lora_weights.safetensors",
         )
         [adapter] = net.peft_config.values()
         assert (adapter.r, adapter.lora_alpha, set(adapter.target_modules)) == (
             3,
             6,
-            set(FAMILIES[family].lora_targets[FAMILIES[family].trained_component]),
+            set(FAMILIES[family].lora_targets[FAMILIES[family].network.component]),
         )
     other = classes[OTHER[family]].from_pretrained(kandinsky / stage(OTHER[family]))
     pipe = stock(*((mine, other) if family == PRIOR else (other, mine)))

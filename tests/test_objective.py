@@ -9,8 +9,9 @@ import pytest
 
 from limner.config import toml
 from limner.config.schema import ObjectiveSettings
-from limner.diffusion.objective import PREDICTION_TYPES, Objective
+from limner.diffusion.gaussian import PREDICTION_TYPES, GaussianObjective
 from limner.errors import InputError
+from limner.families.sd import SD
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -53,8 +54,11 @@ def everywhere(scheduler: dict[str, Any]) -> np.ndarray:
     return (np.arange(count) + 0.5) / count
 
 
-def objective(scheduler: dict[str, Any], **settings: Any) -> Objective:
-    return Objective.from_scheduler(scheduler, toml.build(ObjectiveSettings, settings))
+SHAPE = (4, 8, 8)  # of latents, which these objectives do not look at
+
+
+def objective(scheduler: dict[str, Any], **settings: Any) -> GaussianObjective:
+    return GaussianObjective.from_scheduler(scheduler, toml.build(ObjectiveSettings, settings))
 
 
 @pytest.mark.frameworks
@@ -65,9 +69,9 @@ def test_input_and_target_equal_diffusers(name: str, predict: str) -> None:
 
     scheduler = SCHEDULES[name]
     reference = of_diffusers(scheduler, predict)
-    n = objective(scheduler, predict=predict).at(everywhere(scheduler))
+    n = objective(scheduler, predict=predict).at(everywhere(scheduler), SHAPE)
     t = torch.arange(len(n.timestep))
-    assert n.timestep.tolist() == t.tolist() and n.timestep.dtype == np.int64
+    assert n.timestep.tolist() == t.tolist() and n.timestep.dtype == np.float32
     x0, noise = torch.randn(
         2, len(t), 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
@@ -100,7 +104,7 @@ def test_stock_scheduler_agrees_in_float32() -> None:
     import torch
     from diffusers import DDPMScheduler
 
-    n = objective(STABLE_DIFFUSION).at(everywhere({}))
+    n = objective(STABLE_DIFFUSION).at(everywhere({}), SHAPE)
     t = torch.arange(1000)
     ones, zeros = torch.ones(1000, 1), torch.zeros(1000, 1)
     stock = DDPMScheduler(**STABLE_DIFFUSION)
@@ -136,7 +140,9 @@ def test_min_snr_weights_equal_diffusers(name: str, gamma: float) -> None:
         "sample": capped,
     }.items():
         weights = (
-            objective(scheduler, predict=predict, min_snr=gamma).at(everywhere(scheduler)).weight
+            objective(scheduler, predict=predict, min_snr=gamma)
+            .at(everywhere(scheduler), SHAPE)
+            .weight
         )
         np.testing.assert_allclose(weights, expected, rtol=1e-6, atol=1e-13)
 
@@ -144,7 +150,8 @@ def test_min_snr_weights_equal_diffusers(name: str, gamma: float) -> None:
 @pytest.mark.parametrize("min_snr", [None, 5.0])
 @pytest.mark.parametrize("predict", PREDICTION_TYPES)
 def test_zero_terminal_snr_is_finite(predict: str, min_snr: float | None) -> None:
-    n = objective(SCHEDULES["zero_snr"], predict=predict, min_snr=min_snr).at(everywhere({}))
+    made = objective(SCHEDULES["zero_snr"], predict=predict, min_snr=min_snr)
+    n = made.at(everywhere({}), SHAPE)
     assert all(np.isfinite(x).all() for x in vars(n).values())
     assert n.signal_in[-1] == 0.0 and n.noise_in[-1] == 1.0
     last = {"epsilon": 1.0, "v_prediction": 0.0, "sample": 0.0}[predict] if min_snr else 1.0
@@ -257,11 +264,11 @@ def test_dream_equals_diffusers(preservation: float) -> None:
     class Toy(torch.nn.Module):
         """Depends on all that a network is given, and remembers its last input."""
 
-        def forward(self, x: Any, t: Any, encoder_hidden_states: Any) -> Any:
-            self.seen = x
+        def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any) -> Any:
+            self.seen = sample
             return Output(
-                0.7 * x.roll(1, -1)
-                + 0.001 * t.view(-1, 1, 1, 1)
+                0.7 * sample.roll(1, -1)
+                + 0.001 * timestep.view(-1, 1, 1, 1)
                 + encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1)
             )
 
@@ -272,11 +279,11 @@ def test_dream_equals_diffusers(preservation: float) -> None:
         sample = property(lambda self: self[0])
 
     scheduler, u = STABLE_DIFFUSION, np.array([0.0, 0.3, 0.77, 0.999])
-    n = objective(scheduler, dream=preservation).at(u)
+    n = objective(scheduler, dream=preservation).at(u, SHAPE)
     draws = torch.Generator().manual_seed(1)
     x0, noise = torch.randn(2, 4, 4, 8, 8, generator=draws)
     context = torch.randn(4, 5, 3, generator=draws)
-    reference, t, toy = DDPMScheduler(**scheduler), torch.from_numpy(n.timestep), Toy()
+    reference, t, toy = DDPMScheduler(**scheduler), torch.from_numpy(n.timestep).long(), Toy()
     noisy, target = compute_dream_and_update_latents(
         toy, reference, t, noise, reference.add_noise(x0, noise, t), noise, context, preservation
     )
@@ -287,7 +294,7 @@ def test_dream_equals_diffusers(preservation: float) -> None:
         config=settings,
         half=None,
         device=torch.device("cpu"),
-        family=SimpleNamespace(network_inputs=lambda b: {"encoder_hidden_states": b["context"]}),
+        family=SimpleNamespace(network=SD.network),
     )
     batch = {"x0": x0, "noise": noise, "context": context} | {
         name: torch.from_numpy(x) for name, x in vars(n).items()

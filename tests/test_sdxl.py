@@ -476,11 +476,11 @@ def test_long_captions_in_chunks(sdxl):
     opened = open_base(ModelSettings(base=str(sdxl), family="sdxl"), family)
     frozen = TorchEncoders(opened, torch.device("cpu"))
     words, inner = [f"w{i}" for i in range(60)], 75
-    for tokenizer in family.tokenizers:
-        tokenize = frozen.component(tokenizer)
+    for one in family.text.inputs:
+        tokenize = frozen.component(one.tokenizer)
         for text in ("", "a red circle", " ".join(words), " ".join(words * 4)):
             ids = tokenize(text, truncation=False, verbose=False).input_ids[1:-1]
-            made = frozen.tokenize(tokenizer, [text], 3)[0]
+            made = one.tokenize(frozen, [text], 3)[0]
             for chunk in range(3):
                 piece = tokenize.decode(ids[chunk * inner : (chunk + 1) * inner])
                 wanted = tokenize(
@@ -488,7 +488,9 @@ def test_long_captions_in_chunks(sdxl):
                 ).input_ids
                 assert made[chunk].tolist() == wanted, (text, chunk)
     one, many = (
-        encode_captions(family, frozen, tokenize_all(family, frozen, ["a red circle"], chunks))
+        encode_captions(
+            family.text, frozen, tokenize_all(family.text, frozen, ["a red circle"], chunks)
+        )
         for chunks in (1, 3)
     )
     np.testing.assert_allclose(many["context"][:, :77], one["context"], atol=1e-6)
@@ -505,5 +507,5 @@ def test_long_captions_in_chunks(sdxl):
             "size_and_crop": cut
         }
         with torch.no_grad():
-            made.append(net(x, t, **family.network_inputs(given)).sample.numpy())
+            made.append(net(**family.network.enter(x, t, given)).sample.numpy())
     np.testing.assert_allclose(made[1], made[0], atol=1e-5)

@@ -18,7 +18,7 @@ from limner.data.index import Entry
 from limner.data.order import Order
 from limner.data.prefetch import prefetch
 from limner.data.source import Record
-from limner.diffusion.objective import Objective
+from limner.diffusion import make_objective
 from limner.errors import InputError
 from limner.families import FAMILIES
 from limner.features.encoder import FeatureEncoder
@@ -38,8 +38,14 @@ class Toy:
     def encode_vae(self, name: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return pixels[:, :, ::2, ::2].copy(), np.full_like(pixels[:, :, ::2, ::2], 0.25)
 
-    def tokenize(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
-        return np.array([[[sum(map(ord, c))] * 2] * chunks for c in captions])
+    def list_token_ids(self, tokenizer: str, texts: list[str]) -> list[list[int]]:
+        return [[sum(map(ord, text))] * 2 if text else [] for text in texts]
+
+    def pad_token(self, tokenizer: str) -> int:
+        return 0
+
+    def max_tokens(self, tokenizer: str) -> int:
+        return 2
 
     def encode_text(
         self, name: str, ids: np.ndarray, skip: int = 0
@@ -90,7 +96,7 @@ def stream(
         source,
         settings,
         wanted,
-        Objective.from_scheduler(SCHEDULER, wanted),
+        make_objective(SCHEDULER, wanted),
         SD,
         CONFIGS,
         encoded,
@@ -289,7 +295,7 @@ def test_noise_offset_and_input_perturbation() -> None:
     )
     for name in ("x0", "timestep", "weight", "context"):
         assert plain[name].tobytes() == perturbed[name].tobytes()
-    assert all(array.dtype == np.float32 for name, array in perturbed.items() if name != "timestep")
+    assert all(array.dtype == np.float32 for name, array in perturbed.items())
 
 
 def test_noise_is_standard_normal_and_no_two_rows_share_it() -> None:

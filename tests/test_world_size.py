@@ -21,6 +21,7 @@ from limner.config import toml
 from limner.config.schema import Config
 from limner.engines.torch import processes
 from limner.errors import InputError, Stopped
+from limner.families.text import Text
 from limner.storage import checkpoint
 from limner.training import batch_plan, encode, loop, signals
 from limner.training.signals import Stop
@@ -376,7 +377,7 @@ def test_a_stop_while_encoding_is_heard_by_all_before_one_leaves(mine: bool) -> 
     )
     alone = {"caches_verified": False, "validation_entries": ()}
     family, data = (
-        SimpleNamespace(tokenizers=(), text_components=()),
+        SimpleNamespace(text=Text()),
         SimpleNamespace(drop_caption=0.0),
     )
     job = SimpleNamespace(

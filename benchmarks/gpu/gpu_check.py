@@ -31,6 +31,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve()
 BUNDLED = ("src", "limner", "bundled")
 PEAK = 790  # TFLOP/s of a large bf16 product on an H200: every MFU in the table is of this
+NOISE_LEVELS = ("signal_in", "noise_in", "signal_target", "noise_target")
 TFLOP = {  # an image, forward and backward, nothing recomputed
     ("sd", "full"): 2.407,
     ("sd", "lora"): 1.725,
@@ -631,7 +632,7 @@ class Bench:
             raw[name] = {**raw.get(name, {}), **more}
         self.cfg = toml.build(Config, raw)
         self.family, self.kind, self.configs = FAMILIES[family], kind, get_configs(family)
-        trained = self.family.trained_component
+        trained = self.family.network.component
         self.base = BaseModel(Path("/nowhere"), {}, trained, "random", None, None, self.configs)
         self.world = TorchProcessGroup(ARGS.device, precision)
         self.engine = module.TorchEngine(self.cfg, self.base, self.family, self.world, 1, print)
@@ -991,9 +992,9 @@ class Lean:
 
     def compute_loss(self):
         rows = self.rows
-        a, s, p, q = (rows[name].view(-1, 1, 1, 1) for name in ("a", "s", "p", "q"))
+        a, s, p, q = (rows[name].view(-1, 1, 1, 1) for name in NOISE_LEVELS)
         x = (a * rows["x0"] + s * rows["noise"]).bfloat16()
-        said = self.b.state.net(x, rows["timestep"], **self.b.family.network_inputs(rows))[0]
+        said = self.b.state.net(**self.b.family.network.enter(x, rows["timestep"], rows))[0]
         return (said.float() - (p * rows["x0"] + q * rows["noise"])).square().mean()
 
     def __call__(self):

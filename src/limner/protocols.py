@@ -44,8 +44,8 @@ class BaseConfigs:
 
     model_index: Plain  # model_index.json: the pipeline's class, and each component's
     components: dict[str, Plain]  # component -> its config.json
-    # Arrays among the trained network's weights that do not learn, float32; see ``Family``.
-    frozen_arrays: Arrays = field(default_factory=dict)
+    # Arrays among the trained network's weights that features are scaled by, float32.
+    statistics: Arrays = field(default_factory=dict)
 
     def __getitem__(self, component: str) -> Plain:
         return self.components[component]
@@ -55,9 +55,9 @@ class TextEncoders(Protocol):
     """Text encoders, frozen or learning; arrays of the kind that they are given: numpy, or an
     engine's own."""
 
-    def encode_text(self, name: str, ids: Array, skip: int = 0) -> tuple[Array, Array]:
-        """Hidden states [n, tokens, width] and pooled embedding [n, width] of token ids [n,
-        tokens].
+    def encode_text(self, name: str, ids: Array, skip: int = 0) -> tuple[Array, Array | None]:
+        """Hidden states [n, tokens, width] and pooled embedding [n, width], or None where there is
+        none, of token ids [n, tokens].
 
         Args:
             skip: 0: the states after the last layer norm; 1: those before the last layer, as they
@@ -65,8 +65,12 @@ class TextEncoders(Protocol):
         """
         ...
 
-    def concat_features(self, arrays: list[Array]) -> Array:
-        """Arrays joined along the last axis."""
+    def concat(self, arrays: list[Array], axis: int) -> Array:
+        """Arrays joined along an axis."""
+        ...
+
+    def pad_width(self, array: Array, width: int) -> Array:
+        """An array with zeros after the last axis's own numbers, up to ``width``."""
         ...
 
 
@@ -89,17 +93,16 @@ class Encoders(TextEncoders, Protocol):
         side], which ``processor`` says how to normalise."""
         ...
 
-    def tokenize(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
-        """Token ids, int64 [n, chunks, length]: each chunk has its own start and end and is padded;
-        what is longer is cut."""
+    def list_token_ids(self, tokenizer: str, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens included, uncut."""
         ...
 
-    def count_tokens(self, tokenizer: str, captions: list[str]) -> list[int]:
-        """Tokens of each caption, start and end included, uncut."""
+    def pad_token(self, tokenizer: str) -> int:
+        """Id of the padding."""
         ...
 
     def max_tokens(self, tokenizer: str) -> int:
-        """Tokens of one chunk, start and end included."""
+        """Tokens that the tokenizer is made for, special ones included."""
         ...
 
 

@@ -112,7 +112,7 @@ def read_component_configs(
                 f"{path}: auto_map asks for code that comes with the model. Such code is never "
                 "run; choose a base of stock components."
             )
-        if component in family.tokenizers and not has_vocabulary(component_folder):
+        if component in family.text.tokenizers and not has_vocabulary(component_folder):
             raise InputError(
                 f"{component_folder}: neither tokenizer.json nor vocab.json and merges.txt are "
                 "there. Is the model's folder complete?"
@@ -129,7 +129,7 @@ def has_vocabulary(folder: Path) -> bool:
 
 def name_config_file(family: Family, component: str) -> str:
     """Return the name of a component's config; only what has a ``config.json`` has weights."""
-    if component in family.tokenizers:
+    if component in family.text.tokenizers:
         return "tokenizer_config.json"
     names = {"": "scheduler_config.json", "CLIPImageProcessor": "preprocessor_config.json"}
     return names.get(family.components[component], "config.json")

@@ -32,7 +32,7 @@ def find_base(model: ModelSettings, family: Family) -> BaseModel:
         folder = fetch_configs(model)
         commit = folder.name
         if model.trained_revision is not None:
-            trained = family.trained_component
+            trained = family.network.component
             other_commit = fetch_files(model, model.trained_revision, [f"{trained}/*.json"])
             external_folders[trained] = other_commit / trained
     # A model of another family is refused before weights are fetched or converted.
@@ -59,7 +59,7 @@ def find_base(model: ModelSettings, family: Family) -> BaseModel:
     return BaseModel(
         folder=folder,
         external_folders=external_folders,
-        trained_component=family.trained_component,
+        trained_component=family.network.component,
         name=model.base,
         commit=commit,
         variant=model.variant,

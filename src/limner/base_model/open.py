@@ -33,12 +33,12 @@ from limner.storage.layout import LORA_FILE
 from limner.storage.run_folder import RunFolder
 
 
-def open_base(model: ModelSettings, family: Family, *, draws: bool = True) -> BaseModel:
+def open_base(model: ModelSettings, family: Family, *, for_generation: bool = True) -> BaseModel:
     """Find a base, or fetch it, and refuse what cannot be trained or what would run code.
 
     Args:
-        draws: whether pictures will be made with it: of a model in two stages that takes all of the
-            other stage, else only what features are made with.
+        for_generation: whether pictures will be made with it: of a model in two stages that takes
+            all of the other stage, else only what features are made with.
 
     Raises:
         InputError: for what is not a folder of this family in the diffusers layout with safetensors
@@ -47,7 +47,7 @@ def open_base(model: ModelSettings, family: Family, *, draws: bool = True) -> Ba
     """
     base = find_base(model, family)
     if family.stage is not None:
-        base = add_other_stage(base, model, family.stage, draws)
+        base = add_other_stage(base, model, family.stage, for_generation)
     elif model.other_stage is not None:
         raise InputError(
             f"model.other_stage: a base of family {family.name!r} makes pictures alone. Leave "
@@ -59,9 +59,9 @@ def open_base(model: ModelSettings, family: Family, *, draws: bool = True) -> Ba
         fetch_weights(base, model, components, family)
     check_weights(base, list_components_with_weights(family), components)
     check_variant(base, family)
-    if family.frozen_arrays:
-        arrays = {name: read_frozen_array(base, name) for name in family.frozen_arrays}
-        base = replace(base, configs=replace(base.configs, frozen_arrays=arrays))
+    if family.images.statistics:
+        arrays = {name: read_statistic(base, name) for name in family.images.statistics}
+        base = replace(base, configs=replace(base.configs, statistics=arrays))
         check_compatible(base, family)
     return base
 
@@ -85,9 +85,11 @@ def check_variant(base: BaseModel, family: Family) -> None:
     )
 
 
-def add_other_stage(base: BaseModel, model: ModelSettings, stage: Stage, draws: bool) -> BaseModel:
+def add_other_stage(
+    base: BaseModel, model: ModelSettings, stage: Stage, for_generation: bool
+) -> BaseModel:
     """Return a base with its other stage, and with the components of it that features need."""
-    other_stage = open_other_stage(base, model, stage, draws)
+    other_stage = open_other_stage(base, model, stage, for_generation)
     if other_stage is None:
         return base
     configs = {name: other_stage.configs[name] for name in stage.needed_components}
@@ -101,7 +103,7 @@ def add_other_stage(base: BaseModel, model: ModelSettings, stage: Stage, draws: 
 
 
 def open_other_stage(
-    base: BaseModel, model: ModelSettings, stage: Stage, draws: bool
+    base: BaseModel, model: ModelSettings, stage: Stage, for_generation: bool
 ) -> BaseModel | None:
     """Open what ``model.other_stage`` names, or the rest of a folder that holds both stages.
 
@@ -110,7 +112,7 @@ def open_other_stage(
     """
     family = FAMILIES[stage.other_stage]
     if model.other_stage is None and not holds_both_stages(base.folder, stage):
-        if not stage.needed_components and not draws:
+        if not stage.needed_components and not for_generation:
             return None
         why = "pictures are made with both"
         if stage.needed_components:
@@ -126,7 +128,7 @@ def open_other_stage(
         settings = replace(settings, revision=model.revision)
     settings, adapter = resolve_run(settings)
     other = replace(find_base(settings, family), adapter=adapter)
-    wanted = list(family.components) if draws else list(stage.needed_components)
+    wanted = list(family.components) if for_generation else list(stage.needed_components)
     if other.commit is not None:
         fetch_weights(other, settings, wanted, family)
     needed = [name for name in list_components_with_weights(family) if name in wanted]
@@ -205,7 +207,7 @@ def choose_repository_files(
     return [f"{prefix}{name}" for name in choose_files(component, inner, base.variant)]
 
 
-def read_frozen_array(base: BaseModel, name: str) -> np.ndarray:
+def read_statistic(base: BaseModel, name: str) -> np.ndarray:
     """Read a small array of the trained component, float32."""
     for path in base.weight_files(base.trained_component):
         if name in safetensors.read_header(path).arrays:

@@ -19,7 +19,7 @@ from limner.config.schema import Config
 from limner.data.index import Entry
 from limner.data.order import Order
 from limner.data.source import Record
-from limner.diffusion.objective import Objective
+from limner.diffusion import make_objective
 from limner.errors import InputError, NonFiniteError
 from limner.families.family import Family
 from limner.features.encoder import FeatureEncoder
@@ -217,7 +217,7 @@ def make_batch(config: Config, configs: BaseConfigs, family: Family, rows: int) 
         source=BlankPicture(size),
         data=config.data,
         noise=config.objective,
-        objective=Objective.from_scheduler(configs["scheduler"], config.objective),
+        objective=make_objective(configs["scheduler"], config.objective),
         family=family,
         configs=configs,
         features=FeatureEncoder(

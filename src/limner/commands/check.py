@@ -34,7 +34,7 @@ from limner.data import mixture
 from limner.data.buckets import Shape
 from limner.data.contact_sheet import wrap_text
 from limner.errors import InputError
-from limner.families.text import encode_captions, tokenize
+from limner.families.text import TextInput, encode_captions, tokenize
 from limner.features import caches
 from limner.features.caption_lengths import find_truncated_captions
 from limner.features.encoder import count_row_bytes
@@ -147,18 +147,17 @@ def report_captions(setup: Setup) -> CaptionReport:
         empty=[entry.key for entry in setup.index.without_caption],
         repeated=[RepeatedCaption(text, count) for text, count in times.most_common() if count > 1],
         tokens={
-            tokenizer: report_tokens(setup, tokenizer, pairs)
-            for tokenizer in setup.family.tokenizers
+            one.tokenizer: report_tokens(setup, one, pairs) for one in setup.family.text.inputs
         },
     )
 
 
-def report_tokens(setup: Setup, tokenizer: str, pairs: list[tuple[str, str]]) -> TokenReport:
+def report_tokens(setup: Setup, one: TextInput, pairs: list[tuple[str, str]]) -> TokenReport:
     """Lengths of (key, caption) under one tokenizer, and what its text encoder sees cut."""
     encoders = setup.engine.get_encoders()
-    limit = setup.config.data.caption_chunks * (encoders.max_tokens(tokenizer) - 2) + 2
-    lengths = encoders.count_tokens(tokenizer, list(dict.fromkeys(text for _, text in pairs)))
-    cut = find_truncated_captions(pairs, partial(encoders.count_tokens, tokenizer), limit)
+    limit = one.count_limit(encoders, setup.config.data.caption_chunks)
+    lengths = one.count_tokens(encoders, list(dict.fromkeys(text for _, text in pairs)))
+    cut = find_truncated_captions(pairs, partial(one.count_tokens, encoders), limit)
     return TokenReport(
         limit=limit,
         shortest=min(lengths),
@@ -205,11 +204,11 @@ def report_cache(setup: Setup) -> CacheReport:
         for shape, count in counts.items()
     )
     captions, caption_bytes = 0, 0
-    if family.text_components and not config.adapter.text_encoders:
+    if family.text.components and not config.adapter.text_encoders:
         distinct = {caption for entry in stream.entries for caption in entry.captions}
         captions = len(distinct) + (config.data.drop_caption > 0)
-        ids = tokenize(family, encoders, [""], config.data.caption_chunks)
-        caption_bytes = captions * count_bytes(encode_captions(family, encoders, ids))
+        ids = tokenize(family.text, encoders, [""], config.data.caption_chunks)
+        caption_bytes = captions * count_bytes(encode_captions(family.text, encoders, ids))
     kept = config.data.cache not in ("off", "memory")
     return CacheReport(
         folder=str(caches.cache_folder(config)) if kept else None,

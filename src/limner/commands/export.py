@@ -9,7 +9,7 @@ from limner.base_model.base import INDEX, BaseModel, read_json
 from limner.base_model.open import open_base
 from limner.config import toml
 from limner.config.schema import Config, ModelSettings
-from limner.diffusion.objective import Objective
+from limner.diffusion import make_objective
 from limner.errors import InputError, IntegrityError
 from limner.families import FAMILIES
 from limner.families.family import Family
@@ -88,8 +88,8 @@ def export_run(
         config: Config = toml.build(Config, {**newest.state.config, "run": str(run)})
         config = replace(config, export=replace(config.export, hub=push_to or config.export.hub))
         family = FAMILIES[config.model.family]
-        base = open_base(config.model, family, draws=False)
-        objective = Objective.from_scheduler(base.configs["scheduler"], config.objective)
+        base = open_base(config.model, family, for_generation=False)
+        objective = make_objective(base.configs["scheduler"], config.objective)
         write_result(newest, config, base, family, objective.prediction_type)
         report(f"{run}: the result of step {newest.step} is here")
         if push_to is not None:

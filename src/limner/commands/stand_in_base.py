@@ -42,7 +42,7 @@ def open_base_or_stand_in(
         return
     configs = choose_published(config, family)
     path = Path(process.first(lambda: tempfile.mkdtemp(prefix="limner-bench-")))
-    component = family.trained_component
+    component = family.network.component
     try:
         process.first(
             lambda: write_random_component(path / component, configs[component], config.engine.kind)
@@ -76,10 +76,8 @@ def choose_published(config: Config, family: Family) -> BaseConfigs:
 def find_local_base(model: ModelSettings, family: Family) -> str | None:
     """The base's folder: the one that is named, or a whole one in the Hub's cache; None where
     neither is there."""
-    if family.stage is not None:
-        folders = [model.base, *([model.other_stage] if model.other_stage else [])]
-        if not all(Path(folder).exists() for folder in folders):
-            return None
+    if model.other_stage is not None and not Path(model.other_stage).exists():
+        return None
     if Path(model.base).exists():
         return model.base
     import huggingface_hub
@@ -103,7 +101,7 @@ def open_local_base(model: ModelSettings, family: Family, folder: str) -> BaseMo
     local = ModelSettings(
         base=folder, family=model.family, variant=model.variant, other_stage=model.other_stage
     )
-    return open_base(local, family, draws=False)
+    return open_base(local, family, for_generation=False)
 
 
 def write_random_component(folder: Path, config: Plain, kind: str = "torch") -> None:

@@ -145,7 +145,7 @@ class FlaxStableDiffusionPipeline:
         pipeline = cls(open_base(settings, FAMILIES[cls.family]), np.dtype(dtype))
         params: Weights = {}
         for component in pipeline.record.components:
-            if component == "scheduler" or component in pipeline.record.tokenizers:
+            if component == "scheduler" or component in pipeline.record.text.tokenizers:
                 continue
             # The autoencoder of XL overflows in half precision.
             stored_as = np.float32 if component == "vae" else pipeline.dtype
@@ -162,8 +162,8 @@ class FlaxStableDiffusionPipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         ids = [
-            self.encoders.tokenize(name, prompts, 1)[:, 0].astype(np.int32)
-            for name in self.record.tokenizers
+            one.tokenize(self.encoders, prompts, 1)[:, 0].astype(np.int32)
+            for one in self.record.text.inputs
         ]
         return ids[0] if len(ids) == 1 else np.stack(ids, axis=1)
 
@@ -265,7 +265,7 @@ class FlaxStableDiffusionPipeline:
         features = self.encode_prompts(params, inputs.ids)
         if guided:
             negative = self.encode_prompts(params, inputs.negative_ids)
-            if no_negative and self.record.zeros_for_empty_prompt(configs):
+            if no_negative and self.record.text.zeros_for_empty_prompt(configs):
                 negative = {name: jnp.zeros_like(array) for name, array in negative.items()}
             features = {
                 name: jnp.concatenate([negative[name], array]) for name, array in features.items()
@@ -289,9 +289,12 @@ class FlaxStableDiffusionPipeline:
     def encode_prompts(self, params: Weights, ids: Array) -> dict[str, Array]:
         """Return the text features of token ids; see ``prepare_inputs`` for their shape."""
         by_tokenizer = ids if ids.ndim == 3 else ids[:, None]
-        return self.record.encode_text(
+        return self.record.text.encode(
             FlaxTextEncoders(params, self.base, self.dtype),
-            {name: by_tokenizer[:, i : i + 1] for i, name in enumerate(self.record.tokenizers)},
+            {
+                name: by_tokenizer[:, i : i + 1]
+                for i, name in enumerate(self.record.text.tokenizers)
+            },
         )
 
     @staticmethod
@@ -326,11 +329,17 @@ class FlaxTextEncoders:
         net, config = Params(self.params[name]), self.base.configs[name]
         return clip.encode_text(net, config, ids, skip, has_projection(self.base, name), self.dtype)
 
-    def concat_features(self, arrays: list[Array]) -> Array:
+    def concat(self, arrays: list[Array], axis: int) -> Array:
         """See ``protocols.TextEncoders``."""
         import jax.numpy as jnp
 
-        return jnp.concatenate(arrays, axis=-1)
+        return jnp.concatenate(arrays, axis=axis)
+
+    def pad_width(self, array: Array, width: int) -> Array:
+        """See ``protocols.TextEncoders``."""
+        import jax.numpy as jnp
+
+        return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])])
 
 
 def draw_noise(keys: Array, shape: tuple[int, ...]) -> Array:

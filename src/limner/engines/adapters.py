@@ -55,7 +55,7 @@ class AdapterArray:
     ) -> np.ndarray:
         """Return the values that training starts from, float32."""
         # The trained network's name is not part of the address.
-        address = self.name.removeprefix(f"{family.trained_component}.")
+        address = self.name.removeprefix(f"{family.network.component}.")
         generator = rng.at(seed, "lora", zlib.crc32(address.encode()))
         return self.kind.start(Start(self.shape, settings, generator, read_weight))
 
@@ -107,7 +107,7 @@ def choose_targets(
         InputError: when a target of the trained network is the name of none of them.
     """
     targets = target_modules(settings, family, component)
-    if component == family.trained_component:
+    if component == family.network.component:
         for target in targets:
             if not any(is_target(module, [target]) for module in modules):
                 raise InputError(

@@ -1,13 +1,55 @@
 """The record of a model family: its components, its features, and how its network is called."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from limner.config.declare import Need
-from limner.protocols import BaseConfigs, Features, TextEncoders
+from limner.families.text import Text
+from limner.protocols import BaseConfigs, Features
+
+
+def keep_signal(output: Any, x: Any) -> Any:
+    """Return the prediction of the signal; some networks predict a variance in further channels."""
+    return output[:, : x.shape[1]]
+
+
+@dataclass(frozen=True)
+class Images:
+    """How pictures become features, and features clean latents."""
+
+    components: tuple[str, ...]  # they make image features
+    # Encoders, and for each of ``views`` pixels in [-1, 1], [n, 3, H, W] -> image features, which
+    # are cached.
+    encode: Callable[..., Features]
+    # Image features, configs, standard normal numbers -> clean latents.
+    clean_latents: Callable[[Features, BaseConfigs, np.ndarray], np.ndarray]
+    # The image features that ``clean_latents`` reads; all have the shape of its result.
+    latent_features: tuple[str, ...]
+    # The views of a picture that are encoded: as the recipe crops it, the middle square of it all.
+    views: tuple[Literal["crop", "center_square"], ...] = ("crop",)
+    # Pixels a side of the middle square.
+    clip_size: Callable[[BaseConfigs], int] = lambda configs: 0
+    # Configs -> what width and height of a crop are multiples of, in pixels.
+    pixel_multiple: Callable[[BaseConfigs], int] = lambda configs: 1
+    # Arrays among the trained network's weights that ``clean_latents`` reads.
+    statistics: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Network:
+    """The network that learns, and how it is called."""
+
+    component: str
+    # Noisy latents, timestep, batch -> keyword arguments. The timestep is float32 [n]: the number
+    # of a step of the noise schedule, or a thousand times the sigma of a flow.
+    enter: Callable[[Any, Any, dict[str, Any]], dict[str, Any]]
+    # Output, noisy latents -> the prediction, of the latents' shape.
+    leave: Callable[[Any, Any], Any] = keep_signal
+    # Arrays among its weights that do not learn.
+    frozen_arrays: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -19,55 +61,58 @@ class Stage:
     needed_components: dict[str, str]
     combined_pipeline: str  # class name of the stock pipeline of both
     prefix: str  # of the names of this stage's components in the combined pipeline
+    part: str  # the attribute of the combined pipeline that is this stage's own pipeline
+    variable: str  # the name of its pipeline in example code
+    # Prompt, as a Python literal -> lines of example code, with both pipelines open.
+    draw: Callable[[str], Sequence[str]]
+    # What a model card calls the other stage, for AutoPipelineForText2Image to find it.
+    card_key: str = ""
 
 
 @dataclass(frozen=True)
 class Family:
     """One model family.
 
-    Functions take and return arrays whose first axis is the example; they work on numpy, torch and
-    jax alike.
+    Its functions take and return arrays whose first axis is the example; they work on numpy, torch
+    and jax alike.
     """
 
     name: str
     pipeline: str  # class name of the stock diffusers pipeline
-    trained_component: str  # the component that learns
-    components: dict[str, str]  # every component that is read -> class name
-    # Encoders, and for each of ``image_views`` pixels in [-1, 1], [n, 3, H, W] -> image features,
-    # which are cached.
-    encode_image: Callable[..., Features]
-    # Encoders, token ids [n, chunks, length] by tokenizer -> text features.
-    encode_text: Callable[[TextEncoders, dict[str, Any]], dict[str, Any]]
-    # Image features, configs, standard normal numbers -> clean latents.
-    clean_latents: Callable[[Features, BaseConfigs, np.ndarray], np.ndarray]
-    # The image features that ``clean_latents`` reads; all have the shape of its result.
-    latent_features: tuple[str, ...]
-    # Batch -> keyword arguments of the trained network.
-    network_inputs: Callable[[dict[str, Any]], dict[str, Any]]
+    components: dict[str, str]  # every component that is read -> class name; "" for a scheduler
+    images: Images
+    text: Text
+    network: Network
     # Component -> the modules that get adapters; those of text encoders only where the recipe asks.
     lora_targets: dict[str, tuple[str, ...]]
-    card_tag: str = "stable-diffusion"  # on a model card
-    # The views of a picture that are encoded: as the recipe crops it, the middle square of it all.
-    image_views: tuple[Literal["crop", "center_square"], ...] = ("crop",)
-    # Pixels a side of the middle square.
-    clip_image_size: Callable[[BaseConfigs], int] = lambda configs: 0
     stage: Stage | None = None  # where two models make pictures together
-    # Arrays among the trained network's weights that do not learn.
-    frozen_arrays: tuple[str, ...] = ()
     lacks: tuple[Need, ...] = ()  # what settings need, and this family does not have
-    # Whether the network reads which tokens are words: ``mask``, bool [n, length].
-    uses_attention_mask: bool = False
-    tokenizers: tuple[str, ...] = ("tokenizer",)
-    text_components: tuple[str, ...] = ("text_encoder",)  # they make text features
-    image_components: tuple[str, ...] = ("vae",)  # they make image features
     # What in a base's configs does not fit together, in words.
     incompatibilities: Callable[[BaseConfigs], list[str]] = lambda configs: []
-    # Whether the stock pipeline takes zeros for the features of a prompt that is not given.
-    zeros_for_empty_prompt: Callable[[BaseConfigs], bool] = lambda configs: False
+    # Configs -> arguments of the stock pipeline besides its components.
+    pipeline_options: Callable[[BaseConfigs], dict[str, Any]] = lambda configs: {}
+    card_tag: str = field(default="stable-diffusion", kw_only=True)  # on a model card
 
     def trained_components(self, text_encoders: bool) -> tuple[str, ...]:
         """Return the components that a LoRA changes, the trained network first."""
         if not text_encoders:
-            return (self.trained_component,)
-        encoders = [name for name in self.text_components if name in self.lora_targets]
-        return (self.trained_component, *encoders)
+            return (self.network.component,)
+        encoders = [name for name in self.text.components if name in self.lora_targets]
+        return (self.network.component, *encoders)
+
+    @property
+    def feature_components(self) -> tuple[str, ...]:
+        """All components that weights and features depend on, those of the other stage last."""
+        others = () if self.stage is None else tuple(self.stage.needed_components)
+        return (*self.components, *others)
+
+    @property
+    def other_stage(self) -> str | None:
+        """The family of the other stage; None where one model makes pictures alone."""
+        return None if self.stage is None else self.stage.other_stage
+
+    def link_other_stage(self, repository: str | None) -> dict[str, list[str]]:
+        """Return what a model card says of the other stage, where it lies on the Hub."""
+        if repository is None or self.stage is None or not self.stage.card_key:
+            return {}
+        return {self.stage.card_key: [repository]}

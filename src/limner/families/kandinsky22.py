@@ -3,13 +3,15 @@
 The prior makes a CLIP image embedding of a caption, the decoder makes a picture of the embedding.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from limner.config.declare import Need
-from limner.families.family import Family, Stage
-from limner.families.text import encode_chunks
+from limner.families.family import Family, Images, Network, Stage
+from limner.families.sd import CLIP
+from limner.families.text import Text, encode_chunks
 from limner.protocols import BaseConfigs, Encoders, Features, TextEncoders
 
 COMBINED_PIPELINE = "KandinskyV22CombinedPipeline"
@@ -60,14 +62,14 @@ def embed_image(encoders: Encoders, square: np.ndarray) -> Features:
 
 def encode_text(encoders: TextEncoders, ids: dict[str, Any]) -> dict[str, Any]:
     """Return the text encoder's last hidden states of all tokens, and its projected embedding."""
-    states, pooled = encode_chunks(encoders, "text_encoder", ids["tokenizer"])
+    states, pooled = encode_chunks(encoders, CLIP, ids)
     return {"context": states, "pooled": pooled}
 
 
 def normalize_embedding(features: Features, configs: BaseConfigs, normal: np.ndarray) -> np.ndarray:
     """Scale the image embedding to mean 0 and deviation 1, by the statistics of the prior."""
-    mean = np.asarray(configs.frozen_arrays["clip_mean"], np.float32).reshape(-1)
-    std = np.asarray(configs.frozen_arrays["clip_std"], np.float32).reshape(-1)
+    mean = np.asarray(configs.statistics["clip_mean"], np.float32).reshape(-1)
+    std = np.asarray(configs.statistics["clip_std"], np.float32).reshape(-1)
     return ((features["embedding"] - mean) / std).astype(np.float32)
 
 
@@ -95,7 +97,7 @@ def check_prior(configs: BaseConfigs) -> list[str]:
             "these two are not from the same model"
         )
     # The statistics are read last: configs are also checked before there are weights to read.
-    std = configs.frozen_arrays.get("clip_std", np.ones(1))
+    std = configs.statistics.get("clip_std", np.ones(1))
     if not (np.isfinite(std).all() and (std > 0).all()):
         problems.append(
             "prior: clip_std is not above 0 everywhere; a prior is needed that knows the mean and "
@@ -144,10 +146,39 @@ def check_decoder(configs: BaseConfigs) -> list[str]:
     return problems
 
 
+def enter_prior(x: Any, timestep: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the prior: the noisy embedding, and the caption's features."""
+    return {
+        "hidden_states": x,
+        "timestep": timestep,
+        "proj_embedding": batch["pooled"],
+        "encoder_hidden_states": batch["context"],
+        "attention_mask": batch["mask"],
+    }
+
+
+def enter_decoder(x: Any, timestep: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the UNet: latents, timestep and the image embedding."""
+    return {
+        "sample": x,
+        "timestep": timestep,
+        "encoder_hidden_states": None,
+        "added_cond_kwargs": {"image_embeds": batch["embedding"]},
+    }
+
+
+def draw_with_both(prompt: str) -> Sequence[str]:
+    """Return the lines of example code that draw with a prior and a decoder."""
+    return (
+        f"image_embeds, negative_image_embeds = prior({prompt}).to_tuple()",
+        "image = decoder(image_embeds=image_embeds, "
+        "negative_image_embeds=negative_image_embeds).images[0]",
+    )
+
+
 PRIOR = Family(
     name="kandinsky22-prior",
     pipeline="KandinskyV22PriorPipeline",
-    trained_component="prior",
     components={
         "prior": "PriorTransformer",
         "text_encoder": "CLIPTextModelWithProjection",
@@ -155,47 +186,57 @@ PRIOR = Family(
         "scheduler": "",
     }
     | IMAGE_ENCODER,
-    encode_image=embed_image,
-    encode_text=encode_text,
-    clean_latents=normalize_embedding,
-    latent_features=("embedding",),
-    network_inputs=lambda batch: {
-        "proj_embedding": batch["pooled"],
-        "encoder_hidden_states": batch["context"],
-        "attention_mask": batch["mask"],
-    },
+    images=Images(
+        tuple(IMAGE_ENCODER),
+        embed_image,
+        normalize_embedding,
+        latent_features=("embedding",),
+        views=("center_square",),
+        clip_size=get_clip_image_size,
+        statistics=("clip_mean", "clip_std"),
+    ),
+    text=Text((CLIP,), encode_text, uses_mask=True),
+    network=Network("prior", enter_prior, frozen_arrays=("clip_mean", "clip_std")),
     lora_targets={"prior": ("to_q", "to_k", "to_v", "to_out.0")},
-    card_tag="kandinsky",
-    image_views=("center_square",),
-    clip_image_size=get_clip_image_size,
-    stage=Stage("kandinsky22-decoder", {}, COMBINED_PIPELINE, "prior_"),
-    frozen_arrays=("clip_mean", "clip_std"),
+    stage=Stage(
+        "kandinsky22-decoder",
+        {},
+        COMBINED_PIPELINE,
+        prefix="prior_",
+        part="prior_pipe",
+        variable="prior",
+        draw=draw_with_both,
+    ),
     lacks=(*LACKS, "spatial latents"),
-    uses_attention_mask=True,
-    image_components=tuple(IMAGE_ENCODER),
     incompatibilities=check_prior,
+    card_tag="kandinsky",
 )
 DECODER = Family(
     name="kandinsky22-decoder",
     pipeline="KandinskyV22Pipeline",
-    trained_component="unet",
     components={"unet": "UNet2DConditionModel", "movq": "VQModel", "scheduler": ""},
-    encode_image=encode_decoder_image,
-    encode_text=lambda encoders, ids: {},
-    clean_latents=lambda features, configs, normal: features["latents"],
-    latent_features=("latents",),
-    network_inputs=lambda batch: {
-        "encoder_hidden_states": None,
-        "added_cond_kwargs": {"image_embeds": batch["embedding"]},
-    },
+    images=Images(
+        ("movq", *IMAGE_ENCODER),
+        encode_decoder_image,
+        lambda features, configs, normal: features["latents"],
+        latent_features=("latents",),
+        views=("crop", "center_square"),
+        clip_size=get_clip_image_size,
+    ),
+    text=Text(),
+    network=Network("unet", enter_decoder),
     lora_targets={"unet": ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")},
-    card_tag="kandinsky",
-    image_views=("crop", "center_square"),
-    clip_image_size=get_clip_image_size,
-    stage=Stage("kandinsky22-prior", IMAGE_ENCODER, COMBINED_PIPELINE, ""),
+    stage=Stage(
+        "kandinsky22-prior",
+        IMAGE_ENCODER,
+        COMBINED_PIPELINE,
+        prefix="",
+        part="decoder_pipe",
+        variable="decoder",
+        draw=draw_with_both,
+        card_key="prior",
+    ),
     lacks=(*LACKS, "captions"),
-    tokenizers=(),
-    text_components=(),
-    image_components=("movq", *IMAGE_ENCODER),
     incompatibilities=check_decoder,
+    card_tag="kandinsky",
 )

@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from limner.families.family import Family
-from limner.families.text import encode_chunks, mask_argument
+from limner.families.family import Family, Images, Network
+from limner.families.text import Text, TextInput, encode_chunks, mask_argument
 from limner.protocols import BaseConfigs, Encoders, Features, TextEncoders
 
+CLIP = TextInput("text_encoder", "tokenizer")
 # What a UNet may be conditioned on besides the caption.
 OTHER_CONDITIONS = (
     "class_embed_type",
@@ -26,7 +27,7 @@ def encode_image(encoders: Encoders, pixels: np.ndarray) -> Features:
 
 def encode_text(encoders: TextEncoders, ids: dict[str, Any]) -> dict[str, Any]:
     """Return the last hidden state of the text encoder, for all tokens."""
-    context, _ = encode_chunks(encoders, "text_encoder", ids["tokenizer"])
+    context, _ = encode_chunks(encoders, CLIP, ids)
     return {"context": context}
 
 
@@ -34,6 +35,15 @@ def clean_latents(features: Features, configs: BaseConfigs, normal: np.ndarray) 
     """Draw latents from the posterior, scaled to about unit variance."""
     scale = np.float32(configs["vae"].get("scaling_factor", 0.18215))
     return (features["mean"] + features["std"] * normal) * scale
+
+
+def enter(x: Any, timestep: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the UNet: latents, timestep and the caption's states."""
+    return {
+        "sample": x,
+        "timestep": timestep,
+        "encoder_hidden_states": batch["context"],
+    } | mask_argument(batch)
 
 
 def check_latent_channels(configs: BaseConfigs) -> list[str]:
@@ -73,7 +83,6 @@ def check_configs(configs: BaseConfigs) -> list[str]:
 SD = Family(
     name="sd",
     pipeline="StableDiffusionPipeline",
-    trained_component="unet",
     components={
         "vae": "AutoencoderKL",
         "text_encoder": "CLIPTextModel",
@@ -81,14 +90,17 @@ SD = Family(
         "unet": "UNet2DConditionModel",
         "scheduler": "",
     },
-    encode_image=encode_image,
-    encode_text=encode_text,
-    clean_latents=clean_latents,
-    latent_features=("mean", "std"),
-    network_inputs=lambda batch: {"encoder_hidden_states": batch["context"]} | mask_argument(batch),
+    images=Images(("vae",), encode_image, clean_latents, latent_features=("mean", "std")),
+    text=Text((CLIP,), encode_text),
+    network=Network("unet", enter),
     lora_targets={
         "unet": ("to_q", "to_k", "to_v", "to_out.0"),
         "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
     },
     incompatibilities=check_configs,
+    pipeline_options=lambda configs: {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    },
 )

@@ -3,10 +3,13 @@
 from typing import Any
 
 from limner.families import sd
-from limner.families.family import Family
+from limner.families.family import Family, Network
 from limner.families.sd import OTHER_CONDITIONS, SD
-from limner.families.text import encode_chunks, mask_argument
+from limner.families.text import Text, TextInput, encode_chunks
 from limner.protocols import BaseConfigs, TextEncoders
+
+CLIP_L = TextInput("text_encoder", "tokenizer", skip_layers=1)
+CLIP_G = TextInput("text_encoder_2", "tokenizer_2", skip_layers=1)
 
 
 def encode_text(encoders: TextEncoders, ids: dict[str, Any]) -> dict[str, Any]:
@@ -14,20 +17,18 @@ def encode_text(encoders: TextEncoders, ids: dict[str, Any]) -> dict[str, Any]:
 
     The states are joined along the last axis, [n, tokens, width + width_2].
     """
-    first, _ = encode_chunks(encoders, "text_encoder", ids["tokenizer"], skip=1)
-    second, pooled = encode_chunks(encoders, "text_encoder_2", ids["tokenizer_2"], skip=1)
-    return {"context": encoders.concat_features([first, second]), "pooled": pooled}
+    first, _ = encode_chunks(encoders, CLIP_L, ids)
+    second, pooled = encode_chunks(encoders, CLIP_G, ids)
+    return {"context": encoders.concat([first, second], axis=-1), "pooled": pooled}
 
 
-def network_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return the caption's states, its pooled embedding, and the six numbers of section 2.2.
+def enter(x: Any, timestep: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the UNet, with the pooled caption and the numbers of section 2.2.
 
     These are original size, crop corner and target size, each (height, width) in pixels.
     """
-    return {
-        "encoder_hidden_states": batch["context"],
-        "added_cond_kwargs": {"text_embeds": batch["pooled"], "time_ids": batch["size_and_crop"]},
-    } | mask_argument(batch)
+    added = {"text_embeds": batch["pooled"], "time_ids": batch["size_and_crop"]}
+    return sd.enter(x, timestep, batch) | {"added_cond_kwargs": added}
 
 
 def check_configs(configs: BaseConfigs) -> list[str]:
@@ -79,7 +80,6 @@ def uses_zeros_for_empty_prompt(configs: BaseConfigs) -> bool:
 SDXL = Family(
     name="sdxl",
     pipeline="StableDiffusionXLPipeline",
-    trained_component="unet",
     components={
         "vae": "AutoencoderKL",
         "text_encoder": "CLIPTextModel",
@@ -89,15 +89,14 @@ SDXL = Family(
         "unet": "UNet2DConditionModel",
         "scheduler": "",
     },
-    encode_image=sd.encode_image,
-    encode_text=encode_text,
-    clean_latents=sd.clean_latents,
-    latent_features=SD.latent_features,
-    network_inputs=network_inputs,
+    images=SD.images,
+    text=Text((CLIP_L, CLIP_G), encode_text, zeros_for_empty_prompt=uses_zeros_for_empty_prompt),
+    network=Network("unet", enter),
     lora_targets=SD.lora_targets | {"text_encoder_2": SD.lora_targets["text_encoder"]},
     card_tag="stable-diffusion-xl",
-    tokenizers=("tokenizer", "tokenizer_2"),
-    text_components=("text_encoder", "text_encoder_2"),
     incompatibilities=check_configs,
-    zeros_for_empty_prompt=uses_zeros_for_empty_prompt,
+    pipeline_options=lambda configs: {
+        "force_zeros_for_empty_prompt": uses_zeros_for_empty_prompt(configs),
+        "add_watermarker": False,
+    },
 )

@@ -1,57 +1,136 @@
 """Captions to text features: tokenize, split into chunks, encode, zero what was dropped."""
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from limner.families.family import Family
-from limner.protocols import Encoders, Features, TextEncoders
+from limner.protocols import BaseConfigs, Encoders, Features, TextEncoders
 
 
-def tokenize(family: Family, encoders: Encoders, captions: list[str], chunks: int) -> Features:
+@dataclass(frozen=True)
+class TextInput:
+    """How captions become the token ids of one text encoder."""
+
+    encoder: str
+    tokenizer: str
+    template: str = "{}"  # the text that is tokenized; the caption stands for the braces
+    length: int | None = None  # tokens that the encoder sees; None: what its tokenizer says
+    padding: Literal["right", "left"] = "right"
+    # Layers of the encoder that are left out. 0: its states are those after the last layer norm;
+    # 1: those before the last layer, as they are.
+    skip_layers: int = 0
+
+    def fill_template(self, caption: str) -> str:
+        """Return the text that is tokenized."""
+        # Not str.format: captions and templates may have braces of their own.
+        return self.template.replace("{}", caption, 1)
+
+    def read_length(self, encoders: Encoders) -> int:
+        """Return the tokens of one chunk, special ones included."""
+        return self.length or encoders.max_tokens(self.tokenizer)
+
+    def count_tokens(self, encoders: Encoders, captions: list[str]) -> list[int]:
+        """Return the tokens of each caption, uncut, with template and special tokens."""
+        texts = [self.fill_template(caption) for caption in captions]
+        return [len(ids) for ids in encoders.list_token_ids(self.tokenizer, texts)]
+
+    def count_limit(self, encoders: Encoders, chunks: int) -> int:
+        """Return the tokens from which on a caption is cut, special ones counted once."""
+        special = len(encoders.list_token_ids(self.tokenizer, [""])[0])
+        return chunks * (self.read_length(encoders) - special) + special
+
+    def tokenize(self, encoders: Encoders, captions: list[str], chunks: int) -> np.ndarray:
+        """Return token ids, int64 [n, chunks, length]; what is longer is cut."""
+        texts = [self.fill_template(caption) for caption in captions]
+        special, *ids = encoders.list_token_ids(self.tokenizer, ["", *texts])
+        chunked = split_into_chunks(
+            ids, chunks, self.read_length(encoders), special, encoders.pad_token(self.tokenizer)
+        )
+        return chunked if self.padding == "right" else move_padding_left(chunked, ids)
+
+
+@dataclass(frozen=True)
+class Text:
+    """How captions become features."""
+
+    inputs: tuple[TextInput, ...] = ()  # one for each text encoder; none: captions are not read
+    # Text encoders, token ids [n, chunks, length] by tokenizer -> text features.
+    encode: Callable[[TextEncoders, dict[str, Any]], dict[str, Any]] = lambda encoders, ids: {}
+    # Whether the network reads which tokens are words: ``mask``, bool [n, length].
+    uses_mask: bool = False
+    # Whether the stock pipeline takes zeros for the features of a prompt that is not given.
+    zeros_for_empty_prompt: Callable[[BaseConfigs], bool] = lambda configs: False
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The text encoders."""
+        return tuple(one.encoder for one in self.inputs)
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """The tokenizers."""
+        return tuple(one.tokenizer for one in self.inputs)
+
+
+def tokenize(text: Text, encoders: Encoders, captions: list[str], chunks: int) -> Features:
     """Return token ids by tokenizer, int64 [n, chunks, length], and an attention mask where needed.
 
     The mask, bool [n, chunks * length], is there with several chunks, or where the network reads
     which tokens are words. With several chunks it hides those without words, except the first, so
     that a caption which fits into one chunk means the same whatever the number of chunks is.
     """
-    ids = {name: encoders.tokenize(name, captions, chunks) for name in family.tokenizers}
-    if family.uses_attention_mask:
-        first = family.tokenizers[0]
-        lengths = np.array(encoders.count_tokens(first, captions))
-        return ids | {"mask": np.arange(ids[first].shape[-1]) < lengths[:, None]}
+    ids = {one.tokenizer: one.tokenize(encoders, captions, chunks) for one in text.inputs}
+    if text.uses_mask:
+        first = text.inputs[0]
+        lengths = np.array(first.count_tokens(encoders, captions))
+        return ids | {"mask": np.arange(ids[first.tokenizer].shape[-1]) < lengths[:, None]}
     if chunks == 1:
         return ids
     words = np.any(
-        [(ids[name] != encoders.tokenize(name, [""], 1)).any(-1) for name in family.tokenizers],
+        [(ids[one.tokenizer] != one.tokenize(encoders, [""], 1)).any(-1) for one in text.inputs],
         axis=0,
     )
     words[:, 0] = True
-    return ids | {"mask": np.repeat(words, ids[family.tokenizers[0]].shape[2], axis=1)}
+    return ids | {"mask": np.repeat(words, ids[text.tokenizers[0]].shape[2], axis=1)}
 
 
 def split_into_chunks(
-    captions: list[list[int]], chunks: int, length: int, start: int, end: int, pad: int
+    captions: list[list[int]], chunks: int, length: int, special: list[int], pad: int
 ) -> np.ndarray:
     """Split the token ids of captions into chunks, int64 [n, chunks, length]; cut off the rest.
 
     Args:
-        captions: token ids, uncut, with their start and end.
-        start, end, pad: ids of special tokens; each chunk gets its own start and end.
+        captions: token ids, uncut, with the special tokens around them.
+        special: ids of an empty text. Its last one ends a text, those before begin it; each chunk
+            gets its own.
+        pad: id of the padding.
     """
+    start, end = special[:-1], special[-1:]
+    room = length - len(special)
     out = np.full((len(captions), chunks, length), pad, np.int64)
     for row, ids in enumerate(captions):
+        words = ids[len(start) : len(ids) - len(end)]
         for chunk in range(chunks):
-            piece = [start, *ids[1 + chunk * (length - 2) : -1][: length - 2], end]
+            piece = [*start, *words[chunk * room : (chunk + 1) * room], *end]
             out[row, chunk, : len(piece)] = piece
     return out
 
 
-def encode_captions(
-    family: Family, encoders: TextEncoders, tokens: dict[str, Any]
-) -> dict[str, Any]:
+def move_padding_left(chunked: np.ndarray, captions: list[list[int]]) -> np.ndarray:
+    """Move the padding before the text; one chunk each."""
+    length = chunked.shape[-1]
+    rows = [
+        np.roll(row, length - min(len(ids), length), axis=-1)
+        for row, ids in zip(chunked, captions, strict=True)
+    ]
+    return np.stack(rows)
+
+
+def encode_captions(text: Text, encoders: TextEncoders, tokens: dict[str, Any]) -> dict[str, Any]:
     """Return the text features of ``tokenize``'s result, and its mask where there is one."""
-    features = family.encode_text(encoders, tokens)
+    features = text.encode(encoders, tokens)
     return features | {name: array for name, array in tokens.items() if name == "mask"}
 
 
@@ -63,14 +142,21 @@ def zero_dropped(features: dict[str, Any], keep: Any) -> dict[str, Any]:
     }
 
 
-def encode_chunks(encoders: TextEncoders, name: str, ids: Any, skip: int = 0) -> tuple[Any, Any]:
+def encode_chunks(encoders: TextEncoders, one: TextInput, ids: dict[str, Any]) -> tuple[Any, Any]:
     """Encode each chunk by itself; return joined states and the first chunk's pooled embedding.
 
-    Shapes: ids [n, chunks, length], states [n, chunks * length, width], pooled [n, width].
+    Args:
+        ids: by tokenizer, [n, chunks, length].
+
+    Returns:
+        States [n, chunks * length, width]; pooled [n, width], or None where the encoder has none.
     """
-    rows, chunks, length = ids.shape
-    states, pooled = encoders.encode_text(name, ids.reshape(rows * chunks, length), skip)
-    return states.reshape(rows, chunks * length, -1), pooled.reshape(rows, chunks, -1)[:, 0]
+    rows, chunks, length = ids[one.tokenizer].shape
+    flat = ids[one.tokenizer].reshape(rows * chunks, length)
+    states, pooled = encoders.encode_text(one.encoder, flat, one.skip_layers)
+    if pooled is not None:
+        pooled = pooled.reshape(rows, chunks, -1)[:, 0]
+    return states.reshape(rows, chunks * length, -1), pooled
 
 
 def mask_argument(batch: dict[str, Any]) -> dict[str, Any]:

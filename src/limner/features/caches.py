@@ -40,7 +40,7 @@ def open_stores(
     data = config.data
     if data.cache == "off":
         return None, None
-    caches_text = bool(family.text_components) and not config.adapter.text_encoders
+    caches_text = bool(family.text.components) and not config.adapter.text_encoders
     if data.cache == "memory":
         if process.world_size > 1:
             raise InputError(
@@ -67,9 +67,9 @@ def open_stores(
     picture_settings = [precision, image.decoder_versions(), image_batch_size(config)]
     texts = None
     if caches_text:
-        components = (*family.text_components, *family.tokenizers)
+        components = (*family.text.components, *family.text.tokenizers)
         texts = open_store("caption", [data.caption_chunks, TEXT_BATCH], components)
-    return open_store("picture", picture_settings, family.image_components), texts
+    return open_store("picture", picture_settings, family.images.components), texts
 
 
 def open_feature_encoder(

@@ -67,7 +67,7 @@ class FeatureEncoder:
 
     def text_features(self, captions: Sequence[str]) -> Features:
         """Return text features of a batch, in its order."""
-        if not self.family.text_components:
+        if not self.family.text.components:
             return {}
         stored = self.read_stored(self.text_store, captions)
         if stored is not None:
@@ -78,7 +78,7 @@ class FeatureEncoder:
     def token_ids(self, captions: Sequence[str]) -> Features:
         """Return token ids of a batch, for text encoders that are being trained."""
         with self.busy:
-            return tokenize(self.family, self.get_encoders(), list(captions), self.chunks)
+            return tokenize(self.family.text, self.get_encoders(), list(captions), self.chunks)
 
     def fill_images(self, pictures: Sequence[ImageRequest], check: CheckStop) -> None:
         """Encode and store the pictures that are missing from the store, shape by shape.
@@ -130,7 +130,7 @@ class FeatureEncoder:
         def encode(part: list[Views]) -> Features:
             # From the views of each picture to the pictures of each view.
             views = [image.to_pixels(np.stack(view)) for view in zip(*part, strict=True)]
-            return self.family.encode_image(self.get_encoders(), *views)
+            return self.family.images.encode(self.get_encoders(), *views)
 
         return self.encode_padded(list(loaded), self.batch, encode)
 
@@ -138,8 +138,8 @@ class FeatureEncoder:
         """Encode captions."""
 
         def encode(part: list[str]) -> Features:
-            tokens = tokenize(self.family, self.get_encoders(), part, self.chunks)
-            return encode_captions(self.family, self.get_encoders(), tokens)
+            tokens = tokenize(self.family.text, self.get_encoders(), part, self.chunks)
+            return encode_captions(self.family.text, self.get_encoders(), tokens)
 
         return self.encode_padded(list(captions), self.text_batch, encode)
 

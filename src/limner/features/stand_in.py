@@ -4,10 +4,11 @@ import numpy as np
 
 from limner import rng
 from limner.families.family import Family
+from limner.features.arrays import NumpyFeatures
 from limner.protocols import BaseConfigs, Features
 
 
-class StandInEncoders:
+class StandInEncoders(NumpyFeatures):
     """Stand in for the frozen encoders with random numbers of the shapes that configs promise."""
 
     def __init__(self, configs: BaseConfigs):
@@ -30,10 +31,6 @@ class StandInEncoders:
             (*ids.shape, config["hidden_size"]), np.float32
         ), self.draws.standard_normal((len(ids), width), np.float32)
 
-    def concat_features(self, arrays: list[np.ndarray]) -> np.ndarray:
-        """See ``protocols.TextEncoders``."""
-        return np.concatenate(arrays, axis=-1)
-
     def encode_movq(self, name: str, pixels: np.ndarray) -> np.ndarray:
         """See ``protocols.Encoders``."""
         config = self.configs[name]
@@ -48,13 +45,13 @@ class StandInEncoders:
             (len(pixels), self.configs[name]["projection_dim"]), np.float32
         )
 
-    def tokenize(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
-        """See ``protocols.Encoders``."""
-        return np.ones((len(captions), chunks, self.max_tokens(tokenizer)), np.int64)
+    def list_token_ids(self, tokenizer: str, texts: list[str]) -> list[list[int]]:
+        """See ``protocols.Encoders``: a start and an end, whatever the text."""
+        return [[0, 1]] * len(texts)
 
-    def count_tokens(self, tokenizer: str, captions: list[str]) -> list[int]:
+    def pad_token(self, tokenizer: str) -> int:
         """See ``protocols.Encoders``."""
-        return [self.max_tokens(tokenizer)] * len(captions)
+        return 1
 
     def max_tokens(self, tokenizer: str) -> int:
         """See ``protocols.Encoders``."""
@@ -65,8 +62,8 @@ def make_image_features(
     family: Family, parts: StandInEncoders, rows: int, shape: tuple[int, int]
 ) -> Features:
     """Make random image features of pictures that are cut to ``shape`` (height, width)."""
-    side = family.clip_image_size(parts.configs)
+    side = family.images.clip_size(parts.configs)
     shapes = {"crop": shape, "center_square": (side, side)}
-    return family.encode_image(
-        parts, *(np.zeros((rows, 3, *shapes[view]), np.float32) for view in family.image_views)
+    return family.images.encode(
+        parts, *(np.zeros((rows, 3, *shapes[view]), np.float32) for view in family.images.views)
     )

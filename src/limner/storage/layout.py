@@ -20,7 +20,7 @@ def file_name(group: str, adapter: AdapterSettings, family: Family) -> str:
     if adapter.kind == "lora":
         files = {"model": LORA_FILE, "ema": f"ema/{LORA_FILE}"}
     else:
-        component = family.trained_component
+        component = family.network.component
         files = {
             "model": f"{component}/{WEIGHTS_FILE}",
             "ema": f"{component}_ema/{WEIGHTS_FILE}",
@@ -30,7 +30,7 @@ def file_name(group: str, adapter: AdapterSettings, family: Family) -> str:
 
 def target_modules(adapter: AdapterSettings, family: Family, component: str) -> tuple[str, ...]:
     """Return the last parts of the names of a component's modules that have adapters."""
-    if adapter.targets and component == family.trained_component:
+    if adapter.targets and component == family.network.component:
         return adapter.targets
     return family.lora_targets[component]
 
@@ -69,7 +69,7 @@ def save_groups(
             yield file_name(group, config.adapter, family), arrays, header
 
     def write_configs(folder: Path) -> None:
-        for component in (family.trained_component, f"{family.trained_component}_ema"):
+        for component in (family.network.component, f"{family.network.component}_ema"):
             if (folder / component).is_dir():
                 (folder / component / "config.json").write_text(json.dumps(trained, indent=2))
 

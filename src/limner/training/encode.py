@@ -77,9 +77,9 @@ def release_encoders(setup: Setup) -> None:
     unneeded: list[str] = []
     endless = any(stream.variants(entry) is None for entry in stream.entries)
     if stream.features.image_store is not None and not endless:
-        unneeded += family.image_components
+        unneeded += family.images.components
     if stream.features.text_store is not None:
-        unneeded += [*family.text_components, *family.tokenizers]
+        unneeded += [*family.text.components, *family.text.tokenizers]
     setup.engine.release_encoders(unneeded)
 
 
@@ -87,7 +87,7 @@ def list_requests(setup: Setup) -> tuple[list[str], list[ImageRequest]]:
     """All captions and pictures that can be cached and that the run will ask for."""
     stream, validation = setup.stream, setup.validation_entries
     captions: list[str] = []
-    if setup.family.text_components:
+    if setup.family.text.components:
         entries = (*stream.entries, *validation)
         captions = list(dict.fromkeys(c for entry in entries for c in entry.captions))
         if setup.config.data.drop_caption:
@@ -106,13 +106,13 @@ def report_truncated_captions(setup: Setup) -> None:
     encoders = setup.engine.get_encoders()
     entries = (*setup.stream.entries, *setup.validation_entries)
     pairs = [(entry.key, caption) for entry in entries for caption in entry.captions]
-    for tokenizer in setup.family.tokenizers:
-        limit = setup.config.data.caption_chunks * (encoders.max_tokens(tokenizer) - 2) + 2
-        long = find_truncated_captions(pairs, partial(encoders.count_tokens, tokenizer), limit)
+    for one in setup.family.text.inputs:
+        limit = one.count_limit(encoders, setup.config.data.caption_chunks)
+        long = find_truncated_captions(pairs, partial(one.count_tokens, encoders), limit)
         if long:
-            named = ", ".join(f"{one.key} ({one.tokens})" for one in long[:10])
+            named = ", ".join(f"{cut.key} ({cut.tokens})" for cut in long[:10])
             setup.report(
-                f"{len(long)} captions have more than the {limit} tokens that the {tokenizer} "
+                f"{len(long)} captions have more than the {limit} tokens that the {one.tokenizer} "
                 f"gives on and are cut: {named}"
             )
 

@@ -77,7 +77,7 @@ def link_stages(configs: Sequence[Config]) -> list[tuple[Config, ModelSettings]]
             raise InputError(
                 f"engine: recipes that are trained one after the other need the same {different[0]}"
             )
-        before = earlier.get(family.stage.other_stage) if family.stage is not None else None
+        before = earlier.get(family.other_stage) if family.other_stage else None
         if before is None:
             linked.append((config, config.model))
             continue
@@ -90,7 +90,7 @@ def link_stages(configs: Sequence[Config]) -> list[tuple[Config, ModelSettings]]
 def open_bases(configs: Sequence[Config]) -> None:
     """Open the base of every recipe, so that a bad one is refused before anything is trained."""
     for config, model in link_stages(configs):
-        open_base(model, get_family(config), draws=False)
+        open_base(model, get_family(config), for_generation=False)
 
 
 def run_training(
@@ -262,7 +262,7 @@ def save_checkpoint(setup: Setup, state: State, step: int) -> None:
     """
     fetch_metrics(setup, state, [])
     groups = setup.engine.snapshot(state)
-    trained = setup.base.configs[setup.family.trained_component]
+    trained = setup.base.configs[setup.family.network.component]
 
     def save() -> str:
         folder = layout.save_groups(

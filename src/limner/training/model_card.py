@@ -11,7 +11,7 @@ from limner.base_model.base import BaseModel
 from limner.base_model.hub import HUB_NAME
 from limner.config import toml
 from limner.config.schema import SETTINGS
-from limner.families import FAMILIES
+from limner.families.example import ExampleNames, write_example
 from limner.families.family import Family
 from limner.plain import Plain
 from limner.storage.layout import LORA_FILE
@@ -97,9 +97,7 @@ def format_front_matter(hub_names: HubNames, base: BaseModel, family: Family, lo
         metadata["base_model_relation"] = "adapter" if lora else "finetune"
     if hub_names.dataset:
         metadata["datasets"] = [hub_names.dataset]
-    if hub_names.other_stage and family.stage and not family.stage.prefix:
-        # AutoPipelineForText2Image reads here which prior a decoder needs.
-        metadata["prior"] = [hub_names.other_stage]
+    metadata |= family.link_other_stage(hub_names.other_stage)
     metadata["library_name"] = "diffusers"
     metadata["pipeline_tag"] = "text-to-image"
     metadata["inference"] = True
@@ -149,51 +147,10 @@ def write_snippet(
     result = json.dumps(repo or "path/to/this/folder")
     base = json.dumps(hub_names.base or "path/to/the/base/model")
     prompt = json.dumps(prompt, ensure_ascii=False)
-    if family.stage is not None:
-        other_stage = json.dumps(hub_names.other_stage or "path/to/the/other/stage")
-        return write_two_stage_snippet(family, lora, result, base, other_stage, prompt)
-    lines = [f"pipeline = {family.pipeline}.from_pretrained({base if lora else result})"]
-    if lora:
-        lines.append(f"pipeline.load_lora_weights({result})")
-    lines.append(f"image = pipeline({prompt}).images[0]")
-    return format_snippet([family.pipeline], lines)
-
-
-def write_two_stage_snippet(
-    family: Family, lora: bool, result: str, base: str, other_stage: str, prompt: str
-) -> str:
-    """Return the snippet of a prior or a decoder; all texts are Python literals."""
-    assert family.stage is not None
-    other = FAMILIES[family.stage.other_stage]
-    variable = name_pipeline_variable(family)
-    lines = [
-        f"{variable} = {family.pipeline}.from_pretrained({base if lora else result})",
-        f"{name_pipeline_variable(other)} = {other.pipeline}.from_pretrained({other_stage})",
-    ]
-    if lora:
-        component = family.trained_component
-        lines.append(
-            f"{variable}.{component}.load_lora_adapter({result}, "
-            f'prefix="{component}", weight_name="{LORA_FILE}")'
-        )
-    lines += [
-        f"image_embeds, negative_image_embeds = prior({prompt}).to_tuple()",
-        "image = decoder(image_embeds=image_embeds, "
-        "negative_image_embeds=negative_image_embeds).images[0]",
-    ]
-    return format_snippet(sorted([family.pipeline, other.pipeline]), lines)
-
-
-def name_pipeline_variable(family: Family) -> str:
-    """Return the snippet's variable for the pipeline of a stage: ``prior`` or ``decoder``."""
-    is_prior = family.stage is not None and family.stage.prefix
-    return family.trained_component if is_prior else "decoder"
-
-
-def format_snippet(pipelines: Sequence[str], lines: Sequence[str]) -> str:
-    """Return a block of Python that imports these pipelines and saves ``image``."""
-    imports = f"from diffusers import {', '.join(pipelines)}\n"
-    return "\n".join(["```python", imports, *lines, 'image.save("image.png")', "```\n"])
+    other_stage = json.dumps(hub_names.other_stage or "path/to/the/other/stage")
+    lora_file = json.dumps(LORA_FILE) if lora else None
+    names = ExampleNames(result, base, other_stage, prompt, lora_file)
+    return "\n".join(["```python", *write_example(family, names), "```\n"])
 
 
 def escape_markdown(text: str) -> str:

@@ -61,7 +61,11 @@ class ResultRecord(TypedDict):
 
 
 def write_result(
-    checkpoint: Checkpoint, config: Config, base: BaseModel, family: Family, prediction_type: str
+    checkpoint: Checkpoint,
+    config: Config,
+    base: BaseModel,
+    family: Family,
+    prediction_type: str | None,
 ) -> None:
     """Write a run's result from its last checkpoint, and the model card.
 
@@ -92,7 +96,7 @@ def write_full(
     family: Family,
     run: Path,
     arrays: Mapping[str, np.ndarray],
-    prediction_type: str,
+    prediction_type: str | None,
     step: int,
 ) -> None:
     """Write a diffusers folder at the run's root: the base with the newly trained weights.
@@ -264,12 +268,14 @@ def get_stem(path: Path) -> str:
     return re.split(r"[.-]", path.name)[0]
 
 
-def adapt_scheduler(config: Mapping[str, object], class_name: str, prediction_type: str) -> Plain:
+def adapt_scheduler(
+    config: Mapping[str, object], class_name: str, prediction_type: str | None
+) -> Plain:
     """Return the base's scheduler config with the prediction type that was trained.
 
     A scheduler that cannot draw with this prediction type is replaced by DDIM.
     """
-    if prediction_type == config.get("prediction_type", "epsilon"):
+    if prediction_type in (None, config.get("prediction_type", "epsilon")):
         return dict(config)
     if prediction_type != "sample" or class_name in SAMPLE_SCHEDULERS:
         return {**config, "prediction_type": prediction_type}

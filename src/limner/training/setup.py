@@ -18,7 +18,7 @@ from limner.data import buckets, mixture
 from limner.data.index import Entry, Index, build_index, write_skipped
 from limner.data.order import Order
 from limner.data.source import Source
-from limner.diffusion.objective import Objective
+from limner.diffusion import make_objective
 from limner.errors import InputError
 from limner.families import get_family
 from limner.families.family import Family
@@ -71,7 +71,7 @@ def resolve(config: Config, *, own_records: bool = False) -> tuple[Config, Famil
     """
     check_config(config, own_records=own_records)
     family = get_family(config)
-    if not family.text_components:
+    if not family.text.inputs:
         config = replace(config, data=replace(config.data, caption=None))
     return config, family
 
@@ -163,12 +163,27 @@ def settle(
     source = mixture.open_source(config.data, report) if source is None else source
     base = open_base_everywhere(config, family, process)
     config = settle_other_stage(config, base)
+    check_sizes(config.data, family, base)
     # Refused now, not when the stream opens: nothing has been decoded yet.
-    Objective.from_scheduler(base.configs["scheduler"], config.objective)
+    make_objective(base.configs["scheduler"], config.objective)
     sinks.require_packages(config.log.to)
     if not read_only:
         config = settle_repository(config, process)
     return Settled(config, family, checkpoint, source, base)
+
+
+def check_sizes(data: DataSettings, family: Family, base: BaseModel) -> None:
+    """Refuse sizes of pictures whose latents the network cannot take."""
+    multiple = family.images.pixel_multiple(base.configs)
+    sizes = {"data.size": data.size}
+    if data.buckets is not None:
+        sizes = {"data.buckets.step": data.buckets.step}
+    for name, pixels in sizes.items():
+        if pixels % multiple:
+            raise InputError(
+                f"{name}: {pixels} pixels are no multiple of {multiple}, which family "
+                f"{family.name!r} needs; choose {max(1, round(pixels / multiple)) * multiple}"
+            )
 
 
 def plan_examples(
@@ -218,7 +233,7 @@ def open_stream(
         source=settled.source,
         data=config.data,
         noise=config.objective,
-        objective=Objective.from_scheduler(base.configs["scheduler"], config.objective),
+        objective=make_objective(base.configs["scheduler"], config.objective),
         family=family,
         configs=base.configs,
         features=features,
@@ -282,9 +297,11 @@ def settle_seed(
 
 def open_base_everywhere(config: Config, family: Family, process: ProcessGroup) -> BaseModel:
     """Open the base in every process; the first one downloads what is not there."""
-    draws = bool(config.preview.prompts)
-    process.first(lambda: str(open_base(config.model, family, draws=draws).folder))
-    return open_base(config.model, family, draws=draws)
+    for_generation = bool(config.preview.prompts)
+    process.first(
+        lambda: str(open_base(config.model, family, for_generation=for_generation).folder)
+    )
+    return open_base(config.model, family, for_generation=for_generation)
 
 
 def settle_other_stage(config: Config, base: BaseModel) -> Config:
@@ -305,10 +322,7 @@ def settle_repository(config: Config, process: ProcessGroup) -> Config:
 
 def digest_base(base: BaseModel, family: Family, process: ProcessGroup) -> str:
     """The fingerprint of all that the weights depend on."""
-    components = tuple(family.components)
-    if family.stage is not None:
-        components += tuple(family.stage.needed_components)
-    return process.first(lambda: base.fingerprint(*components))
+    return process.first(lambda: base.fingerprint(*family.feature_components))
 
 
 def index_records(

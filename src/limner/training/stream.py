@@ -108,7 +108,7 @@ class Stream:
     @property
     def crops(self) -> bool:
         """Whether the family sees pictures as the recipe crops them."""
-        return "crop" in self.family.image_views
+        return "crop" in self.family.images.views
 
     def geometry(self, entry: Entry, position: int, variant: int | None, flip: bool) -> Geometry:
         """Where the picture is cropped: at the centre, at one of ``data.crop_variants`` fixed
@@ -145,14 +145,14 @@ class Stream:
 
     def center_square(self, entry: Entry, flip: bool) -> Geometry:
         """How the family's image encoder sees a picture."""
-        return center_square(entry.size, self.family.clip_image_size(self.configs), flip)
+        return center_square(entry.size, self.family.images.clip_size(self.configs), flip)
 
     def image_request(self, entry: Entry, geometry: Geometry, cached: bool = True) -> ImageRequest:
         """The request for one picture's views, of which ``geometry`` is the first: a key that says
         all they depend on, and what loads them."""
         resample = {"crop": self.data.resample, "center_square": "bicubic"}
         views: list[tuple[Geometry, str]] = []
-        for i, view in enumerate(self.family.image_views):
+        for i, view in enumerate(self.family.images.views):
             crop = geometry if i == 0 else self.center_square(entry, geometry.flip)
             views.append((crop, resample[view]))
         names = " ".join(f"{crop} {filter_name}" for crop, filter_name in views)
@@ -200,7 +200,7 @@ class Stream:
             cached = not training or self.variants(draw.entry) is not None
             requests.append(self.image_request(draw.entry, draw.geometry, cached))
         pictures = self.features.image_features(requests)
-        latent_features = self.family.latent_features
+        latent_features = self.family.images.latent_features
         shape = pictures[latent_features[0]].shape[1:]
 
         def normal(purpose: str, shape: tuple[int, ...] = shape) -> np.ndarray:
@@ -212,10 +212,10 @@ class Stream:
             one_per_channel = (shape[0],) + (1,) * (len(shape) - 1)
             noise += np.float32(self.noise.noise_offset) * normal("offset", one_per_channel)
         batch = {
-            "x0": self.family.clean_latents(pictures, self.configs, normal("posterior")),
+            "x0": self.family.images.clean_latents(pictures, self.configs, normal("posterior")),
             "noise": noise,
         }
-        batch |= vars(self.objective.at(np.array([draw.u for draw in draws])))
+        batch |= vars(self.objective.at(np.array([draw.u for draw in draws]), shape))
         if self.noise.input_perturbation and training:
             perturbation = np.float32(self.noise.input_perturbation) * normal("perturbation")
             batch["input_noise"] = noise + perturbation
@@ -242,7 +242,7 @@ class Stream:
     def drops_to_zeros(self) -> bool:
         """Whether a dropped caption is zeros, not an encoded empty text."""
         if self.data.empty_caption == "base":
-            return self.family.zeros_for_empty_prompt(self.configs)
+            return self.family.text.zeros_for_empty_prompt(self.configs)
         return self.data.empty_caption == "zeros"
 
     def validation_batches(

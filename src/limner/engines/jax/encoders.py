@@ -14,13 +14,13 @@ from limner.engines.jax.nn import Params
 from limner.engines.jax.processes import local_device
 from limner.engines.jax.tokenizer import WordTokenizer
 from limner.errors import InputError
-from limner.families.text import split_into_chunks
+from limner.features.arrays import NumpyFeatures
 
 # float32 products in float32: not in TF32 on a GPU, nor in passes of bfloat16 on a TPU.
 HIGHEST = "highest"
 
 
-class JaxEncoders:
+class JaxEncoders(NumpyFeatures):
     """A base's components by name, on this process's first device, each loaded when first used.
 
     Args:
@@ -101,10 +101,6 @@ class JaxEncoders:
         )
         return np.asarray(states, np.float32), np.asarray(pooled, np.float32)
 
-    def concat_features(self, arrays: list[np.ndarray]) -> np.ndarray:
-        """See ``protocols.TextEncoders``."""
-        return np.concatenate(arrays, axis=-1)
-
     def encode_movq(self, name: str, pixels: np.ndarray) -> np.ndarray:
         """See ``protocols.Encoders``."""
         raise InputError('engine.kind="jax" has no MOVQ; use engine.kind="torch".')
@@ -121,16 +117,13 @@ class JaxEncoders:
         tokenizer: WordTokenizer = self.loaded[name]
         return tokenizer
 
-    def tokenize(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
-        """See ``protocols.Encoders``; the index has counted and reported what is cut."""
-        words = self.get_tokenizer(tokenizer)
-        return split_into_chunks(
-            words.encode(captions), chunks, words.limit, words.start, words.end, words.pad
-        )
-
-    def count_tokens(self, tokenizer: str, captions: list[str]) -> list[int]:
+    def list_token_ids(self, tokenizer: str, texts: list[str]) -> list[list[int]]:
         """See ``protocols.Encoders``."""
-        return [len(ids) for ids in self.get_tokenizer(tokenizer).encode(captions)]
+        return self.get_tokenizer(tokenizer).encode(texts)
+
+    def pad_token(self, tokenizer: str) -> int:
+        """See ``protocols.Encoders``."""
+        return self.get_tokenizer(tokenizer).pad
 
     def max_tokens(self, tokenizer: str) -> int:
         """See ``protocols.Encoders``."""

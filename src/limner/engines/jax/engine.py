@@ -13,8 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from limner.base_model.base import BaseModel
 from limner.config import toml
 from limner.config.schema import Config
-from limner.diffusion import samplers
-from limner.diffusion.objective import Objective
+from limner.diffusion import make_objective, samplers
 from limner.engines.jax import compile_cache, weights
 from limner.engines.jax.attention import Array, Kernel, choose_kernel
 from limner.engines.jax.encoders import JaxEncoders
@@ -68,7 +67,7 @@ class JaxEngine:
         # An autoencoder that the recipe names is safe in half precision; the base's may not be.
         runs_in_half = config.model.vae is not None and self.half is not None
         self.encoders = JaxEncoders(base, {"vae": self.half} if runs_in_half else {})
-        objective = Objective.from_scheduler(base.configs["scheduler"], config.objective)
+        objective = make_objective(base.configs["scheduler"], config.objective)
         self.prediction_type = objective.prediction_type
         kernel: Kernel | None = None
         if config.engine.attention != "math":
@@ -124,7 +123,7 @@ class JaxEngine:
         """See ``protocols.Engine``."""
         arrays = {name: weights.read_component(self.base, name) for name in self.model.components}
         if self.config.adapter.kind == "full":
-            params = arrays[self.family.trained_component]
+            params = arrays[self.family.network.component]
         else:
             dtype = np.float32 if self.half is None else self.half
             for component, named in arrays.items():
@@ -362,8 +361,8 @@ def refuse_settings(config: Config, base: BaseModel, family: Family) -> None:
     Raises:
         InputError: naming the setting.
     """
-    kind = base.component_class(family.trained_component)[1]
-    if kind != "UNet2DConditionModel" or family.stage is not None:
+    kind = base.component_class(family.network.component)[1]
+    if not weights.serves(family):
         raise InputError(
             f'engine.kind="jax" does not train a {kind} of family {family.name!r} yet; use '
             'engine.kind="torch".'
@@ -381,8 +380,8 @@ def refuse_settings(config: Config, base: BaseModel, family: Family) -> None:
     if config.preview.prompts:
         samplers.make_table(base.configs["scheduler"], config.preview.steps)
     if config.adapter.kind != "full":
-        shapes = weights.expected_shapes(kind, base.configs[family.trained_component])
-        list_linear_adapters({family.trained_component: shapes}, config.adapter, family)
+        shapes = weights.expected_shapes(kind, base.configs[family.network.component])
+        list_linear_adapters({family.network.component: shapes}, config.adapter, family)
 
 
 def open_engine(

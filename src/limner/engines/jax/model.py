@@ -92,23 +92,21 @@ class TrainedModel:
         target = column("signal_target") * x0 + column("noise_target") * noise
         if len(self.components) > 1:
             encoders = TrainableTextEncoders(self, params, frozen, key)
-            features = encode_captions(self.family, encoders, rows)
+            features = encode_captions(self.family.text, encoders, rows)
             rows = rows | (zero_dropped(features, rows["keep"]) if "keep" in rows else features)
-        name = self.family.trained_component
+        name = self.family.network.component
         net = self.select_arrays(params, frozen, name, key)
-        inputs = self.family.network_inputs(rows)
+        called = self.family.network
 
         def predict(x: Array) -> Array:
-            prediction = unet(
+            output = unet(
                 net,
                 self.base.configs[name],
-                x.astype(self.half or jnp.float32),
-                rows["timestep"],
-                inputs,
+                called.enter(x.astype(self.half or jnp.float32), rows["timestep"], rows),
                 remat=training and self.config.engine.gradient_checkpointing,
                 kernel=self.kernel,
             )
-            return prediction[:, : x.shape[1]].astype(jnp.float32)
+            return called.leave(output, x).astype(jnp.float32)
 
         # Algorithm 1 of arXiv:2312.00210; the validation loss is without it.
         if self.config.objective.dream is not None and training:
@@ -144,6 +142,10 @@ class TrainableTextEncoders:
             self.model.half or jnp.float32,
         )
 
-    def concat_features(self, arrays: list[Array]) -> Array:
+    def concat(self, arrays: list[Array], axis: int) -> Array:
         """See ``protocols.TextEncoders``."""
-        return jnp.concatenate(arrays, axis=-1)
+        return jnp.concatenate(arrays, axis=axis)
+
+    def pad_width(self, array: Array, width: int) -> Array:
+        """See ``protocols.TextEncoders``."""
+        return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])])

@@ -20,12 +20,13 @@ from limner.engines.jax.lora_file import read_lora
 from limner.engines.jax.nn import Params
 from limner.engines.jax.processes import choose_devices, local_device
 from limner.engines.jax.unet import unet
-from limner.engines.jax.weights import read_component
+from limner.engines.jax.weights import read_component, serves
 from limner.engines.state import find_half_dtype
 from limner.errors import InputError
 from limner.families import FAMILIES, find_pipeline_family
 from limner.families.family import Family
 from limner.families.text import encode_captions, tokenize
+from limner.features.arrays import NumpyFeatures
 from limner.protocols import ModelSource
 from limner.storage.layout import LORA_FILE
 
@@ -64,18 +65,16 @@ class Denoiser:
             features: of the prompts; if guided, those of the negative prompts come first.
         """
         net = Params(arrays, scale=self.scale)
-        inputs = self.family.network_inputs(features)
+        called = self.family.network
         timesteps, coefficients = table
 
         def step(outputs: Array, row: tuple[Array, Array, Array]) -> tuple[Array, None]:
             i, t, weights = row
             x = jnp.tensordot(weights, outputs, 1)
             both = jnp.concatenate([x, x]) if guided else x
-            times = jnp.full(len(both), t)
-            prediction = unet(
-                net, self.config, both.astype(self.dtype), times, inputs, kernel=self.kernel
-            )
-            output = prediction[:, : x.shape[1]].astype(jnp.float32)
+            inputs = called.enter(both.astype(self.dtype), jnp.full(len(both), t), features)
+            prediction = unet(net, self.config, inputs, kernel=self.kernel)
+            output = called.leave(prediction, x).astype(jnp.float32)
             if guided:
                 # Equation 6 of arXiv:2207.12598.
                 without, output = jnp.split(output, 2)
@@ -90,7 +89,7 @@ class Denoiser:
 
 
 @dataclass
-class Pipeline:
+class Pipeline(NumpyFeatures):
     """A base model that draws, with other weights for some of its networks.
 
     Args:
@@ -105,7 +104,7 @@ class Pipeline:
     family: Family
     encoders: JaxEncoders
     nets: dict[str, Params]
-    prediction_type: str
+    prediction_type: str | None
     half: Any = None
     scheduler: str | None = None
     kernel: Kernel | None = None
@@ -115,7 +114,7 @@ class Pipeline:
     @property
     def noise_dtype(self) -> Any:
         """The type that the stock pipeline draws noise in: that of its last text encoder."""
-        net = self.nets.get(self.family.text_components[-1])
+        net = self.nets.get(self.family.text.components[-1])
         return self.text_dtype if net is None else next(iter(net.arrays.values())).dtype
 
     def encode_text(
@@ -124,14 +123,10 @@ class Pipeline:
         """See ``protocols.TextEncoders``; trained text encoders replace the base's."""
         return self.encoders.encode_text(name, ids, skip, self.nets.get(name))
 
-    def concat_features(self, arrays: list[np.ndarray]) -> np.ndarray:
-        """See ``protocols.TextEncoders``."""
-        return self.encoders.concat_features(arrays)
-
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the text features of prompts."""
-        tokens = tokenize(self.family, self.encoders, list(prompts), 1)
-        return encode_captions(self.family, self, tokens)
+        tokens = tokenize(self.family.text, self.encoders, list(prompts), 1)
+        return encode_captions(self.family.text, self, tokens)
 
     def encode_negative(self, negative: str | None, count: int) -> dict[str, np.ndarray]:
         """Return the text features of a negative prompt, ``count`` times.
@@ -139,7 +134,7 @@ class Pipeline:
         Without one the stock pipelines of some bases have zeros in their place.
         """
         features = self.encode_prompts([negative or ""] * count)
-        if negative is None and self.family.zeros_for_empty_prompt(self.base.configs):
+        if negative is None and self.family.text.zeros_for_empty_prompt(self.base.configs):
             return {name: np.zeros_like(array) for name, array in features.items()}
         return features
 
@@ -237,7 +232,7 @@ class Pipeline:
         table = make_table(
             self.base.configs["scheduler"], steps, self.scheduler, self.prediction_type
         )
-        component = self.family.trained_component
+        component = self.family.network.component
         net = self.nets[component]
         rows = len(next(iter(features.values())))
         size_and_crop = np.array([size, size, 0, 0, size, size], np.float32)
@@ -314,7 +309,7 @@ def open_pipeline(
     )
     base = open_base(model, family)
     half = find_half_dtype(jnp, precision)
-    component = family.trained_component
+    component = family.network.component
     nets = {component: Params(to_device(read_component(base, component), half))}
     if source.lora is not None:
         add_lora(nets, source.lora, base, family, half)
@@ -340,8 +335,8 @@ def find_family(source: ModelSource) -> Family:
     # Old Flax bases become ordinary ones when they are opened.
     pipeline = read_pipeline_class(source).removeprefix("Flax")
     family = find_pipeline_family(pipeline)
-    if family is None:
-        supported = ", ".join(f.pipeline for f in FAMILIES.values() if f.stage is None)
+    if family is None or not serves(family):
+        supported = ", ".join(f.pipeline for f in FAMILIES.values() if serves(f))
         raise InputError(
             f"{source.model} is of a {pipeline}; the JAX engine draws with {supported}"
         )

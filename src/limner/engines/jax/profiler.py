@@ -76,7 +76,7 @@ class JaxProfiler:
             component: {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in of.items()}
             for component, of in shapes.items()
         }
-        params: Any = arrays[engine.family.trained_component]
+        params: Any = arrays[engine.family.network.component]
         frozen: Any = {}
         if engine.config.adapter.kind == "lora":
             adapters = list_linear_adapters(shapes, engine.config.adapter, engine.family)

@@ -26,13 +26,12 @@ class WordTokenizer:
         self.inner.no_truncation()
         self.inner.no_padding()
         self.limit = int(min(config.get("model_max_length") or 77, 1 << 20))
-        self.start, self.end = self.inner.encode("").ids
         pad = read_token(config.get("pad_token", END_TOKEN))
         self.pad: int = self.inner.token_to_id(pad) or 0
 
-    def encode(self, captions: list[str]) -> list[list[int]]:
-        """Return the ids of each caption, uncut."""
-        return [encoding.ids for encoding in self.inner.encode_batch(captions)]
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text, uncut."""
+        return [encoding.ids for encoding in self.inner.encode_batch(texts)]
 
 
 def read_token(token: Any) -> str:

@@ -194,28 +194,27 @@ class UNetBlocks:
 def unet(
     p: Params,
     config: dict[str, Any],
-    x: Array,
-    t: Array,
     inputs: dict[str, Any],
     *,
     remat: bool = False,
     kernel: Kernel | None = None,
 ) -> Array:
-    """Predict from noisy latents x [n, channels, h, w] at timesteps t [n].
+    """Predict from noisy latents.
 
     Args:
-        inputs: ``encoder_hidden_states`` [n, tokens, width] of the caption; as the family needs
-            them ``encoder_attention_mask``, bool [n, tokens], and ``added_cond_kwargs``, see
+        inputs: ``sample``, the latents [n, channels, h, w]; ``timestep`` [n]; and of the caption
+            ``encoder_hidden_states`` [n, tokens, width]; as the family needs them
+            ``encoder_attention_mask``, bool [n, tokens], and ``added_cond_kwargs``, see
             ``embed_conditions``.
         remat: recompute activations block by block in the backward pass (arXiv:1604.06174).
         kernel: of self-attention; see ``attention.choose_kernel``.
 
     Returns:
-        [n, out channels, h, w], in the type of x.
+        [n, out channels, h, w], in the type of the latents.
     """
-    x = x.transpose(0, 2, 3, 1)
+    x = inputs["sample"].transpose(0, 2, 3, 1)
     context = inputs["encoder_hidden_states"].astype(x.dtype)
-    time = embed_conditions(p, config, x, t, inputs.get("added_cond_kwargs"))
+    time = embed_conditions(p, config, x, inputs["timestep"], inputs.get("added_cond_kwargs"))
     mask = inputs.get("encoder_attention_mask")
     blocks = UNetBlocks(config, time, context, mask, remat, kernel)
     h = conv(p / "conv_in", x, config["block_out_channels"][0])
@@ -271,9 +270,11 @@ def run_up_blocks(p: Params, blocks: UNetBlocks, h: Array, skips: list[Array]) -
 def list_unet_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every array of the network."""
     side = 2 ** (len(config["block_out_channels"]) - 1)
-    x = jnp.zeros((1, config.get("in_channels", 4), side, side))
-    context = jnp.zeros((1, 1, config.get("cross_attention_dim", 1280)))
-    inputs: dict[str, Any] = {"encoder_hidden_states": context}
+    inputs: dict[str, Any] = {
+        "sample": jnp.zeros((1, config.get("in_channels", 4), side, side)),
+        "timestep": jnp.zeros(1),
+        "encoder_hidden_states": jnp.zeros((1, 1, config.get("cross_attention_dim", 1280))),
+    }
     if config.get("addition_embed_type") == "text_time":
         numbers_width = 6 * config["addition_time_embed_dim"]
         pooled_width = config["projection_class_embeddings_input_dim"] - numbers_width
@@ -281,4 +282,4 @@ def list_unet_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             "text_embeds": jnp.zeros((1, pooled_width)),
             "time_ids": jnp.zeros((1, 6)),
         }
-    return list_shapes(lambda p: unet(p, config, x, jnp.zeros(1), inputs))
+    return list_shapes(lambda p: unet(p, config, inputs))

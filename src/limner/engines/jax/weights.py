@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from limner.base_model.base import BaseModel
+from limner.base_model.configs import list_components_with_weights
 from limner.engines.jax import clip, unet, vae
 from limner.errors import InputError
+from limner.families.family import Family
 from limner.storage import safetensors
 
 Config = dict[str, Any]
@@ -31,6 +33,12 @@ COMPONENTS: dict[str, tuple[Callable[[Config], list[str]], Callable[[Config], Sh
         lambda config: clip.list_text_encoder_shapes(config, projection=True),
     ),
 }
+
+
+def serves(family: Family) -> bool:
+    """Return whether there is code for every network of a family."""
+    names = list_components_with_weights(family)
+    return all(family.components[name] in COMPONENTS for name in names)
 
 
 def expected_shapes(component_class: str, config: Config) -> Shapes:

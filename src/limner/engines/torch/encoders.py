@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from limner.base_model.base import BaseModel
-from limner.families.text import split_into_chunks
+from limner.features.arrays import NumpyFeatures
 
 # Of CLIP's training images, by colour, 0 to 1.
 CLIP_STATISTICS = {
@@ -18,7 +18,7 @@ CLIP_STATISTICS = {
 }
 
 
-class TorchEncoders:
+class TorchEncoders(NumpyFeatures):
     """Components of a base by name, on one device.
 
     Args:
@@ -71,41 +71,24 @@ class TorchEncoders:
     @torch.no_grad()
     def encode_text(
         self, name: str, ids: np.ndarray, skip: int = 0
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """See ``protocols.TextEncoders``."""
         tokens = torch.tensor(ids, device=self.device)
         states, pooled = run_text_encoder(self.component(name), tokens, skip)
-        return states.cpu().numpy(), pooled.cpu().numpy()
+        return states.cpu().numpy(), None if pooled is None else pooled.cpu().numpy()
 
-    def concat_features(self, arrays: list[np.ndarray]) -> np.ndarray:
-        """See ``protocols.TextEncoders``."""
-        return np.concatenate(arrays, axis=-1)
-
-    def tokenize(self, tokenizer: str, captions: list[str], chunks: int) -> np.ndarray:
-        """See ``protocols.Encoders``; captions that are cut have been reported before."""
-        component = self.component(tokenizer)
-        empty = component("", truncation=False).input_ids
-        return split_into_chunks(
-            self.list_ids(tokenizer, captions),
-            chunks,
-            component.model_max_length,
-            empty[0],
-            empty[-1],
-            component.pad_token_id,
-        )
-
-    def count_tokens(self, tokenizer: str, captions: list[str]) -> list[int]:
+    def list_token_ids(self, tokenizer: str, texts: list[str]) -> list[list[int]]:
         """See ``protocols.Encoders``."""
-        return [len(ids) for ids in self.list_ids(tokenizer, captions)]
-
-    def list_ids(self, tokenizer: str, captions: list[str]) -> list[list[int]]:
-        """Return the token ids of captions, with start and end, uncut."""
         # Tokenizers do not take an empty list.
-        if not captions:
+        if not texts:
             return []
-        tokens = self.component(tokenizer)(captions, truncation=False, verbose=False)
+        tokens = self.component(tokenizer)(texts, truncation=False, verbose=False)
         ids: list[list[int]] = tokens.input_ids
         return ids
+
+    def pad_token(self, tokenizer: str) -> int:
+        """See ``protocols.Encoders``."""
+        return int(self.component(tokenizer).pad_token_id)
 
     def max_tokens(self, tokenizer: str) -> int:
         """See ``protocols.Encoders``."""
@@ -127,13 +110,17 @@ class TrainableTextEncoders:
 
     def encode_text(
         self, name: str, ids: torch.Tensor, skip: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See ``protocols.TextEncoders``."""
         return run_text_encoder(self.nets[name], ids, skip)
 
-    def concat_features(self, arrays: list[torch.Tensor]) -> torch.Tensor:
+    def concat(self, arrays: list[torch.Tensor], axis: int) -> torch.Tensor:
         """See ``protocols.TextEncoders``."""
-        return torch.cat(arrays, dim=-1)
+        return torch.cat(arrays, dim=axis)
+
+    def pad_width(self, array: torch.Tensor, width: int) -> torch.Tensor:
+        """See ``protocols.TextEncoders``."""
+        return torch.nn.functional.pad(array, (0, width - array.shape[-1]))
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -142,25 +129,31 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return array
 
 
-def run_text_encoder(net: Any, ids: torch.Tensor, skip: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the states and the pooled embedding of a CLIP text encoder.
+def run_text_encoder(
+    net: Any, ids: torch.Tensor, skip: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the states and the pooled embedding of a text encoder.
 
-    The embedding is the projected one, where there is a projection.
+    The embedding is the projected one, where there is a projection; T5 has none.
     """
     output = net(ids, output_hidden_states=skip > 0)
     states = output.hidden_states[-1 - skip] if skip else output.last_hidden_state
-    pooled = output.text_embeds if "text_embeds" in output else output.pooler_output
-    return states, pooled
+    return states, output.get("text_embeds", output.get("pooler_output"))
+
+
+def find_class(base: BaseModel, name: str) -> Any:
+    """Return the class of a base's component."""
+    import diffusers
+    import transformers
+
+    library, kind = base.component_class(name)
+    return getattr(diffusers if library == "diffusers" else transformers, kind)
 
 
 def load_component(base: BaseModel, name: str) -> Any:
     """Load a component of a base: the class of its model_index, weights from safetensors only."""
-    import diffusers
-    import transformers
-
     silence_progress_bars()
-    library, kind = base.component_class(name)
-    cls = getattr(diffusers if library == "diffusers" else transformers, kind)
+    cls = find_class(base, name)
     folder = base.component_folder(name)
     # Tokenizers and schedulers have no weights.
     if not hasattr(cls, "dtype"):

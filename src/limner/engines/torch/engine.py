@@ -11,7 +11,7 @@ import torch
 
 from limner.base_model.base import BaseModel
 from limner.config.schema import Config
-from limner.diffusion.objective import Objective
+from limner.diffusion import make_objective
 from limner.engines.adapters import list_adapters
 from limner.engines.state import find_half_dtype
 from limner.engines.torch import lora, pipeline
@@ -21,12 +21,14 @@ from limner.engines.torch.encoders import (
     TrainableTextEncoders,
     build_on_meta,
     checkpoint_gradients,
+    find_class,
     load_component,
 )
 from limner.engines.torch.flat_parameters import FlatParameters
 from limner.engines.torch.optimizer import clip_and_update, load_adamw8bit, make_optimizer
 from limner.engines.torch.processes import TorchProcessGroup
 from limner.engines.torch.state import TorchState
+from limner.errors import InputError
 from limner.families.family import Family
 from limner.families.text import encode_captions, zero_dropped
 from limner.protocols import Arrays, Batch, Metrics, NonFiniteStep, Report
@@ -63,7 +65,7 @@ class TorchEngine:
         self.encoders = TorchEncoders(
             base, self.device, {"vae": self.half} if runs_in_half and self.half else {}
         )
-        objective = Objective.from_scheduler(base.configs["scheduler"], config.objective)
+        objective = make_objective(base.configs["scheduler"], config.objective)
         self.prediction_type = objective.prediction_type
         if config.engine.tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -73,8 +75,15 @@ class TorchEngine:
         """Refuse what cannot be trained, before a weight is loaded."""
         if self.config.optim.kind == "adamw8bit":
             load_adamw8bit()
+        name, attention = self.family.network.component, self.config.engine.attention
+        network_class = find_class(self.base, name)
+        if attention == "math" and not hasattr(network_class, "set_default_attn_processor"):
+            raise InputError(
+                f"engine.attention: a {network_class.__name__} has no attention of plain products. "
+                "Leave engine.attention out."
+            )
         if self.config.adapter.targets:
-            shapes = {self.family.trained_component: lora.list_shapes(build_on_meta(self.base))}
+            shapes = {name: lora.list_shapes(build_on_meta(self.base))}
             list_adapters(shapes, self.config.adapter, self.family)
 
     def get_encoders(self) -> TorchEncoders:
@@ -92,7 +101,7 @@ class TorchEngine:
             name: load_component(self.base, name)
             for name in self.family.trained_components(config.adapter.text_encoders)
         }
-        self.choose_attention(nets[self.family.trained_component])
+        self.choose_attention(nets[self.family.network.component])
         if config.engine.gradient_checkpointing:
             for one in nets.values():
                 checkpoint_gradients(one)
@@ -104,7 +113,7 @@ class TorchEngine:
         if config.optim.ema is not None:
             place = torch.device("cpu") if config.optim.ema_offload else self.device
             ema = parameters.flat.detach().to(place, copy=True)
-        net = nets.pop(self.family.trained_component)
+        net = nets.pop(self.family.network.component)
         return TorchState(
             net=net,
             text_encoders=nets,
@@ -124,8 +133,8 @@ class TorchEngine:
                     torch.nn.Module.to(one, self.half)
             return lora.add_adapters(nets, self.config.adapter, self.family, seed)
         trained: dict[str, torch.nn.Parameter] = {}
-        for name, parameter in nets[self.family.trained_component].named_parameters():
-            parameter.requires_grad_(name not in self.family.frozen_arrays)
+        for name, parameter in nets[self.family.network.component].named_parameters():
+            parameter.requires_grad_(name not in self.family.network.frozen_arrays)
             if parameter.requires_grad:
                 trained[name] = parameter
         return trained
@@ -206,14 +215,16 @@ class TorchEngine:
         target = column("signal_target") * x0 + column("noise_target") * noise
         with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
             if text_encoders:
-                features = encode_captions(self.family, TrainableTextEncoders(text_encoders), rows)
+                features = encode_captions(
+                    self.family.text, TrainableTextEncoders(text_encoders), rows
+                )
                 rows = rows | (zero_dropped(features, rows["keep"]) if "keep" in rows else features)
-            inputs = self.family.network_inputs(rows)
 
             def predict(x: torch.Tensor) -> torch.Tensor:
-                # Some networks predict a variance beside the noise, which is not trained.
-                prediction: torch.Tensor = net(x, rows["timestep"], **inputs)[0][:, : x.shape[1]]
-                return prediction.float()
+                called = self.family.network
+                output = net(**called.enter(x, rows["timestep"], rows))[0]
+                prediction: torch.Tensor = called.leave(output, x).float()
+                return prediction
 
             # Algorithm 1 of arXiv:2312.00210; the validation loss is without it.
             if self.config.objective.dream is not None and net.training:
@@ -288,7 +299,7 @@ class TorchEngine:
         if self.rank > 0:
             return []
         keep = bool(self.encoders.loaded)
-        nets = {self.family.trained_component: state.net, **state.text_encoders}
+        nets = {self.family.network.component: state.net, **state.text_encoders}
         with (
             self.using_average(state, True),
             states.evaluating(state),
@@ -317,9 +328,10 @@ class TorchEngine:
         """Return the arrays of a whole network's files that are not trained."""
         if self.config.adapter.kind != "full":
             return {}
+        # Buffers are among them: positions that a network does not learn.
+        arrays = state.net.state_dict()
         return {
-            name: state.net.get_parameter(name).detach().cpu().numpy()
-            for name in self.family.frozen_arrays
+            name: arrays[name].detach().cpu().numpy() for name in self.family.network.frozen_arrays
         }
 
 

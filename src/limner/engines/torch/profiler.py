@@ -85,7 +85,7 @@ class TorchProfiler:
         engine.half = None
         net = build_on_meta(engine.base)
         if engine.config.adapter.kind != "full":
-            name = engine.family.trained_component
+            name = engine.family.network.component
             lora.insert_adapters({name: net}, engine.config.adapter, engine.family)
         rows: dict[str, torch.Tensor] = {}
         for name, array in batch.items():
@@ -124,7 +124,7 @@ class TorchProfiler:
 def parameter_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every array of the network that a config describes."""
     net = build_from_config(config)
-    return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+    return {name: tuple(array.shape) for name, array in net.state_dict().items()}
 
 
 def open_profiler(engine: TorchEngine) -> TorchProfiler:

@@ -19,9 +19,9 @@ def load_published(family: str) -> BaseConfigs | None:
         return None
     components = json.loads(path.read_text(encoding="utf-8"))
     model_index = components.pop("model_index")
-    # A frozen array is written as its shape and the number that fills it.
-    frozen_arrays = {
+    # A statistic is written as its shape and the number that fills it.
+    statistics = {
         name: np.full(one["shape"], one["fill"], np.float32)
-        for name, one in components.pop("frozen_arrays", {}).items()
+        for name, one in components.pop("statistics", {}).items()
     }
-    return BaseConfigs(model_index, components, frozen_arrays)
+    return BaseConfigs(model_index, components, statistics)

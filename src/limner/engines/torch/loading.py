@@ -1,0 +1,104 @@
+"""Stock diffusers pipelines from a folder or the Hub."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limner.base_model.open import open_base, read_pipeline_class
+from limner.config.schema import ModelSettings
+from limner.errors import InputError, LimnerError
+from limner.families import FAMILIES, find_pipeline_family
+from limner.families.family import Family, Stage
+from limner.protocols import ModelSource
+from limner.storage.layout import LORA_FILE
+
+
+def load_pipeline(weights: ModelSource, dtype: torch.dtype) -> Any:
+    """Load the pipeline of a model, with its LoRA.
+
+    Raises:
+        InputError: when it cannot be loaded.
+    """
+    import diffusers
+
+    pipeline = load_class(diffusers.AutoPipelineForText2Image, weights, dtype)
+    if weights.lora is not None:
+        pipeline.load_lora_weights(weights.lora, weight_name=LORA_FILE)
+    return pipeline
+
+
+def load_stage(weights: ModelSource, dtype: torch.dtype, family: Family, stage: Stage) -> Any:
+    """Load the pipeline of one stage, with its LoRA; the model may hold both stages.
+
+    Raises:
+        InputError: when it cannot be loaded.
+    """
+    import diffusers
+
+    if read_pipeline_class(weights) == stage.combined_pipeline:
+        both = load_class(getattr(diffusers, stage.combined_pipeline), weights, dtype)
+        pipeline = getattr(both, stage.part)
+    else:
+        pipeline = load_class(getattr(diffusers, family.pipeline), weights, dtype)
+    if weights.lora is not None:
+        load_stage_lora(pipeline, weights.lora, family)
+    return pipeline
+
+
+def load_stage_lora(pipeline: Any, folder: Path, family: Family) -> None:
+    """Put a LoRA on the trained network of a stage, whose pipeline has no loader of its own."""
+    component = family.network.component
+    network = getattr(pipeline, component)
+    network.load_lora_adapter(folder, prefix=component, weight_name=LORA_FILE)
+
+
+def load_class(pipeline_class: Any, weights: ModelSource, dtype: torch.dtype) -> Any:
+    """Load a model as a pipeline of this class; an old Flax model is imported first.
+
+    Raises:
+        InputError: when it cannot be loaded.
+    """
+    try:
+        return pipeline_class.from_pretrained(
+            weights.model, dtype=dtype, use_safetensors=True, **weights.settings
+        )
+    except (OSError, ValueError) as error:
+        imported = import_flax(weights)
+        if imported is not None:
+            return load_class(pipeline_class, imported, dtype)
+        raise InputError(
+            f"{weights.model}: cannot be loaded as a diffusers pipeline: "
+            f"{str(error).splitlines()[0]}{hint_at_other_stage(weights)}"
+        ) from error
+
+
+def find_pipeline_class(weights: ModelSource) -> str | None:
+    """Return the pipeline class of a model; None where it says none."""
+    try:
+        return read_pipeline_class(weights)
+    except LimnerError:
+        return None
+
+
+def import_flax(weights: ModelSource) -> ModelSource | None:
+    """Import an old Flax model as a diffusers folder; return None for any other model."""
+    kind = find_pipeline_class(weights)
+    family = None if kind is None else find_pipeline_family(kind)
+    if kind is None or family is None or not kind.startswith("Flax"):
+        return None
+    model = ModelSettings(
+        weights.model, family.name, revision=weights.revision, cache_dir=weights.cache_dir
+    )
+    return ModelSource(str(open_base(model, family).folder), weights.lora, weights.family)
+
+
+def hint_at_other_stage(weights: ModelSource) -> str:
+    """Return what to say of one stage that is loaded alone; empty for any other model."""
+    kind = find_pipeline_class(weights)
+    if not any(family.other_stage and family.pipeline == kind for family in FAMILIES.values()):
+        return ""
+    return (
+        f". A {kind} makes pictures together with its other stage; name that too, with "
+        "--other-stage"
+    )
