@@ -590,10 +590,10 @@ def test_only_the_first_process_speaks(trained, capsys, monkeypatch):
 def test_a_folder_with_checkpoints_is_refused_unless_resume_is_asked_for(
     tmp_path, capsys, monkeypatch
 ):
-    setup = importlib.import_module("limner.training.setup")
+    resolve = importlib.import_module("limner.training.resolve")
     (tmp_path / "checkpoint-4").mkdir()
     with pytest.raises(InputError, match="--resume_from_checkpoint latest"):
-        setup.find_resume_point(tmp_path, config(FULL).checkpoint.resume, print)
+        resolve.find_resume_point(tmp_path, config(FULL).checkpoint.resume, print)
 
 
 def test_what_training_says_names_the_flags(monkeypatch, capsys):

@@ -12,6 +12,7 @@ from limner.plain import Plain
 Report = Callable[[str], None]
 Array = Any  # numpy's, or of the framework that computes
 State = Any  # an engine's own; donated to ``step``: never use the old one again
+Arguments = dict[str, Any]  # of a network's call, by name
 Metrics = dict[str, Array]  # arrays on the device, until ``fetch``
 Batch = dict[str, np.ndarray]  # x0, noise, t a s p q w d and features; first axis: examples
 Arrays = dict[str, np.ndarray]  # arrays by parameter name

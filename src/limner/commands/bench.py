@@ -38,7 +38,7 @@ from limner.protocols import (
 from limner.storage import atomic
 from limner.training.batch_plan import BatchPlan, make_plan
 from limner.training.loop import schedule_step
-from limner.training.setup import resolve
+from limner.training.resolve import resolve
 from limner.training.stream import Stream
 
 WARM_UP = 2  # steps before the first that counts

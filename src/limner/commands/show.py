@@ -10,7 +10,7 @@ from limner.config.toml import format_value
 from limner.data import mixture
 from limner.plain import Plain
 from limner.training.batch_plan import make_plan
-from limner.training.setup import resolve
+from limner.training.resolve import resolve
 
 
 def format_settings(config: Config) -> str:

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from limner.config.declare import Need
 from limner.families.text import Text
-from limner.protocols import BaseConfigs, Features
+from limner.plain import Plain
+from limner.protocols import Arguments, Array, BaseConfigs, Features
 
 
-def keep_signal(output: Any, x: Any) -> Any:
+def keep_signal(output: Array, x: Array) -> Array:
     """Return the prediction of the signal; some networks predict a variance in further channels."""
     return output[:, : x.shape[1]]
 
@@ -45,9 +46,9 @@ class Network:
     component: str
     # Noisy latents, timestep, batch -> keyword arguments. The timestep is float32 [n]: the number
     # of a step of the noise schedule, or a thousand times the sigma of a flow.
-    enter: Callable[[Any, Any, dict[str, Any]], dict[str, Any]]
+    enter: Callable[[Array, Array, dict[str, Array]], Arguments]
     # Output, noisy latents -> the prediction, of the latents' shape.
-    leave: Callable[[Any, Any], Any] = keep_signal
+    leave: Callable[[Array, Array], Array] = keep_signal
     # Arrays among its weights that do not learn.
     frozen_arrays: tuple[str, ...] = ()
 
@@ -90,7 +91,7 @@ class Family:
     # What in a base's configs does not fit together, in words.
     incompatibilities: Callable[[BaseConfigs], list[str]] = lambda configs: []
     # Configs -> arguments of the stock pipeline besides its components.
-    pipeline_options: Callable[[BaseConfigs], dict[str, Any]] = lambda configs: {}
+    pipeline_options: Callable[[BaseConfigs], Plain] = lambda configs: {}
     card_tag: str = field(default="stable-diffusion", kw_only=True)  # on a model card
 
     def trained_components(self, text_encoders: bool) -> tuple[str, ...]:

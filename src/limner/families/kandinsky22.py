@@ -12,7 +12,7 @@ from limner.config.declare import Need
 from limner.families.family import Family, Images, Network, Stage
 from limner.families.sd import CLIP
 from limner.families.text import Text, encode_chunks
-from limner.protocols import BaseConfigs, Encoders, Features, TextEncoders
+from limner.protocols import Arguments, Array, BaseConfigs, Encoders, Features, TextEncoders
 
 COMBINED_PIPELINE = "KandinskyV22CombinedPipeline"
 IMAGE_ENCODER = {
@@ -60,7 +60,7 @@ def embed_image(encoders: Encoders, square: np.ndarray) -> Features:
     return {"embedding": encoders.encode_image("image_encoder", "image_processor", square)}
 
 
-def encode_text(encoders: TextEncoders, ids: dict[str, Any]) -> dict[str, Any]:
+def encode_text(encoders: TextEncoders, ids: dict[str, Array]) -> dict[str, Array]:
     """Return the text encoder's last hidden states of all tokens, and its projected embedding."""
     states, pooled = encode_chunks(encoders, CLIP, ids)
     return {"context": states, "pooled": pooled}
@@ -146,7 +146,7 @@ def check_decoder(configs: BaseConfigs) -> list[str]:
     return problems
 
 
-def enter_prior(x: Any, timestep: Any, batch: dict[str, Any]) -> dict[str, Any]:
+def enter_prior(x: Array, timestep: Array, batch: dict[str, Array]) -> Arguments:
     """Return the arguments of the prior: the noisy embedding, and the caption's features."""
     return {
         "hidden_states": x,
@@ -157,7 +157,7 @@ def enter_prior(x: Any, timestep: Any, batch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def enter_decoder(x: Any, timestep: Any, batch: dict[str, Any]) -> dict[str, Any]:
+def enter_decoder(x: Array, timestep: Array, batch: dict[str, Array]) -> Arguments:
     """Return the arguments of the UNet: latents, timestep and the image embedding."""
     return {
         "sample": x,

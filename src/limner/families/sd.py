@@ -1,12 +1,10 @@
 """Stable Diffusion 1.x and 2.x: a UNet on latents of a KL autoencoder, with one text encoder."""
 
-from typing import Any
-
 import numpy as np
 
 from limner.families.family import Family, Images, Network
 from limner.families.text import Text, TextInput, encode_chunks, mask_argument
-from limner.protocols import BaseConfigs, Encoders, Features, TextEncoders
+from limner.protocols import Arguments, Array, BaseConfigs, Encoders, Features, TextEncoders
 
 CLIP = TextInput("text_encoder", "tokenizer")
 # What a UNet may be conditioned on besides the caption.
@@ -25,7 +23,7 @@ def encode_image(encoders: Encoders, pixels: np.ndarray) -> Features:
     return {"mean": mean, "std": std}
 
 
-def encode_text(encoders: TextEncoders, ids: dict[str, Any]) -> dict[str, Any]:
+def encode_text(encoders: TextEncoders, ids: dict[str, Array]) -> dict[str, Array]:
     """Return the last hidden state of the text encoder, for all tokens."""
     context, _ = encode_chunks(encoders, CLIP, ids)
     return {"context": context}
@@ -37,7 +35,7 @@ def clean_latents(features: Features, configs: BaseConfigs, normal: np.ndarray) 
     return (features["mean"] + features["std"] * normal) * scale
 
 
-def enter(x: Any, timestep: Any, batch: dict[str, Any]) -> dict[str, Any]:
+def enter(x: Array, timestep: Array, batch: dict[str, Array]) -> Arguments:
     """Return the arguments of the UNet: latents, timestep and the caption's states."""
     return {
         "sample": x,

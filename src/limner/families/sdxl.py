@@ -1,18 +1,16 @@
 """Stable Diffusion XL (arXiv:2307.01952): two CLIP text encoders; the UNet reads sizes and crop."""
 
-from typing import Any
-
 from limner.families import sd
 from limner.families.family import Family, Network
 from limner.families.sd import OTHER_CONDITIONS, SD
 from limner.families.text import Text, TextInput, encode_chunks
-from limner.protocols import BaseConfigs, TextEncoders
+from limner.protocols import Arguments, Array, BaseConfigs, TextEncoders
 
 CLIP_L = TextInput("text_encoder", "tokenizer", skip_layers=1)
 CLIP_G = TextInput("text_encoder_2", "tokenizer_2", skip_layers=1)
 
 
-def encode_text(encoders: TextEncoders, ids: dict[str, Any]) -> dict[str, Any]:
+def encode_text(encoders: TextEncoders, ids: dict[str, Array]) -> dict[str, Array]:
     """Return both encoders' states before the last layer, and the second's projected embedding.
 
     The states are joined along the last axis, [n, tokens, width + width_2].
@@ -22,7 +20,7 @@ def encode_text(encoders: TextEncoders, ids: dict[str, Any]) -> dict[str, Any]:
     return {"context": encoders.concat([first, second], axis=-1), "pooled": pooled}
 
 
-def enter(x: Any, timestep: Any, batch: dict[str, Any]) -> dict[str, Any]:
+def enter(x: Array, timestep: Array, batch: dict[str, Array]) -> Arguments:
     """Return the arguments of the UNet, with the pooled caption and the numbers of section 2.2.
 
     These are original size, crop corner and target size, each (height, width) in pixels.

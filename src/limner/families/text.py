@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from limner.protocols import BaseConfigs, Encoders, Features, TextEncoders
+from limner.protocols import Array, BaseConfigs, Encoders, Features, TextEncoders
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Text:
 
     inputs: tuple[TextInput, ...] = ()  # one for each text encoder; none: captions are not read
     # Text encoders, token ids [n, chunks, length] by tokenizer -> text features.
-    encode: Callable[[TextEncoders, dict[str, Any]], dict[str, Any]] = lambda encoders, ids: {}
+    encode: Callable[[TextEncoders, dict[str, Array]], dict[str, Array]] = lambda encoders, ids: {}
     # Whether the network reads which tokens are words: ``mask``, bool [n, length].
     uses_mask: bool = False
     # Whether the stock pipeline takes zeros for the features of a prompt that is not given.
@@ -128,13 +128,15 @@ def move_padding_left(chunked: np.ndarray, captions: list[list[int]]) -> np.ndar
     return np.stack(rows)
 
 
-def encode_captions(text: Text, encoders: TextEncoders, tokens: dict[str, Any]) -> dict[str, Any]:
+def encode_captions(
+    text: Text, encoders: TextEncoders, tokens: dict[str, Array]
+) -> dict[str, Array]:
     """Return the text features of ``tokenize``'s result, and its mask where there is one."""
     features = text.encode(encoders, tokens)
     return features | {name: array for name, array in tokens.items() if name == "mask"}
 
 
-def zero_dropped(features: dict[str, Any], keep: Any) -> dict[str, Any]:
+def zero_dropped(features: dict[str, Array], keep: Array) -> dict[str, Array]:
     """Return text features with zeros for the examples where ``keep``, float32 [n], is 0."""
     return {
         name: array if name == "mask" else array * keep.reshape(-1, *[1] * (array.ndim - 1))
@@ -142,7 +144,9 @@ def zero_dropped(features: dict[str, Any], keep: Any) -> dict[str, Any]:
     }
 
 
-def encode_chunks(encoders: TextEncoders, one: TextInput, ids: dict[str, Any]) -> tuple[Any, Any]:
+def encode_chunks(
+    encoders: TextEncoders, one: TextInput, ids: dict[str, Array]
+) -> tuple[Array, Array]:
     """Encode each chunk by itself; return joined states and the first chunk's pooled embedding.
 
     Args:
@@ -159,6 +163,6 @@ def encode_chunks(encoders: TextEncoders, one: TextInput, ids: dict[str, Any]) -
     return states.reshape(rows, chunks * length, -1), pooled
 
 
-def mask_argument(batch: dict[str, Any]) -> dict[str, Any]:
+def mask_argument(batch: dict[str, Array]) -> dict[str, Array]:
     """Return the argument that hides empty chunks from a UNet, where there are several chunks."""
     return {"encoder_attention_mask": batch["mask"]} if "mask" in batch else {}

@@ -27,7 +27,8 @@ from limner.storage.run_folder import RunFolder
 from limner.training import push, result, sinks
 from limner.training.encode import encode_only, fill_caches
 from limner.training.monitor import Monitor, fetch_metrics
-from limner.training.setup import Setup, prepare, resolve
+from limner.training.resolve import resolve
+from limner.training.setup import Setup, prepare
 from limner.training.signals import Stop
 from limner.training.status import StatusFile, keep_status
 

@@ -1,0 +1,163 @@
+"""The config of a run, resolved once: nothing in it is left to the launcher, the base or chance."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from limner.base_model.base import BaseModel
+from limner.base_model.open import open_base
+from limner.config.rules import check_config
+from limner.config.schema import Config, DataSettings
+from limner.data import mixture
+from limner.data.source import Source
+from limner.diffusion import make_objective
+from limner.errors import InputError
+from limner.families import get_family
+from limner.families.family import Family
+from limner.protocols import ProcessGroup, Report
+from limner.storage import checkpoint as checkpoints
+from limner.storage.checkpoint import Checkpoint
+from limner.training import push, sinks
+from limner.training.batch_plan import draw_seed
+
+
+def resolve(config: Config, *, own_records: bool = False) -> tuple[Config, Family]:
+    """Check the settings, and settle what the family decides.
+
+    Args:
+        own_records: whether records come from the caller, not from the config.
+
+    Raises:
+        InputError: for settings that cannot be honoured, or that mean nothing to the family.
+    """
+    check_config(config, own_records=own_records)
+    family = get_family(config)
+    if not family.text.inputs:
+        config = replace(config, data=replace(config.data, caption=None))
+    return config, family
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A config in which nothing is left open, and what it names."""
+
+    config: Config
+    family: Family
+    checkpoint: Checkpoint | None
+    source: Source
+    base: BaseModel
+
+
+def settle(
+    config: Config,
+    source: Source | None,
+    process: ProcessGroup,
+    report: Report,
+    *,
+    read_only: bool,
+) -> Settled:
+    """Settle what the config leaves to the launcher, the family, the base, the Hub or chance."""
+    config, family = resolve(config, own_records=source is not None)
+    config = replace(config, engine=replace(config.engine, precision=process.precision))  # type: ignore[arg-type]
+    checkpoint = find_checkpoint(config, process, report)
+    config = settle_seed(config, checkpoint, process, draw=not read_only)
+    source = mixture.open_source(config.data, report) if source is None else source
+    base = open_base_everywhere(config, family, process)
+    config = settle_other_stage(config, base)
+    check_sizes(config.data, family, base)
+    # Refused now, not when the stream opens: nothing has been decoded yet.
+    make_objective(base.configs["scheduler"], config.objective)
+    sinks.require_packages(config.log.to)
+    if not read_only:
+        config = settle_repository(config, process)
+    return Settled(config, family, checkpoint, source, base)
+
+
+def check_sizes(data: DataSettings, family: Family, base: BaseModel) -> None:
+    """Refuse sizes of pictures whose latents the network cannot take."""
+    multiple = family.images.pixel_multiple(base.configs)
+    sizes = {"data.size": data.size}
+    if data.buckets is not None:
+        sizes = {"data.buckets.step": data.buckets.step}
+    for name, pixels in sizes.items():
+        if pixels % multiple:
+            raise InputError(
+                f"{name}: {pixels} pixels are no multiple of {multiple}, which family "
+                f"{family.name!r} needs; choose {max(1, round(pixels / multiple)) * multiple}"
+            )
+
+
+def find_checkpoint(config: Config, process: ProcessGroup, report: Report) -> Checkpoint | None:
+    """The checkpoint to go on from, verified by the first process; None to begin afresh."""
+    folder, resume = Path(config.run), config.checkpoint.resume
+    found = process.first(lambda: find_resume_point(folder, resume, report))
+    return None if found is None else checkpoints.open_verified(Path(found))
+
+
+def find_resume_point(folder: Path, resume: str, report: Report) -> str | None:
+    """The folder of the checkpoint to go on from, verified; None to begin afresh.
+
+    Raises:
+        InputError: where ``checkpoint.resume`` forbids to go on, or no checkpoint is good.
+    """
+    present = checkpoints.list_checkpoints(folder)
+    if resume == "never":
+        if present:
+            raise InputError(
+                f"{folder} holds {present[0].name}. To go on from it pass --resume_from_checkpoint "
+                "latest (or checkpoint.resume=auto); "
+                "to begin afresh choose another folder."
+            )
+        return None
+    which = "latest" if resume == "auto" else resume
+    checkpoint = checkpoints.find_checkpoint(folder, which, report)
+    if checkpoint is not None:
+        return str(checkpoint.folder)
+    if present:
+        raise InputError(
+            f"{folder} holds {present[0].name}, but no checkpoint that can be gone on from. Choose "
+            "another folder, or move these away to begin afresh."
+        )
+    if resume == "latest":
+        report(f"{folder}: there is no checkpoint yet; beginning afresh")
+    return None
+
+
+def settle_seed(
+    config: Config, checkpoint: Checkpoint | None, process: ProcessGroup, *, draw: bool
+) -> Config:
+    """Draw a seed for a run that was given none, or with ``draw`` off take 0; a resumed run keeps
+    that of its checkpoint.
+
+    Another seed than the checkpoint's stays in the config: the plan refuses it.
+    """
+    seed = config.train.seed
+    if seed is None and checkpoint is not None:
+        seed = checkpoint.state.seed
+    if seed is None:
+        seed = process.first(draw_seed) if draw else 0
+    return replace(config, train=replace(config.train, seed=seed))
+
+
+def open_base_everywhere(config: Config, family: Family, process: ProcessGroup) -> BaseModel:
+    """Open the base in every process; the first one downloads what is not there."""
+    for_generation = bool(config.preview.prompts)
+    process.first(
+        lambda: str(open_base(config.model, family, for_generation=for_generation).folder)
+    )
+    return open_base(config.model, family, for_generation=for_generation)
+
+
+def settle_other_stage(config: Config, base: BaseModel) -> Config:
+    """Name the other stage, which lies in the base's own folder where none is given."""
+    if base.other_stage is None or config.model.other_stage is not None:
+        return config
+    return replace(config, model=replace(config.model, other_stage=config.model.base))
+
+
+def settle_repository(config: Config, process: ProcessGroup) -> Config:
+    """Make sure that the result can be pushed, and put the repository's full name in."""
+    hub, private = config.export.hub, config.export.private
+    if hub is None:
+        return config
+    full_name = process.first(lambda: push.check_push(hub, private))
+    return replace(config, export=replace(config.export, hub=full_name))
