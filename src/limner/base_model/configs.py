@@ -131,8 +131,10 @@ def name_config_file(family: Family, component: str) -> str:
     """Return the name of a component's config; only what has a ``config.json`` has weights."""
     if component in family.text.tokenizers:
         return "tokenizer_config.json"
-    names = {"": "scheduler_config.json", "CLIPImageProcessor": "preprocessor_config.json"}
-    return names.get(family.components[component], "config.json")
+    if component == "scheduler":
+        return "scheduler_config.json"
+    is_processor = family.components[component] == "CLIPImageProcessor"
+    return "preprocessor_config.json" if is_processor else "config.json"
 
 
 def list_components_with_weights(family: Family) -> list[str]:

@@ -80,7 +80,7 @@ class Family:
 
     name: str
     pipeline: str  # class name of the stock diffusers pipeline
-    components: dict[str, str]  # every component that is read -> class name; "" for a scheduler
+    components: dict[str, str]  # all that are read -> class name; "" for any scheduler
     images: Images
     text: Text
     network: Network
