@@ -116,6 +116,12 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion 3.5."""
+    return tiny.stable_diffusion_3(tmp_path_factory.mktemp("sd3") / "sd3")
+
+
+@pytest.fixture(scope="session")
 def kandinsky(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Kandinsky 2.2: ``prior`` and ``decoder``."""
     return tiny.kandinsky22(tmp_path_factory.mktemp("k22") / "kandinsky")

@@ -190,6 +190,7 @@ def test_features_have_the_shapes_that_the_configs_promise(sd):
 PUBLISHED = {
     "sd": 859_520_964,
     "sdxl": 2_567_463_684,
+    "sd3": 2_243_171_520,
     "kandinsky22-prior": 1_026_225_920,
     "kandinsky22-decoder": 1_253_057_288,
 }

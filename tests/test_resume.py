@@ -130,6 +130,8 @@ KINDS = [
     "lora",
     "xl full",
     "xl lora",
+    "sd3 full",
+    "sd3 lora",
     "prior full",
     "prior lora",
     "decoder full",
@@ -142,7 +144,7 @@ KINDS = [
     [*KINDS, *(pytest.param(f"jax {kind}", marks=pytest.mark.soak) for kind in ("full", "lora"))],
 )
 def test_killed_runs_end_with_the_same_bits(
-    processes, base, pictures, sdxl, kandinsky, many, tmp_path, kind, pytestconfig
+    processes, base, pictures, sdxl, sd3, kandinsky, many, tmp_path, kind, pytestconfig
 ):
     def job(folder: Path) -> dict[str, Any]:
         if kind.startswith("jax"):
@@ -150,6 +152,10 @@ def test_killed_runs_end_with_the_same_bits(
                 "engine": {"kind": "jax"},
                 "preview": {},
             }
+        if kind.startswith("sd3"):
+            cfg = settings(sd3, pictures, folder, kind[4:])
+            cfg["model"]["family"] = "sd3"
+            return cfg
         if kind.startswith(("prior", "decoder")):
             return settings_22(kandinsky, pictures, folder, *kind.split())
         return (

@@ -153,6 +153,7 @@ def wait_for_line(path: Path, line: int, process: subprocess.Popen[str], log: Pa
 def seen(
     base: Path,
     sdxl: Path,
+    sd3: Path,
     kandinsky: Path,
     pictures: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -190,6 +191,8 @@ def seen(
         "adapter.kind=lora",
     )
 
+    flow = (f"model.base={sd3}", "model.family=sd3", "data.drop_caption=0.3", "optim.ema=0.9")
+
     def job(name: str, *overrides: str) -> dict[str, Any]:
         return settings(base, pictures, runs / name, *overrides)
 
@@ -213,6 +216,7 @@ def seen(
         job("uninterrupted", *ema, total),
     ]
     jobs += [job("buckets-2", *buckets), job("prior-2", *prior), job("decoder-2", *decoder)]
+    jobs += [job("flow-2", *flow)]
     jobs += [
         job("full-1", "train.steps=30", "train.batch_size=3"),
         job("odd", "train.batch_size=3"),
@@ -223,13 +227,14 @@ def seen(
     alone(job("buckets-1", *buckets))
     alone(job("prior-1", *prior))
     alone(job("decoder-1", *decoder))
+    alone(job("flow-1", *flow))
     second.wait(120)
     assert (runs / "second" / "ends-0.json").exists(), (runs / "second" / "log.txt").read_text()
     alone(job("changing"))
     return Seen(runs, stopped, ends(runs / "first"), ends(runs / "second"))
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "buckets", "prior", "decoder"])
+@pytest.mark.parametrize("kind", ["full", "lora", "buckets", "prior", "decoder", "flow"])
 def test_losses_agree(kind: str, seen: Seen) -> None:
     one, two = curve(seen.runs / f"{kind}-1"), curve(seen.runs / f"{kind}-2")
     assert list(one) == list(two) == list(range(1, STEPS + 1))

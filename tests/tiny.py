@@ -245,6 +245,107 @@ def stable_diffusion_xl(
     return folder
 
 
+def stable_diffusion_3(folder: Path, *, seed: int = 0) -> Path:
+    """Write a Stable Diffusion 3.5 folder: the transformer has one block with a second attention
+    and one without, the text encoders are two CLIPs and a T5."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        T5Config,
+        T5EncoderModel,
+        T5Tokenizer,
+    )
+
+    folder = Path(folder)
+    words = write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer_2", pad="!")
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz,", "▁red", "▁circle"]
+    letters = T5Tokenizer(
+        vocab=[(piece, -len(piece) / 8) for piece in pieces], extra_ids=0, model_max_length=512
+    )
+
+    def make_clip(width: int, projection: int) -> CLIPTextModelWithProjection:
+        config = CLIPTextConfig(
+            vocab_size=words,
+            hidden_size=width,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            projection_dim=projection,
+            hidden_act="gelu",
+            bos_token_id=words - 2,
+            eos_token_id=words - 1,
+            pad_token_id=0,
+        )
+        return CLIPTextModelWithProjection(config)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(
+                sample_size=SIZE // 2,
+                patch_size=2,
+                in_channels=8,
+                out_channels=8,
+                num_layers=3,
+                attention_head_dim=8,
+                num_attention_heads=4,
+                joint_attention_dim=48,
+                caption_projection_dim=32,
+                pooled_projection_dim=24,
+                pos_embed_max_size=24,
+                dual_attention_layers=(0,),
+                qk_norm="rms_norm",
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=AutoencoderKL(
+                block_out_channels=(16, 32),
+                norm_num_groups=8,
+                layers_per_block=1,
+                latent_channels=8,
+                sample_size=SIZE,
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                scaling_factor=1.5305,
+                shift_factor=0.0609,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+            text_encoder=make_clip(16, 8),
+            text_encoder_2=make_clip(24, 16),
+            text_encoder_3=T5EncoderModel(
+                T5Config(
+                    vocab_size=len(pieces),
+                    d_model=48,
+                    d_kv=8,
+                    d_ff=64,
+                    num_layers=2,
+                    num_heads=4,
+                    feed_forward_proj="gated-gelu",
+                )
+            ),
+            tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+            tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+            tokenizer_3=letters,
+        )
+        for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+            for parameter in getattr(pipeline, name).parameters():
+                # Layers that begin as zeros or ones would hide what they do.
+                if parameter.ndim == 1 or not parameter.any():
+                    parameter.data += 0.1 * torch.randn_like(parameter)
+        pipeline.save_pretrained(folder)
+    return folder
+
+
 def kandinsky22(folder: Path, *, seed: int = 0, width: int = 32) -> Path:
     """Write a Kandinsky 2.2, ``prior`` and ``decoder`` in the diffusers layout, all parameters
     random, and return the folder of both.

@@ -1,4 +1,4 @@
-"""Make the twelve tiny runs at two commits on this machine, and compare all that they leave.
+"""Make the fourteen tiny runs at two commits on this machine, and compare all that they leave.
 
     python tests/golden/compare_commits.py OLD [NEW] [--runs NAME ...] [--keep FOLDER]
 
@@ -146,7 +146,13 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("old", help="a commit")
     parser.add_argument("new", nargs="?", help="another one (default: the working tree)")
-    parser.add_argument("--runs", nargs="+", default=list(runs.RUNS), choices=list(runs.RUNS))
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        default=list(runs.RUNS),
+        choices=list(runs.RUNS),
+        help="a commit from before a family has none of it",
+    )
     parser.add_argument("--keep", metavar="FOLDER", help="a new folder that keeps all that is made")
     return parser.parse_args()
 

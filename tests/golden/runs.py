@@ -1,4 +1,4 @@
-"""Twelve tiny training runs that together use most of what Limner can do, for comparisons.
+"""Fourteen tiny training runs that together use most of what Limner can do, for comparisons.
 
 Each run has six optimizer steps on a random model of a few hundred kilobytes, in float32 on the
 CPU. Every family learns whole and by LoRA, in each engine that knows it. ``tests/test_golden.py``
@@ -157,6 +157,30 @@ RUNS: dict[str, Settings] = {
         "train.batch_size": 4,
         **PREVIEW,
     },
+    "torch-sd3-full": {
+        "model.family": "sd3",
+        "data.folder": "discs",
+        "data.flip": True,
+        "data.drop_caption": 0.3,
+        "optim.learning_rate": 1e-4,
+        "optim.ema": 0.9,
+        "engine.gradient_checkpointing": True,
+        **ACCUMULATED,
+        **VALIDATION,
+        **PREVIEW,
+    },
+    "torch-sd3-lora": {
+        "model.family": "sd3",
+        "data.sets": [{"folder": "wide", "repeats": 2}, {"folder": "tall"}],
+        **SHAPES,
+        "data.on_bad_record": "skip",
+        "objective.flow.density": "mode",
+        "objective.flow.sigmas": "table",
+        "objective.input_perturbation": 0.1,
+        **LORA,
+        "optim.learning_rate": 1e-3,
+        "train.batch_size": 4,
+    },
     "jax-sd-full": {
         "model.family": "sd",
         "model.base": "sd-one-level",  # half the time to compile
@@ -220,6 +244,7 @@ RUNS: dict[str, Settings] = {
 BASES = {
     "sd": "sd",
     "sdxl": "sdxl",
+    "sd3": "sd3",
     "kandinsky22-prior": "kandinsky/prior",
     "kandinsky22-decoder": "kandinsky/decoder",
 }
@@ -235,6 +260,7 @@ def make_inputs(folder: Path) -> Path:
     tiny.stable_diffusion(folder / "sd")
     tiny.stable_diffusion(folder / "sd-one-level", channels=(64,))
     tiny.stable_diffusion_xl(folder / "sdxl")
+    tiny.stable_diffusion_3(folder / "sd3")
     tiny.kandinsky22(folder / "kandinsky")
     captions = [[f"a circle, number {i}", f"number {i}: {LONG}"] for i in range(12)]
     tiny.pictures(folder / "discs", 12, captions=captions)

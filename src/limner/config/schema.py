@@ -227,6 +227,29 @@ class TimestepBiasSettings:
 
 
 @dataclass(frozen=True)
+class FlowSettings:
+    """Noise levels of flow matching, for bases that were trained with it."""
+
+    density: Literal["logit_normal", "mode", "uniform"] = setting(
+        "logit_normal", "of the noise levels (arXiv:2403.03206, section 3.1)", on_card=True
+    )
+    logit_mean: float = setting(0.0, "of logit_normal; below 0 means more noise", on_card=True)
+    logit_std: float = setting(1.0, "of logit_normal", range=ABOVE_0, on_card=True)
+    mode_scale: float = setting(
+        1.29, "of mode, -1 to 1.75; above 0 means more of the middle", on_card=True
+    )
+    shift: float | None = setting(
+        None,
+        "towards more noise; none: what the base's scheduler says",
+        range=ABOVE_0,
+        on_card=True,
+    )
+    sigmas: Literal["continuous", "table"] = setting(
+        "continuous", "all noise levels, or those of diffusers' table", on_card=True
+    )
+
+
+@dataclass(frozen=True)
 class ObjectiveSettings:
     """What the network learns to predict, and how the loss is weighted."""
 
@@ -258,6 +281,7 @@ class ObjectiveSettings:
     timestep_bias: TimestepBiasSettings | None = setting(
         None, "draw some timesteps more often than others", on_card=True
     )
+    flow: FlowSettings = field(default_factory=FlowSettings)
 
 
 @dataclass(frozen=True)

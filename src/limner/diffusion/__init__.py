@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from limner.config.schema import ObjectiveSettings
+from limner.config.schema import FlowSettings, ObjectiveSettings
+from limner.diffusion.flow import FlowObjective
 from limner.diffusion.gaussian import GaussianObjective
 from limner.diffusion.objective import Objective
+from limner.errors import InputError
 
 
 def make_objective(scheduler: dict[str, Any], settings: ObjectiveSettings) -> Objective:
@@ -13,4 +15,12 @@ def make_objective(scheduler: dict[str, Any], settings: ObjectiveSettings) -> Ob
     Raises:
         InputError: for settings that mean nothing to it.
     """
+    name = scheduler.get("_class_name")
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return FlowObjective.from_scheduler(scheduler, settings)
+    if settings.flow != FlowSettings():
+        raise InputError(
+            "objective.flow: it is for flow matching, and the base was trained on the noise "
+            f"schedule of a {name}. Leave objective.flow out."
+        )
     return GaussianObjective.from_scheduler(scheduler, settings)

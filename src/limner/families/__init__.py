@@ -5,9 +5,10 @@ from limner.errors import InputError
 from limner.families.family import Family
 from limner.families.kandinsky22 import DECODER, PRIOR
 from limner.families.sd import SD
+from limner.families.sd3 import SD3
 from limner.families.sdxl import SDXL
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD, SDXL, PRIOR, DECODER)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD, SDXL, SD3, PRIOR, DECODER)}
 
 
 def get_family(config: Config) -> Family:

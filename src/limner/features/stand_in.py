@@ -26,9 +26,11 @@ class StandInEncoders(NumpyFeatures):
     ) -> tuple[np.ndarray, np.ndarray]:
         """See ``protocols.TextEncoders``."""
         config = self.configs[name]
-        width = config.get("projection_dim") or config["hidden_size"]
+        # T5's name for it comes second.
+        hidden_size = config.get("hidden_size") or config["d_model"]
+        width = config.get("projection_dim") or hidden_size
         return self.draws.standard_normal(
-            (*ids.shape, config["hidden_size"]), np.float32
+            (*ids.shape, hidden_size), np.float32
         ), self.draws.standard_normal((len(ids), width), np.float32)
 
     def encode_movq(self, name: str, pixels: np.ndarray) -> np.ndarray:

@@ -62,6 +62,11 @@ def set_scheduler(pipeline: Any, name: str) -> None:
     """Exchange a pipeline's scheduler, on the same noise schedule and prediction type."""
     import diffusers
 
+    if isinstance(pipeline.scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        raise InputError(
+            f"scheduler: {name!r} is for noise schedules, and this is a flow model. Leave it out; "
+            "the model has its own."
+        )
     kind, settings = SCHEDULERS[name]
     scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **settings)
     pipeline.scheduler = scheduler
