@@ -35,7 +35,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from limner.base_model.base import BaseModel
 from limner.commands import bench
 from limner.config import toml
+from limner.engines.dropout import add_keys
 from limner.engines.jax import weights
+from limner.engines.jax.dropout import list_layers
 from limner.engines.jax.engine import JaxEngine
 from limner.engines.jax.layout import Layout
 from limner.engines.jax.lora import list_linear_adapters
@@ -95,9 +97,10 @@ def described(engine: JaxEngine, batch: dict[str, np.ndarray]) -> tuple[Any, Any
             np.int32 if a.dtype == np.int64 else a.dtype,
             sharding=rows,
         )
-        for key, a in batch.items()
+        for key, a in add_keys(batch, 0, list_layers(arrays, cfg.adapter.dropout)).items()
+        if key != "position"
     }
-    return state, given, to_scalars(0, cfg.optim.learning_rate, cfg.optim.ema, 0)
+    return state, given, to_scalars(0, cfg.optim.learning_rate, cfg.optim.ema)
 
 
 def main() -> None:

@@ -2,11 +2,14 @@
 promises: nothing non-finite, nothing moved by looking."""
 
 import copy
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_dream_and_update_latents, compute_snr
@@ -46,6 +49,7 @@ def batch(engine: TorchEngine, seed: int = 0, rows: int = 4) -> Batch:
         "x0": normal(4, 16, 16),
         "noise": normal(4, 16, 16),
         "context": normal(77, 32),
+        "position": np.arange(seed * rows, (seed + 1) * rows),
         **numbers,
     }
 
@@ -144,20 +148,21 @@ def test_the_update_after_clipping_has_the_norm_that_was_asked_for(sd, kind):
     assert update.norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_micro_batches_change_rounding_only(sd, kind):
+@pytest.mark.parametrize(("kind", "dropout"), [("full", 0.0), ("lora", 0.0), ("lora", 0.3)])
+def test_micro_batches_change_rounding_only(sd, kind, dropout):
     norms = []
     for micro in (4, 2, 1):
-        engine = make(sd, micro=micro, adapter={"kind": kind})
+        engine = make(sd, micro=micro, adapter={"kind": kind, "dropout": dropout})
         norms.append([v for m in steps(engine, engine.init_state(3), 3) for v in m.values()])
     np.testing.assert_allclose(norms[1], norms[0], rtol=1e-5)
     np.testing.assert_allclose(norms[2], norms[0], rtol=1e-5)
 
 
-def test_gradient_checkpointing_gives_equal_gradients(sd):
+@pytest.mark.parametrize("adapter", [{"kind": "full"}, {"kind": "lora", "dropout": 0.3}])
+def test_gradient_checkpointing_gives_equal_gradients(sd, adapter):
     gradients = []
     for on in (False, True):
-        engine = make(sd, engine={"gradient_checkpointing": on})
+        engine = make(sd, engine={"gradient_checkpointing": on}, adapter=adapter)
         state = engine.init_state(0)
         assert state.net.is_gradient_checkpointing is on
         steps(engine, state, 1, learning_rate=0.0)
@@ -350,7 +355,7 @@ def test_what_cannot_run_is_refused_or_said(sd):
     )
 
 
-def test_dropout_is_addressed_by_the_step(sd):
+def test_dropout_is_addressed_by_the_example(sd):
     engine = make(sd, adapter={"kind": "lora", "dropout": 0.5})
     one, other = engine.init_state(0), engine.init_state(0)
     torch.manual_seed(1)
@@ -359,6 +364,47 @@ def test_dropout_is_addressed_by_the_step(sd):
     assert steps(engine, other, 3) == first
     plain = make(sd, adapter={"kind": "lora"})
     assert steps(plain, plain.init_state(0), 3) != first
+
+
+def losses_of(engine: TorchEngine, state: TorchState, b: Batch, **options) -> float:
+    """The loss of a step that changes nothing."""
+    options = {"step": 0, "learning_rate": 0.0, "ema": None, "seed": 0} | options
+    _, metrics = engine.step(state, b, **options)
+    return engine.fetch_metrics(state, [metrics])[0]["loss"]
+
+
+@pytest.mark.parametrize("where", ["adapters", "base"])
+def test_a_mask_is_the_example_s_and_the_seed_s(sd, tmp_path, where):
+    """Not the step's, nor that of the row in which the example lies; of LoRA, and of a network that
+    has dropout itself."""
+    if where == "adapters":
+        engine = make(sd, adapter={"kind": "lora", "dropout": 0.5})
+    else:
+        engine = make(tiny.stable_diffusion(tmp_path / "sd", dropout=0.5))
+    state, b = engine.init_state(0), batch(engine)
+    for step in range(2):
+        steps(engine, state, 1, first=step)
+    loss = losses_of(engine, state, b)
+    assert losses_of(engine, state, b, step=7) == loss
+    turned = {name: array[::-1] for name, array in b.items()}
+    assert losses_of(engine, state, turned) == pytest.approx(loss, rel=1e-6)
+    others = [
+        losses_of(engine, state, b, seed=1),
+        losses_of(engine, state, b | {"position": b["position"] + 1}),
+        engine.losses(state, b, average=False).mean(),
+    ]
+    assert len({loss, *others}) == 4 and min(abs(other / loss - 1) for other in others) > 1e-5
+
+
+def test_dropout_without_an_address_is_refused(sd, tmp_path):
+    """As that inside the attention of a text encoder."""
+    base = tmp_path / "sd"
+    shutil.copytree(sd, base)
+    path = base / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 0.1}))
+    make(base, adapter={"kind": "lora"})
+    with pytest.raises(InputError, match=r"text_encoder: .* attention_dropout of 0\.1"):
+        make(base, adapter={"kind": "lora", "text_encoders": True})
 
 
 def test_an_input_noise_of_its_own_is_what_the_network_sees(sd):

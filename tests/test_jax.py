@@ -25,7 +25,7 @@ import worker
 import limner
 from limner import engines
 from limner.base_model.open import open_base
-from limner.commands import generate
+from limner.commands import bench, generate
 from limner.config import toml
 from limner.config.schema import Config, ModelSettings
 from limner.data import contact_sheet
@@ -482,6 +482,7 @@ def settings(
             "text_encoders": kind == "lora" and family == "sdxl",
             "rank": 3,
             "alpha": 6.0,
+            "dropout": 0.1 if kind == "lora" and family == "sdxl" else 0.0,
         },
         "optim": {"learning_rate": 1e-5, "ema": 0.9},
         "objective": {"min_snr": 5.0},
@@ -530,7 +531,7 @@ def pair(base: Path, sdxl: Path, pictures: Path, tmp_path_factory: pytest.TempPa
     ],
 )
 def test_both_engines_have_one_curve(family: str, kind: str, pair: Any) -> None:
-    """With Min-SNR, an average, accumulation, and for SDXL's LoRA both text encoders too."""
+    """With Min-SNR, an average, accumulation; SDXL's LoRA with both text encoders and dropout."""
     ours, theirs = pair(family, kind)[:2]
     assert (
         len(theirs["loss"]) == len(set(theirs["loss"])) == STEPS
@@ -538,6 +539,49 @@ def test_both_engines_have_one_curve(family: str, kind: str, pair: Any) -> None:
     )
     for name, rel in (("loss", 1e-5), ("held_out_loss", 1e-5), ("grad_norm", 2e-5)):
         assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=0)
+
+
+def losses_with_dropout(
+    base: Path, pictures: Path, by: str, micro: int, rate: float
+) -> list[float]:
+    """The losses of four steps of a LoRA, and the held-out ones of four examples after them."""
+    cfg = settings(base, pictures, base, by, kind="lora", adapter={"dropout": rate})
+    process, found = engines.join_processes(cfg.engine), opened(base, "sd")
+    engine = engines.open_engine(cfg, found, FAMILIES["sd"], process, micro, print)
+    state, rows = engine.init_state(3), bench.make_batch(cfg, found.configs, FAMILIES["sd"], 4)
+    metrics = []
+    for step in range(4):
+        batch = rows | {"position": rows["position"] + 4 * step}
+        options = {"step": step, "learning_rate": 1e-2, "ema": None, "seed": 3}
+        state, of_step = engine.step(state, batch, **options)
+        metrics.append(of_step)
+    losses = [row["loss"] for row in engine.fetch_metrics(state, metrics)]
+    return [*losses, *engine.losses(state, rows, average=False).tolist()]
+
+
+def test_dropout_is_the_example_s_in_both_engines(pictures: Path, tmp_path: Path) -> None:
+    """Whatever the micro-batches are; and none when nothing is learnt."""
+    base = tiny.stable_diffusion(tmp_path / "sd", channels=(64,))
+    want = losses_with_dropout(base, pictures, "torch", 4, 0.3)
+    for micro in (4, 2, 1):
+        got = losses_with_dropout(base, pictures, "jax", micro, 0.3)
+        assert got == pytest.approx(want, rel=1e-5, abs=0)
+    without = losses_with_dropout(base, pictures, "torch", 4, 0.0)
+    # An adapter adds nothing at first.
+    assert want[0] == without[0]
+    apart = [abs(a / b - 1) for a, b in zip(want[2:], without[2:], strict=True)]
+    assert min(apart) > 1e-3
+
+
+def test_dropout_without_an_address_is_refused(pictures: Path, tmp_path: Path) -> None:
+    """That inside the attention of a text encoder that learns, as the PyTorch engine does."""
+    base = tiny.stable_diffusion(tmp_path / "sd", channels=(64,))
+    path = base / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 0.1}))
+    cfg = settings(base, pictures, tmp_path, "jax", kind="lora", adapter={"text_encoders": True})
+    process = engines.join_processes(cfg.engine)
+    with pytest.raises(InputError, match=r"text_encoder: .* attention_dropout of 0\.1"):
+        engines.open_engine(cfg, opened(base, "sd"), FAMILIES["sd"], process, 2, print)
 
 
 @pytest.mark.parametrize(("family", "kind"), [("sd", "full"), ("sdxl", "lora")])

@@ -295,7 +295,10 @@ def test_noise_offset_and_input_perturbation() -> None:
     )
     for name in ("x0", "timestep", "weight", "context"):
         assert plain[name].tobytes() == perturbed[name].tobytes()
-    assert all(array.dtype == np.float32 for name, array in perturbed.items())
+    numbers = [perturbed[name] for name in perturbed.keys() - {"position"}]
+    assert all(array.dtype == np.float32 for array in numbers)
+    assert perturbed["position"].dtype == np.int64
+    assert perturbed["position"].tolist() == [4, 5, 6, 7]
 
 
 def test_noise_is_standard_normal_and_no_two_rows_share_it() -> None:

@@ -160,7 +160,8 @@ def seen(
 ) -> Seen:
     """All the runs; two launches of two processes, the rest in this one."""
     runs = tmp_path_factory.mktemp("runs")
-    lora, ema = ("adapter.kind=lora", "adapter.rank=2"), ("optim.ema=0.9", "checkpoint.every=100")
+    lora = ("adapter.kind=lora", "adapter.rank=2", "adapter.dropout=0.2")
+    ema = ("optim.ema=0.9", "checkpoint.every=100")
 
     tiny.pictures(runs / "wide", 7, size=(40, 80))
     sets = f'data.sets=[{{folder="{pictures}"}}, {{folder="{runs / "wide"}", repeats=2}}]'

@@ -214,6 +214,7 @@ class Stream:
         batch = {
             "x0": self.family.images.clean_latents(pictures, self.configs, normal("posterior")),
             "noise": noise,
+            "position": np.array([draw.position for draw in draws], np.int64),
         }
         batch |= vars(self.objective.at(np.array([draw.u for draw in draws]), shape))
         if self.noise.input_perturbation and training:

@@ -14,13 +14,15 @@ from limner.base_model.base import BaseModel
 from limner.config import toml
 from limner.config.schema import Config
 from limner.diffusion import make_objective, samplers
+from limner.engines.dropout import add_keys, refuse_attention_dropout
 from limner.engines.jax import compile_cache, weights
 from limner.engines.jax.attention import Array, Kernel, choose_kernel
+from limner.engines.jax.dropout import list_layers
 from limner.engines.jax.encoders import JaxEncoders
 from limner.engines.jax.layout import LARGE, SMALL, Layout
 from limner.engines.jax.lora import list_linear_adapters, make_adapters
 from limner.engines.jax.model import Named, TrainedModel
-from limner.engines.jax.processes import JaxProcessGroup, local_device
+from limner.engines.jax.processes import JaxProcessGroup, local_device, to_local_device
 from limner.engines.jax.step import SCALER, State, TrainingStep, make_state, to_scalars
 from limner.engines.machine import keep_heap
 from limner.engines.state import check_arrays, find_half_dtype, join_moments, split_moments
@@ -155,8 +157,9 @@ class JaxEngine:
         seed: int,
     ) -> tuple[State, Metrics]:
         """See ``protocols.Engine``."""
-        rows = self.on_mesh(batch)
-        scalars = to_scalars(step, learning_rate, ema, seed)
+        layers = list_layers(self.layout.shapes, self.config.adapter.dropout)
+        rows = self.on_mesh(add_keys(batch, seed, layers))
+        scalars = to_scalars(step, learning_rate, ema)
         key = tuple((name, array.shape, str(array.dtype)) for name, array in rows.items())
         if key not in self.compiled:
             self.compiled[key] = self.compile(state, rows, scalars)
@@ -172,6 +175,8 @@ class JaxEngine:
         pieces = len(batch["timestep"]) // self.micro_batch_size
         rows: Named = {}
         for name, array in batch.items():
+            if name == "position":  # which the host alone needs
+                continue
             # Without jax_enable_x64 a device has no int64.
             narrow = array.astype(np.int32) if array.dtype == np.int64 else array
             cut = np.ascontiguousarray(narrow).reshape(pieces, -1, *array.shape[1:])
@@ -350,11 +355,6 @@ class JaxEngine:
         return self.place(self.layout.pack(ordered))
 
 
-def to_local_device(arrays: dict[str, np.ndarray]) -> Named:
-    """Return arrays on this process's first device."""
-    return {name: jax.device_put(array, local_device()) for name, array in arrays.items()}
-
-
 def refuse_settings(config: Config, base: BaseModel, family: Family) -> None:
     """Refuse what this engine does not do, before a weight is loaded.
 
@@ -377,6 +377,7 @@ def refuse_settings(config: Config, base: BaseModel, family: Family) -> None:
             "optim.ema_offload: the JAX engine divides the average over devices (engine.fsdp) "
             "and does not offload it; leave optim.ema_offload out"
         )
+    refuse_attention_dropout(base, family.trained_components(config.adapter.text_encoders))
     if config.preview.prompts:
         samplers.make_table(base.configs["scheduler"], config.preview.steps)
     if config.adapter.kind != "full":

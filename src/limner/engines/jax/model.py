@@ -1,6 +1,5 @@
 """The networks of a run as functions of their arrays, and the loss of an example."""
 
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from limner.config.schema import Config
 from limner.engines.adapters import get_alpha
 from limner.engines.jax import clip
 from limner.engines.jax.attention import Array, Kernel
+from limner.engines.jax.dropout import AdapterDropout, list_layers
 from limner.engines.jax.encoders import has_projection
 from limner.engines.jax.nn import Params
 from limner.engines.jax.unet import unet
@@ -42,18 +42,26 @@ class TrainedModel:
         return self.family.trained_components(self.config.adapter.text_encoders)
 
     def select_arrays(
-        self, params: Named, frozen: dict[str, Named], component: str, key: Array | None = None
+        self,
+        params: Named,
+        frozen: dict[str, Named],
+        component: str,
+        dropout_keys: Array | None = None,
     ) -> Params:
         """Return a component's arrays, the trained ones beside the frozen ones.
 
         Args:
             params: all trained arrays by their names in files.
             frozen: those of each component, where adapters are trained.
-            key: of dropout; None: there is none.
+            dropout_keys: see ``engines.dropout.make_keys``; None: nothing is dropped.
         """
         adapter = self.config.adapter
         if adapter.kind == "full":
             return Params(params)
+        dropout = None
+        if dropout_keys is not None:
+            layers = list_layers(params, adapter.dropout)
+            dropout = AdapterDropout(component, adapter.dropout, dropout_keys, layers)
         prefix = f"{component}."
         trained = {
             name.removeprefix(prefix): array
@@ -63,8 +71,7 @@ class TrainedModel:
         return Params(
             frozen[component] | trained,
             scale=get_alpha(adapter) / adapter.rank,
-            dropout=adapter.dropout,
-            key=key,
+            dropout=dropout,
         )
 
     def example_losses(
@@ -72,15 +79,14 @@ class TrainedModel:
         params: Named,
         frozen: dict[str, Named],
         rows: Named,
-        key: Array | None = None,
         training: bool = False,
     ) -> Array:
         """Return the weighted loss of each example, float32 [rows].
 
         Args:
-            params, frozen, key: see ``select_arrays``.
+            params, frozen: see ``select_arrays``.
             rows: a micro-batch; where text encoders are trained, it has token ids in place of text
-                features.
+                features; with ``dropout_keys``, elements are dropped.
             training: with DREAM and gradient checkpointing, where the recipe has them.
         """
         x0, noise = rows["x0"], rows["noise"]
@@ -90,12 +96,13 @@ class TrainedModel:
 
         x = column("signal_in") * x0 + column("noise_in") * rows.get("input_noise", noise)
         target = column("signal_target") * x0 + column("noise_target") * noise
+        dropout_keys = rows.get("dropout_keys")
         if len(self.components) > 1:
-            encoders = TrainableTextEncoders(self, params, frozen, key)
+            encoders = TrainableTextEncoders(self, params, frozen, dropout_keys)
             features = encode_captions(self.family.text, encoders, rows)
             rows = rows | (zero_dropped(features, rows["keep"]) if "keep" in rows else features)
         name = self.family.network.component
-        net = self.select_arrays(params, frozen, name, key)
+        net = self.select_arrays(params, frozen, name, dropout_keys)
         called = self.family.network
 
         def predict(x: Array) -> Array:
@@ -120,21 +127,22 @@ class TrainableTextEncoders:
     """Text encoders that are trained, as ``protocols.TextEncoders``."""
 
     def __init__(
-        self, model: TrainedModel, params: Named, frozen: dict[str, Named], key: Array | None
+        self,
+        model: TrainedModel,
+        params: Named,
+        frozen: dict[str, Named],
+        dropout_keys: Array | None,
     ):
         self.model = model
         self.params = params
         self.frozen = frozen
-        self.key = key
+        self.dropout_keys = dropout_keys
 
     def encode_text(self, name: str, ids: Array, skip: int = 0) -> tuple[Array, Array]:
         """See ``protocols.TextEncoders``."""
-        key = self.key
-        if key is not None:
-            key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         base = self.model.base
         return clip.encode_text(
-            self.model.select_arrays(self.params, self.frozen, name, key),
+            self.model.select_arrays(self.params, self.frozen, name, self.dropout_keys),
             base.configs[name],
             ids,
             skip,

@@ -5,7 +5,6 @@ are used; norms, softmax and timestep embeddings are float32.
 """
 
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,8 +27,8 @@ class Params:
     prefix: str = ""
     requested: dict[str, tuple[int, ...]] | None = None
     scale: float = 1.0  # alpha / rank of the LoRA layers among the arrays
-    dropout: float = 0.0  # of the LoRA layers' inputs
-    key: Array | None = None  # of that dropout
+    # Of the LoRA layers' inputs: a function of a layer's prefix and its input.
+    dropout: Callable[[str, Array], Array] | None = None
 
     def __truediv__(self, name: str | int) -> "Params":
         """Return the same arrays under a longer prefix."""
@@ -60,7 +59,8 @@ def linear(p: Params, x: Array, out: int, bias: bool = True) -> Array:
     """Map x [..., in] to [..., out], with LoRA's B A x * alpha / rank (arXiv:2106.09685) if any."""
     y = matmul(x, p("weight", out, x.shape[-1]))
     if p.has("lora_A.weight"):
-        down = matmul(dropout(p, x), p("lora_A.weight"))
+        kept = x if p.dropout is None else p.dropout(p.prefix, x)
+        down = matmul(kept, p("lora_A.weight"))
         y = y + matmul(down, p("lora_B.weight")) * p.scale
     return add_bias(p, y, out) if bias else y
 
@@ -73,15 +73,6 @@ def add_bias(p: Params, x: Array, out: int) -> Array:
 def matmul(x: Array, weight: Array) -> Array:
     """Multiply x [..., in] by a weight [out, in]."""
     return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
-
-
-def dropout(p: Params, x: Array) -> Array:
-    """Drop inputs of a LoRA layer; the random numbers are addressed by the layer's name."""
-    if p.key is None or not p.dropout:
-        return x
-    key = jax.random.fold_in(p.key, zlib.crc32(p.prefix.encode()))
-    keep = jax.random.bernoulli(key, 1 - p.dropout, x.shape)
-    return jnp.where(keep, x / (1 - p.dropout), 0).astype(x.dtype)
 
 
 def pointwise(p: Params, x: Array, out: int, convolution: bool) -> Array:

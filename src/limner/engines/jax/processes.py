@@ -153,6 +153,11 @@ def local_device() -> Any:
     return getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]
 
 
+def to_local_device(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Return arrays on this process's first device."""
+    return {name: jax.device_put(array, local_device()) for name, array in arrays.items()}
+
+
 def initialize() -> None:
     """Join the other processes, where a launcher says that there are some.
 

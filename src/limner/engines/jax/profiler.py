@@ -126,11 +126,8 @@ def describe_rows(array: np.ndarray, count: int) -> jax.ShapeDtypeStruct:
 
 def copy_without_optimizations(engine: JaxEngine) -> TrainedModel:
     """Copy an engine's model to float32, with plain attention and without recomputing."""
-    config = replace(
-        engine.config,
-        engine=replace(engine.config.engine, gradient_checkpointing=False),
-        adapter=replace(engine.config.adapter, dropout=0.0),
-    )
+    settings = replace(engine.config.engine, gradient_checkpointing=False)
+    config = replace(engine.config, engine=settings)
     return replace(engine.model, config=config, kernel=None, half=None)
 
 

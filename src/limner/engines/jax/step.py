@@ -47,11 +47,10 @@ def make_state(settings: OptimizerSettings, half: Any, params: Named) -> State:
     return state
 
 
-def to_scalars(step: int, learning_rate: float, ema: float | None, seed: int) -> dict[str, Any]:
+def to_scalars(step: int, learning_rate: float, ema: float | None) -> dict[str, Any]:
     """Return the numbers of a step, of fixed types, so that no value is compiled anew."""
     return {
         "step": np.int32(step),
-        "seed": np.uint32(seed % 2**32),
         "rate": np.float32(learning_rate),
         "ema": np.float32(1.0 if ema is None else ema),
     }
@@ -86,41 +85,28 @@ class TrainingStep:
             scalars: see ``to_scalars``.
         """
         scale = state["scaler"]["scale"] if "scaler" in state else jnp.float32(1)
-        loss, gradient = self.accumulate(state["params"], frozen, rows, scalars, scale)
+        loss, gradient = self.accumulate(state["params"], frozen, rows, scale)
         return self.update(state, gradient, loss / scale, scale, scalars)
 
     def accumulate(
-        self,
-        params: Named,
-        frozen: dict[str, Named],
-        rows: Named,
-        scalars: dict[str, Array],
-        scale: Array,
+        self, params: Named, frozen: dict[str, Named], rows: Named, scale: Array
     ) -> tuple[Array, Named]:
         """Return ``scale`` times the loss of the global batch, and its gradient."""
         pieces, size = rows["timestep"].shape
-        base_key = None
-        if self.model.config.adapter.dropout:
-            base_key = jax.random.fold_in(jax.random.key(scalars["seed"]), scalars["step"])
 
-        def compute_loss(params: Named, part: Named, i: Array) -> Array:
-            key = None if base_key is None else jax.random.fold_in(base_key, i)
-            losses = self.model.example_losses(
-                self.layout.unpack(params), frozen, part, key, training=True
-            )
+        def compute_loss(params: Named, part: Named) -> Array:
+            named = self.layout.unpack(params)
+            losses = self.model.example_losses(named, frozen, part, training=True)
             return losses.sum() / (pieces * size) * scale
 
-        def add_piece(
-            sums: tuple[Array, Named], piece: tuple[Named, Array]
-        ) -> tuple[tuple[Array, Named], None]:
-            loss, gradient = jax.value_and_grad(compute_loss)(params, *piece)
+        def add_piece(sums: tuple[Array, Named], part: Named) -> tuple[tuple[Array, Named], None]:
+            loss, gradient = jax.value_and_grad(compute_loss)(params, part)
             return (sums[0] + loss, jax.tree.map(jnp.add, sums[1], gradient)), None
 
         if pieces == 1:
-            only = jax.tree.map(lambda a: a[0], rows)
-            return jax.value_and_grad(compute_loss)(params, only, jnp.int32(0))
+            return jax.value_and_grad(compute_loss)(params, jax.tree.map(lambda a: a[0], rows))
         zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-        sums, _ = jax.lax.scan(add_piece, zero, (rows, jnp.arange(pieces)))
+        sums, _ = jax.lax.scan(add_piece, zero, rows)
         return sums
 
     def update(

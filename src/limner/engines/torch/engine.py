@@ -13,9 +13,11 @@ from limner.base_model.base import BaseModel
 from limner.config.schema import Config
 from limner.diffusion import make_objective
 from limner.engines.adapters import list_adapters
+from limner.engines.dropout import add_keys, refuse_attention_dropout
 from limner.engines.state import find_half_dtype
 from limner.engines.torch import lora, pipeline
 from limner.engines.torch import state as states
+from limner.engines.torch.dropout import replace_dropout
 from limner.engines.torch.encoders import (
     TorchEncoders,
     TrainableTextEncoders,
@@ -85,6 +87,8 @@ class TorchEngine:
         if self.config.adapter.targets:
             shapes = {name: lora.list_shapes(build_on_meta(self.base))}
             list_adapters(shapes, self.config.adapter, self.family)
+        trained = self.family.trained_components(self.config.adapter.text_encoders)
+        refuse_attention_dropout(self.base, trained)
 
     def get_encoders(self) -> TorchEncoders:
         """See ``protocols.Engine``."""
@@ -106,6 +110,7 @@ class TorchEngine:
             for one in nets.values():
                 checkpoint_gradients(one)
         named = self.choose_parameters(nets, seed)
+        masks = replace_dropout(nets)
         for one in nets.values():
             one.to(self.device).train()
         parameters = FlatParameters(named)
@@ -122,6 +127,7 @@ class TorchEngine:
             scaler=torch.amp.GradScaler(self.device.type, enabled=self.half is torch.float16),
             ema=ema,
             fault=torch.full((), -1, dtype=torch.int64, device=self.device),
+            masks=masks,
         )
 
     def choose_parameters(self, nets: Networks, seed: int) -> dict[str, torch.nn.Parameter]:
@@ -168,7 +174,7 @@ class TorchEngine:
         flat = state.parameters.flat
         assert flat.grad is not None
         flat.grad.zero_()
-        loss = self.accumulate_gradient(state, batch, step, seed)
+        loss = self.accumulate_gradient(state, add_keys(batch, seed, state.masks.layers))
         self.process.sum_(flat.grad)
         self.process.sum_(loss)
         state.optimizer.param_groups[0]["lr"] = learning_rate
@@ -179,16 +185,12 @@ class TorchEngine:
             state.ema.lerp_(flat.detach().to(state.ema.device), weight)
         return state, {"loss": loss, "grad_norm": norm}
 
-    def accumulate_gradient(
-        self, state: TorchState, batch: Batch, step: int, seed: int
-    ) -> torch.Tensor:
+    def accumulate_gradient(self, state: TorchState, batch: Batch) -> torch.Tensor:
         """Add the gradient of this process's rows to the buffer; return their part of the loss."""
         rows = len(batch["timestep"]) * self.world_size
         total = torch.zeros((), device=self.device)
-        for i, part in enumerate(self.split_micro_batches(batch)):
-            torch.manual_seed(
-                (seed * 1_000_003 + step * 8191 + self.rank * 131 + i) % 2**63
-            )  # dropout, addressed by the step
+        for part in self.split_micro_batches(batch):
+            state.masks.keys = part.get("dropout_keys")
             losses = self.example_losses(state.net, part, state.text_encoders)
             # The mean over the global batch: micro-batches and processes only have to be added.
             loss = losses.sum() / rows
@@ -245,7 +247,11 @@ class TorchEngine:
     def to_device(self, batch: Batch) -> Tensors:
         """Return a batch's arrays on the device, sent without waiting where that is possible."""
         # Copies, so that memory is laid out alike in every run: kernels depend on it.
-        host = {name: torch.tensor(np.ascontiguousarray(array)) for name, array in batch.items()}
+        host = {
+            name: torch.tensor(np.ascontiguousarray(array))
+            for name, array in batch.items()
+            if name != "position"  # which the host alone needs
+        }
         if self.device.type != "cuda":
             return {name: tensor.to(self.device) for name, tensor in host.items()}
         return {

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from limner.engines.state import join_moments, split_moments
+from limner.engines.torch.dropout import Masks
 from limner.engines.torch.flat_parameters import FlatParameters
 from limner.errors import IntegrityError
 from limner.protocols import Arrays
@@ -18,7 +19,7 @@ SWAP_PIECE = 1 << 24  # numbers that are held twice while weights and average ch
 
 @dataclass
 class TorchState:
-    """Everything that a step changes."""
+    """Everything that a step changes, and what it computes with."""
 
     net: torch.nn.Module
     text_encoders: dict[str, torch.nn.Module]  # those that are trained, by name
@@ -27,6 +28,7 @@ class TorchState:
     scaler: torch.amp.GradScaler
     ema: torch.Tensor | None  # laid out like the parameters
     fault: torch.Tensor  # the first step that was not finite, -1 where there was none
+    masks: Masks  # of dropout
 
 
 def snapshot(state: TorchState, frozen: Arrays) -> Iterator[tuple[str, Arrays]]:
