@@ -75,8 +75,12 @@ def declares(name: str, resume: str) -> bool:
 
 
 def list_changed_settings(saved: RunState, now: RunState) -> dict[str, str]:
-    """Settings that are not free to change and have changed, each with a line about it."""
-    before, after = toml.flatten(saved.config), toml.flatten(now.config)
+    """Settings that are not free to change and have changed, each with a line about it.
+
+    One that did not exist when the run began had its default, which means what was done before.
+    """
+    before = toml.flatten(toml.to_plain(Config())) | toml.flatten(saved.config)
+    after = toml.flatten(now.config)
     return {
         name: f"{name}: was {before.get(name)!r}, now {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())

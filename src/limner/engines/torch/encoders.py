@@ -39,7 +39,8 @@ class TorchEncoders(NumpyFeatures):
             component = load_component(self.base, name)
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False).eval()
-                component.to(self.device, self.half.get(name, torch.float32))
+                # diffusers' own .to() warns of modules to keep in float32, and names none.
+                torch.nn.Module.to(component, self.device, self.half.get(name, torch.float32))
             self.loaded[name] = component
         return self.loaded[name]
 
