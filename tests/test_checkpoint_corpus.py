@@ -13,7 +13,8 @@ import pytest
 
 from limner.config import toml
 from limner.config.schema import Config
-from limner.storage.checkpoint import RUN_STATE_VERSION, list_checkpoints, open_verified
+from limner.storage.checkpoint import list_checkpoints, open_verified
+from limner.storage.run_state import RUN_STATE_VERSION
 from limner.training import loop
 from limner.training.resume import list_changed_settings
 

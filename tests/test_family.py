@@ -13,7 +13,7 @@ from limner.errors import LimnerError
 from limner.families import FAMILIES
 from limner.protocols import BaseConfigs
 from limner.storage import checkpoint, layout
-from limner.storage.checkpoint import RunState
+from limner.storage.run_state import RunState
 
 SD = FAMILIES["sd"]
 COMPONENTS: dict[str, dict[str, Any]] = {

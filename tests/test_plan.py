@@ -11,7 +11,7 @@ import pytest
 from limner.config import toml
 from limner.config.schema import SETTINGS, Config
 from limner.errors import InputError, IntegrityError
-from limner.storage.checkpoint import RunState
+from limner.storage.run_state import RunState
 from limner.training import batch_plan, resume
 from limner.training.batch_plan import BatchPlan
 

@@ -18,7 +18,7 @@ from limner.base_model.open import open_base
 from limner.config import toml
 from limner.config.schema import AdapterSettings, Config, ModelSettings
 from limner.data import contact_sheet
-from limner.engines.torch import encoders, engine, lora, pipeline
+from limner.engines.torch import encoders, initial_state, lora, pipeline
 from limner.engines.torch.encoders import TorchEncoders
 from limner.engines.torch.pipeline import SCHEDULERS
 from limner.errors import InputError
@@ -261,7 +261,7 @@ def test_encoded_ahead_of_time_training_loads_no_encoder(sdxl, wide, tmp_path, m
         lambda base, name, load=encoders.load_component: [loaded.append(name), load(base, name)][1],
     )
     monkeypatch.setattr(
-        engine,
+        initial_state,
         "load_component",
         lambda base, name, load=encoders.load_component: [loaded.append(name), load(base, name)][1],
     )

@@ -149,7 +149,11 @@ def test_the_cache_moves_no_number(tmp_path: Path) -> None:
     settings = RICH | {"crop_variants": 2}
     cached = stream(folder=tmp_path, **settings)
     cached.features.fill_images(
-        [cached.image_request(e, g) for e in cached.entries for g in cached.variants(e) or ()],
+        [
+            cached.crops.make_request(e, g)
+            for e in cached.entries
+            for g in cached.crops.list_variants(e) or ()
+        ],
         lambda: None,
     )
     cached.features.fill_texts([c for e in cached.entries for c in e.captions] + [""], lambda: None)
@@ -261,9 +265,9 @@ def test_a_picture_that_changes_or_goes_during_the_run_is_named(tmp_path: Path) 
     Image.fromarray(made.source[0].image).save(path)  # type: ignore[arg-type]
     good = dataclasses.replace(made, source=[Record("0.png", path, ("a",))])  # type: ignore[arg-type]
     entry = dataclasses.replace(entry, digest=atomic.digest_file(path))
-    (geometry,) = made.variants(entry) or ()
-    good.features.fill_images([good.image_request(entry, geometry)], lambda: None)
-    flipped = good.image_request(entry, dataclasses.replace(geometry, flip=True))
+    (geometry,) = made.crops.list_variants(entry) or ()
+    good.features.fill_images([good.crops.make_request(entry, geometry)], lambda: None)
+    flipped = good.crops.make_request(entry, dataclasses.replace(geometry, flip=True))
     Image.new("RGB", (16, 24)).save(path)
     with pytest.raises(InputError, match="the picture is another than when the run began"):
         good.features.fill_images([flipped], lambda: None)
@@ -331,22 +335,22 @@ def test_variants_are_all_there_is() -> None:
             d = made.make_draw(p)
             asked.setdefault(d.entry.row, set()).add(d.geometry)
         for entry in made.entries:
-            ways = made.variants(entry)
+            ways = made.crops.list_variants(entry)
             assert (
                 ways is not None and len(ways) == len(set(ways)) and set(ways) == asked[entry.row]
             )
-    assert len(stream(flip=True).variants(made.entries[0]) or ()) == 2
+    assert len(stream(flip=True).crops.list_variants(made.entries[0]) or ()) == 2
     free = stream(crop="random")
-    assert free.variants(free.entries[0]) is None
+    assert free.crops.list_variants(free.entries[0]) is None
     assert len({free.make_draw(p).geometry for p in range(100)}) > 3
 
 
 def test_a_picture_s_key_says_all_it_depends_on() -> None:
     made = stream(flip=True)
     entry = made.entries[0]
-    keys = {made.image_request(entry, g).key for g in made.variants(entry) or ()}
+    keys = {made.crops.make_request(entry, g).key for g in made.crops.list_variants(entry) or ()}
     assert len(keys) == 2
-    geometry = (made.variants(entry) or [])[0]
+    geometry = (made.crops.list_variants(entry) or [])[0]
     others = [
         dict(resample="box"),
         dict(background="black"),
@@ -355,13 +359,19 @@ def test_a_picture_s_key_says_all_it_depends_on() -> None:
     ]
     for changed in others:
         other = stream(**({"flip": True} | changed))
-        keys |= {other.image_request(entry, g).key for g in (other.variants(entry) or [])[:1]}
-    keys.add(made.image_request(dataclasses.replace(entry, digest="another"), geometry).key)
-    keys.add(made.image_request(entry, dataclasses.replace(geometry, height=13)).key)
+        keys |= {
+            other.crops.make_request(entry, g).key
+            for g in (other.crops.list_variants(entry) or [])[:1]
+        }
+    keys.add(made.crops.make_request(dataclasses.replace(entry, digest="another"), geometry).key)
+    keys.add(made.crops.make_request(entry, dataclasses.replace(geometry, height=13)).key)
     assert len(keys) == 2 + len(others) + 2 and None not in keys
-    assert made.image_request(entry, geometry, cached=False).key is None
+    assert made.crops.make_request(entry, geometry, cached=False).key is None
     renamed = dataclasses.replace(entry, row=entry.row, key="moved.png", captions=("other",))
-    assert made.image_request(renamed, geometry).key == made.image_request(entry, geometry).key
+    assert (
+        made.crops.make_request(renamed, geometry).key
+        == made.crops.make_request(entry, geometry).key
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -392,7 +402,7 @@ def test_held_out_pictures_can_be_encoded_beforehand(tmp_path: Path) -> None:
     made = stream(folder=tmp_path, **RICH)
     held = made.entries[:3]
     made.features.fill_images(
-        [made.image_request(e, made.validation_crop(e)) for e in held], lambda: None
+        [made.crops.make_request(e, made.crops.place_for_validation(e)) for e in held], lambda: None
     )
     made.features.fill_texts([e.captions[0] for e in held], lambda: None)
     stores = made.features.image_store, made.features.text_store

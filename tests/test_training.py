@@ -15,8 +15,8 @@ from limner.config.schema import Config
 from limner.data import contact_sheet
 from limner.errors import InputError, NonFiniteError, Stopped
 from limner.storage import atomic, checkpoint
-from limner.storage.checkpoint import STATE_FILE
 from limner.storage.run_folder import RunFolder
+from limner.storage.run_state import STATE_FILE
 from limner.training import loop, result
 from limner.training import push as push_module
 from limner.training.signals import Stop
@@ -142,9 +142,9 @@ def test_only_settings_of_the_optimizer_may_be_allowed_to_change(base, pictures,
 def test_what_the_engine_cannot_do_is_refused_before_anything_is_loaded(
     base, pictures, tmp_path, monkeypatch, section, message
 ):
-    from limner.engines.torch import encoders, engine
+    from limner.engines.torch import encoders, initial_state
 
-    for module in (engine, encoders):
+    for module in (initial_state, encoders):
         monkeypatch.setattr(module, "load_component", lambda *_: pytest.fail("a weight was loaded"))
     with pytest.raises(InputError, match=message):
         run(settings(base, pictures, tmp_path, **section))

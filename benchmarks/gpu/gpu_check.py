@@ -615,11 +615,12 @@ class Bench:
         from limner.base_model.base import BaseModel
         from limner.config import toml
         from limner.config.schema import Config
-        from limner.engines.torch import engine as module
+        from limner.engines.torch import initial_state
+        from limner.engines.torch.engine import TorchEngine
         from limner.engines.torch.processes import TorchProcessGroup
         from limner.families import FAMILIES
 
-        module.load_component = load_random
+        initial_state.load_component = load_random
         raw = {
             "model": {"base": "random", "family": family},
             "train": {"steps": 10, "batch_size": 1},
@@ -635,7 +636,7 @@ class Bench:
         trained = self.family.network.component
         self.base = BaseModel(Path("/nowhere"), {}, trained, "random", None, None, self.configs)
         self.world = TorchProcessGroup(ARGS.device, precision)
-        self.engine = module.TorchEngine(self.cfg, self.base, self.family, self.world, 1, print)
+        self.engine = TorchEngine(self.cfg, self.base, self.family, self.world, 1, print)
         self.state = self.engine.init_state(0)
         self.count = 0
 

@@ -19,7 +19,7 @@ from limner.config.schema import Config
 from limner.data.index import Entry
 from limner.data.order import Order
 from limner.data.source import Record
-from limner.diffusion import make_objective
+from limner.diffusion import make_objective, schedules
 from limner.errors import InputError, NonFiniteError
 from limner.families.family import Family
 from limner.features.encoder import FeatureEncoder
@@ -37,7 +37,6 @@ from limner.protocols import (
 )
 from limner.storage import atomic
 from limner.training.batch_plan import BatchPlan, make_plan
-from limner.training.loop import schedule_step
 from limner.training.resolve import resolve
 from limner.training.stream import Stream
 
@@ -178,7 +177,7 @@ def time_steps(
             wait_for_steps(engine, state, metrics)
             process.barrier()
             marks.append(profiler.mark())
-        _, decay = schedule_step(config.optim, step, WARM_UP + steps)
+        _, decay = schedules.schedule_step(config.optim, step, WARM_UP + steps)
         state, of_step = engine.step(
             state,
             batch,

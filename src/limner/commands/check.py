@@ -170,7 +170,7 @@ def report_tokens(setup: Setup, one: TextInput, pairs: list[tuple[str, str]]) ->
 def report_epoch(setup: Setup) -> EpochReport:
     """What an epoch and the run come to."""
     stream, plan = setup.stream, setup.plan
-    variants = [stream.variants(entry) for entry in stream.entries]
+    variants = [stream.crops.list_variants(entry) for entry in stream.entries]
     return EpochReport(
         batch=plan.batch_size,
         records=len(stream.entries),
@@ -197,7 +197,7 @@ def report_cache(setup: Setup) -> CacheReport:
         return count_row_bytes(features) // (2 if config.data.cache_dtype == "float16" else 1)
 
     counts = Counter(
-        crop.shape for entry in stream.entries for crop in stream.variants(entry) or ()
+        crop.shape for entry in stream.entries for crop in stream.crops.list_variants(entry) or ()
     )
     picture_bytes = sum(
         count * count_bytes(make_image_features(family, encoders, 1, shape))
@@ -226,7 +226,7 @@ def format_size(shape: Shape) -> str:
 
 def draw_sheet(setup: Setup, target: Path) -> None:
     """Draw the first pictures of each bucket as they are cut, with their captions."""
-    stream = setup.stream
+    stream, crops = setup.stream, setup.stream.crops
     rows = list(stream.order.count_batches())
     tiles = [fit_tile(shape) for shape, *_ in rows]
     height = sum(tile[1] + BELOW for tile in tiles)
@@ -235,10 +235,10 @@ def draw_sheet(setup: Setup, target: Path) -> None:
     for (shape, count, *_), tile in zip(rows, tiles, strict=True):
         head = f"{format_size(shape)}: {count} picture{'s' if count > 1 else ''}"
         pen.text((GAP, top + 8), head, fill="black", font=ImageFont.load_default(15))
-        alike = [e for e in stream.entries if stream.validation_crop(e).shape == shape]
+        alike = [e for e in stream.entries if crops.place_for_validation(e).shape == shape]
         for column, entry in enumerate(alike[:ACROSS]):
             left = GAP + column * (TILE + GAP)
-            pixels = stream.image_request(entry, stream.validation_crop(entry)).load()[0]
+            pixels = crops.make_request(entry, crops.place_for_validation(entry)).load()[0]
             picture = Image.fromarray(pixels).resize(tile, Image.Resampling.LANCZOS)
             sheet.paste(picture, (left, top + 30))
             caption = "\n".join(wrap_text(entry.captions[0], 26).splitlines()[:5])

@@ -73,12 +73,13 @@ def count_global_batch(arguments: Namespace) -> int:
 def read_checkpoint_batch(run: Path) -> int | None:
     """Return the batch size of a run's newest checkpoint, or None without a readable one."""
     from limner.storage import checkpoint
+    from limner.storage.run_state import STATE_FILE
 
     checkpoints = checkpoint.list_checkpoints(run)
     if not checkpoints:
         return None
     try:
-        return int(json.loads((checkpoints[0] / checkpoint.STATE_FILE).read_text())["batch_size"])
+        return int(json.loads((checkpoints[0] / STATE_FILE).read_text())["batch_size"])
     except (OSError, ValueError, KeyError):
         return None
 

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 
+from limner.config.schema import OptimizerSettings
+
 # Name -> factor of the peak, given the progress after the warm-up in [0, 1] and the cycles.
 SHAPES: dict[str, Callable[[float, int], float]] = {
     "constant": lambda progress, cycles: 1.0,
@@ -49,3 +51,17 @@ def ema_decay(step: int, top: float) -> float:
     if step == 0:
         return 0.0
     return min(top, (1 + step) / (10 + step))
+
+
+def schedule_step(optim: OptimizerSettings, step: int, total: int) -> tuple[float, float | None]:
+    """Return learning rate and EMA decay of the update that follows ``step`` finished ones."""
+    rate = learning_rate(
+        step,
+        peak=optim.learning_rate,
+        schedule=optim.schedule,
+        warmup=optim.warmup,
+        total=total,
+        cycles=optim.cycles,
+    )
+    decay = None if optim.ema is None else ema_decay(step, optim.ema)
+    return rate, decay

@@ -9,7 +9,8 @@ from limner.families.family import Family
 from limner.plain import Plain
 from limner.protocols import Arrays
 from limner.storage import checkpoint
-from limner.storage.checkpoint import Checkpoint, RunState
+from limner.storage.checkpoint import Checkpoint
+from limner.storage.run_state import RunState
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"

@@ -9,7 +9,7 @@ from limner.config.schema import Config, TrainSettings
 from limner.data.order import Order
 from limner.errors import InputError
 from limner.plain import Plain
-from limner.storage.checkpoint import RunState
+from limner.storage.run_state import RunState
 
 
 @dataclass(frozen=True)

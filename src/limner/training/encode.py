@@ -29,7 +29,7 @@ def encode_only(setup: Setup) -> Path:
     stream, folder = setup.stream, cache_folder(setup.config)
     captions, pictures = list_requests(setup)
     count = len(captions) if stream.features.text_store else 0
-    endless = sum(stream.variants(entry) is None for entry in stream.entries)
+    endless = sum(stream.crops.list_variants(entry) is None for entry in stream.entries)
     anew = ""
     if endless:
         anew = (
@@ -75,7 +75,7 @@ def release_encoders(setup: Setup) -> None:
     """Let go of the encoders whose features are all cached."""
     stream, family = setup.stream, setup.family
     unneeded: list[str] = []
-    endless = any(stream.variants(entry) is None for entry in stream.entries)
+    endless = any(stream.crops.list_variants(entry) is None for entry in stream.entries)
     if stream.features.image_store is not None and not endless:
         unneeded += family.images.components
     if stream.features.text_store is not None:
@@ -93,11 +93,14 @@ def list_requests(setup: Setup) -> tuple[list[str], list[ImageRequest]]:
         if setup.config.data.drop_caption:
             captions.append("")
     pictures = [
-        stream.image_request(entry, crop)
+        stream.crops.make_request(entry, crop)
         for entry in stream.entries
-        for crop in stream.variants(entry) or ()
+        for crop in stream.crops.list_variants(entry) or ()
     ]
-    pictures += [stream.image_request(entry, stream.validation_crop(entry)) for entry in validation]
+    pictures += [
+        stream.crops.make_request(entry, stream.crops.place_for_validation(entry))
+        for entry in validation
+    ]
     return captions, pictures
 
 

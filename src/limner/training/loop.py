@@ -1,33 +1,28 @@
-"""Run a training: the loop, checkpoints and the result."""
+"""Run a training: the loop and its checkpoints."""
 
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from limner import engines
-from limner.base_model.open import open_base
 from limner.config import toml
 from limner.config.rules import check_config
-from limner.config.schema import SETTINGS, Config, ModelSettings, OptimizerSettings
-from limner.data import contact_sheet
+from limner.config.schema import Config
 from limner.data.prefetch import prefetch
 from limner.data.source import Source
 from limner.diffusion import schedules
-from limner.errors import InputError, NonFiniteError, Stopped, report_once
-from limner.families import get_family
+from limner.errors import NonFiniteError, Stopped, report_once
 from limner.protocols import ProcessGroup, Report, State
-from limner.storage import atomic, checkpoint, layout
+from limner.storage import atomic, layout
 from limner.storage.run_folder import RunFolder
-from limner.training import push, result, sinks
+from limner.training import sinks
 from limner.training.encode import encode_only, fill_caches
 from limner.training.monitor import Monitor, fetch_metrics
-from limner.training.resolve import resolve
+from limner.training.publish import is_finished, publish_result
 from limner.training.setup import Setup, prepare
 from limner.training.signals import Stop
 from limner.training.status import StatusFile, keep_status
@@ -40,58 +35,6 @@ def print_line(text: str) -> None:
 
 def ignore_line(text: str) -> None:
     """Say nothing: the first process speaks for all."""
-
-
-def run_all(configs: Sequence[Config], report: Report = print_line) -> list[Path]:
-    """Train one recipe after the other; a run serves the later ones as their other stage.
-
-    Raises:
-        LimnerError: what ``run_training`` raises. What is wrong with the recipes and bases of any
-            is known before the first is trained.
-    """
-    with report_once():
-        linked = link_stages(configs)
-    with Stop() as stop, contextlib.closing(engines.join_processes(configs[0].engine)) as process:
-        with report_once():
-            process.first(lambda: open_bases(configs))
-        return [run_in_group(config, None, report, stop, process) for config, _ in linked]
-
-
-def link_stages(configs: Sequence[Config]) -> list[tuple[Config, ModelSettings]]:
-    """Each recipe beside the earlier one that trains its other stage, and the model that can be
-    looked at before that one has been trained.
-
-    Raises:
-        InputError: for recipes that cannot be trained one after the other.
-    """
-    shared = [name for name, one in SETTINGS.items() if one.declaration.shared]
-    linked: list[tuple[Config, ModelSettings]] = []
-    for config in configs:
-        _, family = resolve(config)
-        earlier = {one.model.family: one for one, _ in linked}
-        if any(config.run == one.run for one, _ in linked):
-            raise InputError(
-                f"run: two recipes would train in {config.run}. Give each a run of its own, in the "
-                "recipes."
-            )
-        if different := [name for name in shared if config[name] != configs[0][name]]:
-            raise InputError(
-                f"engine: recipes that are trained one after the other need the same {different[0]}"
-            )
-        before = earlier.get(family.other_stage) if family.other_stage else None
-        if before is None:
-            linked.append((config, config.model))
-            continue
-        trained = replace(config.model, other_stage=before.run)
-        untrained = replace(config.model, other_stage=before.model.base)
-        linked.append((replace(config, model=trained), untrained))
-    return linked
-
-
-def open_bases(configs: Sequence[Config]) -> None:
-    """Open the base of every recipe, so that a bad one is refused before anything is trained."""
-    for config, model in link_stages(configs):
-        open_base(model, get_family(config), for_generation=False)
 
 
 def run_training(
@@ -167,19 +110,6 @@ def write_config(setup: Setup) -> None:
     atomic.write_text(RunFolder(setup.folder).config, json.dumps(plain, indent=1))
 
 
-def is_finished(setup: Setup) -> bool:
-    """Whether the last step's checkpoint and the result are whole, and pushed where asked for."""
-    checkpoint, hub = setup.checkpoint, setup.config.export.hub
-    if checkpoint is None or checkpoint.step < setup.plan.steps:
-        return False
-    step, folder = checkpoint.step, setup.folder
-    return setup.process.first(
-        lambda: (
-            result.is_result_whole(folder, step) and (hub is None or push.is_pushed(folder, hub))
-        )
-    )
-
-
 def train(setup: Setup, status: StatusFile) -> State:
     """Train until the last step, or until told to stop. Nothing but the step has a clock: learning
     rate, decay and seeds are functions of it."""
@@ -194,7 +124,7 @@ def train(setup: Setup, status: StatusFile) -> State:
             with monitor.timer_paused():
                 monitor.validate(state, step)
         for batch in batches:
-            learning_rate, decay = schedule_step(config.optim, step, total)
+            learning_rate, decay = schedules.schedule_step(config.optim, step, total)
             state, metrics = engine.step(
                 state,
                 batch,
@@ -236,20 +166,6 @@ def start(setup: Setup) -> tuple[State, int]:
     return state, setup.checkpoint.step
 
 
-def schedule_step(optim: OptimizerSettings, step: int, total: int) -> tuple[float, float | None]:
-    """Learning rate and EMA decay of the update that follows ``step`` finished ones."""
-    learning_rate = schedules.learning_rate(
-        step,
-        peak=optim.learning_rate,
-        schedule=optim.schedule,
-        warmup=optim.warmup,
-        total=total,
-        cycles=optim.cycles,
-    )
-    decay = None if optim.ema is None else schedules.ema_decay(step, optim.ema)
-    return learning_rate, decay
-
-
 def is_due(step: int, every: int, last: bool) -> bool:
     """Whether something is to be done after ``step``: at each interval, and at the last step."""
     return last or step % every == 0
@@ -272,22 +188,3 @@ def save_checkpoint(setup: Setup, state: State, step: int) -> None:
         return str(folder)
 
     setup.process.first(save)
-
-
-def publish_result(setup: Setup) -> None:
-    """Write the result from the last checkpoint on disk, and push it where asked for."""
-    config, last, folder = setup.config, setup.checkpoint, RunFolder(setup.folder)
-    if last is None or last.step < setup.plan.steps:
-        last = checkpoint.open_checkpoint(folder.checkpoint(setup.plan.steps))
-    previews = folder.list_previews()
-    if previews and config.preview.prompts:
-        contact_sheet.draw_sheet_of_files(
-            sorted(previews[-1].glob("*.png")), config.preview.prompts, folder.grid
-        )
-    # A run that was killed between its last checkpoint and this had no time for it.
-    checkpoint.prune(setup.folder, last.step, config.checkpoint.keep)
-    prediction_type = setup.stream.objective.prediction_type
-    result.write_result(last, config, setup.base, setup.family, prediction_type)
-    setup.report(f"{setup.folder}: the result of step {last.step} is here")
-    if config.export.hub is not None:
-        push.push_result(setup.folder, config.export.hub, config.export.private, setup.report)

@@ -9,8 +9,10 @@ from limner.config import toml
 from limner.config.schema import SETTINGS, Config
 from limner.errors import InputError
 from limner.plain import Plain
+from limner.protocols import Report
 from limner.storage import atomic
-from limner.storage.checkpoint import RunState
+from limner.storage.checkpoint import Checkpoint
+from limner.storage.run_state import RunState
 from limner.training.batch_plan import BatchPlan
 
 
@@ -35,6 +37,20 @@ def digest_random_numbers(seed: int) -> str:
     noise = [rng.at(seed, "noise", p).standard_normal(64, np.float32) for p in range(4)]
     order = rng.at(seed, "order", 0).permutation(32)
     return atomic.digest_json([np.concatenate(noise).tobytes().hex(), order.tolist()])
+
+
+def report_changes(
+    checkpoint: Checkpoint, run_state: RunState, plan: BatchPlan, report: Report
+) -> None:
+    """Say what differs from the checkpoint by permission.
+
+    Raises:
+        InputError: for a difference without permission.
+    """
+    for line in check_unchanged(checkpoint.state, run_state, checkpoint.step):
+        report(line)
+    if plan.steps < checkpoint.step:
+        report(f"checkpoint-{checkpoint.step} is past the {plan.steps} steps that are asked for")
 
 
 def check_unchanged(saved: RunState, now: RunState, step: int) -> list[str]:

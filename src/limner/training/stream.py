@@ -5,26 +5,22 @@ processes.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
-import xxhash
 
 from limner import rng
 from limner.config.schema import DataSettings, ObjectiveSettings
-from limner.data import buckets, image
-from limner.data.geometry import Geometry, center_square, count_crops, place_crop
-from limner.data.image import Undecodable
+from limner.data.geometry import Geometry
 from limner.data.index import Entry
 from limner.data.order import PADDING, Order
-from limner.data.source import BadRecord, Source
+from limner.data.source import Source
 from limner.diffusion.objective import Objective
-from limner.errors import InputError
 from limner.families.family import Family
 from limner.families.text import zero_dropped
-from limner.features.encoder import FeatureEncoder, ImageRequest
+from limner.features.encoder import FeatureEncoder
 from limner.protocols import BaseConfigs, Batch
+from limner.training.crops import Crops
 
 
 @dataclass(frozen=True)
@@ -62,6 +58,11 @@ class Stream:
     # Whether text encoders learn. Batches then have token ids in place of text features.
     text_encoders: bool = False
 
+    @property
+    def crops(self) -> Crops:
+        """How the pictures are cropped."""
+        return Crops(self.source, self.data, self.family, self.configs, self.seed)
+
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The rows of process ``rank`` in the batch of optimizer step ``step`` (from 0)."""
         share = self.batch_size // world
@@ -89,103 +90,17 @@ class Stream:
         def chance(purpose: str) -> float:
             return rng.uniform(self.seed, purpose, position)
 
-        flip = data.flip and chance("flip") < 0.5
-        variant = None
-        if data.crop_variants is not None:
-            variant = int(chance("crops") * data.crop_variants)
         caption = entry.captions[int(chance("caption") * len(entry.captions))]
         dropped = data.drop_caption > 0 and chance("drop") < data.drop_caption
         return Draw(
             position=position,
             entry=entry,
-            geometry=self.geometry(entry, position, variant, flip),
+            geometry=self.crops.draw(entry, position),
             caption="" if dropped else caption,
             dropped=dropped,
             counts=counts,
             u=chance("timestep"),
         )
-
-    @property
-    def crops(self) -> bool:
-        """Whether the family sees pictures as the recipe crops them."""
-        return "crop" in self.family.images.views
-
-    def geometry(self, entry: Entry, position: int, variant: int | None, flip: bool) -> Geometry:
-        """Where the picture is cropped: at the centre, at one of ``data.crop_variants`` fixed
-        places, or at a new one for every position."""
-        if not self.crops:
-            return self.center_square(entry, flip)
-        if variant is None:
-            generator = rng.at(self.seed, "crop", position, 0)
-        else:
-            generator = rng.at(self.seed, "crop", entry.row, variant + 1)
-        top, left = generator.random(2)
-        shape = buckets.choose_shape(entry.size, self.data)
-        return place_crop(entry.size, shape, top, left, flip, self.data.crop)
-
-    def variants(self, entry: Entry) -> list[Geometry] | None:
-        """All the ways in which a picture is cropped and mirrored; None: there is no end of
-        them."""
-        first = self.geometry(entry, 0, None, False)
-        if not self.crops or self.data.crop == "center" or count_crops(first) == 1:
-            crops = [first]
-        elif self.data.crop_variants is not None:
-            crops = [self.geometry(entry, 0, k, False) for k in range(self.data.crop_variants)]
-        else:
-            return None
-        flips = (False, True) if self.data.flip else (False,)
-        # Several variants may be the same crop.
-        return list(dict.fromkeys(replace(crop, flip=flip) for crop in crops for flip in flips))
-
-    def validation_crop(self, entry: Entry) -> Geometry:
-        """The centre, however the run crops and flips what it learns."""
-        if not self.crops:
-            return self.center_square(entry, False)
-        return place_crop(entry.size, buckets.choose_shape(entry.size, self.data))
-
-    def center_square(self, entry: Entry, flip: bool) -> Geometry:
-        """How the family's image encoder sees a picture."""
-        return center_square(entry.size, self.family.images.clip_size(self.configs), flip)
-
-    def image_request(self, entry: Entry, geometry: Geometry, cached: bool = True) -> ImageRequest:
-        """The request for one picture's views, of which ``geometry`` is the first: a key that says
-        all they depend on, and what loads them."""
-        resample = {"crop": self.data.resample, "center_square": "bicubic"}
-        views: list[tuple[Geometry, str]] = []
-        for i, view in enumerate(self.family.images.views):
-            crop = geometry if i == 0 else self.center_square(entry, geometry.flip)
-            views.append((crop, resample[view]))
-        names = " ".join(f"{crop} {filter_name}" for crop, filter_name in views)
-        key = f"{entry.digest} {names} {self.data.background}"
-
-        def load() -> list[np.ndarray]:
-            return self.load_views(entry, views)
-
-        return ImageRequest(key if cached else None, geometry.shape, load)
-
-    def load_views(self, entry: Entry, views: list[tuple[Geometry, str]]) -> list[np.ndarray]:
-        """Read and crop a picture; each view is uint8 [height, width, 3].
-
-        Raises:
-            InputError: when it is not the picture that it was when the run began.
-        """
-        data = self.data
-        try:
-            picture = self.source[entry.row].image
-            if isinstance(picture, Path):
-                picture = picture.read_bytes()
-            # Its features would be cached as the old picture's.
-            if isinstance(picture, bytes) and digest_bytes(picture) != entry.digest:
-                raise BadRecord(entry.key, "the picture is another than when the run began")
-            return image.load_views(
-                picture, views, background=data.background, max_pixels=data.max_pixels
-            )
-        except (Undecodable, BadRecord, OSError) as error:
-            reason = getattr(error, "reason", error)
-            raise InputError(
-                f"{entry.key}: {reason}. It was good when the run began; put it back and run "
-                "the same command again."
-            ) from error
 
     def assemble(self, draws: list[Draw], purpose_prefix: str) -> Batch:
         """Features, clean latents, noise and the objective's numbers for some draws.
@@ -197,8 +112,8 @@ class Stream:
         training = not purpose_prefix
         requests = []
         for draw in draws:
-            cached = not training or self.variants(draw.entry) is not None
-            requests.append(self.image_request(draw.entry, draw.geometry, cached))
+            cached = not training or self.crops.list_variants(draw.entry) is not None
+            requests.append(self.crops.make_request(draw.entry, draw.geometry, cached))
         pictures = self.features.image_features(requests)
         latent_features = self.family.images.latent_features
         shape = pictures[latent_features[0]].shape[1:]
@@ -260,7 +175,7 @@ class Stream:
             Draw(
                 position=i * timesteps + k,
                 entry=entry,
-                geometry=self.validation_crop(entry),
+                geometry=self.crops.place_for_validation(entry),
                 caption=entry.captions[0],
                 dropped=False,
                 counts=True,
@@ -277,8 +192,3 @@ class Stream:
                 mine = alike[first : first + share]
                 padding = [alike[0]] * (share - len(mine))
                 yield len(mine), self.assemble(mine + padding, "watch ")
-
-
-def digest_bytes(content: bytes) -> str:
-    """XXH3-128 in hexadecimal, as the index has it."""
-    return xxhash.xxh3_128(content).hexdigest()

@@ -12,31 +12,20 @@ import torch
 from limner.base_model.base import BaseModel
 from limner.config.schema import Config
 from limner.diffusion import make_objective
-from limner.engines.adapters import list_adapters
-from limner.engines.dropout import add_keys, refuse_attention_dropout
+from limner.engines.dropout import add_keys
 from limner.engines.state import find_half_dtype
-from limner.engines.torch import lora, pipeline
+from limner.engines.torch import pipeline
 from limner.engines.torch import state as states
-from limner.engines.torch.dropout import replace_dropout
-from limner.engines.torch.encoders import (
-    TorchEncoders,
-    TrainableTextEncoders,
-    build_on_meta,
-    checkpoint_gradients,
-    find_class,
-    load_component,
-)
-from limner.engines.torch.flat_parameters import FlatParameters
-from limner.engines.torch.optimizer import clip_and_update, load_adamw8bit, make_optimizer
+from limner.engines.torch.encoders import TorchEncoders, TrainableTextEncoders
+from limner.engines.torch.initial_state import Networks, make_state, refuse_settings
+from limner.engines.torch.optimizer import clip_and_update
 from limner.engines.torch.processes import TorchProcessGroup
 from limner.engines.torch.state import TorchState
-from limner.errors import InputError
 from limner.families.family import Family
 from limner.families.text import encode_captions, zero_dropped
 from limner.protocols import Arrays, Batch, Metrics, NonFiniteStep, Report
 
 Tensors = dict[str, torch.Tensor]
-Networks = dict[str, torch.nn.Module]
 
 
 class TorchEngine:
@@ -61,7 +50,7 @@ class TorchEngine:
         self.world_size = process.world_size
         self.device = process.device
         self.half: torch.dtype | None = find_half_dtype(torch, process.precision)
-        self.refuse_settings()
+        refuse_settings(config, base, family)
         # An autoencoder that the recipe names is safe in half precision; the base's may not be.
         runs_in_half = config.model.vae is not None and self.half is not None
         self.encoders = TorchEncoders(
@@ -73,23 +62,6 @@ class TorchEngine:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
 
-    def refuse_settings(self) -> None:
-        """Refuse what cannot be trained, before a weight is loaded."""
-        if self.config.optim.kind == "adamw8bit":
-            load_adamw8bit()
-        name, attention = self.family.network.component, self.config.engine.attention
-        network_class = find_class(self.base, name)
-        if attention == "math" and not hasattr(network_class, "set_default_attn_processor"):
-            raise InputError(
-                f"engine.attention: a {network_class.__name__} has no attention of plain products. "
-                "Leave engine.attention out."
-            )
-        if self.config.adapter.targets:
-            shapes = {name: lora.list_shapes(build_on_meta(self.base))}
-            list_adapters(shapes, self.config.adapter, self.family)
-        trained = self.family.trained_components(self.config.adapter.text_encoders)
-        refuse_attention_dropout(self.base, trained)
-
     def get_encoders(self) -> TorchEncoders:
         """See ``protocols.Engine``."""
         return self.encoders
@@ -100,65 +72,7 @@ class TorchEngine:
 
     def init_state(self, seed: int) -> TorchState:
         """See ``protocols.Engine``."""
-        config = self.config
-        nets: Networks = {
-            name: load_component(self.base, name)
-            for name in self.family.trained_components(config.adapter.text_encoders)
-        }
-        self.choose_attention(nets[self.family.network.component])
-        if config.engine.gradient_checkpointing:
-            for one in nets.values():
-                checkpoint_gradients(one)
-        named = self.choose_parameters(nets, seed)
-        masks = replace_dropout(nets)
-        for one in nets.values():
-            one.to(self.device).train()
-        parameters = FlatParameters(named)
-        ema = None
-        if config.optim.ema is not None:
-            place = torch.device("cpu") if config.optim.ema_offload else self.device
-            ema = parameters.flat.detach().to(place, copy=True)
-        net = nets.pop(self.family.network.component)
-        return TorchState(
-            net=net,
-            text_encoders=nets,
-            parameters=parameters,
-            optimizer=make_optimizer(config.optim, parameters.flat),
-            scaler=torch.amp.GradScaler(self.device.type, enabled=self.half is torch.float16),
-            ema=ema,
-            fault=torch.full((), -1, dtype=torch.int64, device=self.device),
-            masks=masks,
-        )
-
-    def choose_parameters(self, nets: Networks, seed: int) -> dict[str, torch.nn.Parameter]:
-        """Return the parameters to train by their names in files; all others are frozen."""
-        if self.config.adapter.kind != "full":
-            if self.half is not None:
-                for one in nets.values():
-                    # Not one.to(): diffusers' own warns of modules to keep in float32, naming none.
-                    torch.nn.Module.to(one, self.half)
-            return lora.add_adapters(nets, self.config.adapter, self.family, seed)
-        trained: dict[str, torch.nn.Parameter] = {}
-        for name, parameter in nets[self.family.network.component].named_parameters():
-            parameter.requires_grad_(name not in self.family.network.frozen_arrays)
-            if parameter.requires_grad:
-                trained[name] = parameter
-        return trained
-
-    def choose_attention(self, net: torch.nn.Module) -> None:
-        """Set plain products or xFormers, where the recipe asks for them and they can run."""
-        if self.config.engine.attention == "math":
-            net.set_default_attn_processor()  # type: ignore[operator]
-        if self.config.engine.attention == "xformers":
-            try:
-                net.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
-            except Exception as error:
-                if self.rank == 0:
-                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    self.report(
-                        f"xFormers cannot run here ({reason}); PyTorch's own memory-efficient "
-                        "attention is used"
-                    )
+        return make_state(self.config, self.base, self.family, self.process, seed, self.report)
 
     def step(
         self,

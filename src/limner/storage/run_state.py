@@ -1,0 +1,54 @@
+"""What a run is, as its checkpoints remember it: a versioned record, in JSON."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from limner.errors import InputError, IntegrityError
+from limner.plain import Plain
+
+STATE_FILE = "state.json"
+RUN_STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint remembers of its run besides arrays: all that the run's future depends
+    on."""
+
+    config: Plain  # resolved, as ``to_plain`` gives it
+    seed: int
+    batch_size: int  # global
+    world_size: int
+    records: int  # to train on
+    mixture: list[list[float | None]]  # repeats and weight of each data set
+    data_digest: str  # of the records' pictures and captions
+    base_digest: str  # of the base's configs and weights
+    random_digest: str  # of some random numbers, which another numpy might draw differently
+    numpy_version: str
+    version: int = RUN_STATE_VERSION
+
+    def to_plain(self) -> Plain:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_plain(cls, raw: Plain, folder: Path) -> "RunState":
+        """The inverse of ``to_plain``; ``folder`` is the checkpoint's.
+
+        Raises:
+            InputError: when another build of Limner began the run.
+            IntegrityError: when it is not what was written.
+        """
+        version = raw.get("version")
+        if version != RUN_STATE_VERSION:
+            build = "a later" if isinstance(version, int) and version > 1 else "an earlier"
+            raise InputError(
+                f"{folder}: this run was begun with {build} build of Limner, and its checkpoints "
+                "cannot be gone on from with this one. Go on with the build that began it, or "
+                "begin a new run in another folder."
+            )
+        names = {one.name for one in dataclasses.fields(cls)}
+        if missing := sorted(names - raw.keys()):
+            raise IntegrityError(f"{folder / STATE_FILE}: {', '.join(missing)} is missing")
+        return cls(**{name: raw[name] for name in names})

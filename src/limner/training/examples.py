@@ -1,0 +1,120 @@
+"""Which records a run sees, and in which order and batches."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from limner import rng
+from limner.config.schema import Config, DataSettings
+from limner.data import buckets, mixture
+from limner.data.index import Entry, Index, build_index, write_skipped
+from limner.data.order import Order
+from limner.data.source import Source
+from limner.errors import InputError
+from limner.features import caches
+from limner.protocols import ProcessGroup, Report
+from limner.storage.run_folder import RunFolder
+from limner.training.batch_plan import BatchPlan, make_plan
+from limner.training.resolve import Settled
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The records of a run, and the order and batches in which it sees them."""
+
+    index: Index  # of all good records
+    digest: str  # of those that are used
+    training: tuple[Entry, ...]
+    validation: tuple[Entry, ...]
+    plan: BatchPlan
+    order: Order
+
+
+def plan_examples(
+    settled: Settled, process: ProcessGroup, report: Report, *, read_only: bool
+) -> Examples:
+    """Decode every picture once, and divide the records into epochs and batches."""
+    config, source, seed = settled.config, settled.source, settled.config.train.seed or 0
+    index = index_records(source, config, process, report, read_only=read_only)
+    used = index
+    if config.data.max_records is not None:
+        used = index.sample(config.data.max_records, seed)
+    training, validation = split_validation(used.entries, config.validation.hold_out, seed)
+    order_for = partial(make_order, training, source, config.data, seed)
+    # The checkpoint's batch and seed win over the recipe's: positions in the stream depend on them.
+    plan = make_plan(
+        config,
+        process.world_size,
+        len(training),
+        settled.checkpoint.state if settled.checkpoint else None,
+        seed,
+        order_for,
+        process.device_count,
+    )
+    return Examples(index, used.digest, training, validation, plan, order_for(plan.batch_size))
+
+
+def index_records(
+    source: Source, config: Config, process: ProcessGroup, report: Report, *, read_only: bool
+) -> Index:
+    """Read every record once, in the first process. What is bad is refused, or left out and listed
+    in ``skipped.jsonl``; with ``read_only`` it is only left out."""
+    data = replace(config.data, on_bad_record="skip") if read_only else config.data
+
+    def build() -> object:
+        index = build_index(
+            source, data, cache_file=caches.known_pictures_file(config), report=report
+        )
+        if index.skipped and not read_only:
+            write_skipped(Path(config.run), index.skipped)
+            report(f"{RunFolder(Path(config.run)).skipped} names each of them, with the reason")
+        return index.to_plain()
+
+    return Index.from_plain(process.first(build))  # type: ignore[arg-type]
+
+
+def split_validation(
+    entries: tuple[Entry, ...], count: int, seed: int
+) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+    """The records to train on, and ``count`` others for validation, drawn by the seed."""
+    if count >= len(entries):
+        raise InputError(
+            f"validation.hold_out: {count} records are held out of {len(entries)}, so that none is "
+            "left to train on"
+        )
+    chosen = {int(i) for i in rng.at(seed, "hold out", 0).permutation(len(entries))[:count]}
+    training = tuple(entry for i, entry in enumerate(entries) if i not in chosen)
+    return training, tuple(entries[i] for i in sorted(chosen))
+
+
+def make_order(
+    entries: tuple[Entry, ...],
+    source: Source,
+    data: DataSettings,
+    seed: int,
+    batch_size: int,
+) -> Order:
+    """The order in which a run sees its records."""
+    shapes = [buckets.choose_shape(entry.size, data) for entry in entries]
+    sets = [mixture.set_of(source, entry.row) for entry in entries]
+    repeats = [one.repeats for one in data.sets] or [1]
+    weights = [one.weight for one in data.sets if one.weight is not None]
+    with_buckets = data.buckets is not None
+    return Order(seed, batch_size, shapes, sets, repeats, weights, with_buckets=with_buckets)
+
+
+def report_small_buckets(order: Order, batch_size: int, report: Report) -> None:
+    """Say which buckets cannot fill a single batch, and what that costs."""
+    if not order.with_buckets:
+        return
+    small = [row for row in order.count_batches() if row[1] < batch_size]
+    if not small:
+        return
+    names = [f"{width}x{height}: {records}" for (height, width), records, *_ in small[:5]]
+    named = ", ".join(names) + (", ..." if len(small) > 5 else "")
+    padding = sum(rows for *_, rows in small)
+    report(
+        f"{len(small)} of {len(order.shapes)} buckets have fewer pictures than a batch of "
+        f"{batch_size} ({named}); {padding} rows of every epoch's batches are empty for it, and "
+        "nothing is repeated"
+    )
