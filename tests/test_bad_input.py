@@ -18,7 +18,7 @@ import tiny
 from limner import cli
 from limner.compat import diffusers
 from limner.storage import atomic
-from limner.training import examples, setup
+from limner.training import records, setup
 
 SETTINGS = [
     "data.size=32",
@@ -521,14 +521,14 @@ def test_a_picture_that_vanishes_while_training_is_named(
     by_limner: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny.pictures(tmp_path / "mine", 2)
-    look = examples.index_records
+    look = records.index_records
 
     def look_then_lose(*arguments: Any, **settings: Any) -> Any:
         seen = look(*arguments, **settings)
         (folder / "001.png").unlink()
         return seen
 
-    monkeypatch.setattr(examples, "index_records", look_then_lose)
+    monkeypatch.setattr(records, "index_records", look_then_lose)
     said = refused(
         capsys,
         2,

@@ -11,6 +11,8 @@ import torch
 from limner.engines.dropout import keep_elements, make_keys, mix
 from limner.engines.torch.dropout import AddressedDropout, Masks, replace_dropout
 
+pytestmark = pytest.mark.frameworks
+
 COUNT = 1 << 14
 LAYERS = [f"unet.down_blocks.{i}.attn1.to_{name}.lora_dropout" for i in range(8) for name in "qkv"]
 HASHES = mix(np.arange(COUNT, dtype=np.uint32)).view(np.int32)

@@ -27,7 +27,7 @@ from limner.engines.torch import lora
 from limner.errors import InputError
 from limner.families import FAMILIES
 from limner.storage import checkpoint
-from limner.training import chain, loop
+from limner.training import loop, several_recipes
 from limner.training.stream import Stream
 
 SEED, SIZE, EYE = 3, 32, 24
@@ -652,7 +652,7 @@ def test_recipes_one_after_the_other_share_an_engine(kandinsky, sd, wide, tmp_pa
     for name, value in (("kind", "jax"), ("precision", "bf16"), ("fsdp", 2)):
         second = settings(kandinsky, wide, tmp_path / "second", DECODER, engine={name: value})
         with pytest.raises(InputError, match=f"need the same engine.{name}"):
-            chain.run_all([first, second])
+            several_recipes.run_all([first, second])
 
 
 def refusal(family: str, kandinsky: Path, **model: Any) -> str:

@@ -16,7 +16,7 @@ ROOT = Path(limner.__file__).parent
 # folder or a file of the package.
 ROOMS = (
     "errors",
-    "plain",
+    "json_types",
     "rng",
     "bundled",
     "config",

@@ -90,7 +90,7 @@ def add_train_arguments(parser: ArgumentParser) -> None:
 def run_train(arguments: Namespace) -> None:
     """Train one recipe, or several one after the other."""
     from limner.config import toml
-    from limner.training import chain, loop
+    from limner.training import loop, several_recipes
 
     recipes = [arguments.recipe]
     overrides = []
@@ -104,7 +104,7 @@ def run_train(arguments: Namespace) -> None:
     if len(configs) == 1:
         loop.run_training(configs[0])
     else:
-        chain.run_all(configs)
+        several_recipes.run_all(configs)
 
 
 def run_encode(arguments: Namespace) -> None:

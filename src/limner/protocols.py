@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from limner.plain import Plain
+from limner.json_types import Plain
 
 Report = Callable[[str], None]
 Array = Any  # numpy's, or of the framework that computes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from limner.base_model.weight_files import choose_files, has_weights, list_files
 from limner.errors import InputError
-from limner.plain import Plain
+from limner.json_types import Plain
 from limner.protocols import BaseConfigs
 from limner.storage import atomic
 

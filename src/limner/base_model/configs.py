@@ -7,7 +7,7 @@ from limner.base_model.base import INDEX, read_json
 from limner.base_model.importers import flax
 from limner.errors import InputError
 from limner.families.family import Family, Stage
-from limner.plain import Plain
+from limner.json_types import Plain
 
 # Libraries whose classes stock pipelines are made of.
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")

@@ -14,7 +14,7 @@ import numpy as np
 
 from limner import engines
 from limner.base_model.base import BaseModel
-from limner.commands.stand_in_base import open_base_or_stand_in
+from limner.commands.random_base import open_base_or_stand_in
 from limner.config.schema import Config
 from limner.data.index import Entry
 from limner.data.order import Order
@@ -23,8 +23,8 @@ from limner.diffusion import make_objective, schedules
 from limner.errors import InputError, NonFiniteError
 from limner.families.family import Family
 from limner.features.encoder import FeatureEncoder
-from limner.features.stand_in import StandInEncoders
-from limner.plain import Plain
+from limner.features.random_features import StandInEncoders
+from limner.json_types import Plain
 from limner.protocols import (
     BaseConfigs,
     Batch,

@@ -38,7 +38,7 @@ from limner.families.text import TextInput, encode_captions, tokenize
 from limner.features import caches
 from limner.features.caption_lengths import find_truncated_captions
 from limner.features.encoder import count_row_bytes
-from limner.features.stand_in import StandInEncoders, make_image_features
+from limner.features.random_features import StandInEncoders, make_image_features
 from limner.protocols import Features, Report
 from limner.storage import atomic
 from limner.training.setup import Setup, prepare

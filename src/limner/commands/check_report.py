@@ -178,7 +178,7 @@ def format_captions(report: CaptionReport) -> list[str]:
 
 
 def format_epoch(report: EpochReport) -> list[str]:
-    """Examples and steps."""
+    """RunRecords and steps."""
     anew = ""
     if report.new_crops_each_time:
         anew = f", {report.new_crops_each_time} pictures cut anew each time"

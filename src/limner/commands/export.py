@@ -13,7 +13,7 @@ from limner.diffusion import make_objective
 from limner.errors import InputError, IntegrityError
 from limner.families import FAMILIES
 from limner.families.family import Family
-from limner.plain import Plain
+from limner.json_types import Plain
 from limner.storage import atomic, checkpoint
 from limner.storage.run_folder import RunFolder
 from limner.training.push import push_result

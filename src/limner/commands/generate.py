@@ -15,7 +15,7 @@ from limner import engines
 from limner.base_model.base import INDEX
 from limner.data.contact_sheet import draw_contact_sheet
 from limner.errors import InputError
-from limner.plain import Plain
+from limner.json_types import Plain
 from limner.protocols import ModelSource
 from limner.storage import atomic
 from limner.storage.layout import LORA_FILE

@@ -8,7 +8,7 @@ from limner.config import toml
 from limner.config.schema import Config, DataSettings
 from limner.config.toml import format_value
 from limner.data import mixture
-from limner.plain import Plain
+from limner.json_types import Plain
 from limner.training.batch_plan import make_plan
 from limner.training.resolve import resolve
 

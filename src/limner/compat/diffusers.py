@@ -16,7 +16,7 @@ from limner.config.rules import check_config
 from limner.config.schema import Config
 from limner.config.toml import build
 from limner.errors import InputError, report_once
-from limner.plain import Plain
+from limner.json_types import Plain
 
 BEGIN = "<!-- flags: begin -->"
 END = "<!-- flags: end -->"

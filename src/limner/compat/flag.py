@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limner.plain import Plain
+from limner.json_types import Plain
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from limner.config.schema import SETTINGS, Config
 from limner.errors import InputError
-from limner.plain import Plain
+from limner.json_types import Plain
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Config:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from limner.config.schema import DataSettings
 from limner.data.source import BadRecord, Record, explain_missing_column, read_captions
 from limner.errors import InputError
-from limner.plain import Plain
+from limner.json_types import Plain
 from limner.protocols import Report
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

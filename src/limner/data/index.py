@@ -25,7 +25,7 @@ from limner.data.image import Undecodable
 from limner.data.similarity import FLAT
 from limner.data.source import BadRecord, Record, Source
 from limner.errors import DiskError, InputError
-from limner.plain import Plain
+from limner.json_types import Plain
 from limner.protocols import Report
 from limner.storage import atomic
 from limner.storage.run_folder import RunFolder

@@ -8,7 +8,7 @@ import numpy as np
 
 from limner.config.declare import Need
 from limner.families.text import Text
-from limner.plain import Plain
+from limner.json_types import Plain
 from limner.protocols import Arguments, Array, BaseConfigs, Features
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limner.errors import InputError, IntegrityError
-from limner.plain import Plain
+from limner.json_types import Plain
 from limner.storage import atomic
 from limner.storage.run_state import STATE_FILE, RunState
 from limner.storage.safetensors import NamedArrays, read_arrays, write_arrays

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from limner.config.schema import AdapterSettings, Config
 from limner.families.family import Family
-from limner.plain import Plain
+from limner.json_types import Plain
 from limner.protocols import Arrays
 from limner.storage import checkpoint
 from limner.storage.checkpoint import Checkpoint

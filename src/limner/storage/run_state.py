@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limner.errors import InputError, IntegrityError
-from limner.plain import Plain
+from limner.json_types import Plain
 
 STATE_FILE = "state.json"
 RUN_STATE_VERSION = 1

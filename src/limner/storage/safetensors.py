@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from limner.plain import Plain
+from limner.json_types import Plain
 
 NamedArrays = dict[str, np.ndarray]
 DTYPE_NAMES = {

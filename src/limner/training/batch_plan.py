@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from limner.config.schema import Config, TrainSettings
 from limner.data.order import Order
 from limner.errors import InputError
-from limner.plain import Plain
+from limner.json_types import Plain
 from limner.storage.run_state import RunState
 
 

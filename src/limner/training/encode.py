@@ -87,11 +87,8 @@ def list_requests(setup: Setup) -> tuple[list[str], list[ImageRequest]]:
     """All captions and pictures that can be cached and that the run will ask for."""
     stream, validation = setup.stream, setup.validation_entries
     captions: list[str] = []
-    if setup.family.text.components:
-        entries = (*stream.entries, *validation)
-        captions = list(dict.fromkeys(c for entry in entries for c in entry.captions))
-        if setup.config.data.drop_caption:
-            captions.append("")
+    if setup.family.text.inputs:
+        captions = stream.captions.list_variants((*stream.entries, *validation))
     pictures = [
         stream.crops.make_request(entry, crop)
         for entry in stream.entries

@@ -11,9 +11,9 @@ from limner.base_model.base import BaseModel
 from limner.base_model.hub import HUB_NAME
 from limner.config import toml
 from limner.config.schema import SETTINGS
-from limner.families.example import ExampleNames, write_example
 from limner.families.family import Family
-from limner.plain import Plain
+from limner.families.snippet import ExampleNames, write_example
+from limner.json_types import Plain
 from limner.storage.layout import LORA_FILE
 from limner.storage.run_folder import GRID_FILE
 

@@ -15,7 +15,7 @@ from limner.config import toml
 from limner.config.schema import AdapterSettings, Config
 from limner.errors import IntegrityError
 from limner.families.family import Family
-from limner.plain import Plain
+from limner.json_types import Plain
 from limner.storage import atomic, layout, safetensors
 from limner.storage.checkpoint import Checkpoint
 from limner.storage.layout import LORA_FILE, WEIGHTS_FILE

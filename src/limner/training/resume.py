@@ -8,7 +8,7 @@ from limner import rng
 from limner.config import toml
 from limner.config.schema import SETTINGS, Config
 from limner.errors import InputError
-from limner.plain import Plain
+from limner.json_types import Plain
 from limner.protocols import Report
 from limner.storage import atomic
 from limner.storage.checkpoint import Checkpoint

@@ -20,7 +20,7 @@ from limner.protocols import Engine, ProcessGroup, Report
 from limner.storage.checkpoint import Checkpoint
 from limner.storage.run_state import RunState
 from limner.training.batch_plan import BatchPlan
-from limner.training.examples import Examples, plan_examples, report_small_buckets
+from limner.training.records import RunRecords, plan_records, report_small_buckets
 from limner.training.resolve import Settled, settle
 from limner.training.resume import make_run_state, report_changes
 from limner.training.signals import Stop
@@ -74,13 +74,13 @@ def prepare(
     """
     settled = settle(config, source, process, report, read_only=read_only)
     config, base, checkpoint = settled.config, settled.base, settled.checkpoint
-    examples = plan_examples(settled, process, report, read_only=read_only)
-    plan = examples.plan
+    records = plan_records(settled, process, report, read_only=read_only)
+    plan = records.plan
     base_digest = digest_base(base, settled.family, process)
-    run_state = make_run_state(config, plan, examples.digest, base_digest)
+    run_state = make_run_state(config, plan, records.digest, base_digest)
     if checkpoint is not None:
         report_changes(checkpoint, run_state, plan, report)
-    report_small_buckets(examples.order, plan.batch_size, report)
+    report_small_buckets(records.order, plan.batch_size, report)
     micro = plan.micro_batch_size
     engine = engines.open_engine(config, base, settled.family, process, micro, report)
     return Setup(
@@ -91,9 +91,9 @@ def prepare(
         process=process,
         engine=engine,
         source=settled.source,
-        index=examples.index,
-        stream=open_stream(settled, examples, engine, process, report, read_only=read_only),
-        validation_entries=examples.validation,
+        index=records.index,
+        stream=open_stream(settled, records, engine, process, report, read_only=read_only),
+        validation_entries=records.validation,
         checkpoint=checkpoint,
         run_state=run_state,
         report=report,
@@ -103,7 +103,7 @@ def prepare(
 
 def open_stream(
     settled: Settled,
-    examples: Examples,
+    records: RunRecords,
     engine: Engine,
     process: ProcessGroup,
     report: Report,
@@ -119,8 +119,8 @@ def open_stream(
         config, family, process, engine.get_encoders, image_store, text_store
     )
     return Stream(
-        entries=examples.training,
-        order=examples.order,
+        entries=records.training,
+        order=records.order,
         source=settled.source,
         data=config.data,
         noise=config.objective,
@@ -128,8 +128,8 @@ def open_stream(
         family=family,
         configs=base.configs,
         features=features,
-        seed=examples.plan.seed,
-        batch_size=examples.plan.batch_size,
+        seed=records.plan.seed,
+        batch_size=records.plan.batch_size,
         text_encoders=config.adapter.text_encoders,
     )
 

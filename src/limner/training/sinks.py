@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin
 from limner.config import toml
 from limner.config.schema import Config
 from limner.errors import InputError
-from limner.plain import Plain
+from limner.json_types import Plain
 from limner.storage import atomic
 from limner.storage.run_folder import METRICS_FILE, TRACKER_ID_FILE, RunFolder
 

@@ -20,6 +20,7 @@ from limner.families.family import Family
 from limner.families.text import zero_dropped
 from limner.features.encoder import FeatureEncoder
 from limner.protocols import BaseConfigs, Batch
+from limner.training.captions import Captions
 from limner.training.crops import Crops
 
 
@@ -63,6 +64,11 @@ class Stream:
         """How the pictures are cropped."""
         return Crops(self.source, self.data, self.family, self.configs, self.seed)
 
+    @property
+    def captions(self) -> Captions:
+        """Which caption an example gets."""
+        return Captions(self.data, self.seed)
+
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The rows of process ``rank`` in the batch of optimizer step ``step`` (from 0)."""
         share = self.batch_size // world
@@ -85,21 +91,16 @@ class Stream:
         if not counts:
             # A row of padding repeats the first example of its batch, with weight 0.
             number = self.order.entry(position - position % self.batch_size)
-        entry, data = self.entries[number], self.data
-
-        def chance(purpose: str) -> float:
-            return rng.uniform(self.seed, purpose, position)
-
-        caption = entry.captions[int(chance("caption") * len(entry.captions))]
-        dropped = data.drop_caption > 0 and chance("drop") < data.drop_caption
+        entry = self.entries[number]
+        caption, dropped = self.captions.draw(entry, position)
         return Draw(
             position=position,
             entry=entry,
             geometry=self.crops.draw(entry, position),
-            caption="" if dropped else caption,
+            caption=caption,
             dropped=dropped,
             counts=counts,
-            u=chance("timestep"),
+            u=rng.uniform(self.seed, "timestep", position),
         )
 
     def assemble(self, draws: list[Draw], purpose_prefix: str) -> Batch:

@@ -17,7 +17,7 @@ import numpy as np
 
 from limner.base_model.base import INDEX, read_json
 from limner.errors import InputError
-from limner.plain import Plain
+from limner.json_types import Plain
 from limner.storage import atomic, safetensors
 
 NETWORK_FILE = "diffusion_flax_model.msgpack"

@@ -19,7 +19,7 @@ from limner.config.schema import Config, ModelSettings
 from limner.errors import InputError, LimnerError
 from limner.families.family import Family
 from limner.families.published import load_published
-from limner.plain import Plain
+from limner.json_types import Plain
 from limner.protocols import BaseConfigs, ProcessGroup
 from limner.storage import atomic, safetensors
 from limner.storage.layout import WEIGHTS_FILE

@@ -19,7 +19,7 @@ from limner.training.resolve import Settled
 
 
 @dataclass(frozen=True)
-class Examples:
+class RunRecords:
     """The records of a run, and the order and batches in which it sees them."""
 
     index: Index  # of all good records
@@ -30,9 +30,9 @@ class Examples:
     order: Order
 
 
-def plan_examples(
+def plan_records(
     settled: Settled, process: ProcessGroup, report: Report, *, read_only: bool
-) -> Examples:
+) -> RunRecords:
     """Decode every picture once, and divide the records into epochs and batches."""
     config, source, seed = settled.config, settled.source, settled.config.train.seed or 0
     index = index_records(source, config, process, report, read_only=read_only)
@@ -51,7 +51,7 @@ def plan_examples(
         order_for,
         process.device_count,
     )
-    return Examples(index, used.digest, training, validation, plan, order_for(plan.batch_size))
+    return RunRecords(index, used.digest, training, validation, plan, order_for(plan.batch_size))
 
 
 def index_records(
