@@ -89,7 +89,6 @@ def tensors(value: Any) -> Any:
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
-
     from limner.engines.torch.encoders import load_component
 
     found = opened({"sd": base, "sdxl": sdxl}[family], family)
@@ -138,15 +137,14 @@ def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
     )
     assert max(np.abs(np.asarray(gradient[name]) - g).max() for name, g in wanted.items()) < 1e-6
 
-    def run(x: Any, t: Any) -> np.ndarray:
-        inputs_at = {"sample": x, "timestep": t, **inputs}
-        return np.asarray(
-            jax.jit(lambda a: unet.unet(Params(a), known, inputs_at))(arrays), np.float32
-        )
+    @jax.jit
+    def run(arrays: Any, x: Any, t: Any) -> Any:
+        return unet.unet(Params(arrays), known, {"sample": x, "timestep": t, **inputs})
 
-    half, plain = run(x.astype(jax.numpy.bfloat16), t), run(x, t)
+    half = np.asarray(run(arrays, x.astype(jax.numpy.bfloat16), t), np.float32)
+    plain, moved = np.asarray(run(arrays, x, t)), np.asarray(run(arrays, x, t + 200))
     assert np.linalg.norm(half - plain) < 3e-2 * np.linalg.norm(plain)
-    assert np.abs(run(x, t + 200) - plain).max() > 1e-3, "the timestep is not felt"
+    assert np.abs(moved - plain).max() > 1e-3, "the timestep is not felt"
 
 
 def test_latents_of_odd_sides(base: Path) -> None:
