@@ -75,6 +75,16 @@ def test_every_exception_is_needed() -> None:
     assert needless == []
 
 
+def test_a_public_name_means_one_thing() -> None:
+    """No function or class of one name in more than two rooms."""
+    rooms: dict[str, set[str]] = {}
+    for path, text in read_sources().items():
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
+                rooms.setdefault(node.name, set()).add(path.split("/")[0])
+    assert {name: found for name, found in rooms.items() if len(found) > 2} == {}
+
+
 def test_any_is_rare() -> None:
     sources = read_sources().values()
     anys = sum(
