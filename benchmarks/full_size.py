@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from limner.commands import stand_in_base
+from limner.commands import random_base
 from limner.families.published import load_published
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -57,7 +57,7 @@ def make_base(folder: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     for part, known in (("unet", load_published("sd")["unet"]), ("vae", VAE)):
-        stand_in_base.write_random_component(folder / part, known)
+        random_base.write_random_component(folder / part, known)
     words = tiny.write_tokenizer(folder / "tokenizer")
     CLIPTextModel(
         CLIPTextConfig(**TEXT, bos_token_id=words - 2, eos_token_id=words - 1)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from limner import engines
 from limner.base_model.open import open_base
-from limner.commands import bench, stand_in_base
+from limner.commands import bench, random_base
 from limner.config import toml
 from limner.config.schema import Config, ModelSettings
 from limner.engines.torch import encoders
@@ -231,7 +231,7 @@ def test_random_weights_where_the_base_is_not_at_hand(sd, tmp_path, monkeypatch)
     }
     published = load_published("sd")
     small = replace(published, components=published.components | changed)
-    monkeypatch.setattr(stand_in_base, "load_published", lambda family: small)
+    monkeypatch.setattr(random_base, "load_published", lambda family: small)
     figures, text = measured(recipe("nobody/has-this"), steps=1)
     assert figures["weights"] == "random" and figures["base"] == "Stable Diffusion 1.5"
     assert "random, made for this measurement" in text
@@ -245,14 +245,14 @@ def test_a_base_in_the_hubs_cache_is_at_hand_when_it_is_whole(sd, tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     known = ModelSettings(base="somebody/small", cache_dir=str(tmp_path))
-    assert stand_in_base.find_local_base(known, SD) == str(repository / "snapshots" / commit)
-    assert stand_in_base.find_local_base(replace(known, base="somebody/else"), SD) is None
+    assert random_base.find_local_base(known, SD) == str(repository / "snapshots" / commit)
+    assert random_base.find_local_base(replace(known, base="somebody/else"), SD) is None
     next((repository / "snapshots" / commit / "unet").glob("*.safetensors")).unlink()
-    assert stand_in_base.find_local_base(known, SD) is None
+    assert random_base.find_local_base(known, SD) is None
 
 
 def test_random_weights_are_drawn_as_layers_start(sd, tmp_path):
-    stand_in_base.write_random_component(
+    random_base.write_random_component(
         tmp_path / "unet", open_base(ModelSettings(base=str(sd)), SD).configs["unet"]
     )
     arrays, _ = read_arrays(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")

@@ -309,12 +309,12 @@ def test_a_batch_that_does_not_divide_is_refused_and_nothing_is_lost(
     seen: Seen, base: Path, pictures: Path
 ) -> None:
     for rank in (0, 1):
-        kind, text, _, code, _ = seen.ends[rank][9]
+        kind, text, _, code, _ = seen.ends[rank][10]
         assert (kind, code) == (
             "InputError",
             2,
         ) and "a global batch of 3 cannot be divided among 2 processes" in text
-        kind, text, _, code, _ = seen.ends[rank][8]
+        kind, text, _, code, _ = seen.ends[rank][9]
         assert (kind, code) == (
             "InputError",
             2,
@@ -334,7 +334,7 @@ def test_a_batch_that_does_not_divide_is_refused_and_nothing_is_lost(
 
 
 def test_one_process_speaks_for_all(seen: Seen) -> None:
-    assert [[end[4] for end in ends if end[0] == "done"] for ends in seen.ends][1] == [[]] * 8
+    assert [[end[4] for end in ends if end[0] == "done"] for ends in seen.ends][1] == [[]] * 9
     for mine, others in zip(*seen.ends, strict=True):
         if mine[0] != "done":
             assert (mine[2], others[2]) == (False, True), f"told twice: {mine[1]}"
