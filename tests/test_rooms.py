@@ -142,6 +142,28 @@ def test_frameworks_are_imported_in_the_engines_only(path: Path) -> None:
         assert not any(found.values())
 
 
+# What runs code that a file holds, by itself or by a library's call.
+UNPICKLING_MODULES = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+UNPICKLING_NAMES = {"serialize_executable", "allow_pickle", "weights_only", "Unpickler"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nothing_is_unpickled(path: Path) -> None:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            modules = names if isinstance(node, ast.Import) else [str(node.module)]
+            found |= {module.split(".")[0] for module in modules} & UNPICKLING_MODULES
+            found |= set(names) & UNPICKLING_NAMES
+        elif isinstance(node, ast.keyword | ast.Attribute):
+            name = node.arg if isinstance(node, ast.keyword) else node.attr
+            found |= {str(name)} & UNPICKLING_NAMES
+            if ast.unparse(node) in ("torch.load", "np.load", "numpy.load", "pd.read_pickle"):
+                found.add(ast.unparse(node))
+    assert not found
+
+
 @pytest.mark.parametrize(
     "module",
     [

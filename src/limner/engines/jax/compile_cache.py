@@ -1,43 +1,56 @@
-"""Compiled programs on disk. JAX's own cache knows a program when it has been traced; beside it, in
-the same folder, lie whole steps that are found by what they are made from, which spares the tracing
-too."""
+"""Compiled programs on disk: executables in JAX's own cache, and traced programs beside them.
+
+JAX finds an executable once a function has been traced and lowered. The result of that, StableHLO,
+is kept in the same folder under a digest of all that it depends on, so that the next process needs
+no tracing. It is data that ``jax.export`` reads, and executables are XLA's own files: nothing is
+unpickled.
+"""
 
 import contextlib
 import functools
 import hashlib
 import json
 import os
-import pickle
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
-from jax._src import compilation_cache
-from jax.experimental import serialize_executable
+from jax import export
 
 import limner
-from limner.engines.machine import instruction_sets, processor_name
+from limner.engines.jax import sealed_cache
 from limner.errors import InputError
+from limner.protocols import Report
 from limner.storage import atomic
 
-ENABLED_FOLDER = 4 << 30  # bytes of compiled programs; those that were used longest ago go first
-WORTH_SECONDS = 0.5  # seconds of compiling that are worth a file
+MAX_BYTES = 4 << 30  # of compiled programs; those that were used longest ago go first
+# JAX refuses to export these by default, since another version may not know them; the digest that
+# a program is found by has the version.
+CUSTOM_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
 
 
-def enable(place: str) -> None:
-    """Keep compiled programs on disk, where another process finds them; unless the recipe names a
-    folder, what ``JAX_COMPILATION_CACHE_DIR`` says holds.
+def enable(setting: str) -> None:
+    """Keep compiled programs on disk, where another process finds them.
+
+    Args:
+        setting: ``engine.compile_cache``: a folder, "off", or "auto": what
+            ``JAX_COMPILATION_CACHE_DIR`` says, else a folder in the user's cache.
 
     Raises:
         InputError: when the folder cannot be written.
     """
-    if place == "off" or (place == "auto" and "JAX_COMPILATION_CACHE_DIR" in os.environ):
+    if setting == "off":
         return
-    folder = atomic.user_cache_folder() / "jax" if place == "auto" else Path(place)
+    if setting == "auto" and "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        values = jax.config.values
+        if values["jax_compilation_cache_dir"]:
+            sealed_cache.install(
+                values["jax_compilation_cache_dir"], values["jax_compilation_cache_max_size"]
+            )
+        return
+    folder = atomic.user_cache_folder() / "jax" if setting == "auto" else Path(setting)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -47,113 +60,123 @@ def enable(place: str) -> None:
             f"engine.compile_cache: {folder} cannot be written ({error.strerror}); give another "
             "folder, or off"
         ) from error
-    sweep(folder)
+    sealed_cache.sweep(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", ENABLED_FOLDER)
-
-
-def sweep(folder: Path) -> None:
-    """Remove programs that a killed process has left half-written: JAX would trip over them for
-    ever. Of a whole one the time of its last use is there too."""
-    with (
-        contextlib.suppress(filelock.Timeout),
-        filelock.FileLock(folder / ".lockfile", timeout=10),
-    ):  # JAX's own lock
-        for path in folder.glob("*-cache"):
-            if not path.with_name(f"{path.name.removesuffix('-cache')}-atime").exists():
-                path.unlink(missing_ok=True)
+    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    sealed_cache.install(str(folder), MAX_BYTES)
 
 
 def load_or_compile(
-    make: Callable[[], Any], devices: Sequence[Any], meaning: Any, arguments: Any
-) -> Any:
-    """What ``make`` compiles, or the same program from the disk, where an earlier process has left
-    it.
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    devices: Sequence[jax.Device],
+    meaning: Any,
+    report: Report,
+    *,
+    out_shardings: Any,
+    donate_argnums: int | tuple[int, ...] = (),
+) -> jax.stages.Compiled:
+    """Compile a pure function, without tracing it if an earlier process has kept its trace.
 
     Args:
-        make: lowers and compiles.
+        arguments: trees of arrays, whose names, shapes, types and shardings matter.
         devices: those that the program runs on.
-        meaning: all that the program depends on besides this package's code, JAX, its settings and
-            the machine; JSON.
-        arguments: a tree of arrays, of which names, shapes, types and places matter.
+        meaning: all that the program depends on besides the function's name, arguments, this
+            package's code, JAX and JAX's settings; plain values.
+        report: is told of an entry that is made again.
+        out_shardings, donate_argnums: see ``jax.jit``.
     """
-    store: Any = compilation_cache._get_cache(
-        devices[0].client
-    )  # what puts JAX's own programs there, throws out the oldest, and locks
-    if store is None:
-        return make()
-    key = f"limner-{cache_key(devices, meaning, arguments)}"
-    if found := store.get(key):
-        try:
-            seal, blob = found[:32], found[32:]
-            if hashlib.sha256(blob).digest() != seal:
-                raise ValueError("a damaged program")
-            program, takes, gives = pickle.loads(blob)
-            return serialize_executable.deserialize_and_load(
-                program, takes, gives, devices[0].client, devices
-            )
-        except Exception:  # whatever is wrong with it, the program can be made again
-            for path in Path(store._path).glob(f"{key}-*"):
-                path.unlink(missing_ok=True)
-    began = time.monotonic()
-    with found_by_jax() as hits:
-        made = make()
-    if not hits and time.monotonic() - began > WORTH_SECONDS:
-        with contextlib.suppress(Exception):  # some programs cannot be written, and some disks
-            blob = pickle.dumps(serialize_executable.serialize(made))
-            store.put(key, hashlib.sha256(blob).digest() + blob)
-    return made
 
+    def lower(function: Callable[..., Any]) -> jax.stages.Lowered:
+        jitted = jax.jit(function, out_shardings=out_shardings, donate_argnums=donate_argnums)
+        return jitted.lower(*arguments)
 
-@contextlib.contextmanager
-def found_by_jax() -> Iterator[list[str]]:
-    """What JAX's own cache gives meanwhile. On CPUs such a program lacks functions when it is
-    written once more, and then fails where it is run."""
-    heard: list[str] = []
-
-    def listen(event: str, **_: Any) -> None:
-        if event == "/jax/compilation_cache/cache_hits":
-            heard.append(event)
-
-    jax.monitoring.register_event_listener(listen)
+    cache = sealed_cache.find_installed()
+    if cache is None:
+        return lower(function).compile()
+    cache.report = report
+    how = [function.__qualname__, meaning, repr(out_shardings), repr(donate_argnums)]
+    key = f"traced-{cache_key(devices, how, arguments)}"
+    program: bytes | None = None
+    # Some disks cannot be read, and some not written.
+    with contextlib.suppress(OSError, TimeoutError):
+        program = cache.get(key)
+    if program is None:
+        program = export_program(jax.jit(function, out_shardings=out_shardings), arguments, devices)
+        if program is None:
+            return lower(function).compile()
+        with contextlib.suppress(OSError, TimeoutError):
+            cache.put(key, program)
+    # What has just been traced is lowered from its bytes too: JAX's cache, which goes by what is
+    # lowered, then finds the executable for the next process.
     try:
-        yield heard
-    finally:
-        jax.monitoring.unregister_event_listener(listen)
+        lowered = lower(name_like(export.deserialize(bytearray(program)).call, function))
+    except Exception:
+        # Its bytes are those that were written, and it is not this function all the same.
+        cache.remove(key, "JAX cannot read it")
+        lowered = lower(function)
+    return lowered.compile()
 
 
-def cache_key(devices: Sequence[Any], meaning: Any, arguments: Any) -> str:
-    """A digest of all that makes a program what it is."""
+def name_like(call: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a call of an exported function under the function's own name, which profiles show."""
+
+    def run(*arguments: Any) -> Any:
+        return call(*arguments)
+
+    run.__name__ = function.__name__
+    return run
+
+
+def export_program(
+    jitted: Any, arguments: tuple[Any, ...], devices: Sequence[jax.Device]
+) -> bytes | None:
+    """Trace a jitted function for the platform of some devices.
+
+    Returns:
+        Its StableHLO; None for a function that JAX cannot export, such as one with effects, with
+        callbacks to the host, or with cuDNN's attention on several GPUs; and without the
+        flatbuffers library.
+    """
+    platform = devices[0].platform
+    if platform == "gpu":
+        platform = "cuda" if "cuda" in devices[0].client.platform_version.lower() else "rocm"
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]
+    try:
+        exported = export.export(jitted, platforms=[platform], disabled_checks=checks)(*arguments)
+        return bytes(exported.serialize())
+    except Exception:
+        # The function is compiled as it is, which says what is wrong with it, if anything is.
+        return None
+
+
+def cache_key(devices: Sequence[jax.Device], meaning: Any, arguments: Any) -> str:
+    """Return a digest of all that a traced program depends on."""
     leaves = [
         [jax.tree_util.keystr(path), list(a.shape), str(a.dtype), str(getattr(a, "sharding", None))]
         for path, a in jax.tree_util.tree_flatten_with_path(arguments)[0]
     ]
-    first = devices[0]
-    place = [
-        [d.id for d in devices],
-        jax.process_index(),
-        first.device_kind,
-        first.client.platform_version,
-    ]
-    place += [processor_name(), instruction_sets()] if first.platform == "cpu" else []
     settings = {
         name: repr(value)
         for name, value in sorted(jax.config.values.items())
         if "cache" not in name
     }
-    flags = {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
-    versions = [version(name) for name in ("jax", "jaxlib", "numpy", "optax")]
-    return hashlib.sha256(
-        json.dumps(
-            [digest_package(), versions, place, settings, flags, meaning, leaves], sort_keys=True
-        ).encode()
-    ).hexdigest()
+    parts = [
+        digest_package(),
+        [version(name) for name in ("jax", "jaxlib", "numpy", "optax")],
+        [len(devices), devices[0].device_kind, devices[0].client.platform_version],
+        settings,
+        meaning,
+        leaves,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache
 def digest_package() -> str:
-    """A digest of this package's own code."""
-    root, digest = Path(limner.__file__).parent, hashlib.sha256()
+    """Return a digest of this package's own code."""
+    root = Path(limner.__file__).parent
+    digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()

@@ -211,24 +211,24 @@ class JaxEngine:
         donated: int | tuple[int, ...] = (),
     ) -> Any:
         """Return a function compiled for these arguments, or the same program from the disk."""
-
-        def compile_program() -> Any:
-            with jax.default_matmul_precision(self.matmul_precision):
-                jitted = jax.jit(function, out_shardings=out_shardings, donate_argnums=donated)
-                return jitted.lower(*arguments).compile()
-
         config, configs = toml.to_plain(self.config), self.base.configs
         config["engine"].pop("compile_cache", None)
         meaning = {name: config[name] for name in ("adapter", "engine", "objective", "optim")}
         meaning |= {
             "configs": configs.components | {"model_index": configs.model_index},
             "family": self.family.name,
-            "function": function.__name__,
             "precision": self.process.precision,
-            "how": repr((out_shardings, donated)),
         }
-        devices = list(self.mesh.devices.flat)
-        return compile_cache.load_or_compile(compile_program, devices, meaning, arguments)
+        with jax.default_matmul_precision(self.matmul_precision):
+            return compile_cache.load_or_compile(
+                function,
+                arguments,
+                list(self.mesh.devices.flat),
+                meaning,
+                self.report,
+                out_shardings=out_shardings,
+                donate_argnums=donated,
+            )
 
     def fetch_metrics(self, state: State, metrics: Sequence[Metrics]) -> list[dict[str, float]]:
         """See ``protocols.Engine``."""
