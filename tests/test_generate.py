@@ -276,3 +276,18 @@ def test_show_prints_settings_and_arithmetic(pictures, tmp_path, capsys, monkeyp
         recipe, ["optim.learning_rate=2e-5"]
     )
     assert json.loads(json.dumps(tomllib.loads(said)))["train"]["batch_size"] == 8
+
+
+def test_what_show_prints_is_a_recipe(pictures, tmp_path, capsys):
+    """Tables, lists of tables and what is not set in them, too."""
+    import tomllib
+
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'[model]\nbase = "x"\n[data]\nsets = [{{ folder = "{pictures}", repeats = 2 }}]\n'
+        "[data.buckets]\nstep = 16\n[objective.timestep_bias]\nmultiplier = 2.0\n"
+        "[train]\nsteps = 3\nbatch_size = 2\n"
+    )
+    assert cli.main(["show", str(recipe)]) == 0
+    said = capsys.readouterr().out
+    assert toml.build(Config, tomllib.loads(said)) == toml.load_recipe(recipe)

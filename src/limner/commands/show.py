@@ -21,12 +21,19 @@ def format_settings(config: Config) -> str:
     lines = [f"run = {format_value(plain.pop('run'))}"]
     for section, values in plain.items():
         lines += ["", f"[{section}]", *format_section(values)]
+        tables = {name: v for name, v in values.items() if isinstance(v, dict)}
+        for name, table in tables.items():
+            lines += ["", f"[{section}.{name}]", *format_section(table)]
     return "\n".join([*lines, "", *format_arithmetic(config)])
 
 
 def format_section(values: Plain) -> list[str]:
-    """Settings that have a value, then the names of those that have none."""
-    given = [f"{name} = {format_value(v)}" for name, v in values.items() if v is not None]
+    """Settings that have a value, then the names of those that have none; tables are left out."""
+    given = [
+        f"{name} = {format_value(v)}"
+        for name, v in values.items()
+        if v is not None and not isinstance(v, dict)
+    ]
     return given + [f"# {name} is not set" for name, v in values.items() if v is None]
 
 

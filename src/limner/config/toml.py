@@ -52,9 +52,12 @@ def find_recipe(path: Path) -> Path:
 
 
 def format_value(value: object) -> str:
-    """A plain value as TOML writes it."""
+    """A plain value as TOML writes it; TOML has no word for a setting that is not set."""
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {format_value(v)}" for k, v in value.items()) + " }"
+        pairs = [f"{k} = {format_value(v)}" for k, v in value.items() if v is not None]
+        return "{ " + ", ".join(pairs) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(format_value, value)) + "]"
     return re.sub(
         "[\x7f\ud800-\udfff]",
         lambda found: f"\\u{ord(found[0]):04x}",
