@@ -281,7 +281,9 @@ class ObjectiveSettings:
     timestep_bias: TimestepBiasSettings | None = setting(
         None, "draw some timesteps more often than others", on_card=True
     )
-    flow: FlowSettings = field(default_factory=FlowSettings)
+    flow: FlowSettings | None = setting(
+        None, "noise levels of flow matching; none: the defaults, of a base that has them"
+    )
 
 
 @dataclass(frozen=True)

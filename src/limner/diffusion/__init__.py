@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from limner.config.schema import FlowSettings, ObjectiveSettings
+from limner.config.schema import ObjectiveSettings
 from limner.diffusion.flow import FlowObjective
 from limner.diffusion.gaussian import GaussianObjective
 from limner.diffusion.objective import Objective
@@ -18,7 +18,7 @@ def make_objective(scheduler: dict[str, Any], settings: ObjectiveSettings) -> Ob
     name = scheduler.get("_class_name")
     if name == "FlowMatchEulerDiscreteScheduler":
         return FlowObjective.from_scheduler(scheduler, settings)
-    if settings.flow != FlowSettings():
+    if settings.flow is not None:
         raise InputError(
             "objective.flow: it is for flow matching, and the base was trained on the noise "
             f"schedule of a {name}. Leave objective.flow out."

@@ -65,7 +65,7 @@ class FlowObjective:
         ]
         if meaningless:
             raise InputError("\n".join(meaningless))
-        flow = settings.flow
+        flow = settings.flow or FlowSettings()
         if not -1 <= flow.mode_scale <= LARGEST_MODE_SCALE:
             raise InputError(
                 f"objective.flow.mode_scale: {flow.mode_scale} is not within -1 to "
