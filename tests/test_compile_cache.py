@@ -28,6 +28,8 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 from limner.engines.jax import compile_cache, sealed_cache  # noqa: E402
 
+pytestmark = pytest.mark.frameworks
+
 SETTINGS = (
     "jax_compilation_cache_dir",
     "jax_compilation_cache_max_size",
