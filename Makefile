@@ -16,7 +16,7 @@ quick: install
 
 # The quick tests first, then all others.
 test: quick
-	$(BIN)/python -m pytest -m "frameworks and not soak" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "frameworks and not soak" --numprocesses 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -39,8 +39,6 @@ PREFIXES = (
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT")
 FRAMEWORKS = ("torch", "jax", "diffusers", "transformers", "accelerate", "peft")
 MODELS = {"base", "sd", "sd_fp16", "sdxl", "sd3", "kandinsky"}  # fixtures, below
-# Begun first, so that no worker is left alone with one of them at the end.
-LONGEST = ("test_jax.py", "test_guide.py", "test_resume.py", "test_world_size.py", "test_sdxl.py")
 WHOLE_FILE = re.compile(r"^pytestmark = (\[\s*)?pytest\.mark\.frameworks\b", re.MULTILINE)
 
 
@@ -169,9 +167,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that is given a tiny model needs the framework which makes it; long files go first."""
-    others = len(LONGEST)
-    items.sort(key=lambda i: LONGEST.index(i.path.name) if i.path.name in LONGEST else others)
+    """A test that is given a tiny model needs the framework which makes it."""
     for item in items:
         if not MODELS.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("frameworks")
