@@ -288,9 +288,11 @@ class FlaxStableDiffusionPipeline:
 
     def encode_prompts(self, params: Weights, ids: Array) -> dict[str, Array]:
         """Return the text features of token ids; see ``prepare_inputs`` for their shape."""
+        from limner.engines.jax.encoders import GivenTextEncoders
+
         by_tokenizer = ids if ids.ndim == 3 else ids[:, None]
         return self.record.text.encode(
-            FlaxTextEncoders(params, self.base, self.dtype),
+            GivenTextEncoders(params, self.base, self.dtype),
             {
                 name: by_tokenizer[:, i : i + 1]
                 for i, name in enumerate(self.record.text.tokenizers)
@@ -310,36 +312,6 @@ class FlaxStableDiffusionXLPipeline(FlaxStableDiffusionPipeline):
     """Stable Diffusion XL in JAX; see the module."""
 
     family = "sdxl"
-
-
-@dataclass(frozen=True)
-class FlaxTextEncoders:
-    """Text encoders with the weights of one call; see ``protocols.TextEncoders``."""
-
-    params: Weights
-    base: BaseModel
-    dtype: np.dtype
-
-    def encode_text(self, name: str, ids: Array, skip: int = 0) -> tuple[Array, Array]:
-        """See ``protocols.TextEncoders``."""
-        from limner.engines.jax import clip
-        from limner.engines.jax.encoders import has_projection
-        from limner.engines.jax.nn import Params
-
-        net, config = Params(self.params[name]), self.base.configs[name]
-        return clip.encode_text(net, config, ids, skip, has_projection(self.base, name), self.dtype)
-
-    def concat(self, arrays: list[Array], axis: int) -> Array:
-        """See ``protocols.TextEncoders``."""
-        import jax.numpy as jnp
-
-        return jnp.concatenate(arrays, axis=axis)
-
-    def pad_width(self, array: Array, width: int) -> Array:
-        """See ``protocols.TextEncoders``."""
-        import jax.numpy as jnp
-
-        return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])])
 
 
 def draw_noise(keys: Array, shape: tuple[int, ...]) -> Array:

@@ -1,7 +1,7 @@
 """The record of a model family: its components, its features, and how its network is called."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -92,7 +92,7 @@ class Family:
     incompatibilities: Callable[[BaseConfigs], list[str]] = lambda configs: []
     # Configs -> arguments of the stock pipeline besides its components.
     pipeline_options: Callable[[BaseConfigs], Plain] = lambda configs: {}
-    card_tag: str = field(default="stable-diffusion", kw_only=True)  # on a model card
+    card_tag: str = "stable-diffusion"  # on a model card
 
     def trained_components(self, text_encoders: bool) -> tuple[str, ...]:
         """Return the components that a LoRA changes, the trained network first."""

@@ -4,14 +4,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from limner import rng
 from limner.config.schema import DataSettings
 from limner.data import buckets, image
 from limner.data.geometry import Geometry, center_square, count_crops, place_crop
 from limner.data.image import Undecodable
-from limner.data.index import Entry
+from limner.data.index import Entry, digest_file_content
 from limner.data.source import BadRecord, Source
 from limner.errors import InputError
 from limner.families.family import Family
@@ -109,7 +108,7 @@ class Crops:
             if isinstance(picture, Path):
                 picture = picture.read_bytes()
             # Its features would be cached as the old picture's.
-            if isinstance(picture, bytes) and digest_bytes(picture) != entry.digest:
+            if isinstance(picture, bytes) and digest_file_content(picture) != entry.digest:
                 raise BadRecord(entry.key, "the picture is another than when the run began")
             return image.load_views(
                 picture, views, background=data.background, max_pixels=data.max_pixels
@@ -120,8 +119,3 @@ class Crops:
                 f"{entry.key}: {reason}. It was good when the run began; put it back and run "
                 "the same command again."
             ) from error
-
-
-def digest_bytes(content: bytes) -> str:
-    """XXH3-128 in hexadecimal, as the index has it."""
-    return xxhash.xxh3_128(content).hexdigest()

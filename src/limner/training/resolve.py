@@ -10,6 +10,7 @@ from limner.config.schema import Config, DataSettings
 from limner.data import mixture
 from limner.data.source import Source
 from limner.diffusion import make_objective
+from limner.diffusion.objective import Objective
 from limner.errors import InputError
 from limner.families import get_family
 from limner.families.family import Family
@@ -45,6 +46,7 @@ class Settled:
     checkpoint: Checkpoint | None
     source: Source
     base: BaseModel
+    objective: Objective
 
 
 def settle(
@@ -64,12 +66,11 @@ def settle(
     base = open_base_everywhere(config, family, process)
     config = settle_other_stage(config, base)
     check_sizes(config.data, family, base)
-    # Refused now, not when the stream opens: nothing has been decoded yet.
-    make_objective(base.configs["scheduler"], config.objective)
+    objective = make_objective(base.configs["scheduler"], config.objective)
     sinks.require_packages(config.log.to)
     if not read_only:
         config = settle_repository(config, process)
-    return Settled(config, family, checkpoint, source, base)
+    return Settled(config, family, checkpoint, source, base, objective)
 
 
 def check_sizes(data: DataSettings, family: Family, base: BaseModel) -> None:

@@ -13,7 +13,6 @@ from limner.base_model.base import BaseModel
 from limner.config.schema import Config
 from limner.data.index import Entry, Index
 from limner.data.source import Source
-from limner.diffusion import make_objective
 from limner.families.family import Family
 from limner.features import caches
 from limner.protocols import Engine, ProcessGroup, Report
@@ -124,7 +123,7 @@ def open_stream(
         source=settled.source,
         data=config.data,
         noise=config.objective,
-        objective=make_objective(base.configs["scheduler"], config.objective),
+        objective=settled.objective,
         family=family,
         configs=base.configs,
         features=features,

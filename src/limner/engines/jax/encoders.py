@@ -1,6 +1,7 @@
 """The frozen encoders in JAX: numpy in, numpy out."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,36 @@ from limner.engines.jax.processes import local_device
 from limner.engines.jax.tokenizer import WordTokenizer
 from limner.errors import InputError
 from limner.features.arrays import NumpyFeatures
+from limner.protocols import Array
 
 # float32 products in float32: not in TF32 on a GPU, nor in passes of bfloat16 on a TPU.
 HIGHEST = "highest"
+
+
+class JaxFeatures:
+    """The half of ``protocols.TextEncoders`` that needs no network, inside a compiled function."""
+
+    def concat(self, arrays: list[Array], axis: int) -> Array:
+        """See ``protocols.TextEncoders``."""
+        return jnp.concatenate(arrays, axis=axis)
+
+    def pad_width(self, array: Array, width: int) -> Array:
+        """See ``protocols.TextEncoders``."""
+        return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])])
+
+
+@dataclass(frozen=True)
+class GivenTextEncoders(JaxFeatures):
+    """Text encoders whose arrays are arguments of a compiled function; see ``TextEncoders``."""
+
+    params: dict[str, dict[str, Array]]  # by component
+    base: BaseModel
+    dtype: Any
+
+    def encode_text(self, name: str, ids: Array, skip: int = 0) -> tuple[Array, Array]:
+        """See ``protocols.TextEncoders``."""
+        net, config = Params(self.params[name]), self.base.configs[name]
+        return clip.encode_text(net, config, ids, skip, has_projection(self.base, name), self.dtype)
 
 
 class JaxEncoders(NumpyFeatures):

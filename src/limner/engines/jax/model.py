@@ -12,7 +12,7 @@ from limner.engines.adapters import get_alpha
 from limner.engines.jax import clip
 from limner.engines.jax.attention import Array, Kernel
 from limner.engines.jax.dropout import AdapterDropout, list_layers
-from limner.engines.jax.encoders import has_projection
+from limner.engines.jax.encoders import JaxFeatures, has_projection
 from limner.engines.jax.nn import Params
 from limner.engines.jax.unet import unet
 from limner.families.family import Family
@@ -123,7 +123,7 @@ class TrainedModel:
         return rows["weight"] * jnp.square(predict(x) - target).reshape(len(x), -1).mean(1)
 
 
-class TrainableTextEncoders:
+class TrainableTextEncoders(JaxFeatures):
     """Text encoders that are trained, as ``protocols.TextEncoders``."""
 
     def __init__(
@@ -149,11 +149,3 @@ class TrainableTextEncoders:
             has_projection(base, name),
             self.model.half or jnp.float32,
         )
-
-    def concat(self, arrays: list[Array], axis: int) -> Array:
-        """See ``protocols.TextEncoders``."""
-        return jnp.concatenate(arrays, axis=axis)
-
-    def pad_width(self, array: Array, width: int) -> Array:
-        """See ``protocols.TextEncoders``."""
-        return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])])

@@ -34,13 +34,14 @@ def refuse_settings(config: Config, base: BaseModel, family: Family) -> None:
     """
     if config.optim.kind == "adamw8bit":
         load_adamw8bit()
-    name, attention = family.network.component, config.engine.attention
-    network_class = find_class(base, name)
-    if attention == "math" and not hasattr(network_class, "set_default_attn_processor"):
-        raise InputError(
-            f"engine.attention: a {network_class.__name__} has no attention of plain products. "
-            "Leave engine.attention out."
-        )
+    name = family.network.component
+    if config.engine.attention == "math":
+        network_class = find_class(base, name)
+        if not hasattr(network_class, "set_default_attn_processor"):
+            raise InputError(
+                f"engine.attention: a {network_class.__name__} has no attention of plain products. "
+                "Leave engine.attention out."
+            )
     if config.adapter.targets:
         shapes = {name: lora.list_shapes(build_on_meta(base))}
         list_adapters(shapes, config.adapter, family)
