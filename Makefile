@@ -14,9 +14,9 @@ install: .venv/installed
 quick: install
 	$(BIN)/python -m pytest --quick --numprocesses 2
 
-# The quick tests first, then all others.
+# The quick tests first, then all others: conftest.py chooses the order of the files, not xdist.
 test: quick
-	$(BIN)/python -m pytest -m "frameworks and not soak" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "frameworks and not soak" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -39,6 +39,7 @@ PREFIXES = (
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT")
 FRAMEWORKS = ("torch", "jax", "diffusers", "transformers", "accelerate", "peft")
 MODELS = {"base", "sd", "sd_fp16", "sdxl", "sd3", "kandinsky"}  # fixtures, below
+LONG = ("test_jax", "test_guide", "test_resume", "test_golden", "test_world_size", "test_kandinsky")
 WHOLE_FILE = re.compile(r"^pytestmark = (\[\s*)?pytest\.mark\.frameworks\b", re.MULTILINE)
 
 
@@ -167,7 +168,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that is given a tiny model needs the framework which makes it."""
+    """A test that is given a tiny model needs the framework which makes it; files that take long
+    begin first, so that at the end no worker waits for another."""
     for item in items:
         if not MODELS.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("frameworks")
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
