@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import warm
 import worker
 from hub_server import Hub
 
@@ -55,18 +56,28 @@ def place(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def type_in(command: str, hub: Hub, place: Path, precision: str = "no") -> str:
+@pytest.fixture(scope="module")
+def cold(hub: Hub, place: Path) -> dict[str, str]:
+    """The environment of a shell in which commands start as they do everywhere."""
+    environment = hub.environment(place / "home", token=TOKEN)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return environment | {"PATH": path, "PYTHONPATH": SOURCE}
+
+
+@pytest.fixture(scope="module")
+def started(cold: dict[str, str], place: Path) -> Iterator[dict[str, str]]:
+    """That of one in which the frameworks need not be imported anew."""
+    with warm.started(place / "commands", cold) as environment:
+        yield environment
+
+
+def type_in(command: str, shell: dict[str, str], place: Path, precision: str = "no") -> str:
     """Run a guide's command in a shell; returns what it said. Halves are slow without a GPU."""
     for theirs, ours in {**HERE, "fp16": precision}.items():
         command = command.replace(theirs, ours)
-    environment = hub.environment(place / "home", token=TOKEN)
-    environment |= {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",
-        "PYTHONPATH": SOURCE,
-    }
     done = subprocess.run(
         ["bash", "-ec", command],
-        env=environment,
+        env=shell,
         cwd=place,
         capture_output=True,
         text=True,
@@ -91,8 +102,8 @@ def loss(run: Path) -> float:
     return float(row["loss"])
 
 
-def test_the_guide_s_command_and_its_snippet(hub: Hub, place: Path) -> None:
-    said = type_in(FULL, hub, place, "fp16")
+def test_the_guide_s_command_and_its_snippet(hub: Hub, cold: dict[str, str], place: Path) -> None:
+    said = type_in(FULL, cold, place, "fp16")
     run = place / "sd-naruto-model"
     assert "xFormers cannot run here" in said and "PyTorch's own" in said
     settings = json.loads((run / "config.json").read_text())
@@ -132,8 +143,10 @@ def test_the_guide_s_command_and_its_snippet(hub: Hub, place: Path) -> None:
     assert image.size == (32, 32) and np.asarray(image).std() > 0
 
 
-def test_the_lora_guide_s_command_and_its_snippet(hub: Hub, place: Path, base: Path) -> None:
-    type_in(LORA, hub, place)
+def test_the_lora_guide_s_command_and_its_snippet(
+    hub: Hub, started: dict[str, str], place: Path, base: Path
+) -> None:
+    type_in(LORA, started, place)
     run = place / "lora" / "naruto"
     assert not (run / "checkpoint-2" / "scaler.safetensors").exists()
     assert len(list((run / "previews").rglob("*.png"))) == 4
@@ -233,7 +246,7 @@ def flax_inference(model: str, place: Path, environment: dict[str, str]) -> np.n
 
 
 def test_the_flax_guide_s_commands_and_their_snippet(
-    hub: Hub, place: Path, base: Path, tmp_path: Path
+    hub: Hub, cold: dict[str, str], place: Path, base: Path, tmp_path: Path
 ) -> None:
     """From weights of torch's and from an old Flax base, the same numbers; a push; and what comes
     out is stock diffusers'."""
@@ -249,7 +262,7 @@ def test_the_flax_guide_s_commands_and_their_snippet(
             .replace("sd-naruto-model", mine)
             .replace("--max_grad_norm=1", "--from_pt")
         )
-        said = type_in(command, hub, place)
+        said = type_in(command, cold, place)
         assert "--from_pt: weights are read from safetensors files as they are" in said
         settings = json.loads((place / mine / "config.json").read_text())
         assert (
@@ -264,12 +277,7 @@ def test_the_flax_guide_s_commands_and_their_snippet(
     assert losses[0] == losses[1]
     assert "unet/diffusion_pytorch_model.safetensors" in hub.received("tester/flax-torch-model")
     told_nowhere(place / "flax-torch-model")
-    assert (
-        flax_inference(
-            "flax-torch-model", place, hub.environment(place / "home", token=TOKEN)
-        ).std()
-        > 1
-    )
+    assert flax_inference("flax-torch-model", place, cold).std() > 1
 
 
 def test_the_flax_guide_s_snippet_on_eight_devices(base: Path, tmp_path: Path) -> None:
@@ -305,7 +313,9 @@ assert np.array_equal(pushed, decoder)
 """
 
 
-def test_kandinsky_s_guide(hub: Hub, kandinsky: Path, place: Path, tmp_path: Path) -> None:
+def test_kandinsky_s_guide(
+    hub: Hub, started: dict[str, str], kandinsky: Path, place: Path, tmp_path: Path
+) -> None:
     """Decoder, prior and LoRA, pushed, and used as the guide uses them; the decoder's folder finds
     its prior by the card."""
     decoder = tmp_path / "decoder"
@@ -327,7 +337,7 @@ def test_kandinsky_s_guide(hub: Hub, kandinsky: Path, place: Path, tmp_path: Pat
             .replace("=1e-0", "=3e-0")
             .replace("--num_train_epochs=100", "--max_train_steps=2")
         )
-        type_in(command, hub, place, precision)
+        type_in(command, started, place, precision)
     card = hub.received("tester/kandi2-decoder-naruto-model")["README.md"].decode()
     assert f"prior:\n- {KANDINSKY}-prior" in card and f"base_model: {KANDINSKY}-decoder" in card
     assert "pytorch_lora_weights.safetensors" in hub.received("tester/kandi22-decoder-naruto-lora")
@@ -336,15 +346,5 @@ def test_kandinsky_s_guide(hub: Hub, kandinsky: Path, place: Path, tmp_path: Pat
         and (place / "kandi2-prior-naruto-model" / "preview.png").is_file()
     )
     told_nowhere(place / "kandi2-decoder-naruto-model")
-    environment = hub.environment(place / "home", token=TOKEN)
-    code = INFERENCE.replace("DECODER", f"{KANDINSKY}-decoder")
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        cwd=place,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    (place / "inference.py").write_text(INFERENCE.replace("DECODER", f"{KANDINSKY}-decoder"))
+    type_in("python inference.py", started, place)
