@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 from pathlib import Path
 
+import conftest
 import pytest
 from refusal import Refusal
 
@@ -33,3 +34,9 @@ def test_pytorch_computes_with_one_thread() -> None:
     import torch
 
     assert torch.get_num_threads() == 1
+
+
+def test_files_that_begin_first_are_there() -> None:
+    """One that was renamed would begin last, and a worker wait for it."""
+    for name in conftest.LONG:
+        assert (Path(__file__).parent / f"{name}.py").is_file(), name
