@@ -12,6 +12,7 @@ import pytest
 import limner
 
 ROOT = Path(limner.__file__).parent
+HOME = Path(__file__).parent.parent
 # From the ground up. A file imports its own room and the rooms above it in this list; a name is a
 # folder or a file of the package.
 ROOMS = (
@@ -85,6 +86,20 @@ def modules_of(node: ast.ImportFrom) -> set[str]:
     return {name if name in MODULES else source for name in names}
 
 
+def names_in(module: str) -> set[str]:
+    """What a module defines or imports at its top level."""
+    [path] = [path for path in FILES if name_of(path) == module]
+    found = {"__file__"}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            found |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+    return found
+
+
 def imports_of(path: Path, *, lazy: bool) -> set[str]:
     """The modules of the package that a file imports at its top, or with ``lazy`` anywhere."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -123,6 +138,35 @@ def test_files_import_each_other_in_no_circle(lazy: bool) -> None:
 
     for module in edges:
         visit(module, ())
+
+
+def names_used(tree: ast.AST) -> set[tuple[str, str]]:
+    """The names of the package, by module, that a program imports or looks up in a module."""
+    found, modules = set(), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "limner":
+            source = node.module.removeprefix("limner").lstrip(".")
+            for alias in node.names:
+                inner = f"{source}.{alias.name}".lstrip(".")
+                if inner in MODULES:
+                    modules[alias.asname or alias.name] = inner
+                else:
+                    found.add((source, alias.name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in modules:
+            found.add((modules[ast.unparse(node.value)], node.attr))
+    return found
+
+
+OUTSIDE = sorted(p for d in ("benchmarks", "model", "scripts") for p in (HOME / d).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(HOME)))
+def test_programs_beside_the_package_name_what_is_in_it(path: Path) -> None:
+    """A renamed module would be missed when they run: on a GPU, once in a long while."""
+    for module, name in names_used(ast.parse(path.read_text(encoding="utf-8"))):
+        assert module in MODULES, f"limner.{module} is not there"
+        assert name in names_in(module), f"limner.{module} has no {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

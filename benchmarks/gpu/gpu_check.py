@@ -1266,12 +1266,21 @@ INDEX = {
 
 
 def prepare_weights() -> None:
+    """The base of other sections, or a file that tells them not to wait for it."""
+    try:
+        write_weights()
+    except BaseException:
+        (find_scratch(ARGS) / "failed").touch()
+        raise
+
+
+def write_weights() -> None:
     """A Stable Diffusion 1.5 with random weights, and pictures, in memory's file system."""
     import torch
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from limner.commands import stand_in_base
+    from limner.commands import random_base
 
     place = find_scratch(ARGS) / "sd15.part"
     shutil.rmtree(place, ignore_errors=True)
@@ -1295,7 +1304,7 @@ def prepare_weights() -> None:
     vae = AutoencoderKL(scaling_factor=0.18215, **get_coder_shape())
     vae.save_pretrained(place / "vae")
     configs = get_configs("sd")
-    stand_in_base.write_random_component(place / "unet", configs["unet"])
+    random_base.write_random_component(place / "unet", configs["unet"])
     scheduler = {**configs["scheduler"], "_class_name": "DDPMScheduler"}
     (place / "scheduler").mkdir()
     (place / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
@@ -1321,10 +1330,12 @@ def draw_pictures(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
-def wait_for(path: Path) -> bool:
-    while not path.exists() and count_seconds() > 10:
+def wait_for_weights() -> bool:
+    """Whether they are there: until they are, or cannot be made."""
+    ready, failed = find_scratch(ARGS) / "sd15", find_scratch(ARGS) / "failed"
+    while not ready.exists() and not failed.exists() and count_seconds() > 10:
         time.sleep(0.5)
-    return path.exists()
+    return ready.exists()
 
 
 RUNNER = """
@@ -1364,7 +1375,7 @@ def measure_script() -> None:
         say("script", error="no --script")
         return
     scratch = find_scratch(ARGS)
-    if not wait_for(scratch / "sd15"):
+    if not wait_for_weights():
         say("script", error="the weights were not ready")
         return
     (scratch / "runner.py").write_text(RUNNER)
@@ -1476,7 +1487,7 @@ def say_jax_run(place: Path, name: str, code: int) -> None:
 def measure_jax() -> None:
     """A step of Stable Diffusion 1.5 through JAX."""
     device = prepare_jax()
-    if not wait_for(find_scratch(ARGS) / "sd15"):
+    if not wait_for_weights():
         say("jax sd", error="the weights were not ready")
         return
     for kind, rows in (("full", 16), ("lora", 4)):
