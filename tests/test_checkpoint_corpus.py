@@ -55,4 +55,4 @@ def test_a_setting_that_came_later_had_its_default() -> None:
     assert list_changed_settings(saved, now) == {}
     flow = {**plain["objective"], "flow": {"shift": 2.0}}
     now = type(saved)(**{**vars(saved), "config": {**plain, "objective": flow}})
-    assert "objective.flow.shift" in list_changed_settings(saved, now)
+    assert list(list_changed_settings(saved, now)) == ["objective.flow.shift"]

@@ -38,16 +38,22 @@ SETTINGS = (
 X = np.arange(3, dtype=np.float32)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """The programs on disk, in a folder of their own, however quickly they were compiled."""
+@pytest.fixture(autouse=True)
+def settings_of_before() -> Iterator[None]:
+    """JAX's settings, and no cache, after each test."""
     before = {name: jax.config.values[name] for name in SETTINGS}
-    compile_cache.enable(str(tmp_path / "programs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield tmp_path / "programs"
+    yield
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The programs on disk, in a folder of their own, however quickly they were compiled."""
+    compile_cache.enable(str(tmp_path / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return tmp_path / "programs"
 
 
 @dataclass
@@ -197,26 +203,20 @@ def test_a_folder_that_the_environment_names_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a limit and a lock; a recipe's own folder comes first."""
-    before = {name: jax.config.values[name] for name in SETTINGS}
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     jax.config.update("jax_compilation_cache_max_size", -1)
-    try:
-        compile_cache.enable("auto")
-        multiply = Multiplication()
-        assert [multiply(2.0, X), multiply(2.0, X)] == [[0, 2, 4]] * 2
-        assert multiply.traced == [2.0]
-        [path] = paths_of(tmp_path, "traced")
-        assert is_sealed(path) and not list(tmp_path.glob("*-part"))
-        path.write_bytes(b"")
-        assert multiply(2.0, X) == [0, 2, 4] and len(multiply.said) == 1 and is_sealed(path)
-        compile_cache.enable(str(tmp_path / "own"))
-        assert multiply(2.0, X) == [0, 2, 4] and len(multiply.traced) == 3
-        assert len(paths_of(tmp_path / "own", "traced")) == 1
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+    compile_cache.enable("auto")
+    multiply = Multiplication()
+    assert [multiply(2.0, X), multiply(2.0, X)] == [[0, 2, 4]] * 2
+    assert multiply.traced == [2.0]
+    [path] = paths_of(tmp_path, "traced")
+    assert is_sealed(path) and not list(tmp_path.glob("*-part"))
+    path.write_bytes(b"")
+    assert multiply(2.0, X) == [0, 2, 4] and len(multiply.said) == 1 and is_sealed(path)
+    compile_cache.enable(str(tmp_path / "own"))
+    assert multiply(2.0, X) == [0, 2, 4] and len(multiply.traced) == 3
+    assert len(paths_of(tmp_path / "own", "traced")) == 1
 
 
 def test_jax_s_own_entries_are_neither_read_nor_touched(folder: Path) -> None:

@@ -57,7 +57,7 @@ def place(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cold(hub: Hub, place: Path) -> dict[str, str]:
+def cold_shell(hub: Hub, place: Path) -> dict[str, str]:
     """The environment of a shell in which commands start as they do everywhere."""
     environment = hub.environment(place / "home", token=TOKEN)
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
@@ -65,9 +65,9 @@ def cold(hub: Hub, place: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def started(cold: dict[str, str], place: Path) -> Iterator[dict[str, str]]:
+def warm_shell(cold_shell: dict[str, str], place: Path) -> Iterator[dict[str, str]]:
     """That of one in which the frameworks need not be imported anew."""
-    with warm.started(place / "commands", cold) as environment:
+    with warm.open_shell(place / "commands", cold_shell) as environment:
         yield environment
 
 
@@ -102,8 +102,10 @@ def loss(run: Path) -> float:
     return float(row["loss"])
 
 
-def test_the_guide_s_command_and_its_snippet(hub: Hub, cold: dict[str, str], place: Path) -> None:
-    said = type_in(FULL, cold, place, "fp16")
+def test_the_guide_s_command_and_its_snippet(
+    hub: Hub, cold_shell: dict[str, str], place: Path
+) -> None:
+    said = type_in(FULL, cold_shell, place, "fp16")
     run = place / "sd-naruto-model"
     assert "xFormers cannot run here" in said and "PyTorch's own" in said
     settings = json.loads((run / "config.json").read_text())
@@ -144,9 +146,9 @@ def test_the_guide_s_command_and_its_snippet(hub: Hub, cold: dict[str, str], pla
 
 
 def test_the_lora_guide_s_command_and_its_snippet(
-    hub: Hub, started: dict[str, str], place: Path, base: Path
+    hub: Hub, warm_shell: dict[str, str], place: Path, base: Path
 ) -> None:
-    type_in(LORA, started, place)
+    type_in(LORA, warm_shell, place)
     run = place / "lora" / "naruto"
     assert not (run / "checkpoint-2" / "scaler.safetensors").exists()
     assert len(list((run / "previews").rglob("*.png"))) == 4
@@ -246,7 +248,7 @@ def flax_inference(model: str, place: Path, environment: dict[str, str]) -> np.n
 
 
 def test_the_flax_guide_s_commands_and_their_snippet(
-    hub: Hub, cold: dict[str, str], place: Path, base: Path, tmp_path: Path
+    hub: Hub, cold_shell: dict[str, str], place: Path, base: Path, tmp_path: Path
 ) -> None:
     """From weights of torch's and from an old Flax base, the same numbers; a push; and what comes
     out is stock diffusers'."""
@@ -262,7 +264,7 @@ def test_the_flax_guide_s_commands_and_their_snippet(
             .replace("sd-naruto-model", mine)
             .replace("--max_grad_norm=1", "--from_pt")
         )
-        said = type_in(command, cold, place)
+        said = type_in(command, cold_shell, place)
         assert "--from_pt: weights are read from safetensors files as they are" in said
         settings = json.loads((place / mine / "config.json").read_text())
         assert (
@@ -277,7 +279,7 @@ def test_the_flax_guide_s_commands_and_their_snippet(
     assert losses[0] == losses[1]
     assert "unet/diffusion_pytorch_model.safetensors" in hub.received("tester/flax-torch-model")
     told_nowhere(place / "flax-torch-model")
-    assert flax_inference("flax-torch-model", place, cold).std() > 1
+    assert flax_inference("flax-torch-model", place, cold_shell).std() > 1
 
 
 def test_the_flax_guide_s_snippet_on_eight_devices(base: Path, tmp_path: Path) -> None:
@@ -314,7 +316,7 @@ assert np.array_equal(pushed, decoder)
 
 
 def test_kandinsky_s_guide(
-    hub: Hub, started: dict[str, str], kandinsky: Path, place: Path, tmp_path: Path
+    hub: Hub, warm_shell: dict[str, str], kandinsky: Path, place: Path, tmp_path: Path
 ) -> None:
     """Decoder, prior and LoRA, pushed, and used as the guide uses them; the decoder's folder finds
     its prior by the card."""
@@ -337,7 +339,7 @@ def test_kandinsky_s_guide(
             .replace("=1e-0", "=3e-0")
             .replace("--num_train_epochs=100", "--max_train_steps=2")
         )
-        type_in(command, started, place, precision)
+        type_in(command, warm_shell, place, precision)
     card = hub.received("tester/kandi2-decoder-naruto-model")["README.md"].decode()
     assert f"prior:\n- {KANDINSKY}-prior" in card and f"base_model: {KANDINSKY}-decoder" in card
     assert "pytorch_lora_weights.safetensors" in hub.received("tester/kandi22-decoder-naruto-lora")
@@ -347,4 +349,4 @@ def test_kandinsky_s_guide(
     )
     told_nowhere(place / "kandi2-decoder-naruto-model")
     (place / "inference.py").write_text(INFERENCE.replace("DECODER", f"{KANDINSKY}-decoder"))
-    type_in("python inference.py", started, place)
+    type_in("python inference.py", warm_shell, place)

@@ -79,11 +79,16 @@ def room_of(module: str) -> int:
     return ROOMS.index(module.split(".")[0])
 
 
-def modules_of(node: ast.ImportFrom) -> set[str]:
-    """The modules of the package that a statement imports, or imports from."""
+def is_ours(node: ast.AST) -> bool:
+    """Whether a node imports from the package."""
+    return isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "limner"
+
+
+def find_import(node: ast.ImportFrom, name: str) -> tuple[str, str]:
+    """The module of the package in which an imported name lies, and the name; "" for a module."""
     source = str(node.module).removeprefix("limner").lstrip(".")
-    names = {f"{source}.{alias.name}".lstrip(".") for alias in node.names}
-    return {name if name in MODULES else source for name in names}
+    module = f"{source}.{name}".lstrip(".")
+    return (module, "") if module in MODULES else (source, name)
 
 
 def names_in(module: str) -> set[str]:
@@ -110,8 +115,8 @@ def imports_of(path: Path, *, lazy: bool) -> set[str]:
             assert not inside, f"{path}: write from limner... import ..."
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: relative imports hide what a file depends on"
-            if str(node.module).split(".")[0] == "limner":
-                found |= modules_of(node)
+            if is_ours(node):
+                found |= {find_import(node, alias.name)[0] for alias in node.names}
     return found - {""}
 
 
@@ -143,15 +148,13 @@ def test_files_import_each_other_in_no_circle(lazy: bool) -> None:
 def names_used(tree: ast.AST) -> set[tuple[str, str]]:
     """The names of the package, by module, that a program imports or looks up in a module."""
     found, modules = set(), {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "limner":
-            source = node.module.removeprefix("limner").lstrip(".")
-            for alias in node.names:
-                inner = f"{source}.{alias.name}".lstrip(".")
-                if inner in MODULES:
-                    modules[alias.asname or alias.name] = inner
-                else:
-                    found.add((source, alias.name))
+    for node in filter(is_ours, ast.walk(tree)):
+        for alias in node.names:
+            module, name = find_import(node, alias.name)
+            if name:
+                found.add((module, name))
+            else:
+                modules[alias.asname or alias.name] = module
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in modules:
             found.add((modules[ast.unparse(node.value)], node.attr))

@@ -28,7 +28,7 @@ with socket.socket(socket.AF_UNIX) as server:
 
 
 @contextlib.contextmanager
-def started(folder: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
+def open_shell(folder: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
     """A shell's environment in which ``python`` and ``accelerate launch`` start warm. Libraries
     read theirs once, when they are imported: all commands have the same."""
     folder.mkdir()
@@ -47,9 +47,10 @@ def started(folder: Path, environment: dict[str, str]) -> Iterator[dict[str, str
             env=environment,
             pass_fds=[listening.fileno()],
         ) as server:
-            path = f"{folder}{os.pathsep}{environment['PATH']}"
-            yield environment | {"PATH": path}
-            server.kill()
+            try:
+                yield environment | {"PATH": f"{folder}{os.pathsep}{environment['PATH']}"}
+            finally:
+                server.kill()
 
 
 def serve(listening: int) -> None:
@@ -69,6 +70,7 @@ def serve(listening: int) -> None:
                 for own, theirs in enumerate(files):
                     os.dup2(theirs, own)
                 run(*json.loads(said))
+                sys.exit()  # what a script raises ends the fork as it would end the script
             for one in files:
                 os.close(one)
             asked.sendall(bytes([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255]))
@@ -82,17 +84,7 @@ def run(words: list[str], folder: str, environment: dict[str, str]) -> None:
         words, environment = read_launch(words[2:])
         replace_environment(environment)
     sys.argv, sys.path[0] = words[1:], str(Path(words[1]).resolve().parent)
-    code = 0
-    try:
-        runpy.run_path(words[1], run_name="__main__")
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    runpy.run_path(words[1], run_name="__main__")
 
 
 def read_launch(words: list[str]) -> tuple[list[str], dict[str, str]]:
