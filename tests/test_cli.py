@@ -1,6 +1,8 @@
 """The command line: words and options in any order, the user's home, what is not installed, and
 what an installed package brings along."""
 
+import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -11,7 +13,6 @@ import pytest
 
 import limner
 from limner import cli
-from limner.cli import TORCH_PACKAGES
 from limner.commands import bench, export, generate
 from limner.config import toml
 
@@ -139,12 +140,23 @@ def test_the_users_home_is_meant_wherever_a_path_is_given(
 
 
 @pytest.mark.parametrize(
-    ("missing", "code"), [*((name, 2) for name in TORCH_PACKAGES), ("numpy", 1), ("torchx", 1)]
+    ("missing", "extra"),
+    [
+        ("torch", "torch"),
+        ("peft", "torch"),
+        ("jax", "jax"),
+        ("optax", "jax"),
+        ("datasets", "hub"),
+        ("bitsandbytes", "bits"),
+        ("comet_ml", "comet"),
+        ("numpy", None),
+        ("torchx", None),
+    ],
 )
-def test_a_missing_framework_is_one_message(missing: str, code: int) -> None:
+def test_a_missing_package_is_one_message(missing: str, extra: str | None) -> None:
     """In a process of its own: here they are all imported already."""
     script = (
-        f"import sys; from limner.cli import run_guarded; sys.modules[{missing!r}] = None; "
+        f"import sys; from limner.guard import run_guarded; sys.modules[{missing!r}] = None; "
         f"sys.exit(run_guarded(lambda: __import__({missing!r})))"
     )
     done = subprocess.run(
@@ -154,9 +166,55 @@ def test_a_missing_framework_is_one_message(missing: str, code: int) -> None:
         env={"PYTHONPATH": str(ROOT / "src")},
         check=False,
     )
-    assert done.returncode == code, done.stderr
-    message = f'limner: {missing} is missing; install it with: pip install "limner[torch]"\n'
-    assert done.stderr == message if code == 2 else "Traceback" in done.stderr
+    if extra is None:
+        assert done.returncode == 1 and "Traceback" in done.stderr
+        return
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = project["optional-dependencies"][extra]
+    assert done.returncode == 2, done.stderr
+    message, _, command = done.stderr.partition("pip install ")
+    assert message == f"limner: {missing} is missing. Install what limner[{extra}] needs: "
+    versions = [set(re.split("(?=[<>])|,", one)) for one in shlex.split(command)]
+    assert versions == [set(re.split("(?=[<>])|,", one)) for one in needed]
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"limner {limner.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["train"], "limner train: error: the following arguments are required: recipe\n"),
+        (["generate"], "limner generate: error: the following arguments are required: model\n"),
+        (
+            ["train", "r.toml", "--data.folder=x"],
+            "limner: error: unrecognized arguments: --data.folder=x. A setting is written without "
+            "dashes: data.folder=x\n",
+        ),
+        (
+            ["check", "r.toml", "--data.folder", "x"],
+            "limner: error: unrecognized arguments: --data.folder. A setting is written without "
+            "dashes: data.folder=VALUE\n",
+        ),
+        (["show", "r.toml", "--fast"], "limner: error: unrecognized arguments: --fast\n"),
+        (["export", "RUN", "more"], "limner: error: unrecognized arguments: more\n"),
+    ],
+)
+def test_a_wrong_command_line_says_what_is_right(
+    line: list[str], message: str, capsys: pytest.CaptureFixture[str], called: list[Any]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(line)
+    assert capsys.readouterr().err.endswith(message) and not called
+
+
+def test_the_bare_command_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    said = capsys.readouterr().err
+    assert all(f"\n    {name} " in said for name in cli.COMMANDS)
 
 
 def test_own_recipes_are_found_from_anywhere_and_never_instead_of_a_file(

@@ -43,7 +43,7 @@ def run(raw: dict[str, Any], die_at_write: int | None) -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     import torch
 
-    from limner.cli import run_guarded
+    from limner.guard import run_guarded
     from limner.config import toml
     from limner.config.schema import Config
     from limner.storage import atomic

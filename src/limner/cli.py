@@ -1,39 +1,56 @@
 """The ``limner`` command: arguments in, one command called, an exit code out."""
 
 import argparse
-import logging
-import os
 import sys
-import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from limner.errors import InputError, LimnerError, report_once
+import limner
+from limner.errors import report_once
+from limner.guard import run_guarded
 
 if TYPE_CHECKING:
     from limner.config.schema import Config
 
-# What pip installs with limner[torch].
-TORCH_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 OVERRIDES_HELP = "settings as section.key=value, in TOML"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the command, and return the exit code (see ``limner.errors``)."""
+    parser = make_parser()
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    arguments, extra = parser.parse_known_args(words)
+    unknown = extra if "words" not in arguments else [w for w in extra if w.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{suggest_setting(unknown[0])}")
+    # argparse takes a list of words up to the first option, and leaves those after it.
+    if extra:
+        arguments.words = [*arguments.words, *extra]
+    return run_guarded(lambda: COMMANDS[arguments.command].run(arguments))
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command line, with a parser for each command."""
     parser = ArgumentParser(prog="limner", description="Fine-tune text-to-image diffusion models.")
+    parser.add_argument("--version", action="version", version=f"limner {limner.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.add_arguments(subparsers.add_parser(name, help=command.help))
-    arguments, extra = parser.parse_known_args(argv)
-    if extra and ("words" not in arguments or any(word.startswith("-") for word in extra)):
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
-    # argparse takes a list of words up to the first option, and leaves those after it.
-    if extra:
-        arguments.words += extra
-    return run_guarded(lambda: COMMANDS[arguments.command].run(arguments))
+    return parser
+
+
+def suggest_setting(option: str) -> str:
+    """Return how a setting is written that was given as an option; empty for what is none."""
+    name, _, value = option.lstrip("-").partition("=")
+    if "." not in name:
+        return ""
+    return f". A setting is written without dashes: {name}={value or 'VALUE'}"
 
 
 def to_path(text: str) -> Path:
@@ -70,7 +87,7 @@ def add_renamed_option(parser: ArgumentParser, old: str, new: str) -> None:
 def add_recipe_arguments(parser: ArgumentParser, words_help: str = OVERRIDES_HELP) -> None:
     """Add a recipe and its overrides."""
     parser.add_argument("recipe", type=to_path, help="a TOML file, such as recipes/sd15-lora.toml")
-    parser.add_argument("words", metavar="overrides", nargs="*", help=words_help)
+    parser.add_argument("words", metavar="overrides", nargs="*", default=[], help=words_help)
 
 
 def load_recipe(arguments: Namespace) -> "Config":
@@ -146,7 +163,7 @@ def add_generate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "model", help="a run's folder, a folder in the diffusers layout, or a Hub repository"
     )
-    parser.add_argument("words", metavar="prompts", nargs="*", help="what to draw")
+    parser.add_argument("words", metavar="prompts", nargs="*", default=[], help="what to draw")
     parser.add_argument("--prompt-file", type=to_path, help="a text file with one prompt per line")
     parser.add_argument("--base", help="base model of a LoRA, where the run does not say")
     parser.add_argument(
@@ -356,40 +373,3 @@ COMMANDS = {
         "step time, images/s, peak memory and MFU of a recipe", add_bench_arguments, run_bench
     ),
 }
-
-
-def run_guarded(action: Callable[[], object]) -> int:
-    """Run an action; an error for the user becomes one message and its exit code."""
-    quiet_libraries()
-    try:
-        action()
-    except LimnerError as error:
-        if not error.reported:
-            print(f"limner: {error}", file=sys.stderr)
-        return error.code
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").split(".")[0]
-        if missing not in TORCH_PACKAGES:
-            raise
-        print(
-            f'limner: {missing} is missing; install it with: pip install "limner[torch]"',
-            file=sys.stderr,
-        )
-        return InputError.code
-    except KeyboardInterrupt:
-        print("limner: stopped by hand", file=sys.stderr)
-        return 130
-    return 0
-
-
-def quiet_libraries() -> None:
-    """Silence the libraries' advice, but not their errors."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"(diffusers|transformers|torch|peft|accelerate)"
-    )

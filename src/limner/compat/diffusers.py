@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from limner.cli import run_guarded
+from limner.guard import run_guarded
 from limner.compat.common_flags import COMMON_FLAGS
 from limner.compat.flag import TRACKERS, Flag, choose_trackers
 from limner.compat.scripts import SCRIPTS

@@ -1,0 +1,68 @@
+"""A command, guarded: what goes wrong becomes one message and an exit code."""
+
+import importlib.metadata
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+
+from limner.errors import InputError, LimnerError
+
+
+def run_guarded(action: Callable[[], object]) -> int:
+    """Run an action; an error for the user becomes one message and its exit code."""
+    quiet_libraries()
+    try:
+        action()
+    except LimnerError as error:
+        if not error.reported:
+            print(f"limner: {error}", file=sys.stderr)
+        return error.code
+    except ModuleNotFoundError as error:
+        message = explain_missing((error.name or "").split(".")[0])
+        if message is None:
+            raise
+        print(f"limner: {message}", file=sys.stderr)
+        return InputError.code
+    except KeyboardInterrupt:
+        print("limner: stopped by hand", file=sys.stderr)
+        return 130
+    return 0
+
+
+def explain_missing(package: str) -> str | None:
+    """Return what to install where a package is missing that an extra of Limner brings.
+
+    The command names packages, not ``limner[extra]``: that fails where Limner came from a folder.
+    """
+    extras: dict[str, list[str]] = {}  # extra -> its requirements, as pip takes them
+    wanted = None
+    for line in importlib.metadata.requires("limner") or ():
+        requirement, _, condition = line.partition(";")
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", condition)
+        if extra is None:
+            continue
+        requirement = requirement.replace(" ", "")
+        extras.setdefault(extra[1], []).append(requirement)
+        name = re.split(r"[<>=!~\[]", requirement)[0]
+        if name.replace("-", "_") == package and wanted is None:
+            wanted = extra[1]
+    if wanted is None or wanted == "dev":
+        return None
+    needed = " ".join(f'"{requirement}"' for requirement in extras[wanted])
+    return f"{package} is missing. Install what limner[{wanted}] needs: pip install {needed}"
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' advice, but not their errors."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(diffusers|transformers|torch|peft|accelerate)"
+    )
