@@ -39,7 +39,7 @@ check-jax:
 soak: install
 	$(BIN)/python -m pytest tests/test_resume.py --kills 100 -m "soak or not soak"
 	$(BIN)/python -m pytest tests/test_kandinsky.py -k launcher -m soak
-	CURVE_STEPS=100 $(BIN)/python -m pytest tests/test_jax.py tests/test_flax.py -m "soak or not soak"
+	CURVE_STEPS=100 $(BIN)/python -m pytest tests/test_jax.py tests/test_flax.py tests/test_curve.py -m "soak or not soak"
 	$(BIN)/python -m pytest tests/test_gpu_check.py -m soak
 
 .PHONY: install quick test lint demo check-jax soak

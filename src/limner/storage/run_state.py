@@ -27,6 +27,8 @@ class RunState:
     random_digest: str  # of some random numbers, which another numpy might draw differently
     numpy_version: str
     version: int = RUN_STATE_VERSION
+    # Of steps since the last regular row of metrics: the next row's mean is over these too.
+    unlogged_losses: tuple[float, ...] = ()
 
     def to_plain(self) -> Plain:
         """For JSON."""
@@ -48,7 +50,8 @@ class RunState:
                 "cannot be gone on from with this one. Go on with the build that began it, or "
                 "begin a new run in another folder."
             )
-        names = {one.name for one in dataclasses.fields(cls)}
-        if missing := sorted(names - raw.keys()):
+        fields = {one.name: one.default for one in dataclasses.fields(cls)}
+        needed = {name for name, default in fields.items() if default is dataclasses.MISSING}
+        if missing := sorted(needed - raw.keys()):
             raise IntegrityError(f"{folder / STATE_FILE}: {', '.join(missing)} is missing")
-        return cls(**{name: raw[name] for name in names})
+        return cls(**{name: raw.get(name, default) for name, default in fields.items()})

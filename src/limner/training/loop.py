@@ -3,6 +3,8 @@
 import contextlib
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from limner.storage import atomic, layout
 from limner.storage.run_folder import RunFolder
 from limner.training import sinks
 from limner.training.encode import encode_only, fill_caches
-from limner.training.monitor import Monitor, fetch_metrics
+from limner.training.monitor import Monitor
 from limner.training.publish import is_finished, publish_result
 from limner.training.setup import Setup, prepare
 from limner.training.signals import Stop
@@ -137,7 +139,8 @@ def train(setup: Setup, status: StatusFile) -> State:
             monitor.add_step(metrics, learning_rate)
             stopping = setup.process.any(setup.stop.asked) and step < total
             finished = step == total
-            if is_due(step, config.log.every, finished or stopping):
+            # A stop writes no row of its own: the checkpoint keeps what the next row is made of.
+            if is_due(step, config.log.every, finished):
                 monitor.write_metrics(state, step)
             with monitor.timer_paused():
                 if setup.validation_entries and is_due(step, config.validation.every, finished):
@@ -145,8 +148,9 @@ def train(setup: Setup, status: StatusFile) -> State:
                 if config.preview.prompts and is_due(step, preview_every, finished):
                     monitor.draw_previews(state, step)
                 if is_due(step, config.checkpoint.every, finished or stopping):
-                    save_checkpoint(setup, state, step)
+                    save_checkpoint(setup, state, step, monitor.fetch_losses(state))
             if stopping:
+                status.update(step=step)
                 saved = RunFolder(setup.folder).checkpoint(step)
                 raise Stopped(
                     f"stopped at step {step} of {total}; {saved} is saved. Run the same command "
@@ -171,19 +175,22 @@ def is_due(step: int, every: int, last: bool) -> bool:
     return last or step % every == 0
 
 
-def save_checkpoint(setup: Setup, state: State, step: int) -> None:
+def save_checkpoint(
+    setup: Setup, state: State, step: int, unlogged_losses: Sequence[float]
+) -> None:
     """Write a checkpoint in the first process, while the others wait.
 
-    Raises:
-        NonFiniteError: before a state that is not finite is written.
+    Args:
+        unlogged_losses: of steps since the last regular row of metrics. They have been fetched, so
+            that a state that is not finite is never written.
     """
-    fetch_metrics(setup, state, [])
+    run_state = replace(setup.run_state, unlogged_losses=tuple(unlogged_losses))
     groups = setup.engine.snapshot(state)
     trained = setup.base.configs[setup.family.network.component]
 
     def save() -> str:
         folder = layout.save_groups(
-            setup.folder, step, groups, setup.run_state, setup.config, setup.family, trained
+            setup.folder, step, groups, run_state, setup.config, setup.family, trained
         )
         return str(folder)
 

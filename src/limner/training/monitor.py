@@ -43,7 +43,11 @@ class Monitor:
 
     def __init__(self, setup: Setup, first_step: int, status: StatusFile):
         self.setup, self.first_step, self.status = setup, first_step, status
-        self.pending: list[Metrics] = []  # of steps since the last row, still on the device
+        self.pending: list[Metrics] = []  # still on the device
+        # Of steps since the last regular row, as the checkpoint and this process know them.
+        saved = setup.checkpoint
+        self.losses = list(saved.state.unlogged_losses) if saved is not None else []
+        self.grad_norm = math.nan  # of the last step that was fetched
         self.learning_rate = 0.0
         self.sinks: sinks.Sinks | None = None
         # Speed is counted from here; validation, previews and saving move the clock.
@@ -76,6 +80,19 @@ class Monitor:
         self.learning_rate = learning_rate
         self.bar.update()
 
+    def fetch_losses(self, state: State) -> list[float]:
+        """Copy what is pending from the device; return the losses since the last regular row.
+
+        Raises:
+            NonFiniteError: when a step was not finite.
+        """
+        rows = fetch_metrics(self.setup, state, self.pending)
+        self.pending = []
+        self.losses += [row["loss"] for row in rows]
+        if rows:
+            self.grad_norm = rows[-1]["grad_norm"]
+        return self.losses
+
     @contextlib.contextmanager
     def timer_paused(self) -> Iterator[None]:
         """Leave the time inside out of images per second: it is not training."""
@@ -84,18 +101,20 @@ class Monitor:
         self.clock += time.monotonic() - began
 
     def write_metrics(self, state: State, step: int) -> None:
-        """Write the mean loss since the last row, gradient norm and learning rate of the last step,
-        and images per second."""
-        rows = fetch_metrics(self.setup, state, self.pending)
-        self.pending = []
+        """Write the mean loss since the last regular row, gradient norm and learning rate of the
+        last step, and images per second."""
+        losses = self.fetch_losses(state)
         seconds = max(1e-9, time.monotonic() - self.clock)
         speed = (step - self.clock_step) * self.setup.plan.batch_size / seconds
         self.clock, self.clock_step = time.monotonic(), step
-        loss = math.fsum(row["loss"] for row in rows) / max(1, len(rows))
+        loss = math.fsum(losses) / max(1, len(losses))
+        # The row of the last step may come between: a run that is extended has none there.
+        if step % self.setup.config.log.every == 0:
+            self.losses = []
         values = {
             "loss": loss,
             "learning_rate": self.learning_rate,
-            "grad_norm": rows[-1]["grad_norm"] if rows else math.nan,
+            "grad_norm": self.grad_norm,
             "images_per_second": speed,
         }
         self.write(step, values)
