@@ -12,6 +12,7 @@ from limner.base_model.open import open_base
 from limner.config.schema import ModelSettings
 from limner.errors import HubError, InputError
 from limner.families import FAMILIES
+from limner.training.resolve import settle_paths
 
 SD = FAMILIES["sd"]
 
@@ -232,6 +233,32 @@ def test_names_that_cannot_be_a_base(sd: Path, tmp_path: Path) -> None:
     assert "quantized" in refusal(tmp_path / "model.gguf")
     assert "model.revision" in refusal(sd, revision="fp16")
     assert "model.trained_revision" in refusal(sd, trained_revision="fp16")
+
+
+@pytest.mark.parametrize("setting", ["base", "vae"])
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(
+    sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    names = {"models/none": "no such folder, though there is", "x/y.safetensors": "no such file"}
+    for name, message in names.items():
+        said = refusal(name) if setting == "base" else refusal(sd, vae=name)
+        assert said.startswith(f"model.{setting}: {name}: {message}"), said
+
+
+def test_a_base_is_remembered_by_its_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    given = ModelSettings("models", vae="owner/vae", other_stage="./models", cache_dir="downloads")
+    assert settle_paths(given) == ModelSettings(
+        str(tmp_path / "models"),
+        vae="owner/vae",
+        other_stage=str(tmp_path / "models"),
+        cache_dir=str(tmp_path / "downloads"),
+    )
 
 
 def test_a_hub_repository_is_fetched_once_and_only_what_is_needed(

@@ -204,6 +204,7 @@ def test_a_lora_takes_its_base_from_where_the_run_kept_it(tmp_path, monkeypatch)
     monkeypatch.setenv("HOME", str(tmp_path))
     run = tmp_path / "run"
     run.mkdir()
+    (tmp_path / "other").mkdir()
     (run / "pytorch_lora_weights.safetensors").touch()
     model = {"base": "owner/name", "variant": "fp16", "revision": "abc", "cache_dir": "/downloads"}
     (run / "config.json").write_text(json.dumps({"model": model}))
@@ -217,6 +218,31 @@ def test_a_lora_takes_its_base_from_where_the_run_kept_it(tmp_path, monkeypatch)
     )
     (run / "model_index.json").touch()
     assert generate.find_sources("~/run", None) == (ModelSource(str(run)), None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["runs/nope", "x"], "model: runs/nope: no such folder, though there is {cwd}/runs. Give"),
+        (["civitai.safetensors", "x"], "model: civitai.safetensors: no such file, and not a name"),
+        (["me/lora.safetensors", "x"], "model: me/lora.safetensors: no such file, and not a name"),
+        (["nope", "x"], "model: nope: no such folder, and not a name on the Hub"),
+        (["runs/lora", "x", "--base", "runs/b"], "--base: runs/b: no such folder, though"),
+        (["runs/lora", "x"], "config.json: model.base: {cwd}/gone: no such folder"),
+        (["runs/lora", "x", "--base", "me/b", "--other-stage", "runs/c"], "runs/c: no such folder"),
+    ],
+)
+def test_a_mistyped_path_never_asks_the_hub(tmp_path, monkeypatch, capsys, arguments, message):
+    """The endpoint answers nothing: asking it would be another message, and exit code 6."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "lora"
+    run.mkdir(parents=True)
+    (run / "pytorch_lora_weights.safetensors").touch()
+    (run / "config.json").write_text(json.dumps({"model": {"base": str(tmp_path / "gone")}}))
+    assert cli.main(["generate", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message.format(cwd=tmp_path) in said and said.count("\n") == 1
 
 
 def test_the_pipeline_is_fetched_into_the_folder_that_is_given(tmp_path, monkeypatch):

@@ -43,9 +43,9 @@ def run(raw: dict[str, Any], die_at_write: int | None) -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     import torch
 
-    from limner.guard import run_guarded
     from limner.config import toml
     from limner.config.schema import Config
+    from limner.guard import run_guarded
     from limner.storage import atomic
     from limner.training import loop
 

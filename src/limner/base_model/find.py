@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from limner.base_model.base import INDEX, BaseModel, read_json
 from limner.base_model.configs import holds_both_stages, read_component_configs, read_index
-from limner.base_model.hub import HUB_NAME, fetch_files, list_repository_files
+from limner.base_model.hub import check_hub_name, fetch_files, list_repository_files
 from limner.base_model.importers import flax
 from limner.base_model.importers.flax import FLAX_FILES
 from limner.base_model.weight_files import choose_files
@@ -91,11 +91,7 @@ def check_folder(path: Path, model: ModelSettings) -> Path:
 
 def fetch_configs(model: ModelSettings) -> Path:
     """Fetch all of a Hub repository but the weights; return the folder, named by its commit."""
-    if not HUB_NAME.fullmatch(model.base):
-        raise InputError(
-            f"model.base: {model.base}: no such folder, and not a name on the Hub "
-            "(owner/name). Give a folder in the diffusers layout or such a name."
-        )
+    check_hub_name(model.base, "model.base", "a folder in the diffusers layout")
     folder = fetch_files(model, model.revision, [INDEX, "README.md"])
     patterns = []
     for name in read_json(folder / INDEX):
@@ -131,11 +127,7 @@ def find_vae_folder(folder: Path) -> Path:
 
 def fetch_vae(model: ModelSettings) -> Path:
     """Fetch an autoencoder from the Hub; return its folder."""
-    if not HUB_NAME.fullmatch(model.base):
-        raise InputError(
-            f"model.vae: {model.base}: no such folder, and not a name on the Hub "
-            "(owner/name). Give a folder that holds an autoencoder."
-        )
+    check_hub_name(model.base, "model.vae", "a folder that holds an autoencoder")
     repository = fetch_files(model, None, ["config.json", "vae/config.json"])
     folder = find_vae_folder(repository)
     prefix = "" if folder == repository else "vae/"

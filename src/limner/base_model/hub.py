@@ -10,10 +10,43 @@ from typing import Any
 from tqdm import tqdm
 
 from limner.config.schema import ModelSettings
-from limner.errors import HubError, LimnerError
+from limner.errors import HubError, InputError, LimnerError
 from limner.storage import atomic
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+# How the name of a file ends that somebody may give in place of a folder or repository.
+FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".msgpack")
+
+
+def check_hub_name(name: str, setting: str, wanted: str) -> None:
+    """Refuse what is neither here nor a name on the Hub, so that the Hub is not asked for it.
+
+    A name of two words whose first is a folder here is taken for a mistyped path: a repository of
+    that name would be somebody else's weights.
+
+    Args:
+        name: what is no file or folder here.
+        setting: the setting that gave it.
+        wanted: what it should be, e.g. ``a folder in the diffusers layout``.
+
+    Raises:
+        InputError: saying which of the two it is taken for.
+    """
+    is_file = name.endswith(FILE_SUFFIXES)
+    if is_file or not HUB_NAME.fullmatch(name):
+        raise InputError(
+            f"{setting}: {name}: no such {'file' if is_file else 'folder'}, and not a name on the "
+            f"Hub (owner/name). Give {wanted} or such a name."
+        )
+    owner = name.split("/")[0]
+    if Path(owner).is_dir():
+        raise InputError(
+            f"{setting}: {name}: no such folder, though there is {Path(owner).absolute()}. Give "
+            f"{wanted}. If the Hub's repository of that name is meant, run the command where no "
+            f"folder is called {owner}."
+        )
 
 
 class SilentBar(tqdm):  # type: ignore[type-arg]

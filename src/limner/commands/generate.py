@@ -13,6 +13,7 @@ from PIL import Image
 
 from limner import engines
 from limner.base_model.base import INDEX
+from limner.base_model.hub import check_hub_name
 from limner.data.contact_sheet import draw_contact_sheet
 from limner.errors import InputError
 from limner.json_types import Plain
@@ -180,6 +181,8 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
         trained = json.loads(config.read_text(encoding="utf-8")).get("model", {})
     family = trained.get("family")
     other_stage = trained.get("other_stage")
+    if not folder.exists():
+        check_hub_name(model, "model", "a run's folder, a folder in the diffusers layout")
     if not folder.is_dir() or (folder / INDEX).exists():
         return ModelSource(model, family=family), other_stage
     if not (folder / LORA_FILE).exists():
@@ -190,6 +193,9 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
     base_source = os.path.expanduser(base) if base else trained.get("base")
     if not base_source:
         raise InputError(f"{folder}: the base model of this LoRA is not known; give it with --base")
+    if not Path(base_source).exists():
+        setting = "--base" if base else f"{config}: model.base"
+        check_hub_name(base_source, setting, "the folder of the base with --base")
     source = ModelSource(
         base_source,
         folder,

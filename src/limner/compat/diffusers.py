@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from limner.guard import run_guarded
 from limner.compat.common_flags import COMMON_FLAGS
 from limner.compat.flag import TRACKERS, Flag, choose_trackers
 from limner.compat.scripts import SCRIPTS
@@ -16,6 +15,7 @@ from limner.config.rules import check_config
 from limner.config.schema import Config
 from limner.config.toml import build
 from limner.errors import InputError, report_once
+from limner.guard import run_guarded
 from limner.json_types import Plain
 
 BEGIN = "<!-- flags: begin -->"

@@ -1,12 +1,12 @@
 """The config of a run, resolved once: nothing in it is left to the launcher, the base or chance."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from limner.base_model.base import BaseModel
 from limner.base_model.open import open_base
 from limner.config.rules import check_config
-from limner.config.schema import Config, DataSettings
+from limner.config.schema import SETTINGS, Config, DataSettings, ModelSettings
 from limner.data import mixture
 from limner.data.source import Source
 from limner.diffusion import make_objective
@@ -60,6 +60,7 @@ def settle(
     """Settle what the config leaves to the launcher, the family, the base, the Hub or chance."""
     config, family = resolve(config, own_records=source is not None)
     config = replace(config, engine=replace(config.engine, precision=process.precision))  # type: ignore[arg-type]
+    config = replace(config, model=settle_paths(config.model))
     checkpoint = find_checkpoint(config, process, report)
     config = settle_seed(config, checkpoint, process, draw=not read_only)
     source = mixture.open_source(config.data, report) if source is None else source
@@ -71,6 +72,18 @@ def settle(
     if not read_only:
         config = settle_repository(config, process)
     return Settled(config, family, checkpoint, source, base, objective)
+
+
+def settle_paths(model: ModelSettings) -> ModelSettings:
+    """Make the model's paths absolute, so that a run finds its base from any other directory."""
+    paths = {}
+    for field in fields(ModelSettings):
+        name = getattr(model, field.name)
+        is_path = SETTINGS[f"model.{field.name}"].declaration.path and name is not None
+        # What is not here is a name on the Hub, but for the folder that downloads will make.
+        if is_path and name and (field.name == "cache_dir" or Path(name).exists()):
+            paths[field.name] = str(Path(name).absolute())
+    return replace(model, **paths)
 
 
 def check_sizes(data: DataSettings, family: Family, base: BaseModel) -> None:
