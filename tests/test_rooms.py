@@ -18,6 +18,7 @@ HOME = Path(__file__).parent.parent
 ROOMS = (
     "errors",
     "guard",
+    "progress",
     "json_types",
     "rng",
     "bundled",

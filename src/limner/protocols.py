@@ -115,6 +115,11 @@ class ProcessGroup(Protocol):
     device_count: int  # of this process
     precision: str  # no, fp16 or bf16: the recipe's, or the launcher's
 
+    @property
+    def device_name(self) -> str:
+        """What computes, e.g. ``cuda:0 (NVIDIA A100)``."""
+        ...
+
     def first(self, action: Callable[[], T]) -> T:
         """Run ``action`` in the first process; every process gets its (JSON) result, or its
         fault."""
@@ -155,6 +160,10 @@ class Engine(Protocol):
     def init_state(self, seed: int) -> State:
         """The starting point: base weights, fresh adapters (addressed by ``seed`` and parameter
         name), empty optimizer."""
+        ...
+
+    def count_trained(self, state: State) -> int:
+        """How many numbers learn."""
         ...
 
     def step(

@@ -17,6 +17,7 @@ from limner.config.toml import build
 from limner.errors import InputError, report_once
 from limner.guard import run_guarded
 from limner.json_types import Plain
+from limner.progress import print_line
 
 BEGIN = "<!-- flags: begin -->"
 END = "<!-- flags: end -->"
@@ -71,7 +72,7 @@ def run_script(script: str, arguments: Namespace) -> None:
     with report_once():
         config = to_config(script, arguments)
     # Bad flags need not wait for this import.
-    from limner.training.loop import print_line, run_training
+    from limner.training.loop import run_training
 
     if os.environ.get("RANK", "0") == "0":
         for line in list_remarks(script, arguments):

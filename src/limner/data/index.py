@@ -15,7 +15,6 @@ import numpy as np
 import PIL
 import xxhash
 from PIL import Image
-from tqdm import tqdm
 
 from limner import rng
 from limner.config.schema import DataSettings
@@ -26,6 +25,7 @@ from limner.data.similarity import FLAT
 from limner.data.source import BadRecord, Record, Source
 from limner.errors import DiskError, InputError
 from limner.json_types import Plain
+from limner.progress import open_progress
 from limner.protocols import Report
 from limner.storage import atomic
 from limner.storage.run_folder import RunFolder
@@ -170,11 +170,12 @@ def inspect_all(
     pool = ThreadPoolExecutor(config.threads, thread_name_prefix="limner-index")
     rows = range(len(source))
     try:
-        results = pool.map(inspect, rows)
-        progress = tqdm(
-            results, total=len(rows), desc="pictures", unit="", disable=None, leave=False
-        )
-        return list(progress)
+        inspected = []
+        with open_progress(len(rows), "pictures", "picture") as progress:
+            for entry in pool.map(inspect, rows):
+                inspected.append(entry)
+                progress.update()
+        return inspected
     finally:
         # Also after Ctrl-C: what was decoded so far need not be decoded again.
         pool.shutdown(cancel_futures=True)

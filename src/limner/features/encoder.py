@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Literal, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from limner.data import image
 from limner.data.buckets import Shape
@@ -21,6 +20,7 @@ from limner.errors import InputError
 from limner.families.family import Family
 from limner.families.text import encode_captions, tokenize
 from limner.features.store import FeatureStore
+from limner.progress import open_progress
 from limner.protocols import Encoders, Features
 
 SHARD = 64  # rows that are encoded before they are written
@@ -193,12 +193,12 @@ class FeatureEncoder:
         description: str,
         check: CheckStop,
     ) -> None:
-        """Encode and store items in shards of one shape, with a progress bar.
+        """Encode and store items in shards of one shape, and show how far it is.
 
         Args:
             keys: shape and key of each item, sorted by shape.
         """
-        with tqdm(total=len(keys), desc=description, disable=None if keys else True) as bar:
+        with open_progress(len(keys), description, silent=not keys) as progress:
             done = 0
             while done < len(keys):
                 check()
@@ -210,7 +210,7 @@ class FeatureEncoder:
                     store.check_room(self.world_size * len(keys) * count_row_bytes(features))
                 store.put(shard, features)
                 done += len(shard)
-                bar.update(len(shard))
+                progress.update(len(shard))
 
 
 def has_all(store: FeatureStore | None, keys: Sequence[str]) -> bool:

@@ -2,13 +2,10 @@
 
 import contextlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
 
 from limner import engines
 from limner.config import toml
@@ -18,21 +15,18 @@ from limner.data.prefetch import prefetch
 from limner.data.source import Source
 from limner.diffusion import schedules
 from limner.errors import NonFiniteError, Stopped, report_once
+from limner.progress import print_line
 from limner.protocols import ProcessGroup, Report, State
 from limner.storage import atomic, layout
 from limner.storage.run_folder import RunFolder
 from limner.training import sinks
+from limner.training.announce import announce_run
 from limner.training.encode import encode_only, fill_caches
 from limner.training.monitor import Monitor
 from limner.training.publish import is_finished, publish_result
 from limner.training.setup import Setup, prepare
 from limner.training.signals import Stop
 from limner.training.status import StatusFile, keep_status
-
-
-def print_line(text: str) -> None:
-    """Tell the user one thing, beside the progress bar."""
-    tqdm.write(text, file=sys.stderr)
 
 
 def ignore_line(text: str) -> None:
@@ -117,6 +111,7 @@ def train(setup: Setup, status: StatusFile) -> State:
     rate, decay and seeds are functions of it."""
     config, engine, total = setup.config, setup.engine, setup.plan.steps
     state, step = start(setup)
+    announce_run(setup, engine.count_trained(state))
     monitor = Monitor(setup, step, status)
     preview_every = setup.plan.to_steps(config.preview.every, config.preview.every_epochs) or total
     load = partial(setup.stream.batch, rank=setup.process.rank, world=setup.process.world_size)
@@ -194,4 +189,4 @@ def save_checkpoint(
         )
         return str(folder)
 
-    setup.process.first(save)
+    setup.report(f"step {step}: saved {setup.process.first(save)}")

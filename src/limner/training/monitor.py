@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains: progress bar, metrics, validation loss, previews.
+"""What is seen of a run while it trains: progress, metrics, validation loss, previews.
 
 None of it changes a number.
 """
@@ -6,16 +6,19 @@ None of it changes a number.
 import contextlib
 import math
 import time
-from collections.abc import Iterator
-
-from tqdm import tqdm
+from collections.abc import Iterator, Sequence
 
 from limner.errors import NonFiniteError
+from limner.progress import open_progress
 from limner.protocols import Metrics, NonFiniteStep, State
 from limner.storage import checkpoint
+from limner.storage.run_folder import RunFolder
 from limner.training import sinks
 from limner.training.setup import Setup
 from limner.training.status import StatusFile
+
+# So many validations without a better loss are worth a word.
+RISES = 3
 
 
 def fetch_metrics(setup: Setup, state: State, metrics: list[Metrics]) -> list[dict[str, float]]:
@@ -38,6 +41,26 @@ def fetch_metrics(setup: Setup, state: State, metrics: list[Metrics]) -> list[di
         ) from None
 
 
+def describe_held_out(losses: Sequence[tuple[int, float]]) -> str:
+    """Say the last held-out loss beside the best one before it, and when it has begun to rise.
+
+    Args:
+        losses: step and loss of each validation, in that order.
+    """
+    step, loss = losses[-1]
+    text = f"step {step}: held-out loss {loss:.4f}"
+    if len(losses) == 1:
+        return text
+    best_step, best = min(losses[:-1], key=lambda row: row[1])
+    text += f" ({best:.4f} at step {best_step})"
+    if len(losses) > RISES and loss > best and best_step == losses[-1 - RISES][0]:
+        text += (
+            f". It has been higher for {RISES} validations: the training pictures may be learned "
+            "by heart. Fewer steps, a lower optim.learning_rate or more pictures may help."
+        )
+    return text
+
+
 class Monitor:
     """Watches one run; the loop calls each method when it is due."""
 
@@ -49,6 +72,8 @@ class Monitor:
         self.losses = list(saved.state.unlogged_losses) if saved is not None else []
         self.grad_norm = math.nan  # of the last step that was fetched
         self.learning_rate = 0.0
+        self.shown: dict[str, str] = {}  # beside the progress
+        self.held_out: list[tuple[int, float]] = []  # step and loss of each validation so far
         self.sinks: sinks.Sinks | None = None
         # Speed is counted from here; validation, previews and saving move the clock.
         self.clock, self.clock_step = time.monotonic(), first_step
@@ -57,20 +82,24 @@ class Monitor:
         setup = self.setup
         if setup.process.rank == 0:
             self.sinks = sinks.open_sinks(setup.config, setup.folder, self.first_step, setup.report)
-        self.bar = tqdm(
-            total=setup.plan.steps,
-            initial=self.first_step,
-            desc="training",
-            unit="step",
-            # None: shown where standard error is a terminal.
-            disable=True if setup.process.rank else None,
-            dynamic_ncols=True,
+            rows = sinks.read_metrics(RunFolder(setup.folder).metrics)
+            self.held_out = [
+                (row["step"], row["held_out_loss"])
+                for row in rows
+                if isinstance(row.get("held_out_loss"), float)
+            ]
+        self.progress = open_progress(
+            setup.plan.steps,
+            "training",
+            "step",
+            done=self.first_step,
+            silent=setup.process.rank > 0,
         )
         self.clock = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        self.progress.close()
         if self.sinks is not None:
             self.sinks.close()
 
@@ -78,7 +107,7 @@ class Monitor:
         """Remember a step's metrics, which stay on the device."""
         self.pending.append(metrics)
         self.learning_rate = learning_rate
-        self.bar.update()
+        self.progress.update()
 
     def fetch_losses(self, state: State) -> list[float]:
         """Copy what is pending from the device; return the losses since the last regular row.
@@ -119,7 +148,8 @@ class Monitor:
         }
         self.write(step, values)
         self.status.update(step=step, images_per_second=speed)
-        self.bar.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{speed:.1f}"})
+        self.shown |= {"loss": f"{loss:.4f}", "images/s": f"{speed:.1f}"}
+        self.progress.set_postfix(self.shown)
 
     def validate(self, state: State, step: int) -> None:
         """Write the mean loss over the held-out records, with the weights that will be the
@@ -138,6 +168,10 @@ class Monitor:
             count += rows
         loss, count = process.total([loss, count])
         self.write(step, {"held_out_loss": loss / count})
+        self.held_out.append((step, loss / count))
+        setup.report(describe_held_out(self.held_out))
+        self.shown["held-out"] = f"{loss / count:.4f}"
+        self.progress.set_postfix(self.shown)
 
     def draw_previews(self, state: State, step: int) -> None:
         """Draw the prompts of the recipe, with fixed seeds."""
@@ -158,6 +192,8 @@ class Monitor:
             )
         if self.sinks is not None:
             self.sinks.write_images(step, "validation", list(zip(prompts, pictures, strict=True)))
+            folder = RunFolder(setup.folder).previews_of_step(step, "validation")
+            setup.report(f"step {step}: previews in {folder}")
         setup.process.barrier()
 
     def write(self, step: int, values: dict[str, float]) -> None:

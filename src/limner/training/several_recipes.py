@@ -10,8 +10,9 @@ from limner.base_model.open import open_base
 from limner.config.schema import SETTINGS, Config, ModelSettings
 from limner.errors import InputError, report_once
 from limner.families import get_family
+from limner.progress import print_line
 from limner.protocols import Report
-from limner.training.loop import print_line, run_in_group
+from limner.training.loop import run_in_group
 from limner.training.resolve import resolve
 from limner.training.signals import Stop
 

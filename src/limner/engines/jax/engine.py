@@ -62,10 +62,7 @@ class JaxEngine:
         refuse_settings(config, base, family)
         self.refuse_batch()
         if config.engine.attention == "xformers":
-            report(
-                "xFormers is PyTorch's; the JAX engine uses a fused kernel of its own where there "
-                "is one"
-            )
+            report("xFormers is PyTorch's; JAX uses a fused kernel of its own where there is one")
         # An autoencoder that the recipe names is safe in half precision; the base's may not be.
         runs_in_half = config.model.vae is not None and self.half is not None
         self.encoders = JaxEncoders(base, {"vae": self.half} if runs_in_half else {})
@@ -138,6 +135,10 @@ class JaxEngine:
             lambda value: value if isinstance(value, jax.Array) else self.replicate(value),
             make_state(self.config.optim, self.half, self.place(self.layout.pack(params))),
         )
+
+    def count_trained(self, state: State) -> int:
+        """See ``protocols.Engine``."""
+        return self.layout.count
 
     def replicate(self, value: Any) -> Array:
         """Return a number on every device."""

@@ -25,6 +25,11 @@ class Layout:
     shapes: dict[str, tuple[int, ...]]
 
     @property
+    def count(self) -> int:
+        """How many numbers there are."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
     def small(self) -> list[str]:
         """The names of the arrays that lie together."""
         return [name for name, shape in self.shapes.items() if math.prod(shape) < LARGE]

@@ -56,6 +56,13 @@ class JaxProcessGroup(Processes):
         self.mesh = Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
     @property
+    def device_name(self) -> str:
+        """The devices of all processes, and what they are."""
+        model = self.mesh.devices.flat[0].device_kind
+        name = self.kind if model == self.kind else f"{self.kind} ({model})"
+        return f"{self.mesh.size} x {name}" if self.mesh.size > 1 else name
+
+    @property
     def kind(self) -> str:
         """cpu, gpu or tpu."""
         return str(self.mesh.devices.flat[0].platform)

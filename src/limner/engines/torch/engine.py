@@ -74,6 +74,10 @@ class TorchEngine:
         """See ``protocols.Engine``."""
         return make_state(self.config, self.base, self.family, self.process, seed, self.report)
 
+    def count_trained(self, state: TorchState) -> int:
+        """See ``protocols.Engine``."""
+        return sum(shape.numel() for _, shape in state.parameters.spans.values())
+
     def step(
         self,
         state: TorchState,

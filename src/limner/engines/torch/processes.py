@@ -61,6 +61,13 @@ class TorchProcessGroup(Processes):
     device: torch.device
     precision: str
 
+    @property
+    def device_name(self) -> str:
+        """The device, and of a GPU its model."""
+        if self.device.type != "cuda":
+            return str(self.device)
+        return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+
     def __init__(
         self,
         device: str | None = None,
