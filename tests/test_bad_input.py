@@ -298,6 +298,11 @@ def test_a_wrong_column_is_named_with_the_setting_and_the_flag(
         ),
         ("optmi.learning_rate=1e-4", ("optmi: no such setting", "did you mean optim?")),
         ("validation.hold_out=12", ("validation.hold_out", "none is left to train on")),
+        (
+            "validation.hold_out=0.96",
+            ("12 records are held out of 12", "none is left to train on", "hold_out=0.1"),
+        ),
+        ("validation.hold_out=1.5", ("validation.hold_out: 1.5 is neither",)),
         ("data.background=see-through", ("data.background", "'see-through' is no opaque colour")),
         ("checkpoint.resume=checkpoint-9", ("checkpoint-9: no such checkpoint",)),
         ("model.base=nowhere", ("model.base: nowhere", "owner/name")),

@@ -119,8 +119,8 @@ def test_all_old_names_are_said_at_once() -> None:
         ),
         ({"optim": {"betas": [0.9, "x"]}}, "optim.betas[1]: 'x' was given, a number is expected"),
         (
-            {"preview": {"prompts": "a cat"}},
-            "preview.prompts: 'a cat' was given, a list, each a text is expected",
+            {"preview": {"prompts": "[a cat]"}},
+            "preview.prompts: '[a cat]' was given, a list, each a text is expected",
         ),
         ({"preview": {"prompts": [1]}}, "preview.prompts[0]: 1 was given, a text is expected"),
         (
@@ -141,6 +141,14 @@ def test_all_old_names_are_said_at_once() -> None:
 )
 def test_types(raw: dict, message: str) -> None:
     assert message in refusal(raw)
+
+
+def test_one_text_is_a_list_of_one() -> None:
+    raw = {"preview": {"prompts": "a cat"}, "log": {"to": "wandb"}, "adapter": {"targets": "to_q"}}
+    cfg = build(Config, raw)
+    assert (cfg.preview.prompts, cfg.log.to) == (("a cat",), ("wandb",))
+    assert cfg.adapter.targets == ("to_q",)
+    assert "log.to[0]: 'tb' was given, one of 'tensorboard'" in refusal({"log": {"to": "tb"}})
 
 
 def test_values_take_their_declared_type() -> None:

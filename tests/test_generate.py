@@ -296,6 +296,10 @@ def test_show_prints_settings_and_arithmetic(pictures, tmp_path, capsys, monkeyp
     assert "8 examples = 2 processes x 2 micro-batches x 2" in said
     assert "records: 12 listed, 2 held out, 10 to train on" in said
     assert "one epoch: 1.25 steps; the run: 4 steps" in said  # ceil(3 * 10 / 8)
+    assert cli.main(["show", str(recipe), "validation.hold_out=0.25"]) == 0
+    assert "records: 12 listed, 3 held out, 9 to train on" in capsys.readouterr().out
+    assert cli.main(["show", str(recipe), "validation.hold_out=12"]) == 2
+    assert "12 records are held out of 12" in capsys.readouterr().err
     import tomllib
 
     assert toml.build(Config, tomllib.loads(said)) == toml.load_recipe(

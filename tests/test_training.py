@@ -3,6 +3,7 @@
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from limner.errors import InputError, NonFiniteError, Stopped
 from limner.storage import atomic, checkpoint
 from limner.storage.run_folder import RunFolder
 from limner.storage.run_state import STATE_FILE
-from limner.training import loop, result
+from limner.training import loop, result, setup
 from limner.training import push as push_module
 from limner.training.signals import Stop
 
@@ -85,7 +86,7 @@ def test_a_finished_run_is_pushed_once_when_it_is_asked_for(base, pictures, tmp_
     assert pushed == ["me/mine"]
 
 
-def test_prompts_without_an_interval_are_drawn_at_the_end_in_a_size_that_pipelines_draw(
+def test_prompts_without_an_interval_are_drawn_first_and_last_in_a_size_that_pipelines_draw(
     base, pictures, tmp_path
 ):
     run(
@@ -97,7 +98,8 @@ def test_prompts_without_an_interval_are_drawn_at_the_end_in_a_size_that_pipelin
             preview={"prompts": ["red", "blue"], "steps": 1, "count": 2},
         )
     )
-    assert [p.name for p in (tmp_path / "previews").iterdir()] == ["step-000002"]
+    drawn = sorted(p.name for p in (tmp_path / "previews").iterdir())
+    assert drawn == ["step-000000", "step-000002"]
     sizes = [
         contact_sheet.read_picture(p).shape
         for p in sorted((tmp_path / "previews" / "step-000002").glob("*.png"))
@@ -105,6 +107,53 @@ def test_prompts_without_an_interval_are_drawn_at_the_end_in_a_size_that_pipelin
     assert sizes == [(32, 32, 3)] * 4
     with Image.open(tmp_path / "preview.png") as sheet:
         assert sheet.size == (200 + 2 * 134 + 6, 6 + 2 * 134)
+
+
+def test_captions_for_previews_are_of_held_out_records_first():
+    said: list[str] = []
+    records = SimpleNamespace(
+        training=[SimpleNamespace(captions=c) for c in (["a", "b"], ["c"], ["a"], [], [""])],
+        validation=[SimpleNamespace(captions=["c", "d"])],
+    )
+    for captions, prompts in ((0, ["x"]), (1, ["x", "c"]), (2, ["x", "c", "a"])):
+        cfg = toml.build(Config, {"preview": {"prompts": "x", "captions": captions}})
+        settled = setup.settle_previews(cfg, records, said.append).preview
+        assert (list(settled.prompts), settled.captions, said) == (prompts, 0, [])
+    cfg = toml.build(Config, {"preview": {"captions": 3}})
+    assert setup.settle_previews(cfg, records, said.append).preview.prompts == ("c", "a")
+    assert said == ["preview.captions: 3 are asked for, 2 are there"]
+
+
+def test_a_run_says_what_it_does_and_draws_captions(base, tmp_path):
+    pictures = tiny.pictures(
+        tmp_path / "pictures", 6, captions=["one", "two", "two", "", "three", "four"]
+    )
+    given = settings(
+        base,
+        pictures,
+        tmp_path / "run",
+        data={"size": 32},
+        preview={"prompts": ["mine"], "captions": 3, "steps": 1},
+        validation={"hold_out": 0.34, "timesteps": 1},
+        checkpoint={"every": 1},
+        engine={"device": "cpu"},
+    )
+    said = run(given)
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert kept["preview"]["captions"] == 0
+    assert kept["preview"]["prompts"][0] == "mine" and len(kept["preview"]["prompts"]) == 4
+    text = "\n".join(said)
+    for line in (
+        f"model: {base} (sd); a LoRA of rank 4 on its unet learns, ",
+        "data: 4 records to train on, 2 held out; one epoch is 2 steps",
+        "steps: 2 of 2 examples (micro-batches of 2 x 1), 1 epochs; a checkpoint every 1",
+        "device: cpu, float32",
+        f"step 0: previews in {tmp_path}/run/previews/step-000000",
+        f"step 1: saved {tmp_path}/run/checkpoint-1",
+        f"step 2: previews in {tmp_path}/run/previews/step-000002",
+        "step 2: held-out loss 1.",
+    ):
+        assert line in text, text
 
 
 def test_only_settings_of_the_optimizer_may_be_allowed_to_change(base, pictures, tmp_path):

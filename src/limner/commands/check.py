@@ -174,7 +174,7 @@ def report_epoch(setup: Setup) -> EpochReport:
     return EpochReport(
         batch=plan.batch_size,
         records=len(stream.entries),
-        held_out=setup.config.validation.hold_out,
+        held_out=len(setup.validation_entries),
         examples=sum(stream.order.examples_per_set),
         of_sets=stream.order.examples_per_set,
         empty_rows=sum(row.empty_rows for row in report_buckets(setup)),

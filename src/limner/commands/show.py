@@ -9,7 +9,7 @@ from limner.config.schema import Config, DataSettings
 from limner.config.toml import format_value
 from limner.data import mixture
 from limner.json_types import Plain
-from limner.training.batch_plan import make_plan
+from limner.training.batch_plan import count_held_out, make_plan
 from limner.training.resolve import resolve
 
 
@@ -48,11 +48,13 @@ def count_records(data: DataSettings) -> int | None:
 def format_arithmetic(config: Config) -> list[str]:
     """How the global batch is divided, and what an epoch comes to."""
     processes = int(os.environ.get("WORLD_SIZE") or 1)
-    hold_out, seed = config.validation.hold_out, config.train.seed
+    seed = config.train.seed
     listed = count_records(config.data)
-    records = None
+    records, hold_out = None, 0
     if listed is not None:
-        records = min(listed, config.data.max_records or listed) - hold_out
+        used = min(listed, config.data.max_records or listed)
+        hold_out = count_held_out(config.validation.hold_out, used)
+        records = used - hold_out
     plan = make_plan(config, processes, records or 1, None, seed or 0)
     lines = [
         f"# one optimizer step: {plan.batch_size} examples = {processes} processes x "

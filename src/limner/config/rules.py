@@ -77,6 +77,12 @@ def check_training(config: Config) -> Iterator[str]:
         )
     if config.adapter.text_encoders and config.adapter.kind != "lora":
         yield 'adapter.text_encoders: text encoders learn by adapters only; set adapter.kind="lora"'
+    hold_out = config.validation.hold_out
+    if hold_out > 1 and hold_out != int(hold_out):
+        yield (
+            f"validation.hold_out: {hold_out} is neither a number of records nor a share of them "
+            "below 1"
+        )
     if preview.every is not None and preview.every_epochs is not None:
         yield "preview: give preview.every (steps) or preview.every_epochs, not both"
 

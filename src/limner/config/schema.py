@@ -492,10 +492,16 @@ class PreviewSettings:
     """Pictures made with the current weights (the average, where one is kept)."""
 
     prompts: tuple[str, ...] = setting((), "what is drawn", resume="free")
+    captions: int = setting(
+        0,
+        "so many captions of the data are drawn too, of held-out records where there are any",
+        range=AT_LEAST_0,
+        resume="free",
+    )
     count: int = setting(1, "pictures per prompt", range=ABOVE_0, resume="free")
     every: int | None = setting(
         None,
-        "without it and every_epochs: at the end only",
+        "without it and every_epochs: at the beginning and the end only",
         unit="optimizer steps",
         range=ABOVE_0,
         resume="free",
@@ -511,7 +517,9 @@ class PreviewSettings:
 class ValidationSettings:
     """Loss on records that are never trained on, at fixed timesteps and noise."""
 
-    hold_out: int = setting(0, "records", range=AT_LEAST_0)
+    hold_out: int | float = setting(
+        0, "records, or below 1 a share of them: 0.05", range=AT_LEAST_0
+    )
     every: int = setting(
         100, "between validations", unit="optimizer steps", range=ABOVE_0, resume="free"
     )

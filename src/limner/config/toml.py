@@ -136,6 +136,10 @@ def convert(kind: object, value: object, where: str) -> Any:
     for option in options:
         if fits(option, value):
             return convert_fitting(option, value, where)
+        # One text counts as a list of one, which a shell makes hard to write. What begins with a
+        # bracket is a list that lost its quotes there.
+        if isinstance(value, str) and not value.startswith("[") and fits(option, [value]):
+            return convert_fitting(option, [value], where)
     raise InputError(f"{where}: {value!r} was given, {describe_types(options)} is expected")
 
 

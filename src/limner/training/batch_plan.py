@@ -81,6 +81,24 @@ def make_plan(
     )
 
 
+def count_held_out(hold_out: float, records: int) -> int:
+    """How many records are held out; of a share at least one.
+
+    Args:
+        hold_out: ``validation.hold_out``: a number of records, or a share below 1.
+
+    Raises:
+        InputError: when none is left to train on.
+    """
+    count = int(hold_out) if hold_out >= 1 or hold_out == 0 else max(1, round(hold_out * records))
+    if count >= records:
+        raise InputError(
+            f"validation.hold_out: {count} records are held out of {records}, so that none is left "
+            "to train on. Hold out fewer, or a share: validation.hold_out=0.1"
+        )
+    return count
+
+
 def count_steps(
     epochs: float, records: int, batch_size: int, order: Callable[[int], Order] | None
 ) -> tuple[int, float]:

@@ -117,9 +117,13 @@ def train(setup: Setup, status: StatusFile) -> State:
     load = partial(setup.stream.batch, rank=setup.process.rank, world=setup.process.world_size)
     batches = prefetch(load, step, total, threads=config.data.threads)
     with contextlib.closing(batches), monitor:
-        if setup.validation_entries and step == 0:
+        if step == 0:
+            # What later validations and previews are compared with.
             with monitor.timer_paused():
-                monitor.validate(state, step)
+                if setup.validation_entries:
+                    monitor.validate(state, step)
+                if config.preview.prompts:
+                    monitor.draw_previews(state, step)
         for batch in batches:
             learning_rate, decay = schedules.schedule_step(config.optim, step, total)
             state, metrics = engine.step(

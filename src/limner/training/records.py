@@ -10,11 +10,10 @@ from limner.data import buckets, mixture
 from limner.data.index import Entry, Index, build_index, write_skipped
 from limner.data.order import Order
 from limner.data.source import Source
-from limner.errors import InputError
 from limner.features import caches
 from limner.protocols import ProcessGroup, Report
 from limner.storage.run_folder import RunFolder
-from limner.training.batch_plan import BatchPlan, make_plan
+from limner.training.batch_plan import BatchPlan, count_held_out, make_plan
 from limner.training.resolve import Settled
 
 
@@ -39,7 +38,8 @@ def plan_records(
     used = index
     if config.data.max_records is not None:
         used = index.sample(config.data.max_records, seed)
-    training, validation = split_validation(used.entries, config.validation.hold_out, seed)
+    hold_out = count_held_out(config.validation.hold_out, len(used.entries))
+    training, validation = split_validation(used.entries, hold_out, seed)
     order_for = partial(make_order, training, source, config.data, seed)
     # The checkpoint's batch and seed win over the recipe's: positions in the stream depend on them.
     plan = make_plan(
@@ -77,11 +77,6 @@ def split_validation(
     entries: tuple[Entry, ...], count: int, seed: int
 ) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
     """The records to train on, and ``count`` others for validation, drawn by the seed."""
-    if count >= len(entries):
-        raise InputError(
-            f"validation.hold_out: {count} records are held out of {len(entries)}, so that none is "
-            "left to train on"
-        )
     chosen = {int(i) for i in rng.at(seed, "hold out", 0).permutation(len(entries))[:count]}
     training = tuple(entry for i, entry in enumerate(entries) if i not in chosen)
     return training, tuple(entries[i] for i in sorted(chosen))

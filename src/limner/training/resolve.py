@@ -154,7 +154,7 @@ def settle_seed(
 
 def open_base_everywhere(config: Config, family: Family, process: ProcessGroup) -> BaseModel:
     """Open the base in every process; the first one downloads what is not there."""
-    for_generation = bool(config.preview.prompts)
+    for_generation = bool(config.preview.prompts or config.preview.captions)
     process.first(
         lambda: str(open_base(config.model, family, for_generation=for_generation).folder)
     )

@@ -5,7 +5,7 @@ Each command comes as far as it needs: ``show`` and ``bench`` resolve the config
 lines.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from limner import engines
@@ -72,8 +72,9 @@ def prepare(
         LimnerError: of the kind that fits, for all that would keep the run from going well.
     """
     settled = settle(config, source, process, report, read_only=read_only)
-    config, base, checkpoint = settled.config, settled.base, settled.checkpoint
+    base, checkpoint = settled.base, settled.checkpoint
     records = plan_records(settled, process, report, read_only=read_only)
+    config = settle_previews(settled.config, records, report)
     plan = records.plan
     base_digest = digest_base(base, settled.family, process)
     run_state = make_run_state(config, plan, records.digest, base_digest)
@@ -98,6 +99,17 @@ def prepare(
         report=report,
         stop=stop,
     )
+
+
+def settle_previews(config: Config, records: RunRecords, report: Report) -> Config:
+    """Put the captions that ``preview.captions`` asks for among the prompts."""
+    preview = config.preview
+    entries = (*records.validation, *records.training)
+    captions = dict.fromkeys(text for entry in entries for text in entry.captions[:1] if text)
+    if len(captions) < preview.captions:
+        report(f"preview.captions: {preview.captions} are asked for, {len(captions)} are there")
+    prompts = (*preview.prompts, *list(captions)[: preview.captions])
+    return replace(config, preview=replace(preview, prompts=prompts, captions=0))
 
 
 def open_stream(
