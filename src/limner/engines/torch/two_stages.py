@@ -8,7 +8,8 @@ import torch
 from limner.base_model.base import BaseModel
 from limner.base_model.open import read_pipeline_class
 from limner.engines.torch.encoders import TorchEncoders
-from limner.engines.torch.loading import load_stage, load_stage_lora
+from limner.engines.torch.loading import load_stage
+from limner.engines.torch.lora_file import load_lora
 from limner.errors import InputError
 from limner.families import FAMILIES
 from limner.families.family import Family, Stage
@@ -105,5 +106,5 @@ def add_other_stage(pipeline: Any, family: Family, base: BaseModel, encoders: To
     components = {name: own.component(name) for name in other.components}
     half = getattr(diffusers, other.pipeline)(**components)
     if base.other_stage.adapter is not None:
-        load_stage_lora(half, base.other_stage.adapter, other)
+        load_lora(half, base.other_stage.adapter)
     return combine_stages({family.name: pipeline, other.name: half})

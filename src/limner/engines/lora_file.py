@@ -1,0 +1,135 @@
+"""Read a LoRA file, for either engine, and say what of it does not fit."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from limner.engines.adapters import Shape
+from limner.errors import InputError
+from limner.storage import safetensors
+
+Arrays = dict[str, np.ndarray]
+
+MAX_LISTED = 3  # names in a message
+# Parts of names as diffusers wrote them before -> as it writes them today.
+RENAMED_PARTS = (
+    (".lora_linear_layer", ""),
+    (".lora.down.", ".lora_A."),
+    (".lora.up.", ".lora_B."),
+    (".down.weight", ".lora_A.weight"),
+    (".up.weight", ".lora_B.weight"),
+)
+
+
+def read_lora_file(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    """Read the arrays of a LoRA file as float32, and the settings in its header, if any.
+
+    Raises:
+        InputError: for a file that is damaged, empty, or holds numbers that are not finite.
+    """
+    try:
+        header = safetensors.read_header(path)
+        arrays = safetensors.read_float32(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: not a whole safetensors file ({error}). Fetch or copy it again."
+        ) from error
+    if not arrays:
+        raise InputError(f"{path}: it holds no arrays, so it is no LoRA. Fetch or copy it again.")
+    broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if broken:
+        raise InputError(
+            f"{path}: {list_names(broken)} hold numbers that are not finite. Take an earlier "
+            "checkpoint, or fetch the file again."
+        )
+    return arrays, read_settings(path, header.metadata)
+
+
+def read_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the adapters' settings in a file's header, as diffusers writes them.
+
+    Raises:
+        InputError: when they are no settings by name, or have a rank or alpha that is no number.
+    """
+    try:
+        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        if not isinstance(settings, dict):
+            raise ValueError("no settings by name")
+        for name, value in settings.items():
+            check_number(name, value)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise InputError(
+            f"{path}: lora_adapter_metadata in its header cannot be read ({reason}). Fetch or copy "
+            "it again."
+        ) from error
+    return settings
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuse a rank or alpha that scales nothing, with a ``ValueError``."""
+    if name.rpartition(".")[2] not in ("r", "lora_alpha"):
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:  # type: ignore[operator]
+        raise ValueError(f"{name} is {value!r:.80}, a number above 0 is expected")
+
+
+def rename_lora_array(name: str) -> str:
+    """Return an array's name as diffusers writes it today."""
+    for old, new in RENAMED_PARTS:
+        name = name.replace(old, new)
+    return name
+
+
+def fits_layer(name: str, arrays: Arrays, shapes: Mapping[str, Shape]) -> bool:
+    """Return whether an array is half of an addition to a layer: A [rank, in] or B [out, rank].
+
+    Args:
+        arrays: all of a component's, by today's names.
+        shapes: of the component's weights, [out, in], for a convolution [out, in, height, width].
+    """
+    layer, _, half = name.removesuffix(".weight").rpartition(".")
+    weight, shape = shapes.get(f"{layer}.weight", ()), arrays[name].shape
+    if len(weight) not in (2, 4) or len(shape) != len(weight):
+        return False
+    if half == "lora_A" and f"{layer}.lora_B.weight" in arrays:
+        return shape[1:] == weight[1:]
+    if half == "lora_B" and f"{layer}.lora_A.weight" in arrays:
+        rank = arrays[f"{layer}.lora_A.weight"].shape[0]
+        return shape == (weight[0], rank, *[1] * (len(weight) - 2))
+    return False
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Return how many arrays there are, and the first names."""
+    more = ", ..." if len(names) > MAX_LISTED else ""
+    return f"{len(names)} arrays ({', '.join(names[:MAX_LISTED])}{more})"
+
+
+def explain_unused(path: Path, names: Sequence[str], place: str, hint: str = "") -> str:
+    """Return what is said of arrays that have no place.
+
+    Args:
+        place: what they have no place in, e.g. ``the unet``.
+        hint: what they may be, in place of the usual guess.
+    """
+    guess = hint or "Was it trained on another model, or is it of another kind?"
+    return f"{path}: {list_names(names)} have no place in {place}. {guess}"
+
+
+def guess_prefix(names: Iterable[str], components: Iterable[str]) -> str:
+    """Return a hint where one prefix, too many or too few, explains all names; else nothing."""
+    names, known = list(names), tuple(f"{component}." for component in components)
+    for component in known:
+        cut = [name.find(component) for name in names]
+        if min(cut) > 0 and len({name[:at] for name, at in zip(names, cut, strict=True)}) == 1:
+            return f"Every name begins with {names[0][: cut[0]]!r}; write the file without it."
+    if not any(name.startswith((*known, "lora_")) for name in names):
+        expected = " or ".join(repr(component) for component in known)
+        return f"Names are expected to begin with {expected}."
+    return ""

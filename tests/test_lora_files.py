@@ -1,0 +1,202 @@
+"""LoRA files: what is loaded is used whole, and means the same to every reader."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from limner import engines
+from limner.base_model.open import open_base
+from limner.config.schema import AdapterSettings, ModelSettings
+from limner.engines.adapters import list_adapters
+from limner.errors import InputError
+from limner.families import FAMILIES
+from limner.protocols import ModelSource
+from limner.storage import layout, safetensors
+from limner.storage.layout import LORA_FILE
+from limner.training import result
+
+pytestmark = pytest.mark.frameworks
+Arrays = dict[str, np.ndarray]
+
+
+def make_arrays(base: Path, family: str, settings: AdapterSettings) -> Arrays:
+    """A trained LoRA's arrays, of the text encoders too where the settings say so: random."""
+    opened = open_base(ModelSettings(str(base), family), FAMILIES[family])
+    shapes = {
+        component: {
+            name
+            if component == "unet" or name.startswith("text_model.")
+            else f"text_model.{name}": array.shape
+            for path in opened.weight_files(component)
+            for name, array in safetensors.read_header(path).arrays.items()
+        }
+        for component in FAMILIES[family].trained_components(settings.text_encoders)
+    }
+    draws = np.random.default_rng(0)
+    return {
+        name: draws.normal(0, 0.1, array.shape).astype(np.float32)
+        for name, array in list_adapters(shapes, settings, FAMILIES[family]).items()
+    }
+
+
+def open_pipeline(base: Path, lora: Path, engine: str) -> Any:
+    return engines.open_pipeline(
+        ModelSource(str(base), lora), None, engine, scheduler=None, precision="no", device=None
+    )
+
+
+def read_additions(networks: dict[str, Any]) -> Arrays:
+    """What peft adds to each weight of networks, by component and layer."""
+    return {
+        f"{component}.{name.removeprefix('text_model.')}": module.get_delta_weight(adapter)
+        .detach()
+        .numpy()
+        for component, network in networks.items()
+        for name, module in network.named_modules()
+        for adapter in getattr(module, "scaling", {})
+    }
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 16.0), (3, 1.0), (2, None), (2, 2.0)])
+def test_a_result_means_the_same_to_every_reader(
+    base: Path, tmp_path: Path, rank: int, alpha: float | None
+) -> None:
+    """With its header, without it, in the layout of kohya and ComfyUI, and in the JAX engine."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    settings = AdapterSettings("lora", rank, alpha, text_encoders=True)
+    trained, family = make_arrays(base, "sd", settings), FAMILIES["sd"]
+    opened = open_base(ModelSettings(str(base), "sd"), family)
+    result.write_lora(opened, family, tmp_path, trained, settings, 1)
+    file = tmp_path / LORA_FILE
+    written = {name: torch.from_numpy(array) for name, array in load_file(file).items()}
+    kohya = convert_state_dict_to_kohya(dict(written))
+    scale = 1.0 if alpha is None else alpha / rank
+    expected = {
+        name.removesuffix(".lora_A.weight").replace("text_model.", ""): scale
+        * (trained[name.replace("lora_A", "lora_B")].astype(np.float64) @ array)
+        for name, array in trained.items()
+        if "lora_A" in name
+    }
+    assert len(expected) > 8 and any(name.startswith("text_encoder.") for name in expected)
+    for source in (tmp_path, written, kohya):
+        pipeline = StableDiffusionPipeline.from_pretrained(base, use_safetensors=True)
+        pipeline.load_lora_weights(source)
+        networks = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+        additions = read_additions(networks)
+        assert additions.keys() == expected.keys()
+        for name, addition in additions.items():
+            np.testing.assert_allclose(addition, expected[name], rtol=1e-5, atol=1e-6)
+    nets = open_pipeline(base, tmp_path, "jax").nets
+    assert {net.scale for net in nets.values()} == {1.0}
+    if scale == 1:
+        assert all(np.array_equal(array, trained[name]) for name, array in load_file(file).items())
+
+
+@pytest.mark.parametrize("engine", ["torch", "jax"])
+def test_alpha_in_the_header_is_read_still(base: Path, tmp_path: Path, engine: str) -> None:
+    """As checkpoints have it, and results of earlier builds."""
+    settings = AdapterSettings("lora", 4, 10.0, text_encoders=True)
+    arrays = make_arrays(base, "sd", settings)
+    header = layout.lora_header(settings, FAMILIES["sd"])
+    safetensors.write_arrays(tmp_path / LORA_FILE, arrays, header)
+    pipeline = open_pipeline(base, tmp_path, engine)
+    if engine == "jax":
+        assert {net.scale for net in pipeline.nets.values()} == {2.5}
+        return
+    additions = read_additions({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder})
+    assert len(additions) == len(arrays) / 2
+    for name, addition in additions.items():
+        layer = name.replace("text_encoder.", "text_encoder.text_model.")
+        down, up = (arrays[f"{layer}.lora_{half}.weight"] for half in "AB")
+        np.testing.assert_allclose(addition, 2.5 * up @ down, rtol=1e-5, atol=1e-6)
+
+
+def rename(rule: Callable[[str], str]) -> Callable[[Arrays], Arrays]:
+    return lambda arrays: {rule(name): array for name, array in arrays.items()}
+
+
+TO_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+Q_PROJ = "text_model.encoder.layers.0.self_attn.q_proj"
+OTHERS = {
+    "peft's prefix": (
+        rename(lambda name: f"base_model.model.{name}"),
+        "Every name begins with 'base_model.model.'; write the file without it",
+    ),
+    "a wrapper's prefix": (
+        rename(lambda name: f"module.{name}"),
+        "Every name begins with 'module.'",
+    ),
+    "no component": (
+        rename(lambda name: name.removeprefix("unet.")),
+        "Names are expected to begin with",
+    ),
+    "a transformer's": (
+        rename(lambda name: name.replace("unet.", "transformer.")),
+        "(transformer.",
+    ),
+    "one layer that is not there": (
+        rename(lambda name: name.replace(TO_Q, f"{TO_Q}2")),
+        f"2 arrays ({TO_Q}2.lora_A.weight, {TO_Q}2.lora_B.weight) have no place",
+    ),
+    "a level that is not there": (
+        rename(lambda name: name.replace("down_blocks.1", "down_blocks.7")),
+        "have no place in",
+    ),
+    "a width that does not fit": (
+        lambda arrays: arrays | {f"{TO_Q}.lora_A.weight": np.ones((2, 65), np.float32)},
+        f"1 arrays ({TO_Q}.lora_A.weight) have no place",
+    ),
+    "another rank in one half": (
+        lambda arrays: arrays | {f"{TO_Q}.lora_B.weight": np.ones((64, 3), np.float32)},
+        f"1 arrays ({TO_Q}.lora_B.weight) have no place",
+    ),
+    "half of a layer": (
+        lambda arrays: {k: v for k, v in arrays.items() if k != f"{TO_Q}.lora_B.weight"},
+        TO_Q,
+    ),
+    "an array of its own beside them": (
+        lambda arrays: arrays | {f"{TO_Q}.dora_scale": np.ones(64, np.float32)},
+        f"1 arrays ({TO_Q}.dora_scale) have no place",
+    ),
+    "a textual inversion beside them": (
+        lambda arrays: arrays | {"bundle_emb.cat.string_to_param.*": np.ones(64, np.float32)},
+        "1 arrays (bundle_emb.cat.string_to_param.*) have no place",
+    ),
+    "the second encoder of another family": (
+        lambda arrays: (
+            arrays
+            | {
+                f"text_encoder_2.{Q_PROJ}.lora_{half}.weight": np.ones(shape, np.float32)
+                for half, shape in (("A", (2, 32)), ("B", (32, 2)))
+            }
+        ),
+        "2 arrays (text_encoder_2.",
+    ),
+    "nothing": (lambda arrays: {}, "it holds no arrays"),
+    "not a number": (
+        lambda arrays: arrays | {f"{TO_Q}.lora_A.weight": np.full((2, 64), np.nan, np.float32)},
+        f"1 arrays ({TO_Q}.lora_A.weight) hold numbers that are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", ["torch", "jax"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_lora_of_which_an_array_has_no_place_is_refused(
+    base: Path, tmp_path: Path, kind: str, engine: str
+) -> None:
+    change, message = OTHERS[kind]
+    arrays = change(make_arrays(base, "sd", AdapterSettings("lora", 2)))
+    save_file(arrays, tmp_path / LORA_FILE, metadata={"format": "pt"})
+    with pytest.raises(InputError) as refusal:
+        open_pipeline(base, tmp_path, engine)
+    text = str(refusal.value)
+    assert str(tmp_path / LORA_FILE) in text and message in text
+    assert len(text) < 700 and "\n" not in text
