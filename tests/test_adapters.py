@@ -1,12 +1,14 @@
 """Adapters as records: the names, shapes and first values of their arrays."""
 
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from limner import rng
-from limner.config.schema import AdapterSettings
+from limner.base_model.open import open_base
+from limner.config.schema import AdapterSettings, Config, ModelSettings
 from limner.engines import adapters
 from limner.engines.adapters import ArrayKind, Start, list_adapters
 from limner.errors import InputError
@@ -63,8 +65,55 @@ def test_targets_of_a_recipe_are_the_trained_network_s() -> None:
     }
     assert len(listed) == len(unet) + 8
     for target in ("o_q", "attn", "to_x"):
-        with pytest.raises(InputError, match=f"the unet has no module named {target}; this"):
+        with pytest.raises(InputError, match=f"the unet has no module named {target} with"):
             list_adapters(SHAPES, AdapterSettings("lora", 2, targets=(target,)), SD)
+
+
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        ("to_out", "; did you mean to_out.0? this family's own are to_q"),
+        ("attn", "; did you mean attn.into_q, attn.to_k, attn.to_out.0, ...? this"),
+        ("to_qq", "; did you mean to_q? this"),
+        ("conv-in", "; did you mean conv_in? this"),
+        ("lora", "with a weight; this family's own are to_q, to_k, to_v, to_out.0"),
+    ],
+)
+def test_a_target_that_is_not_there_is_refused_with_a_hint(target: str, hint: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        list_adapters(SHAPES, AdapterSettings("lora", 2, targets=("to_q", target)), SD)
+    assert f"the unet has no module named {target}" in str(refusal.value)
+    assert hint in str(refusal.value)
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 6, 3), (2, 8, 3, 3, 3)])
+def test_a_layer_that_can_have_no_adapter_is_refused(shape: tuple[int, ...]) -> None:
+    shapes = {"unet": {**SHAPES["unet"], "down.norm1.weight": shape}}
+    with pytest.raises(InputError, match=r"down\.norm1 of the unet is a norm or another layer"):
+        list_adapters(shapes, AdapterSettings("lora", 2, targets=("to_q", "norm1")), SD)
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("to_q", "norm1"), "norm1 of the unet is a norm"),
+        (("to_out",), "did you mean to_out.0?"),
+        (("0",), "adapter.targets: peft refuses them"),
+    ],
+)
+def test_targets_are_refused_before_a_weight_is_loaded(
+    base: Path, targets: tuple[str, ...], message: str
+) -> None:
+    from limner.engines.torch.initial_state import refuse_settings
+
+    opened = open_base(ModelSettings(str(base), "sd"), SD)
+    config = Config(
+        model=ModelSettings(str(base), "sd"), adapter=AdapterSettings("lora", 2, targets=targets)
+    )
+    with pytest.raises(InputError) as refusal:
+        refuse_settings(config, opened, SD)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_first_values() -> None:

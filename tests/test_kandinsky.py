@@ -411,7 +411,7 @@ def test_stock_pipelines_load_the_result_and_draw_the_same_picture(
         [adapter] = net.peft_config.values()
         assert (adapter.r, adapter.lora_alpha, set(adapter.target_modules)) == (
             3,
-            6,
+            3,
             set(FAMILIES[family].lora_targets[FAMILIES[family].network.component]),
         )
     other = classes[OTHER[family]].from_pretrained(kandinsky / stage(OTHER[family]))

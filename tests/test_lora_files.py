@@ -1,5 +1,6 @@
 """LoRA files: what is loaded is used whole, and means the same to every reader."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ OTHERS = {
 @pytest.mark.parametrize("engine", ["torch", "jax"])
 @pytest.mark.parametrize("kind", OTHERS)
 def test_a_lora_of_which_an_array_has_no_place_is_refused(
-    base: Path, tmp_path: Path, kind: str, engine: str
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str, engine: str
 ) -> None:
     change, message = OTHERS[kind]
     arrays = change(make_arrays(base, "sd", AdapterSettings("lora", 2)))
@@ -200,3 +201,92 @@ def test_a_lora_of_which_an_array_has_no_place_is_refused(
     text = str(refusal.value)
     assert str(tmp_path / LORA_FILE) in text and message in text
     assert len(text) < 700 and "\n" not in text
+    assert "lora" not in capfd.readouterr().err.lower()
+
+
+def add_adapters(network: Any, component: str, targets: list[str], **settings: Any) -> Arrays:
+    """The arrays of a network's adapters as peft writes them, none of them zeros."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    network.add_adapter(
+        LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False, **settings)
+    )
+    stored = get_peft_model_state_dict(network)
+    return {f"{component}.{name}": value.numpy() for name, value in stored.items()}
+
+
+def test_what_other_trainers_write_is_used(base: Path, tmp_path: Path) -> None:
+    """Convolutions, DoRA, biases, several ranks, and kohya's names with alphas of their own."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    def write(arrays: Arrays) -> None:
+        save_file(arrays, tmp_path / LORA_FILE, metadata={"format": "pt"})
+
+    def open_unet() -> Any:
+        return UNet2DConditionModel.from_pretrained(base / "unet", use_safetensors=True)
+
+    targets = ["to_q", "conv1", "proj_in"]
+    for settings in ({}, {"use_dora": True}, {"rank_pattern": {"conv1": 3}}):
+        arrays = add_adapters(open_unet(), "unet", targets, **settings)
+        write(arrays)
+        open_pipeline(base, tmp_path, "torch")
+        with pytest.raises(InputError, match="linear layers of it are expected"):
+            open_pipeline(base, tmp_path, "jax")
+    plain = add_adapters(open_unet(), "unet", ["to_q", "to_k", "to_out.0"])
+    kohya = {
+        name: np.array(1.0, np.float32) if name.endswith(".alpha") else np.asarray(array)
+        for name, array in convert_state_dict_to_kohya(dict(plain)).items()
+    }
+    write(kohya)
+    pipeline = open_pipeline(base, tmp_path, "torch")
+    additions = read_additions({"unet": pipeline.unet})
+    assert len(additions) == len(plain) / 2
+    for name, addition in additions.items():
+        down, up = (plain[f"{name}.lora_{half}.weight"] for half in "AB")
+        np.testing.assert_allclose(addition, up @ down / 2, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match=r"arrays \(lora_unet_.* have no place"):
+        open_pipeline(base, tmp_path, "jax")
+    stray = {"lora_unet_nowhere.lora_down.weight": np.ones((2, 4), np.float32)}
+    for more in (stray, {f"{name[:-4]}dora_scale": array for name, array in plain.items()}):
+        write(kohya | more)
+        with pytest.raises(InputError, match=str(tmp_path)):
+            open_pipeline(base, tmp_path, "torch")
+
+
+FAMILIES_OF_LORAS = {
+    "sd3": ("transformer", ["attn.to_q", "attn.add_q_proj"]),
+    "prior": ("prior", ["to_q", "to_k"]),
+    "decoder": ("unet", ["to_q", "add_k_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES_OF_LORAS)
+def test_other_families(kind: str, sd3: Path, kandinsky: Path, tmp_path: Path) -> None:
+    import diffusers
+
+    component, targets = FAMILIES_OF_LORAS[kind]
+    folder = sd3 if kind == "sd3" else kandinsky / kind
+    other = {"prior": "decoder", "decoder": "prior"}.get(kind)
+    index = json.loads((folder / "model_index.json").read_text())
+    network = getattr(diffusers, index[component][1]).from_pretrained(folder / component)
+    arrays = add_adapters(network, component, targets)
+
+    def draw_with(written: Arrays) -> None:
+        save_file(written, tmp_path / LORA_FILE, metadata={"format": "pt"})
+        engines.open_pipeline(
+            ModelSource(str(folder), tmp_path),
+            None if other is None else ModelSource(str(kandinsky / other)),
+            scheduler=None,
+            precision="no",
+            device=None,
+        )
+
+    draw_with(arrays)
+    prefix = f"{component}."
+    with pytest.raises(InputError, match=f"Names are expected to begin with .*'{prefix}'"):
+        draw_with({name.removeprefix(prefix): array for name, array in arrays.items()})
+    first = targets[0]
+    with pytest.raises(InputError, match=f"{len(arrays) // 2} arrays .* have no place in a "):
+        draw_with({name.replace(f".{first}.", ".to_x."): a for name, a in arrays.items()})

@@ -3,6 +3,7 @@
 A kind of adapter is a record; both engines build what it lists, and start alike to the bit.
 """
 
+import difflib
 import math
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -17,6 +18,8 @@ from limner.families.family import Family
 from limner.storage.layout import target_modules
 
 Shape = tuple[int, ...]
+ADAPTED_DIMENSIONS = (2, 4)  # of the weights of linear layers and of convolutions
+MAX_SUGGESTED = 3  # names in a message
 ReadWeight = Callable[[], np.ndarray]
 
 
@@ -111,10 +114,27 @@ def choose_targets(
         for target in targets:
             if not any(is_target(module, [target]) for module in modules):
                 raise InputError(
-                    f"adapter.targets: the {component} has no module named {target}; this family's "
-                    f"own are {', '.join(family.lora_targets[component])}"
+                    f"adapter.targets: the {component} has no module named {target} with a "
+                    f"weight; {suggest_target(target, modules)}this family's own are "
+                    f"{', '.join(family.lora_targets[component])}"
                 )
     return targets
+
+
+def suggest_target(target: str, modules: Collection[str]) -> str:
+    """Return a hint at what a target may be meant to be; empty where there is none.
+
+    ``to_out`` holds the layer ``to_out.0``.
+    """
+    inside = {f".{module}".rpartition(f".{target}.") for module in modules}
+    names = sorted({f"{target}.{rest}" for _, cut, rest in inside if cut})
+    if not names:
+        last_parts = {module.rpartition(".")[2] for module in modules}
+        names = difflib.get_close_matches(target, sorted(last_parts), n=1)
+    if not names:
+        return ""
+    more = ", ..." if len(names) > MAX_SUGGESTED else ""
+    return f"did you mean {', '.join(names[:MAX_SUGGESTED])}{more}? "
 
 
 def is_target(module: str, targets: Iterable[str]) -> bool:
@@ -131,7 +151,7 @@ def list_adapters(
         shapes: of the arrays of each component that gets adapters, by component and name.
 
     Raises:
-        InputError: when a target is the name of no module.
+        InputError: when a target is the name of no module, or of one that can have no adapter.
     """
     listed: dict[str, AdapterArray] = {}
     for component, weights in shapes.items():
@@ -144,6 +164,12 @@ def list_adapters(
         for layer, shape in layers.items():
             if not is_target(layer, targets):
                 continue
+            if len(shape) not in ADAPTED_DIMENSIONS:
+                raise InputError(
+                    f"adapter.targets: {layer} of the {component} is a norm or another layer with "
+                    f"a weight of shape {list(shape)}, which can have no adapter; name linear "
+                    "layers and convolutions"
+                )
             for kind in KINDS[settings.kind]:
                 name = f"{component}.{layer}.{kind.suffix}"
                 own_shape = kind.shape(shape, settings)

@@ -4,7 +4,6 @@ import torch
 
 from limner.base_model.base import BaseModel
 from limner.config.schema import AdapterSettings, Config
-from limner.engines.adapters import list_adapters
 from limner.engines.dropout import refuse_attention_dropout
 from limner.engines.state import find_half_dtype
 from limner.engines.torch import lora
@@ -43,8 +42,7 @@ def refuse_settings(config: Config, base: BaseModel, family: Family) -> None:
                 "Leave engine.attention out."
             )
     if config.adapter.targets:
-        shapes = {name: lora.list_shapes(build_on_meta(base))}
-        list_adapters(shapes, config.adapter, family)
+        lora.match_adapters({name: build_on_meta(base)}, config.adapter, family)
     trained = family.trained_components(config.adapter.text_encoders)
     refuse_attention_dropout(base, trained)
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from limner.config.schema import AdapterSettings
-from limner.engines.adapters import Shape, get_alpha, list_adapters
+from limner.engines.adapters import AdapterArray, Shape, get_alpha, list_adapters
 from limner.errors import InputError
 from limner.families.family import Family
 from limner.storage.layout import target_modules
@@ -25,9 +25,36 @@ def add_adapters(
         InputError: for a target that names no module, or one that cannot have such an adapter.
     """
     weights = {component: name_parameters(net) for component, net in nets.items()}
+    listed, parameters = match_adapters(nets, settings, family)
+    for name, parameter in parameters.items():
+        array = listed[name]
+        read_weight = partial(read_array, weights[array.component][array.weight])
+        values = array.initial_values(settings, family, seed, read_weight)
+        parameter.data = torch.from_numpy(values).to(parameter.device)
+    return parameters
+
+
+def match_adapters(
+    nets: dict[str, torch.nn.Module], settings: AdapterSettings, family: Family
+) -> tuple[dict[str, AdapterArray], dict[str, torch.nn.Parameter]]:
+    """Put adapters beside their targets, on the meta device too, and compare them with the list.
+
+    Returns:
+        The arrays as they are listed, and the parameters as peft starts them, by names in files.
+
+    Raises:
+        InputError: see ``add_adapters``.
+    """
     shapes = {component: list_shapes(net) for component, net in nets.items()}
     listed = list_adapters(shapes, settings, family)
-    parameters = insert_adapters(nets, settings, family)
+    try:
+        parameters = insert_adapters(nets, settings, family)
+    except ValueError as error:
+        # peft finds modules by name that have no weight of their own.
+        reason = str(error).splitlines()[0][:160]
+        raise InputError(
+            f"adapter.targets: peft refuses them ({reason}); name linear layers and convolutions"
+        ) from error
     different = sorted(parameters.keys() ^ listed.keys())
     if different:
         # peft adapts embeddings too, by arrays of other names and shapes.
@@ -35,12 +62,7 @@ def add_adapters(
             f"adapter.targets: {different[0]} is no part of a {settings.kind} adapter; name linear "
             "layers and convolutions"
         )
-    for name, parameter in parameters.items():
-        array = listed[name]
-        read_weight = partial(read_array, weights[array.component][array.weight])
-        values = array.initial_values(settings, family, seed, read_weight)
-        parameter.data = torch.from_numpy(values).to(parameter.device)
-    return parameters
+    return listed, parameters
 
 
 def insert_adapters(

@@ -1,7 +1,10 @@
 """Put a LoRA file on a stock pipeline, and see that every array of it is used."""
 
+import logging
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from limner.storage.layout import LORA_FILE
 
 Nets = dict[str, torch.nn.Module]
 
+ADAPTED_COMPONENTS = {name for family in FAMILIES.values() for name in family.lora_targets}
 # Parts of the names of arrays that diffusers puts beside a network's own.
 ADAPTER_PARTS = (".lora_", ".lokr_")
 
@@ -38,10 +42,11 @@ def load_lora(pipeline: Any, folder: Path) -> None:
     path = folder / LORA_FILE
     arrays, _ = read_lora_file(path)
     nets = list_networks(pipeline)
-    hint = guess_prefix(arrays, nets)
+    hint = guess_prefix(arrays, [name for name in nets if name in ADAPTED_COMPONENTS])
     shapes = {name: list_shapes(net) for name, net in nets.items()}
     try:
-        put_on_networks(pipeline, nets, folder)
+        with mute_libraries():
+            put_on_networks(pipeline, nets, folder)
     # diffusers and peft raise whatever the first array that does not fit leads to.
     except Exception as error:
         if misfits := find_misfits(arrays, shapes):
@@ -60,6 +65,22 @@ def load_lora(pipeline: Any, folder: Path) -> None:
             f"{path}: the other half of some arrays is missing; {len(missing)} in the networks "
             f"have no value ({', '.join(missing[:3])}). Fetch or copy it again."
         )
+
+
+@contextmanager
+def mute_libraries() -> Iterator[None]:
+    """Keep diffusers' and peft's pages of text from the screen: what they say is found out here."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def list_networks(pipeline: Any) -> Nets:
