@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -370,6 +371,8 @@ def test_the_card_tells_no_secrets_and_runs_nothing(opened: BaseModel, tmp_path:
         text.split("```python\n")[0],
         *text.split("```python\n")[1].split("\n```\n", 1),
     )
+    rest, recipe = rest.split("```toml\n")
+    recipe, rest = recipe.split("\n```\n", 1)
     assert (
         "<script>" not in before + rest and "<i>" not in before + rest and "\n## title" not in text
     )
@@ -381,11 +384,15 @@ def test_the_card_tells_no_secrets_and_runs_nothing(opened: BaseModel, tmp_path:
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
     assert HOSTILE in strings and "someone/red-things" in strings
+    assert tomllib.loads(recipe)["adapter"]["targets"] == ["to_q", "a|b<i>"]
     assert (
-        "| optim\\.learning\\_rate | 0\\.0001 |" in text
+        "optim.learning_rate = 0.0001" in recipe.splitlines()
         and "12 steps" in text
         and "](preview.png)" in text
     )
+
+    unnamed = model_card.write_model_card(toml.to_plain(cfg), local, SD, 12)
+    assert "\n# run\n" in unnamed and "somebody" not in unnamed
 
     on_hub = replace(local, name="someone/base", commit="0" * 40)
     plain = toml.to_plain(Config(data=DataSettings(hub="someone/pictures")))

@@ -151,7 +151,7 @@ def test_the_lora_guide_s_command_and_its_snippet(
     type_in(LORA, warm_shell, place)
     run = place / "lora" / "naruto"
     assert not (run / "checkpoint-2" / "scaler.safetensors").exists()
-    assert len(list((run / "previews").rglob("*.png"))) == 4
+    assert len(list((run / "previews").rglob("*.png"))) == 8  # first and last
     assert list((run / "logs").rglob("events.out.tfevents.*"))
     received = hub.received("tester/naruto-lora")
     assert set(received) == {"pytorch_lora_weights.safetensors", "README.md", "preview.png"}

@@ -276,7 +276,7 @@ def test_previews_and_the_scaled_learning_rate(base: Path, pictures: Path, tmp_p
     )
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {row["learning_rate"] for row in rows if "learning_rate" in row} == {5e-4 * 3 * 2}
-    assert len(list((run / "previews").rglob("*.png"))) == 2
+    assert len(list((run / "previews").rglob("*.png"))) == 4  # first and last
     assert "a red circle" in (run / "README.md").read_text()
 
 

@@ -49,7 +49,7 @@ def write_model_card(
     """
     lora = settings["adapter"]["kind"] == "lora"
     hub_names = find_hub_names(settings, base)
-    title = (repo or "text-to-image model").split("/")[-1]
+    title = (repo or Path(settings["run"]).name or "text-to-image model").split("/")[-1]
     prompt = prompts[0] if prompts else "a photograph of a cat"
     lines = [
         format_front_matter(hub_names, base, family, lora),
@@ -58,8 +58,9 @@ def write_model_card(
         *(format_pictures(prompts) if grid else []),
         "## Use\n",
         write_snippet(family, lora, hub_names, repo, prompt),
-        "## Training\n\n| setting | value |\n|---|---|",
+        "## Training\n\n```toml",
         *format_settings(settings),
+        "```",
     ]
     # A lone surrogate, which a prompt may hold, cannot be written as UTF-8.
     return ("\n".join(lines) + "\n").encode("utf-8", "replace").decode()
@@ -130,12 +131,12 @@ def format_pictures(prompts: Sequence[str]) -> list[str]:
 
 
 def format_settings(settings: Plain) -> list[str]:
-    """Format the settings that shaped the weights, one row of a table each."""
+    """Format the settings that shaped the weights, one line of a recipe each."""
     rows = []
     for name, value in toml.flatten(dict(settings)).items():
         if is_shown(name) and value not in (None, []):
-            text = json.dumps(value, ensure_ascii=False)
-            rows.append(f"| {escape_markdown(name)} | {escape_markdown(text)} |")
+            # It has no line break: nothing that it holds can end the block of code.
+            rows.append(f"{name} = {toml.format_value(value)}")
     return rows
 
 
