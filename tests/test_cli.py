@@ -178,6 +178,34 @@ def test_a_missing_package_is_one_message(missing: str, extra: str | None) -> No
     assert versions == [set(re.split("(?=[<>])|,", one)) for one in needed]
 
 
+@pytest.mark.parametrize("command", ["train", "check", "encode"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.folder=nowhere", "data.folder: nowhere is not there; give a folder"),
+        ('data.sets=[{folder="f"},{folder="r.toml"}]', "data.folder: r.toml is not a folder"),
+        ("model.base=f/none", "model.base: f/none: no such folder, though there is"),
+        ("model.base=nothing", "model.base: nothing: no such folder, and not a name on the Hub"),
+    ],
+)
+def test_a_place_that_is_not_there_is_told_before_a_framework_is_imported(
+    command: str,
+    override: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """None can be imported among the quick tests."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").mkdir()
+    (tmp_path / "r.toml").write_text(GOOD.replace('"b"', '"f"'))
+    words = ["data.folder=none", override] if "sets" in override else [override]
+    assert cli.main([command, "r.toml", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"limner: {message}") and said.count("\n") == 1
+
+
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])

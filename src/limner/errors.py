@@ -79,6 +79,11 @@ def from_message(message: dict[str, str]) -> LimnerError:
     return error
 
 
+def is_first_on_host() -> bool:
+    """Whether this process speaks for its host, as far as the launcher says."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def report_once(*kinds: type[LimnerError]) -> Iterator[None]:
     """Let one process of each host report an error that all processes raise.
@@ -90,6 +95,5 @@ def report_once(*kinds: type[LimnerError]) -> Iterator[None]:
         yield
     except LimnerError as error:
         if not kinds or isinstance(error, kinds):
-            first_on_host = os.environ.get("LOCAL_RANK", "0") == "0"
-            error.reported = error.reported or not first_on_host
+            error.reported = error.reported or not is_first_on_host()
         raise

@@ -67,6 +67,12 @@ def find_base(model: ModelSettings, family: Family) -> BaseModel:
     )
 
 
+def check_base_name(model: ModelSettings) -> None:
+    """Refuse a base that is neither here nor a name on the Hub."""
+    if not Path(model.base).exists():
+        check_hub_name(model.base, "model.base", "a folder in the diffusers layout")
+
+
 def check_folder(path: Path, model: ModelSettings) -> Path:
     """Refuse what is no folder, with what to do instead; return the absolute path."""
     if path.suffix == ".gguf" and path.is_file():
@@ -91,7 +97,7 @@ def check_folder(path: Path, model: ModelSettings) -> Path:
 
 def fetch_configs(model: ModelSettings) -> Path:
     """Fetch all of a Hub repository but the weights; return the folder, named by its commit."""
-    check_hub_name(model.base, "model.base", "a folder in the diffusers layout")
+    check_base_name(model)
     folder = fetch_files(model, model.revision, [INDEX, "README.md"])
     patterns = []
     for name in read_json(folder / INDEX):

@@ -41,6 +41,7 @@ from limner.features.encoder import count_row_bytes
 from limner.features.random_features import StandInEncoders, make_image_features
 from limner.protocols import Features, Report
 from limner.storage import atomic
+from limner.training.resolve import check_places
 from limner.training.setup import Setup, prepare
 from limner.training.signals import Stop
 
@@ -62,6 +63,7 @@ def run_check(
             for what keeps the table from being made.
     """
     check_config(config)
+    check_places(config)
     with contextlib.closing(engines.join_processes(config.engine)) as process:
         setup = prepare(config, None, process, ignore, Stop(), read_only=True)
         findings = CheckReport(

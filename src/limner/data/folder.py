@@ -172,13 +172,18 @@ def compose_accents(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def find_metadata(root: Path, split: str) -> tuple[Path, Path | None]:
-    """Return the folder that file names are relative to, and its metadata file if there is one."""
+def check_folder(root: Path) -> None:
+    """Refuse a folder of pictures that is not there."""
     if not root.is_dir():
         raise InputError(
             f"data.folder: {root} is {'not a folder' if root.exists() else 'not there'}; give a "
             "folder with pictures and captions"
         )
+
+
+def find_metadata(root: Path, split: str) -> tuple[Path, Path | None]:
+    """Return the folder that file names are relative to, and its metadata file if there is one."""
+    check_folder(root)
     split_folder = root / split
     if split != "train" and not split_folder.is_dir():
         raise InputError(

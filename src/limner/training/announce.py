@@ -1,5 +1,6 @@
 """What is said when a training begins: what learns, from what, how long, on what, and where."""
 
+import limner
 from limner.training.setup import Setup
 
 PRECISIONS = {"no": "float32", "fp16": "fp16 autocast", "bf16": "bf16 autocast"}
@@ -36,5 +37,5 @@ def describe_run(setup: Setup, trained: int) -> list[str]:
         f"{plan.micro_batch_size}{cores} x {plan.accumulation_steps}{processes}), "
         f"{epochs:.3g} epochs; a checkpoint every {config.checkpoint.every}",
         f"device: {process.device_name}, {PRECISIONS[process.precision]}",
-        f"folder: {setup.folder}",
+        f"folder: {setup.folder}, by limner {limner.__version__}",
     ]

@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import limner
 from limner import engines
 from limner.config import toml
 from limner.config.rules import check_config
@@ -14,7 +16,7 @@ from limner.config.schema import Config
 from limner.data.prefetch import prefetch
 from limner.data.source import Source
 from limner.diffusion import schedules
-from limner.errors import NonFiniteError, Stopped, report_once
+from limner.errors import NonFiniteError, Stopped, is_first_on_host, report_once
 from limner.progress import print_line
 from limner.protocols import ProcessGroup, Report, State
 from limner.storage import atomic, layout
@@ -24,6 +26,7 @@ from limner.training.announce import announce_run
 from limner.training.encode import encode_only, fill_caches
 from limner.training.monitor import Monitor
 from limner.training.publish import is_finished, publish_result
+from limner.training.resolve import check_places
 from limner.training.setup import Setup, prepare
 from limner.training.signals import Stop
 from limner.training.status import StatusFile, keep_status
@@ -57,6 +60,10 @@ def run_training(
     """
     with report_once():
         check_config(config, own_records=source is not None)
+        check_places(config)
+    # Frameworks take seconds to import: whoever looks on need not wonder.
+    if is_first_on_host() and sys.stderr.isatty():
+        report(f"limner {limner.__version__}: {config.run}, with {config.engine.kind}")
     with Stop() as stop, contextlib.closing(engines.join_processes(config.engine)) as process:
         return run_in_group(config, source, report, stop, process, only_encode)
 

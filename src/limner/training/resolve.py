@@ -4,10 +4,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from limner.base_model.base import BaseModel
+from limner.base_model.find import check_base_name
 from limner.base_model.open import open_base
 from limner.config.rules import check_config
 from limner.config.schema import SETTINGS, Config, DataSettings, ModelSettings
 from limner.data import mixture
+from limner.data.folder import check_folder
 from limner.data.source import Source
 from limner.diffusion import make_objective
 from limner.diffusion.objective import Objective
@@ -19,6 +21,14 @@ from limner.storage import checkpoint as checkpoints
 from limner.storage.checkpoint import Checkpoint
 from limner.training import push, sinks
 from limner.training.batch_plan import draw_seed
+
+
+def check_places(config: Config) -> None:
+    """Refuse a base or pictures that are not there, before a framework is imported."""
+    check_base_name(config.model)
+    for folder in (config.data.folder, *(one.folder for one in config.data.sets)):
+        if folder is not None:
+            check_folder(Path(folder))
 
 
 def resolve(config: Config, *, own_records: bool = False) -> tuple[Config, Family]:

@@ -13,7 +13,7 @@ from limner.families import get_family
 from limner.progress import print_line
 from limner.protocols import Report
 from limner.training.loop import run_in_group
-from limner.training.resolve import resolve
+from limner.training.resolve import check_places, resolve
 from limner.training.signals import Stop
 
 
@@ -26,6 +26,8 @@ def run_all(configs: Sequence[Config], report: Report = print_line) -> list[Path
     """
     with report_once():
         linked = link_stages(configs)
+        for config in configs:
+            check_places(config)
     with Stop() as stop, contextlib.closing(engines.join_processes(configs[0].engine)) as process:
         with report_once():
             process.first(lambda: open_bases(configs))
