@@ -120,7 +120,8 @@ def test_all_old_names_are_said_at_once() -> None:
         ({"optim": {"betas": [0.9, "x"]}}, "optim.betas[1]: 'x' was given, a number is expected"),
         (
             {"preview": {"prompts": "[a cat]"}},
-            "preview.prompts: '[a cat]' was given, a list, each a text is expected",
+            'preview.prompts: \'[a cat]\' was given, a list, each a text, such as ["a", "b"] is '
+            "expected",
         ),
         ({"preview": {"prompts": [1]}}, "preview.prompts[0]: 1 was given, a text is expected"),
         (

@@ -210,7 +210,7 @@ def test_the_other_commands(
         "--resume_from_checkpoint=checkpoint-2",
     ]
     assert diffusers.main("train_text_to_image", again) == 0
-    assert "going on from checkpoint-2" in capsys.readouterr().err
+    assert "resuming from checkpoint-2" in capsys.readouterr().err
     assert (
         run / "checkpoint-4" / "unet_ema" / "diffusion_pytorch_model.safetensors"
     ).read_bytes() == whole

@@ -284,7 +284,7 @@ def test_another_setting_is_refused_unless_allowed(name: str, value: Any, words:
     with pytest.raises(InputError) as caught:
         matched({name: value})
     message = str(caught.value)
-    assert message.startswith("checkpoint-30 cannot be gone on from") and words in message
+    assert message.startswith("checkpoint-30 cannot be resumed") and words in message
     assert (f'checkpoint.allow_changes=["{name}"]' in message) == (name in ON_REQUEST)
     if name in ON_REQUEST:
         assert matched({name: value}, allow=(name,)) == [f"from step 30 on, {words}"]

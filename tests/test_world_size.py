@@ -291,7 +291,7 @@ def test_a_stop_saves_and_ends_all_processes_with_its_code(seen: Seen) -> None:
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(seen: Seen) -> None:
     assert [end[0] for end in seen.ends[0][3:5]] == ["done", "done"]
-    assert f"going on from checkpoint-{seen.stopped}" in seen.ends[0][3][4]
+    assert f"resuming from checkpoint-{seen.stopped}" in seen.ends[0][3][4]
     ours, theirs = (
         arrays(seen.runs / name, seen.stopped + 3) for name in ("again", "uninterrupted")
     )

@@ -189,7 +189,8 @@ def describe_type(option: object) -> str:
         return "one of " + ", ".join(map(repr, arguments))
     if typing.get_origin(option) is tuple:
         kind = "a list" if arguments[-1] is ... else f"a list of {len(arguments)}"
-        return f"{kind}, each {describe_types(arguments[:1])}"
+        example = ', such as ["a", "b"]' if arguments[0] is str else ""
+        return f"{kind}, each {describe_types(arguments[:1])}{example}"
     if dataclasses.is_dataclass(option):
         return f"a table with {', '.join(f.name for f in dataclasses.fields(option))}"
     return TYPE_NAMES.get(option, str(option))

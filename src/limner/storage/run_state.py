@@ -47,7 +47,7 @@ class RunState:
             build = "a later" if isinstance(version, int) and version > 1 else "an earlier"
             raise InputError(
                 f"{folder}: this run was begun with {build} build of Limner, and its checkpoints "
-                "cannot be gone on from with this one. Go on with the build that began it, or "
+                "cannot be resumed with this one. Resume with the build that began it, or "
                 "begin a new run in another folder."
             )
         fields = {one.name: one.default for one in dataclasses.fields(cls)}

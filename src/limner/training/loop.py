@@ -172,7 +172,7 @@ def start(setup: Setup) -> tuple[State, int]:
         return state, 0
     read = layout.array_reader(setup.checkpoint, setup.config.adapter, setup.family)
     state = setup.engine.restore(state, read)
-    setup.report(f"going on from {setup.checkpoint.folder.name}")
+    setup.report(f"resuming from {setup.checkpoint.folder.name}")
     return state, setup.checkpoint.step
 
 

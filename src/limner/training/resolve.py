@@ -127,7 +127,7 @@ def find_resume_point(folder: Path, resume: str, report: Report) -> str | None:
     if resume == "never":
         if present:
             raise InputError(
-                f"{folder} holds {present[0].name}. To go on from it pass --resume_from_checkpoint "
+                f"{folder} holds {present[0].name}. To resume it pass --resume_from_checkpoint "
                 "latest (or checkpoint.resume=auto); "
                 "to begin afresh choose another folder."
             )
@@ -138,7 +138,7 @@ def find_resume_point(folder: Path, resume: str, report: Report) -> str | None:
         return str(checkpoint.folder)
     if present:
         raise InputError(
-            f"{folder} holds {present[0].name}, but no checkpoint that can be gone on from. Choose "
+            f"{folder} holds {present[0].name}, but no checkpoint that can be resumed. Choose "
             "another folder, or move these away to begin afresh."
         )
     if resume == "latest":

@@ -76,7 +76,7 @@ def check_unchanged(saved: RunState, now: RunState, step: int) -> list[str]:
             else ""
         )
         raise InputError(
-            f"checkpoint-{step} cannot be gone on from, since this has changed:\n  "
+            f"checkpoint-{step} cannot be resumed, because this has changed:\n  "
             + "\n  ".join(problems)
             + "\nPut it back, or begin a new run in another folder."
             + hint

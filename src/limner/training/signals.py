@@ -46,8 +46,8 @@ class Stop:
                 self.check()
             # Straight to the descriptor: the signal may have interrupted a print.
             message = (
-                b"\nlimner: stopping as soon as the state is saved; once more ends the run "
-                b"without saving\n"
+                b"\nlimner: stopping as soon as the state is saved; press Ctrl-C again "
+                b"to quit without saving\n"
             )
             os.write(2, message)
         elif time.monotonic() - self.asked_at > REPEAT_SECONDS:
