@@ -60,7 +60,7 @@ def run_training(
     """
     with report_once():
         check_config(config, own_records=source is not None)
-        check_places(config)
+        check_places(config, own_records=source is not None)
     # Frameworks take seconds to import: whoever looks on need not wonder.
     if is_first_on_host() and sys.stderr.isatty():
         report(f"limner {limner.__version__}: {config.run}, with {config.engine.kind}")

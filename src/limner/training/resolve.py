@@ -23,9 +23,11 @@ from limner.training import push, sinks
 from limner.training.batch_plan import draw_seed
 
 
-def check_places(config: Config) -> None:
+def check_places(config: Config, *, own_records: bool = False) -> None:
     """Refuse a base or pictures that are not there, before a framework is imported."""
     check_base_name(config.model)
+    if own_records:
+        return
     for folder in (config.data.folder, *(one.folder for one in config.data.sets)):
         if folder is not None:
             check_folder(Path(folder))
