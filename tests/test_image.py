@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from limner.data import geometry, image
+from limner.data import color, geometry, image
 from limner.data.geometry import Geometry
-from limner.data.image import KERNELS, RESAMPLE, Undecodable
+from limner.data.image import KERNELS, RESAMPLE
+from limner.data.picture_file import Undecodable
 from limner.errors import InputError
 
 MARK = np.array(
@@ -39,8 +40,8 @@ def encode(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 def decoded(picture: object, background: str = "white", max_pixels: int = 10**6) -> np.ndarray:
     result = image.decode(picture, background=background, max_pixels=max_pixels)  # type: ignore[arg-type]
-    assert result.mode == "RGB"
-    return np.asarray(result)
+    assert result.dtype == np.uint8 and result.shape[2] == 3 and result.flags.c_contiguous
+    return result
 
 
 def reason(picture: object, **options: object) -> str:
@@ -344,7 +345,7 @@ def test_an_srgb_profile_or_a_useless_one_changes_no_number() -> None:
     ramp = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert np.any(
-        np.asarray(image.apply_profile(Image.fromarray(ramp), tabled_srgb_profile())) != ramp
+        np.asarray(color.apply_profile(Image.fromarray(ramp), tabled_srgb_profile())) != ramp
     )
     for profile in (
         srgb,
@@ -451,13 +452,50 @@ def test_arrays() -> None:
     np.testing.assert_array_equal(decoded(MARK[:, ::-1]), MARK[:, ::-1])
     np.testing.assert_array_equal(decoded(MARK[..., 0]), np.dstack([MARK[..., 0]] * 3))
     for wrong, words in (
-        (MARK.astype(np.float32), "float32"),
+        (MARK.astype(np.complex64), "complex64"),
         (MARK[..., :2], "(2, 3, 2)"),
         (MARK[0, 0], "(3,)"),
-        (MARK.astype(np.uint16), "uint16"),
+        (MARK.astype(str), "<U3"),
     ):
         assert "an array must be uint8" in reason(wrong) and words in reason(wrong)
     assert "empty picture" in reason(np.zeros((0, 4, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("array", "wanted"),
+    [
+        (MARK.astype(np.float32), MARK),
+        (MARK.astype(np.int64), MARK),
+        (MARK / 255, MARK),
+        ((MARK / 255).astype(np.float16), MARK),
+        (MARK.astype(np.uint16) * 257, MARK),
+        (MARK.astype(np.int32) * 257, MARK),
+        (MARK > 100, (MARK > 100) * 255),
+        ((MARK > 100).astype(np.float64), (MARK > 100) * 255),
+    ],
+)
+def test_arrays_of_other_numbers_are_taken_by_their_range(
+    array: np.ndarray, wanted: np.ndarray
+) -> None:
+    np.testing.assert_array_equal(decoded(array), wanted)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (MARK / 127.5 - 1, "float64 of -1 to 1"),
+        (MARK / 255 * 1.001, "float64 of 0 to 1.001"),  # an overshoot, not black of 255
+        (MARK.astype(np.float32) * 0.7, "float32 of 0 to 178.5"),
+        (MARK.astype(np.int16) - 1, "int16 of -1 to 254"),
+        (MARK.astype(np.int64) * 10**6, "int64 of 0 to 2.55e+08"),
+        (np.where(MARK > 250, np.nan, 0.5), "of nan to nan"),
+        (np.where(MARK > 250, np.inf, 0.5), "of 0.5 to inf"),
+    ],
+)
+def test_arrays_of_numbers_that_could_mean_anything_are_refused(
+    array: np.ndarray, words: str
+) -> None:
+    assert words in reason(array) and "whole numbers of 0 to 255 or 65535" in reason(array)
 
 
 def test_threads_decode_the_same_as_one(tmp_path: Path) -> None:
@@ -536,7 +574,7 @@ def test_cut_is_resize_then_crop_then_flip(resample: str) -> None:
     kind = Image.Resampling["NEAREST" if resample == "nearest_exact" else resample.upper()]
     wanted = np.asarray(picture.resize((25, 16), kind).crop((5, 0, 21, 16)))
     straight, flipped = (
-        image.crop(picture, Geometry(16, 25, 0, 5, 16, 16, flip), resample)
+        image.crop(np.asarray(picture), Geometry(16, 25, 0, 5, 16, 16, flip), resample)
         for flip in (False, True)
     )
     if resample in KERNELS:  # of noise, the hardest that can be resized
@@ -553,7 +591,7 @@ def test_cut_is_resize_then_crop_then_flip(resample: str) -> None:
 def test_a_picture_of_the_right_size_is_not_resampled() -> None:
     rgb = np.random.default_rng(3).integers(0, 256, (8, 8, 3), np.uint8)
     np.testing.assert_array_equal(
-        image.crop(Image.fromarray(rgb), geometry.place_crop((8, 8), (8, 8)), "lanczos"), rgb
+        image.crop(rgb, geometry.place_crop((8, 8), (8, 8)), "lanczos"), rgb
     )
 
 
@@ -634,7 +672,7 @@ def test_loading_is_cutting_what_is_decoded_whatever_the_way(resample: str, kind
     }[kind]()
     whole = image.decode(content, **OPTIONS)
     for shape, flip in (((64, 64), False), ((48, 80), True), ((200, 200), True)):
-        cut = geometry.place_crop((whole.height, whole.width), shape, 0.3, 0.9, flip, "random")
+        cut = geometry.place_crop(whole.shape[:2], shape, 0.3, 0.9, flip, "random")
         np.testing.assert_array_equal(
             image.load_views(content, [(cut, resample)], **OPTIONS)[0],
             image.crop(whole, cut, resample),
@@ -650,7 +688,7 @@ def test_the_fast_filters_are_those_of_pil(resample: str, most: int, mean: float
     wanted = np.asarray(picture.resize((cut.width, cut.height), RESAMPLE[resample]), int)[
         :, cut.left : cut.left + 256
     ]
-    difference = np.abs(image.crop(picture, cut, resample) - wanted)
+    difference = np.abs(image.crop(np.asarray(picture), cut, resample) - wanted)
     assert (
         difference.max() <= most and difference.mean() < mean and np.percentile(difference, 99) <= 2
     )

@@ -244,7 +244,7 @@ def test_links_may_lead_about_the_folder_but_not_out_of_it(tmp_path: Path) -> No
     ]
     write_jsonl(inner / "metadata.jsonl", rows)
     source, _ = folder(inner)
-    assert decode(source[0].image, background="white", max_pixels=100).size == (4, 4)
+    assert decode(source[0].image, background="white", max_pixels=100).shape == (4, 4, 3)
     assert bad(source, 1) == (
         "out.png",
         f"metadata.jsonl line 2: out.png is a link to a place outside {inner}",
@@ -457,11 +457,7 @@ def test_hub_reads_a_local_folder_with_the_files_own_bytes(tmp_path: Path, offli
     first = source[0]
     assert (len(source), first.captions, first.key) == (2, ("x",), "row 0 (a.png)")
     upright = decode(first.image, background="#0a0b0c", max_pixels=100)
-    assert upright.size == (4, 6) and upright.getpixel((0, 0)) == (
-        10,
-        11,
-        12,
-    )  # neither turned nor flattened by datasets
+    assert upright.shape == (6, 4, 3) and upright[0, 0].tolist() == [10, 11, 12]  # neither turned nor flattened by datasets
     assert source[1].image == data / "b.png"
 
 

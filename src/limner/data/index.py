@@ -8,19 +8,19 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL
 import xxhash
-from PIL import Image
 
 from limner import rng
 from limner.config.schema import DataSettings
 from limner.data import buckets, geometry, image, similarity
 from limner.data.buckets import TooSmall
-from limner.data.image import Undecodable
+from limner.data.picture_file import Undecodable
 from limner.data.similarity import FLAT
 from limner.data.source import BadRecord, Record, Source
 from limner.errors import DiskError, InputError
@@ -32,7 +32,7 @@ from limner.storage.run_folder import RunFolder
 
 # The version of the list of decoded pictures, and the decoder: when either changes, pictures are
 # decoded anew.
-_DECODER = f"2, Pillow {PIL.__version__}"
+_DECODER = f"3, Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}"
 
 
 class PictureFacts(NamedTuple):
@@ -263,7 +263,8 @@ def measure_picture(
     """Return the digest of a picture's content, and its facts, which are added to ``decoded``."""
     if not isinstance(picture, Path | bytes):
         pixels = decode(picture, config)
-        content = f"{pixels.size}".encode() + pixels.tobytes()
+        # The size is width first, as it has been in digests from the first.
+        content = f"{pixels.shape[1::-1]}".encode() + pixels.tobytes()
         return xxhash.xxh3_128(content).hexdigest(), read_facts(pixels)
     # The bytes of a file decode alike each time, so their digest is enough.
     digest = digest_file_content(picture)
@@ -275,14 +276,14 @@ def measure_picture(
     return digest, facts
 
 
-def decode(picture: image.Picture, config: DataSettings) -> Image.Image:
-    """Decode a picture by a recipe's settings."""
+def decode(picture: image.Picture, config: DataSettings) -> np.ndarray:
+    """Decode a picture by a recipe's settings, as training does."""
     return image.decode(picture, background=config.background, max_pixels=config.max_pixels)
 
 
-def read_facts(pixels: Image.Image) -> PictureFacts:
-    """Return the facts of a decoded picture."""
-    return PictureFacts(pixels.height, pixels.width, similarity.perceptual_hash(pixels))
+def read_facts(pixels: np.ndarray) -> PictureFacts:
+    """Return the facts of a decoded picture, uint8 [H, W, 3]."""
+    return PictureFacts(*pixels.shape[:2], similarity.perceptual_hash(pixels))
 
 
 def digest_file_content(picture: Path | bytes) -> str:

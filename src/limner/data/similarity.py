@@ -6,23 +6,25 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from limner.data import image
+
 DISTANCE = 4  # bits; docs/log.md tells which pictures it groups, rightly and wrongly
 FLAT = 0  # the hash of a picture without detail, which is like no other
 BLOCK = 4096  # hashes that are compared at once with all others of an equal band
 
 
-def perceptual_hash(picture: Image.Image) -> int:
-    """Return a picture's 64-bit perceptual hash, or ``FLAT`` for a picture without detail.
+def perceptual_hash(picture: Image.Image | np.ndarray) -> int:
+    """Return the 64-bit perceptual hash of a picture, of PIL or uint8 [H, W, 3]; ``FLAT`` for one
+    without detail.
 
     It is pHash of ImageHash: the signs of the low frequencies of a 32x32 grey picture.
     """
     import imagehash
 
     # Lanczos over all pixels of a large picture would be slow.
-    shrink = max(1, min(picture.size) // 64)
-    if shrink > 1:
-        picture = picture.reduce(shrink)
-    grey = picture.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
+    pixels = np.asarray(picture)
+    pixels = image.shrink(pixels, min(pixels.shape[:2]) // 64)
+    grey = Image.fromarray(pixels).convert("L").resize((32, 32), Image.Resampling.LANCZOS)
     if float(np.asarray(grey, np.float32).std()) < 2:
         return FLAT
     bits = imagehash.phash(grey).hash.reshape(-1)

@@ -9,7 +9,7 @@ from limner import rng
 from limner.config.schema import DataSettings
 from limner.data import buckets, image
 from limner.data.geometry import Geometry, center_square, count_crops, place_crop
-from limner.data.image import Undecodable
+from limner.data.picture_file import Undecodable
 from limner.data.index import Entry, digest_file_content
 from limner.data.source import BadRecord, Source
 from limner.errors import InputError

@@ -1,0 +1,206 @@
+"""Files of pictures: read whole, opened by their header, and bounded before pixels are unpacked."""
+
+import io
+import os
+import stat
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+MEMORY = 7 * 2**27  # bytes that one picture may take, its file included: 896 MiB
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Bytes that PIL keeps of a pixel, by mode; 4 of any other.
+BYTES_OF_MODE = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
+# Bytes of a pixel that a decoder takes beside those; 0 where it works row by row.
+BYTES_OF_DECODER = {"WEBP": 16, "AVIF": 16, "TIFF": 8}
+# Texts of a PNG that may tell how it is turned; of others Pillow would refuse the long ones.
+PNG_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+PNG_TEXT_BYTES = 2**20  # that a text or profile may unpack to for Pillow
+ORIENTATION_TAG = 0x0112  # of EXIF; 1 is upright
+START_OF_SCAN = b"\xff\xda"
+SCANNED_PIXELS = 2**32  # of a JPEG, in all of its scans: 3 seconds
+PROFILE_BYTES = 2**24  # that a profile may unpack to; a larger one counts as none
+
+
+class Undecodable(ValueError):
+    """A picture that cannot be used; the message is the reason, without the picture's name."""
+
+
+@contextmanager
+def translate_errors() -> Iterator[None]:
+    """Turn whatever PIL raises about a picture into ``Undecodable``."""
+    try:
+        yield
+    except (Undecodable, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise Undecodable("no such file") from None
+    except OSError as error:
+        raise Undecodable(f"cannot be read: {error.strerror or error}") from error
+    # A damaged file can break its decoder in any way.
+    except Exception as error:
+        raise Undecodable(
+            f"damaged: {error or type(error).__name__} ({type(error).__name__})"
+        ) from error
+
+
+def read_file(path: Path) -> bytes:
+    """Read a picture's file.
+
+    Raises:
+        Undecodable: when it cannot be read, is no file, or is larger than ``MEMORY``.
+    """
+    with translate_errors():
+        status = os.stat(path)
+        # A pipe or a device could be read for ever.
+        if not stat.S_ISREG(status.st_mode):
+            raise Undecodable("not a regular file")
+        if status.st_size > MEMORY:
+            raise Undecodable(
+                f"a file of {status.st_size >> 20} MiB; at most {MEMORY >> 20} are read"
+            )
+        return path.read_bytes()
+
+
+def open_content(content: bytes) -> Image.Image:
+    """Open the bytes of a picture's file by its header; its pixels stay packed."""
+    profile = None
+    if content.startswith(PNG_SIGNATURE):
+        content, profile = drop_long_chunks(content)
+    picture = read_header(content)
+    if profile is not None:
+        picture.info["icc_profile"] = profile
+    return picture
+
+
+def read_header(content: bytes) -> Image.Image:
+    """Open a picture by the first format that knows its first bytes."""
+    # Not by ``Image.open``, which warns about, or refuses, sizes by one limit for the whole
+    # process. The limit here is ``max_pixels``.
+    if not content:
+        raise Undecodable("the file is empty")
+    Image.init()
+    for name in FORMATS:
+        if name not in Image.OPEN:
+            continue
+        factory, accept = Image.OPEN[name]
+        accepted = accept is None or accept(content[:16])
+        # PIL answers with a text for a format that it knows and was built without.
+        if isinstance(accepted, str):
+            raise Undecodable(f"{name} pictures need a Pillow that was built with {name}")
+        if accepted:
+            return factory(io.BytesIO(content), "")
+    raise Undecodable(f"not a picture in a known format ({', '.join(FORMATS)})")
+
+
+def drop_long_chunks(content: bytes) -> tuple[bytes, bytes | None]:
+    """Return a PNG without texts and profile that Pillow would refuse it for, and that profile."""
+    kept, profile, start, at = [], None, 0, len(PNG_SIGNATURE)
+    while at + 12 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, at)
+        end = at + 12 + length
+        if kind in (b"iCCP", b"tEXt", b"zTXt", b"iTXt") and end <= len(content):
+            unpacked = unpack_chunk(kind, content[at + 8 : end - 4])
+            if unpacked is None or len(unpacked) > PNG_TEXT_BYTES:
+                kept.append(content[start:at])
+                start = end
+                if kind == b"iCCP":
+                    profile = unpacked
+        at = end
+    if not kept:
+        return content, None
+    return b"".join([*kept, content[start:]]), profile
+
+
+def unpack_chunk(kind: bytes, data: bytes) -> bytes | None:
+    """Return a profile, or a text that tells how the picture is turned; None: it is not needed.
+
+    Of a damaged one nothing is left, so that Pillow says what is wrong with it.
+    """
+    name, _, rest = data.partition(b"\0")
+    if kind != b"iCCP" and name not in PNG_TEXTS:
+        return None
+    limit = PROFILE_BYTES if kind == b"iCCP" else PNG_TEXT_BYTES
+    packed = kind in (b"iCCP", b"zTXt") or rest[:1] == b"\1"
+    if kind == b"iTXt":
+        # A flag, the method, then the language and the translated keyword, each with a NUL.
+        rest = rest[1:2] + rest[2:].split(b"\0", 2)[-1]
+    if not packed:
+        return rest if len(rest) <= limit else None
+    try:
+        unpacked = zlib.decompressobj().decompress(rest[1:], limit + 1)
+    except zlib.error:
+        return b""
+    return unpacked if len(unpacked) <= limit else None
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Refuse a picture that is too large, or empty."""
+    if width * height > max_pixels:
+        raise Undecodable(
+            f"{width}x{height} pixels are more than data.max_pixels = {max_pixels}: a "
+            "decompression bomb?"
+        )
+    if width * height == 0:
+        raise Undecodable(f"{width}x{height} pixels: an empty picture")
+
+
+def check_memory(picture: Image.Image, content: bytes) -> None:
+    """Refuse a picture that would take more than ``MEMORY``, its file included, or more time than
+    any that was meant to be seen."""
+    pixels = picture.width * picture.height
+    if picture.format in ("JPEG", "MPO"):
+        bytes_per_pixel = count_jpeg_bytes(picture, content)
+        scans = content.count(START_OF_SCAN, find_first_scan(content))
+        if scans * pixels > SCANNED_PIXELS:
+            raise Undecodable(
+                f"{scans} scans of {picture.width}x{picture.height} pixels: save it as an ordinary "
+                "JPEG"
+            )
+    else:
+        bytes_per_pixel = BYTES_OF_MODE.get(picture.mode, 4) + 3
+        bytes_per_pixel += BYTES_OF_DECODER.get(picture.format or "", 0)
+    needed = pixels * bytes_per_pixel + len(content)
+    if needed > MEMORY:
+        raise Undecodable(
+            f"{picture.width}x{picture.height} pixels take {needed >> 20} MiB while they are "
+            f"unpacked, and {MEMORY >> 20} at most are allowed: make the picture smaller"
+        )
+
+
+def count_jpeg_bytes(picture: Image.Image, content: bytes) -> int:
+    """Return the bytes that a pixel of a JPEG takes: unpacked, as sRGB, and turned; and its
+    coefficients, of 16 bits, where they are kept until the last of several scans."""
+    components = len(picture.getbands())
+    needed = 3 if components == 3 else components + 3
+    if is_turned(picture):
+        needed += 3
+    first = find_first_scan(content)
+    in_first = content[first + 4] if first + 4 < len(content) else 0
+    if in_first < components or picture.info.get("progressive"):
+        needed += 2 * components
+    return needed
+
+
+def find_first_scan(content: bytes) -> int:
+    """Return where a JPEG's first scan begins, after its headers; its end, where there is none."""
+    at = 2
+    while at + 4 <= len(content):
+        marker = content[at : at + 2]
+        if marker == START_OF_SCAN:
+            return at
+        if marker[0] != 0xFF or marker[1] in (0, 0xFF):
+            at += 1
+        else:
+            at += 2 + int.from_bytes(content[at + 2 : at + 4])
+    return len(content)
+
+
+def is_turned(picture: Image.Image) -> bool:
+    """Whether a picture's EXIF says that its pixels are not stored upright."""
+    return picture.getexif().get(ORIENTATION_TAG, 1) != 1
