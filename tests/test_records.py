@@ -131,7 +131,11 @@ def test_a_text_beside_each_picture(tmp_path: Path) -> None:
         ("b.png", ("one", "two")),
         ("sub/c.webp", ("drei Äpfel",)),
     ]
-    assert len(told) == 1 and "1 of 4 pictures are left out" in told[0] and "alone.png" in told[0]
+    assert told == [
+        f"{tmp_path}: 1 of 4 pictures are left out, for want of a .txt with their caption: "
+        "alone.png",
+        f"{tmp_path}: 1 texts are left out, for want of a picture of the same name: README.txt",
+    ]
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
     assert bad(source, 1) == ("b.png", "b.txt cannot be read: it is not UTF-8 text")
 
@@ -149,7 +153,11 @@ def test_what_systems_leave_behind_is_no_picture(tmp_path: Path) -> None:
         paint(tmp_path / name)
     write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "x"}])
     source, told = folder(tmp_path)
-    assert (len(source), told) == (1, [])
+    assert len(source) == 1 and told == [
+        f"{tmp_path}: 5 hidden files and folders are left out: ._a.png, .hidden.png, .thumbnails, "
+        "__MACOSX, sub/Thumbs.db",
+        f"{tmp_path}: 1 files that are no pictures are left out: notes.pdf",
+    ]
 
 
 def test_pictures_without_a_row_are_told_in_one_line(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Bytes that PIL keeps of a pixel, by mode; 4 of any other.
 BYTES_OF_MODE = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
 # Bytes of a pixel that a decoder takes beside those; 0 where it works row by row.
-BYTES_OF_DECODER = {"WEBP": 16, "AVIF": 16, "TIFF": 8}
+BYTES_OF_DECODER = {"WEBP": 16, "AVIF": 16, "TIFF": 6}
 # Texts of a PNG that may tell how it is turned; of others Pillow would refuse the long ones.
 PNG_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 PNG_TEXT_BYTES = 2**20  # that a text or profile may unpack to for Pillow

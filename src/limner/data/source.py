@@ -1,6 +1,7 @@
 """The interface of data sources: records, or ``BadRecord`` for one that cannot be used."""
 
 import difflib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,14 @@ import numpy as np
 from limner.data.image import Picture
 from limner.errors import InputError
 
+LONGEST_CAPTION = 2**16  # characters
+
 
 class BadRecord(Exception):
     """A record that cannot be used; raised by ``source[i]``."""
 
     def __init__(self, key: str, reason: str):
+        key = make_printable(key)
         super().__init__(f"{key}: {reason}")
         self.key = key
         self.reason = reason
@@ -33,6 +37,7 @@ class Record:
     captions: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "key", make_printable(self.key))
         object.__setattr__(self, "captions", read_captions(self.captions, self.key))
         if isinstance(self.image, str):
             object.__setattr__(self, "image", Path(self.image))
@@ -68,11 +73,37 @@ def read_captions(value: object, key: str, where: str = "") -> tuple[str, ...]:
                 f"{prefix}the caption is {text!r:.60} ({type(text).__name__}); a text or a list "
                 "of texts is expected",
             )
-        # Half a surrogate pair cannot be encoded, in a cache's key or in a file.
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise BadRecord(key, f"{prefix}the caption is not valid Unicode")
+        if problem := explain_bad_caption(text):
+            raise BadRecord(key, f"{prefix}{problem}")
     # numpy's strings become plain ones.
     return tuple(str(text) for text in values)
+
+
+def explain_bad_caption(text: str) -> str | None:
+    """Return the reason why a text is no caption; None for a good one."""
+    if len(text) > LONGEST_CAPTION:
+        return f"the caption has {len(text)} characters; {LONGEST_CAPTION} at most are allowed"
+    if "\0" in text:
+        return "the caption holds a NUL character: it is damaged, or UTF-16; save it as UTF-8"
+    return None if is_unicode(text) else "the caption is not valid Unicode"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded, in a cache's key or in a file; half a surrogate pair cannot,
+    nor can a byte of a file that was not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def make_printable(name: str) -> str:
+    """Return a name in which bytes that are not UTF-8 are written as ``\\xff``."""
+    try:
+        return os.fsencode(name).decode(errors="backslashreplace")
+    except UnicodeEncodeError:
+        return name.encode(errors="backslashreplace").decode()
 
 
 def explain_missing_column(

@@ -9,7 +9,7 @@ from limner.base_model.open import open_base
 from limner.config.rules import check_config
 from limner.config.schema import SETTINGS, Config, DataSettings, ModelSettings
 from limner.data import mixture
-from limner.data.folder import check_folder
+from limner.data.listing import check_folder
 from limner.data.source import Source
 from limner.diffusion import make_objective
 from limner.diffusion.objective import Objective
