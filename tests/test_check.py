@@ -116,7 +116,7 @@ def test_everything_is_counted(sdxl, mixed, tmp_path, monkeypatch):
         2 * n * 2 * 4 * 4 * latents[name] for name, (n, *_) in buckets.items()
     )
     assert r["cache"]["caption_bytes"] == r["cache"]["captions"] * 4 * (77 * 80 + 40)
-    table = said[0]
+    table = said[-1]
     assert (
         "12 listed, 12 good, 0 bad" in table
         and "001.png = same.png" in table
@@ -237,7 +237,10 @@ def test_a_broken_folder_is_looked_at_to_the_end(sdxl, tmp_path, capsys):
         and [row["empty_rows"] for row in r["buckets"]] == [1]
     )
     assert (
-        '9 bad records (mend them, or set data.on_bad_record="skip")' in said.err
+        "9 of 16 records cannot be used:" in said.err
+        and "  gone.png: metadata.jsonl line" in said.err
+        and "are left out" not in said.out
+        and 'set data.on_bad_record="skip" to go on without them' in said.err
         and "fewer than a batch" in said.out
         and "and 4 more" in said.out
     )

@@ -36,9 +36,8 @@ def seen(source: Any, *, known: Path | None = None, **settings: Any) -> Index:
     index = build_index(
         source, DataSettings(size=4, **settings), cache_file=known, report=told.append
     )
-    assert len(told) == bool(index.skipped) + bool(index.without_caption) + bool(
-        index.exact_duplicates
-    )
+    flaws = [index.skipped, index.without_caption, index.exact_duplicates]
+    assert len(told) == sum(map(bool, [*flaws, index.with_several_captions]))
     return index
 
 
@@ -107,12 +106,17 @@ def test_empty_captions_and_repeated_pictures_are_told_in_a_line_each(tmp_path: 
     )
     build_index(source, DataSettings(size=4), report=told.append)
     assert told == [
+        "5 of 6 records have several captions, one of which is drawn each time: one; again-0; "
+        "again-1; ...",
         "5 of 6 records have an empty caption: one; again-0; again-1; ...",
         "4 of 6 records repeat the picture of an earlier one: again-0; again-1; again-2; ...",
     ]
     told.clear()
     build_index(Mine(source[0], source[5]), DataSettings(size=4), report=told.append)
-    assert told == ["1 of 2 records have an empty caption: one"]
+    assert told == [
+        "1 of 2 records have several captions, one of which is drawn each time: one",
+        "1 of 2 records have an empty caption: one",
+    ]
 
 
 def test_refuse_names_each_bad_record_in_one_message(tmp_path: Path) -> None:

@@ -465,7 +465,11 @@ def test_hub_reads_a_local_folder_with_the_files_own_bytes(tmp_path: Path, offli
     first = source[0]
     assert (len(source), first.captions, first.key) == (2, ("x",), "row 0 (a.png)")
     upright = decode(first.image, background="#0a0b0c", max_pixels=100)
-    assert upright.shape == (6, 4, 3) and upright[0, 0].tolist() == [10, 11, 12]  # neither turned nor flattened by datasets
+    assert upright.shape == (6, 4, 3) and upright[0, 0].tolist() == [
+        10,
+        11,
+        12,
+    ]  # neither turned nor flattened by datasets
     assert source[1].image == data / "b.png"
 
 

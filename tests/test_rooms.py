@@ -61,7 +61,7 @@ ELSEWHERE = {
     "compat/flag.py": {"jax"},
     "compat/flax.py": {"jax"},
     "data/hub_dataset.py": {"datasets"},
-    "data/folder.py": {"pyarrow"},
+    "data/metadata.py": {"pyarrow"},
     "training/sinks.py": {"torch", "tensorboard", "wandb", "comet_ml"},
 }
 FILES = sorted(ROOT.rglob("*.py"))

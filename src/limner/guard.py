@@ -1,6 +1,7 @@
 """A command, guarded: what goes wrong becomes one message and an exit code."""
 
 import importlib.metadata
+import io
 import logging
 import os
 import re
@@ -14,6 +15,10 @@ from limner.errors import InputError, LimnerError
 def run_guarded(action: Callable[[], object]) -> int:
     """Run an action; an error for the user becomes one message and its exit code."""
     quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        # File names and captions hold what a terminal's encoding may lack.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         action()
     except LimnerError as error:

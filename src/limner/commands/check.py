@@ -33,6 +33,7 @@ from limner.config.schema import Config
 from limner.data import mixture
 from limner.data.buckets import Shape
 from limner.data.contact_sheet import wrap_text
+from limner.data.index import describe_bad_records
 from limner.errors import InputError
 from limner.families.text import TextInput, encode_captions, tokenize
 from limner.features import caches
@@ -41,6 +42,7 @@ from limner.features.encoder import count_row_bytes
 from limner.features.random_features import StandInEncoders, make_image_features
 from limner.protocols import Features, Report
 from limner.storage import atomic
+from limner.training.encode import report_truncated_captions
 from limner.training.resolve import check_places
 from limner.training.setup import Setup, prepare
 from limner.training.signals import Stop
@@ -56,7 +58,8 @@ def run_check(
     sheet: Path | None = None,
     report: Report = print,
 ) -> CheckReport:
-    """Look at everything once, print a table, and return what the JSON file has.
+    """Look at everything once, say what training says of the data, print a table, and return what
+    the JSON file has.
 
     Raises:
         InputError: after the table, when training would refuse this recipe's records; before it,
@@ -65,7 +68,8 @@ def run_check(
     check_config(config)
     check_places(config)
     with contextlib.closing(engines.join_processes(config.engine)) as process:
-        setup = prepare(config, None, process, ignore, Stop(), read_only=True)
+        setup = prepare(config, None, process, report, Stop(), read_only=True)
+        report_truncated_captions(setup)
         findings = CheckReport(
             pictures=report_pictures(setup),
             buckets=report_buckets(setup),
@@ -76,24 +80,22 @@ def run_check(
         )
         if json_file is not None:
             text = json.dumps(asdict(findings), indent=1, ensure_ascii=False)
+            # What UTF-8 cannot hold, of names in other encodings, is escaped as JSON does it.
+            text = text.encode(errors="backslashreplace").decode()
             atomic.write_text(json_file, text + "\n")
         if sheet is not None:
             draw_sheet(setup, sheet)
     report(format_report(findings) + (f"\nsheet       {sheet}" if sheet else ""))
     if findings.problems:
-        raise InputError("training would be refused:\n" + "\n".join(findings.problems))
+        raise InputError("\n".join(findings.problems))
     return findings
-
-
-def ignore(text: str) -> None:
-    """Say nothing: the table has it."""
 
 
 def list_problems(setup: Setup) -> list[str]:
     """What training would refuse, of what does not keep the table from being made."""
-    bad = setup.index.skipped
-    if bad and setup.config.data.on_bad_record == "refuse":
-        return [f'{len(bad)} bad records (mend them, or set data.on_bad_record="skip")']
+    index = setup.index
+    if index.skipped and setup.config.data.on_bad_record == "refuse":
+        return [describe_bad_records(index.skipped, len(setup.source), bool(index.entries))]
     return []
 
 

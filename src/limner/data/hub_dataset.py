@@ -1,15 +1,18 @@
 """Data sets that the package ``datasets`` loads, from the Hub or from disk."""
 
 import errno
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from limner.config.schema import DataSettings
 from limner.data.source import BadRecord, Record, explain_missing_column, read_captions
 from limner.errors import DiskError, HubError, InputError, LimnerError
+from limner.storage import atomic
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
@@ -43,7 +46,7 @@ class HubDataset:
                 key, f"{picture} is an address, not a picture; download the pictures first"
             )
         if isinstance(picture, list):
-            picture = np.asarray(picture, dtype=np.uint8)
+            picture = read_pixels(picture, key)
         caption = "" if self.caption is None else row[self.caption]
         return Record(key, picture, read_captions(caption, key))
 
@@ -68,7 +71,7 @@ def load_table(config: DataSettings) -> Any:
             split=config.split,
             revision=config.hub_revision,
             data_dir=config.hub_files,
-            cache_dir=config.cache_dir,
+            cache_dir=find_cache(config),
         )
     except Exception as error:
         raise explain_failure(error, config) from error
@@ -86,6 +89,38 @@ def load_table(config: DataSettings) -> Any:
         # Limner decodes pictures itself, all of them in the same way.
         table = table.cast_column(config.image, datasets.Image(decode=False))
     return table
+
+
+def read_pixels(values: list[Any], key: str) -> np.ndarray:
+    """Return nested lists of numbers as an array.
+
+    Raises:
+        BadRecord: when they are no array of numbers.
+    """
+    try:
+        pixels = np.asarray(values)
+    except ValueError as error:
+        raise BadRecord(key, f"its rows of pixels are not equally long: {error}") from error
+    if pixels.dtype.kind not in "biuf":
+        raise BadRecord(key, f"its pixels are no numbers ({pixels.dtype})")
+    return pixels
+
+
+def find_cache(config: DataSettings) -> str | None:
+    """Return the folder of what ``datasets`` keeps; for a folder on disk one that its content
+    names: ``datasets`` knows files by size and time, and would go on with the old ones after an
+    edit that keeps both."""
+    import datasets
+
+    folder = Path(config.hub or "")
+    if not folder.is_dir():
+        return config.cache_dir
+    digest = xxhash.xxh3_128()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(os.fsencode(file.relative_to(folder)) + b"\0")
+        digest.update(atomic.digest_file(file).encode())
+    cache = Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE)
+    return str(cache / "by-content" / digest.hexdigest())
 
 
 def explain_failure(error: Exception, config: DataSettings) -> LimnerError:

@@ -84,8 +84,9 @@ def parse_color(name: str) -> Color:
 
 
 def decode(picture: Picture, *, background: str, max_pixels: int) -> np.ndarray:
-    """Return a picture's pixels, upright, in sRGB, without transparency: uint8 [H, W, 3]; of an animation
-    the first frame.
+    """Return a picture's pixels, upright, in sRGB and without transparency: uint8 [H, W, 3].
+
+    Of an animation it is the first frame.
 
     Embedded ICC profiles of grey, RGB, CMYK and Lab are honoured; a profile that cannot be read, or
     is meant for another kind of picture, is ignored. Safe in threads. At most

@@ -34,6 +34,8 @@ from limner.storage.run_folder import RunFolder
 # decoded anew.
 _DECODER = f"3, Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}"
 
+ENLARGED = 50_000_000  # pixels of the largest picture that resizing makes larger
+
 
 class PictureFacts(NamedTuple):
     """The size and hash of a decoded picture; a row in the list of decoded pictures."""
@@ -109,6 +111,21 @@ class Index:
         groups = similarity.group_similar([entry.perceptual_hash for entry in distinct])
         return [[distinct[number] for number in group] for group in groups]
 
+    def group_alike(self) -> list[int]:
+        """Return a number for each record; equal for pictures of the same content, or that look
+        alike."""
+        group_of_digest: dict[str, int] = {}
+        for number, group in enumerate(self.near_duplicates):
+            group_of_digest |= dict.fromkeys((entry.digest for entry in group), number)
+        for entry in self.entries:
+            group_of_digest.setdefault(entry.digest, len(self.entries) + entry.row)
+        return [group_of_digest[entry.digest] for entry in self.entries]
+
+    @property
+    def with_several_captions(self) -> list[Entry]:
+        """Records that have more than one caption."""
+        return [entry for entry in self.entries if len(entry.captions) > 1]
+
     def captions(self) -> Iterator[tuple[str, str]]:
         """Yield every caption as (key of its record, caption)."""
         return ((entry.key, text) for entry in self.entries for text in entry.captions)
@@ -128,14 +145,20 @@ class Index:
 
 
 def build_index(
-    source: Source, config: DataSettings, *, cache_file: Path | None = None, report: Report
+    source: Source,
+    config: DataSettings,
+    *,
+    cache_file: Path | None = None,
+    report: Report,
+    only_look: bool = False,
 ) -> Index:
     """Read, hash and decode every record.
 
     Args:
         cache_file: lists pictures that were decoded before; those are only hashed.
-        report: receives one line each when records are left out, have an empty caption, or repeat
-            a picture.
+        report: receives one line each when records are left out, have several captions or an empty
+            one, or repeat a picture.
+        only_look: bad records are listed in the index, whatever ``data.on_bad_record`` says.
 
     Raises:
         InputError: naming the records that cannot be used (``data.on_bad_record="refuse"``), or
@@ -147,7 +170,8 @@ def build_index(
     results = inspect_all(source, config, cache_file, report)
     entries = tuple(result for result in results if isinstance(result, Entry))
     skipped = tuple(result for result in results if not isinstance(result, Entry))
-    if skipped and (config.on_bad_record == "refuse" or not entries):
+    refuse = config.on_bad_record == "refuse"
+    if skipped and (not entries or (refuse and not only_look)):
         raise InputError(describe_bad_records(skipped, len(results), bool(entries)))
     index = Index(entries, skipped)
     report_flaws(index, config, report)
@@ -186,12 +210,13 @@ def inspect_all(
 def report_flaws(index: Index, config: DataSettings, report: Report) -> None:
     """Report records that are left out, have an empty caption or repeat a picture, a line each."""
     total = len(index.entries) + len(index.skipped)
-    if index.skipped:
+    if index.skipped and config.on_bad_record == "skip":
         reasons = [f"{key}: {reason}" for key, reason in index.skipped]
         report(f"{len(reasons)} of {total} records are left out: {join_first_few(reasons)}")
     without_caption = index.without_caption if config.caption is not None else []
     near_duplicates = [entry for group in index.near_duplicates for entry in group[1:]]
     for flaw, entries in (
+        ("have several captions, one of which is drawn each time", index.with_several_captions),
         ("have an empty caption", without_caption),
         ("repeat the picture of an earlier one", index.exact_duplicates),
         ("look like an earlier one", near_duplicates),
@@ -238,14 +263,27 @@ def inspect_record(
         check_resized_size(facts.height, facts.width, config)
     except (Undecodable, TooSmall) as error:
         raise BadRecord(record.key, str(error)) from error
+    except MemoryError as error:
+        raise InputError(explain_want_of_memory(record.key)) from error
     return Entry(row, record.key, record.captions, digest, *facts)
+
+
+def explain_want_of_memory(key: str) -> str:
+    """Return the message for a picture that does not fit into what memory there is."""
+    return (
+        f"{key}: not enough memory to unpack this picture. Make memory free, set data.threads "
+        "lower, or make the picture smaller"
+    )
 
 
 def check_resized_size(height: int, width: int, config: DataSettings) -> None:
     """Refuse a picture too small for its bucket, or so thin that resizing makes it huge."""
     shape = buckets.choose_shape((height, width), config)
     resized_height, resized_width = geometry.covering_size((height, width), shape)
-    if resized_height * resized_width <= config.max_pixels:
+    pixels, limit = resized_height * resized_width, config.max_pixels
+    if pixels > height * width:
+        limit = min(limit, ENLARGED)
+    if pixels <= limit:
         return
     if config.buckets is None:
         condition = f"data.size = {config.size}"
@@ -283,7 +321,8 @@ def decode(picture: image.Picture, config: DataSettings) -> np.ndarray:
 
 def read_facts(pixels: np.ndarray) -> PictureFacts:
     """Return the facts of a decoded picture, uint8 [H, W, 3]."""
-    return PictureFacts(*pixels.shape[:2], similarity.perceptual_hash(pixels))
+    height, width, _ = pixels.shape
+    return PictureFacts(height, width, similarity.perceptual_hash(pixels))
 
 
 def digest_file_content(picture: Path | bytes) -> str:

@@ -32,8 +32,18 @@ PICTURES = (
 IGNORED = frozenset(("__macosx", "thumbs.db", "desktop.ini"))
 # Names of subfolders that are parts of a data set, not kinds of pictures.
 SPLITS = frozenset(
-    ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
-    + ("evaluation",)
+    [
+        "train",
+        "training",
+        "test",
+        "testing",
+        "val",
+        "valid",
+        "validation",
+        "dev",
+        "eval",
+        "evaluation",
+    ]
 )
 NAMED = 5  # files that a line names
 

@@ -29,6 +29,8 @@ class RunState:
     version: int = RUN_STATE_VERSION
     # Of steps since the last regular row of metrics: the next row's mean is over these too.
     unlogged_losses: tuple[float, ...] = ()
+    # Whether pictures that look alike are all held out, or none of them: in earlier builds any was.
+    held_out_apart: bool = False
 
     def to_plain(self) -> Plain:
         """For JSON."""

@@ -9,8 +9,8 @@ from limner import rng
 from limner.config.schema import DataSettings
 from limner.data import buckets, image
 from limner.data.geometry import Geometry, center_square, count_crops, place_crop
-from limner.data.picture_file import Undecodable
-from limner.data.index import Entry, digest_file_content
+from limner.data.index import Entry, digest_file_content, explain_want_of_memory
+from limner.data.picture_file import Undecodable, read_file
 from limner.data.source import BadRecord, Source
 from limner.errors import InputError
 from limner.families.family import Family
@@ -106,13 +106,15 @@ class Crops:
         try:
             picture = self.source[entry.row].image
             if isinstance(picture, Path):
-                picture = picture.read_bytes()
+                picture = read_file(picture)
             # Its features would be cached as the old picture's.
             if isinstance(picture, bytes) and digest_file_content(picture) != entry.digest:
                 raise BadRecord(entry.key, "the picture is another than when the run began")
             return image.load_views(
                 picture, views, background=data.background, max_pixels=data.max_pixels
             )
+        except MemoryError as error:
+            raise InputError(explain_want_of_memory(entry.key)) from error
         except (Undecodable, BadRecord, OSError) as error:
             reason = getattr(error, "reason", error)
             raise InputError(

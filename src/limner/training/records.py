@@ -1,10 +1,9 @@
 """Which records a run sees, and in which order and batches."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from limner import rng
 from limner.config.schema import Config, DataSettings
 from limner.data import buckets, mixture
 from limner.data.index import Entry, Index, build_index, write_skipped
@@ -14,6 +13,7 @@ from limner.features import caches
 from limner.protocols import ProcessGroup, Report
 from limner.storage.run_folder import RunFolder
 from limner.training.batch_plan import BatchPlan, count_held_out, make_plan
+from limner.training.hold_out import hold_out_records
 from limner.training.resolve import Settled
 
 
@@ -25,6 +25,7 @@ class RunRecords:
     digest: str  # of those that are used
     training: tuple[Entry, ...]
     validation: tuple[Entry, ...]
+    held_out_apart: bool  # whether no picture is on both sides
     plan: BatchPlan
     order: Order
 
@@ -39,19 +40,22 @@ def plan_records(
     if config.data.max_records is not None:
         used = index.sample(config.data.max_records, seed)
     hold_out = count_held_out(config.validation.hold_out, len(used.entries))
-    training, validation = split_validation(used.entries, hold_out, seed)
+    saved = settled.checkpoint.state if settled.checkpoint else None
+    apart = saved is None or saved.held_out_apart
+    training, validation = hold_out_records(used, hold_out, seed, apart, report)
     order_for = partial(make_order, training, source, config.data, seed)
     # The checkpoint's batch and seed win over the recipe's: positions in the stream depend on them.
     plan = make_plan(
         config,
         process.world_size,
         len(training),
-        settled.checkpoint.state if settled.checkpoint else None,
+        saved,
         seed,
         order_for,
         process.device_count,
     )
-    return RunRecords(index, used.digest, training, validation, plan, order_for(plan.batch_size))
+    order = order_for(plan.batch_size)
+    return RunRecords(index, used.digest, training, validation, apart, plan, order)
 
 
 def index_records(
@@ -59,11 +63,11 @@ def index_records(
 ) -> Index:
     """Read every record once, in the first process. What is bad is refused, or left out and listed
     in ``skipped.jsonl``; with ``read_only`` it is only left out."""
-    data = replace(config.data, on_bad_record="skip") if read_only else config.data
 
     def build() -> object:
+        known = caches.known_pictures_file(config)
         index = build_index(
-            source, data, cache_file=caches.known_pictures_file(config), report=report
+            source, config.data, cache_file=known, report=report, only_look=read_only
         )
         if index.skipped and not read_only:
             write_skipped(Path(config.run), index.skipped)
@@ -71,15 +75,6 @@ def index_records(
         return index.to_plain()
 
     return Index.from_plain(process.first(build))  # type: ignore[arg-type]
-
-
-def split_validation(
-    entries: tuple[Entry, ...], count: int, seed: int
-) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
-    """The records to train on, and ``count`` others for validation, drawn by the seed."""
-    chosen = {int(i) for i in rng.at(seed, "hold out", 0).permutation(len(entries))[:count]}
-    training = tuple(entry for i, entry in enumerate(entries) if i not in chosen)
-    return training, tuple(entries[i] for i in sorted(chosen))
 
 
 def make_order(

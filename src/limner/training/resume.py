@@ -16,7 +16,13 @@ from limner.storage.run_state import RunState
 from limner.training.batch_plan import BatchPlan
 
 
-def make_run_state(config: Config, plan: BatchPlan, data_digest: str, base_digest: str) -> RunState:
+def make_run_state(
+    config: Config,
+    plan: BatchPlan,
+    data_digest: str,
+    base_digest: str,
+    held_out_apart: bool = True,
+) -> RunState:
     """What a checkpoint remembers of its run, besides arrays."""
     return RunState(
         config=toml.to_plain(config),
@@ -29,6 +35,7 @@ def make_run_state(config: Config, plan: BatchPlan, data_digest: str, base_diges
         base_digest=base_digest,
         random_digest=digest_random_numbers(plan.seed),
         numpy_version=np.__version__,
+        held_out_apart=held_out_apart,
     )
 
 
