@@ -114,7 +114,7 @@ class Folder:
             shown = metadata.removeprefix(self.prefix)
             folder = metadata[: metadata.rfind("/") + 1]
             for row in read_metadata(self.root / metadata, shown, self.caption, most_rows):
-                row = row._replace(folder=folder)
+                row = Row(*row[:3], folder)
                 picture = self.find_file(row)
                 if picture is not None and files.setdefault(picture, metadata) != metadata:
                     raise InputError(
