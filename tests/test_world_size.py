@@ -48,7 +48,7 @@ from limner.training import loop
 
 jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 joined = TorchProcessGroup("cpu")
-leave, joined.close = joined.close, lambda: None  # a pair that has parted does not meet again
+leave, joined.close = joined.close, lambda error: None  # a pair that has parted does not meet again
 engines.join_processes = lambda settings: joined
 ends = []
 for raw in jobs:

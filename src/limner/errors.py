@@ -29,6 +29,13 @@ class Stopped(LimnerError):
     code = 3
 
 
+class LostProcess(LimnerError):
+    """Another process of the run has died or no longer answers; the same command continues the run
+    from its newest checkpoint, as after ``Stopped``."""
+
+    code = 3
+
+
 class NonFiniteError(LimnerError):
     """A loss or gradient that is infinite or NaN; weights, EMA and checkpoints are unharmed."""
 
@@ -59,13 +66,13 @@ class LockedError(LimnerError):
     code = 8
 
 
-def to_message(error: BaseException) -> dict[str, str]:
+def to_message(error: BaseException, subject: str = "the first process") -> dict[str, str]:
     """Return an error as plain text for the other processes of a run.
 
-    Any error but a ``LimnerError`` is sent as a plain ``LimnerError``.
+    Any error but a ``LimnerError`` is sent as a plain ``LimnerError``, which says whose it was.
     """
     if not isinstance(error, LimnerError):
-        text = f"the first process failed: {type(error).__name__}: {error}"
+        text = f"{subject} failed: {type(error).__name__}: {error}"
         return {"error": LimnerError.__name__, "text": text}
     # A subclass from elsewhere is sent as its nearest ancestor among the classes above.
     ancestors = (cls.__name__ for cls in type(error).__mro__ if globals().get(cls.__name__) is cls)

@@ -1,12 +1,14 @@
 """The seams: what training needs of an engine, of encoders and of a process group."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, Self, TypeVar
 
 import numpy as np
 
+from limner.errors import LimnerError
 from limner.json_types import Plain
 
 Report = Callable[[str], None]
@@ -141,9 +143,32 @@ class ProcessGroup(Protocol):
         """What the last bits of the encoders' output depend on, besides their weights."""
         ...
 
-    def close(self) -> None:
-        """Leave the others in good order."""
+    # Called, in another thread, when another process was told to stop.
+    on_stop: Callable[[], None]
+    # Called with the error before ``end`` ends this process.
+    on_end: Callable[[LimnerError], None]
+    saving: AbstractContextManager[bool]  # while it is held, nothing but a kill ends this process
+
+    def request_stop(self) -> None:
+        """Tell the other processes that this one was told to stop."""
         ...
+
+    def explain_errors(self) -> AbstractContextManager[None]:
+        """While the block lasts, an error that a lost process has caused here becomes a
+        ``LostProcess`` that names it."""
+        ...
+
+    def end(self, error: LimnerError) -> NoReturn:
+        """End this process at once, whatever its main thread waits for, with the error's code."""
+        ...
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave the others in good order, or tell them the error with which this one leaves."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: Any) -> None: ...
 
 
 class Engine(Protocol):

@@ -460,6 +460,15 @@ class EngineSettings:
         resume="free",
         shared=True,
     )
+    patience: float = setting(
+        600.0,
+        "that another process may be silent, as when it is suspended, before the run ends; what a "
+        "process computes or waits for does not count",
+        unit="seconds",
+        range=ABOVE_0,
+        resume="free",
+        shared=True,
+    )
     encode_batch: int | None = setting(
         None,
         "pictures that the frozen encoders see at once, padded; none: 8, fewer above 512 pixels",

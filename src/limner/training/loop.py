@@ -64,7 +64,7 @@ def run_training(
     # Frameworks take seconds to import: whoever looks on need not wonder.
     if is_first_on_host() and sys.stderr.isatty():
         report(f"limner {limner.__version__}: {config.run}, with {config.engine.kind}")
-    with Stop() as stop, contextlib.closing(engines.join_processes(config.engine)) as process:
+    with Stop() as stop, engines.join_processes(config.engine) as process:
         return run_in_group(config, source, report, stop, process, only_encode)
 
 
@@ -81,7 +81,13 @@ def run_in_group(
     folder = Path(config.run)
     if process.rank > 0:
         report = ignore_line
-    with report_once(Stopped, NonFiniteError), contextlib.ExitStack() as stack:
+    stop.tell_others, stop.end = process.request_stop, process.end
+    process.on_stop, process.on_end = stop.hear_others, lambda error: None
+    with (
+        report_once(Stopped, NonFiniteError),
+        contextlib.ExitStack() as stack,
+        process.explain_errors(),
+    ):
         process.first(lambda: stack.enter_context(atomic.lock(folder)))
         process.first(lambda: atomic.sweep(folder))
         with report_once():
@@ -99,7 +105,11 @@ def run_in_group(
         process.first(lambda: write_config(setup))
         step = 0 if setup.checkpoint is None else setup.checkpoint.step
         writes = process.rank == 0
-        with keep_status(RunFolder(folder), step, setup.plan.steps, writes=writes) as status:
+        with (
+            keep_status(RunFolder(folder), step, setup.plan.steps, writes=writes) as status,
+            process.explain_errors(),
+        ):
+            process.on_end = status.write_end
             if step < setup.plan.steps:
                 fill_caches(setup)
                 train(setup, status)
@@ -142,6 +152,7 @@ def train(setup: Setup, status: StatusFile) -> State:
                 seed=setup.plan.seed,
             )
             step += 1
+            setup.stop.unsaved = True
             monitor.add_step(metrics, learning_rate)
             stopping = setup.process.any(setup.stop.asked) and step < total
             finished = step == total
@@ -195,9 +206,11 @@ def save_checkpoint(
     trained = setup.base.configs[setup.family.network.component]
 
     def save() -> str:
-        folder = layout.save_groups(
-            setup.folder, step, groups, run_state, setup.config, setup.family, trained
-        )
+        with setup.process.saving:
+            folder = layout.save_groups(
+                setup.folder, step, groups, run_state, setup.config, setup.family, trained
+            )
         return str(folder)
 
     setup.report(f"step {step}: saved {setup.process.first(save)}")
+    setup.stop.unsaved = False

@@ -1,6 +1,5 @@
 """Train several recipes one after the other; a run serves the later ones as their other stage."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ def run_all(configs: Sequence[Config], report: Report = print_line) -> list[Path
         linked = link_stages(configs)
         for config in configs:
             check_places(config)
-    with Stop() as stop, contextlib.closing(engines.join_processes(configs[0].engine)) as process:
+    with Stop() as stop, engines.join_processes(configs[0].engine) as process:
         with report_once():
             process.first(lambda: open_bases(configs))
         return [run_in_group(config, None, report, stop, process) for config, _ in linked]

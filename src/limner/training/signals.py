@@ -2,44 +2,73 @@
 
 import os
 import signal
+import socket
+import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from limner.errors import Stopped
+from limner.errors import LimnerError, Stopped
 
 # A terminal's Ctrl-C reaches a launcher too, which passes it on: signals within this time are one.
 REPEAT_SECONDS = 3
+# Seconds that a run without unsaved steps has to end in good order.
+PROMPT_SECONDS = 10.0
+NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+
+def end_process(error: LimnerError) -> None:
+    """End this process at once with the error's message and code."""
+    print(f"limner: {error}", file=sys.stderr, flush=True)
+    os._exit(error.code)
 
 
 class Stop:
     """A request to stop, made by a signal while this context is open.
 
     The first signal raises ``Stopped`` at once, or is a request once ``save_first`` is set. A later
-    one does what it would do without this context.
+    one does what it would do without this context. Python handles a signal only when the main
+    thread comes back to it: where that waits for a process, a compiler or an import, and no step
+    is unsaved, a thread ends the run.
     """
 
     def __init__(self) -> None:
         self.asked = False
-        self.asked_at = 0.0  # seconds of the monotonic clock
+        self.asked_at = 0.0  # seconds of the monotonic clock, of this process's first signal
         self.save_first = False
+        self.unsaved = False  # whether there are steps that no checkpoint has
+        self.tell_others: Callable[[], None] = lambda: None
+        self.end: Callable[[LimnerError], None] = end_process
+        self.hurrying = False
         self.previous_handlers: dict[int, Any] = {}
+        self.closed = threading.Event()
 
     def __enter__(self) -> "Stop":
         # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            self.reader, self.writer = socket.socketpair()
+            self.writer.setblocking(False)
+            self.previous_wakeup = signal.set_wakeup_fd(
+                self.writer.fileno(), warn_on_full_buffer=False
+            )
+            threading.Thread(target=self.hear_signals, name="stop", daemon=True).start()
+            for number in NUMBERS:
                 self.previous_handlers[number] = signal.signal(number, self.handle_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closed.set()
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
+        if self.previous_handlers:
+            signal.set_wakeup_fd(self.previous_wakeup)
+            self.writer.close()  # the thread reads the end, and ends
 
     def handle_signal(self, number: int, frame: FrameType | None) -> None:
         """Ask the run to stop, or end the process when it was asked before."""
-        if not self.asked:
+        if not self.asked_at:
             self.asked = True
             self.asked_at = time.monotonic()
             if not self.save_first:
@@ -53,6 +82,38 @@ class Stop:
         elif time.monotonic() - self.asked_at > REPEAT_SECONDS:
             signal.signal(number, self.previous_handlers[number])
             signal.raise_signal(number)
+
+    def hear_signals(self) -> None:
+        """Hear of signals while the main thread cannot, and of other processes' signals."""
+        with self.reader:
+            while numbers := self.reader.recv(64):
+                if any(number in numbers for number in NUMBERS):
+                    self.hurry()
+
+    def hear_others(self) -> None:
+        """Ask this process's run to stop, as another process of it was told to."""
+        self.asked = True
+        self.hurry()
+
+    def hurry(self) -> None:
+        """Tell the others, and see to it that this process ends; once."""
+        if not self.hurrying:
+            self.hurrying = True
+            self.tell_others()
+            threading.Thread(target=self.end_promptly, name="stop", daemon=True).start()
+
+    def end_promptly(self) -> None:
+        """End the process as soon as it has had its time and no step is unsaved."""
+        waited = self.closed.wait(PROMPT_SECONDS)
+        while not waited and self.unsaved:
+            waited = self.closed.wait(0.5)
+        if not waited:
+            self.end(
+                Stopped(
+                    "stopped; what was encoded and saved is kept. Run the same command again to "
+                    "go on."
+                )
+            )
 
     def check(self) -> None:
         """Raise ``Stopped`` when a stop was asked for while nothing has been trained."""

@@ -21,6 +21,15 @@ class StatusFile:
             with contextlib.suppress(DiskError):
                 write_status(self.folder, self.status)
 
+    def write_end(self, error: BaseException) -> None:
+        """Say how the run has ended."""
+        if isinstance(error, Stopped):
+            self.update(state="stopped")
+        elif isinstance(error, KeyboardInterrupt):
+            self.update(state="stopped", error="stopped by hand")
+        else:
+            self.update(state="failed", error=str(error) or type(error).__name__)
+
 
 @contextlib.contextmanager
 def keep_status(folder: RunFolder, step: int, steps: int, *, writes: bool) -> Iterator[StatusFile]:
@@ -34,13 +43,7 @@ def keep_status(folder: RunFolder, step: int, steps: int, *, writes: bool) -> It
     file.update()
     try:
         yield file
-    except Stopped:
-        file.update(state="stopped")
-        raise
-    except KeyboardInterrupt:
-        file.update(state="stopped", error="stopped by hand")
-        raise
     except BaseException as error:
-        file.update(state="failed", error=str(error) or type(error).__name__)
+        file.write_end(error)
         raise
     file.update(state="finished")

@@ -3,6 +3,7 @@
 Several hosts meet by ``jax.distributed``.
 """
 
+import functools
 import itertools
 import os
 from datetime import timedelta
@@ -17,6 +18,7 @@ from jax.sharding import AxisType, Mesh
 
 from limner.config.schema import EngineSettings
 from limner.engines.jax.compile_cache import enable
+from limner.engines.jax.relay import Relay
 from limner.engines.machine import share_heap
 from limner.engines.process import PATIENCE, Processes
 from limner.errors import InputError
@@ -44,9 +46,10 @@ class JaxProcessGroup(Processes):
     precision: str
 
     def __init__(self, settings: EngineSettings):
+        super().__init__()
         self.precision = settings.precision or "no"
         prepare_host(settings)
-        initialize()
+        host = initialize()
         devices = choose_devices(settings.device)[: settings.devices]
         check_mesh(settings, devices)
         self.rank = jax.process_index()
@@ -54,6 +57,7 @@ class JaxProcessGroup(Processes):
         self.device_count = len(devices) // self.world_size
         grid = np.array(devices).reshape(-1, settings.fsdp)
         self.mesh = Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+        self.start_watch(host, settings.patience)
 
     @property
     def device_name(self) -> str:
@@ -91,7 +95,7 @@ class JaxProcessGroup(Processes):
         """Return what the last bits of the encoders' output depend on, besides their weights."""
         return [self.kind, metadata.version("jaxlib")]
 
-    def close(self) -> None:
+    def leave_group(self) -> None:
         """Do nothing: JAX leaves the others when the process ends."""
 
 
@@ -165,16 +169,27 @@ def to_local_device(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jax.device_put(array, local_device()) for name, array in arrays.items()}
 
 
-def initialize() -> None:
+def initialize() -> str:
     """Join the other processes, where a launcher says that there are some.
 
     It says so in variables of Limner's, or in those of a cluster or a TPU pod that JAX knows.
+
+    Returns:
+        The first process's host.
 
     Raises:
         InputError: when the processes do not find each other.
     """
     if jax.distributed.is_initialized():
-        return
+        return find_coordinator()
+    # It would take SIGTERM for itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    # The processes watch each other by themselves.
+    join = functools.partial(
+        jax.distributed.initialize,
+        heartbeat_timeout_seconds=PATIENCE.days * 86400,
+        shutdown_timeout_seconds=10,
+    )
     count = int(os.environ.get("LIMNER_PROCESSES", "1"))
     if count > 1:
         try:
@@ -186,10 +201,18 @@ def initialize() -> None:
                 "LIMNER_RANK are needed too"
             ) from error
         try:
-            jax.distributed.initialize(coordinator, count, rank)
+            address = coordinator if rank == 0 else Relay(coordinator).address
+            join(address, count, rank)
         except RuntimeError as error:
             raise InputError(
                 f"the {count} processes did not find each other: {str(error).splitlines()[0]}"
             ) from error
     elif os.environ.get("LIMNER_CLUSTER"):
-        jax.distributed.initialize()
+        join()
+    return os.environ.get("LIMNER_COORDINATOR", "").rpartition(":")[0] or find_coordinator()
+
+
+def find_coordinator() -> str:
+    """Return the host of the first process, where JAX has found it."""
+    address = distributed.global_state.coordinator_address or "localhost:0"
+    return address.rpartition(":")[0].strip("[]")

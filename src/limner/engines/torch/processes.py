@@ -49,6 +49,7 @@ class TorchProcessGroup(Processes):
         device: ``engine.device`` of the recipe; None: what the launcher says, else the accelerator
             that torch finds, else the CPU.
         precision: ``engine.precision`` of the recipe; None: what the launcher says, else ``no``.
+        patience: ``engine.patience`` of the recipe: seconds that a process may be silent.
 
     Raises:
         InputError: for a launcher setting that is not supported, a device or precision that cannot
@@ -73,7 +74,9 @@ class TorchProcessGroup(Processes):
         device: str | None = None,
         precision: str | None = None,
         environment: Mapping[str, str] = os.environ,
+        patience: float = EngineSettings.patience,
     ) -> None:
+        super().__init__()
         self._host_group: dist.ProcessGroup | None = None
         try:
             refuse_settings(environment)
@@ -93,6 +96,7 @@ class TorchProcessGroup(Processes):
         if self.world_size > 1:
             # Messages go from host to host, so that no device is waited for.
             self._host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.start_watch(environment.get("MASTER_ADDR", "localhost"), patience)
 
     def exchange(self, text: str) -> list[str]:
         """See ``Processes``."""
@@ -122,7 +126,7 @@ class TorchProcessGroup(Processes):
         """Return what the last bits of the encoders' output depend on, besides their weights."""
         return [self.device.type, metadata.version("torch")]
 
-    def close(self) -> None:
+    def leave_group(self) -> None:
         """Leave the process group, so that another can be joined."""
         self._host_group = None
         if dist.is_available() and dist.is_initialized():
@@ -132,7 +136,7 @@ class TorchProcessGroup(Processes):
 
 def join_processes(settings: EngineSettings) -> TorchProcessGroup:
     """Join the processes of this run."""
-    return TorchProcessGroup(settings.device, settings.precision)
+    return TorchProcessGroup(settings.device, settings.precision, patience=settings.patience)
 
 
 def refuse_settings(environment: Mapping[str, str]) -> None:

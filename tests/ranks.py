@@ -1,0 +1,134 @@
+"""Processes of one run, each with its own exit code and messages: started without a launcher, which
+would end all of them and give one code."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+PATIENCE = 4.0  # seconds
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(
+    ctx: ForkServerContext, folder: Path, engine: str, action: Callable[..., None], *given: Any
+) -> list[ForkServerProcess]:
+    """Two processes that do an action with the folder, the engine and what else is given; what they
+    say lies in the folder."""
+    port, processes = str(free_port()), []
+    for rank in ("0", "1"):
+        environment = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+        if engine == "torch":
+            environment |= {"RANK": rank, "WORLD_SIZE": "2"}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        else:
+            environment |= {"LIMNER_PROCESSES": "2", "LIMNER_RANK": rank, "JAX_PLATFORMS": "cpu"}
+            environment |= {"LIMNER_COORDINATOR": f"127.0.0.1:{port}"}
+        process = ctx.Process(target=run, args=(folder, rank, environment, action, engine, given))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def run(
+    folder: Path,
+    rank: str,
+    environment: dict[str, str],
+    action: Callable[..., None],
+    engine: str,
+    given: tuple[Any, ...],
+) -> None:
+    file = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    os.environ.update(environment)
+    import torch
+
+    from limner.guard import run_guarded
+
+    torch.set_num_threads(1)
+    code = run_guarded(lambda: action(folder, engine, *given))
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def wait_in(folder: Path, engine: str, where: str, victim: int) -> None:
+    """Meet, then wait for the victim, which sleeps."""
+    import time
+
+    from limner import engines
+    from limner.config.schema import EngineSettings
+    from limner.training.signals import Stop
+
+    settings = EngineSettings(kind=engine, device="cpu", patience=PATIENCE)  # type: ignore[arg-type]
+    with (
+        Stop() as stop,
+        engines.join_processes(settings) as process,
+        process.explain_errors(),
+    ):
+        stop.tell_others, stop.end = process.request_stop, process.end
+        process.on_stop = stop.hear_others
+        process.barrier()
+        (folder / f"met-{process.rank}").touch()
+        if process.rank == victim:
+            time.sleep(60)
+        elif where == "sum":
+            import torch
+
+            process.sum_(torch.ones(3))  # type: ignore[attr-defined]
+        elif where == "barrier":
+            process.barrier()
+        else:
+            time.sleep(60)
+
+
+def said(folder: Path, rank: int) -> str:
+    return (folder / f"said-{rank}").read_text()
+
+
+def pass_barriers(folder: Path, engine: str, count: int) -> None:
+    """Meet again and again."""
+    import time
+
+    from limner import engines
+    from limner.config.schema import EngineSettings
+
+    settings = EngineSettings(kind=engine, device="cpu", patience=PATIENCE)  # type: ignore[arg-type]
+    with engines.join_processes(settings) as process, process.explain_errors():
+        process.barrier()
+        (folder / f"met-{process.rank}").touch()
+        for _ in range(count):
+            process.barrier()
+            time.sleep(0.05)
+
+
+def fail_alone(folder: Path, engine: str, who: int) -> None:
+    """Meet; then one leaves with an error while the others wait for it."""
+    from limner import engines
+    from limner.config.schema import EngineSettings
+    from limner.errors import DiskError
+
+    settings = EngineSettings(kind=engine, device="cpu", patience=PATIENCE)  # type: ignore[arg-type]
+    with engines.join_processes(settings) as process, process.explain_errors():
+        process.barrier()
+        if process.rank == who:
+            raise DiskError("disk: full")
+        process.barrier()
+
+
+def train(folder: Path, engine: str, raw: dict[str, Any]) -> None:
+    """A whole run."""
+    from limner.config import toml
+    from limner.config.schema import Config
+    from limner.training import loop
+
+    loop.run_training(toml.build(Config, raw), report=lambda line: None)
