@@ -28,7 +28,7 @@ def find_private(tree: ast.AST) -> Iterator[str]:
                     func=ast.Name(id="getattr" | "hasattr" | "setattr"),
                     args=[_, ast.Constant(value=str(name)), *_],
                 )
-            ) if re.match("_(?!_)", name):
+            ) if re.match("_(?!_)", name) and name != "_exit":  # of os, and documented
                 yield name
 
 

@@ -30,7 +30,7 @@ class Threads(Processes):
     def arithmetic_versions(self) -> list[str]:
         return []
 
-    def close(self) -> None:
+    def leave_group(self) -> None:
         pass
 
 

@@ -24,11 +24,11 @@ from limner.storage.run_folder import RunFolder
 from limner.training import sinks
 from limner.training.announce import announce_run
 from limner.training.encode import encode_only, fill_caches
-from limner.training.monitor import Monitor
+from limner.training.monitor import Monitor, is_due, list_due, list_missing
 from limner.training.publish import is_finished, publish_result
 from limner.training.resolve import check_places
 from limner.training.setup import Setup, prepare
-from limner.training.signals import Stop
+from limner.training.signals import BEFORE_TRAINING, Stop
 from limner.training.status import StatusFile, keep_status
 
 
@@ -110,9 +110,10 @@ def run_in_group(
             process.explain_errors(),
         ):
             process.on_end = status.write_end
-            if step < setup.plan.steps:
+            missing = process.first(lambda: list_missing(setup, step))
+            if step < setup.plan.steps or missing:
                 fill_caches(setup)
-                train(setup, status)
+                train(setup, status, missing)
             process.first(lambda: publish_result(setup))
     return folder
 
@@ -123,24 +124,22 @@ def write_config(setup: Setup) -> None:
     atomic.write_text(RunFolder(setup.folder).config, json.dumps(plain, indent=1))
 
 
-def train(setup: Setup, status: StatusFile) -> State:
+def train(setup: Setup, status: StatusFile, missing: Sequence[str]) -> State:
     """Train until the last step, or until told to stop. Nothing but the step has a clock: learning
-    rate, decay and seeds are functions of it."""
+    rate, decay and seeds are functions of it.
+
+    Args:
+        missing: looks at the state that are still to be taken at the step of the start.
+    """
     config, engine, total = setup.config, setup.engine, setup.plan.steps
     state, step = start(setup)
     announce_run(setup, engine.count_trained(state))
     monitor = Monitor(setup, step, status)
-    preview_every = setup.plan.to_steps(config.preview.every, config.preview.every_epochs) or total
     load = partial(setup.stream.batch, rank=setup.process.rank, world=setup.process.world_size)
     batches = prefetch(load, step, total, threads=config.data.threads)
     with contextlib.closing(batches), monitor:
-        if step == 0:
-            # What later validations and previews are compared with.
-            with monitor.timer_paused():
-                if setup.validation_entries:
-                    monitor.validate(state, step)
-                if config.preview.prompts:
-                    monitor.draw_previews(state, step)
+        if not monitor.look(missing, state, step):
+            raise make_stopped(setup, step)
         for batch in batches:
             learning_rate, decay = schedules.schedule_step(config.optim, step, total)
             state, metrics = engine.step(
@@ -154,26 +153,34 @@ def train(setup: Setup, status: StatusFile) -> State:
             step += 1
             setup.stop.unsaved = True
             monitor.add_step(metrics, learning_rate)
-            stopping = setup.process.any(setup.stop.asked) and step < total
             finished = step == total
+            stopping = setup.process.any(setup.stop.asked) and not finished
+            saving = is_due(step, config.checkpoint.every, finished)
             # A stop writes no row of its own: the checkpoint keeps what the next row is made of.
             if is_due(step, config.log.every, finished):
                 monitor.write_metrics(state, step)
             with monitor.timer_paused():
-                if setup.validation_entries and is_due(step, config.validation.every, finished):
-                    monitor.validate(state, step)
-                if config.preview.prompts and is_due(step, preview_every, finished):
-                    monitor.draw_previews(state, step)
-                if is_due(step, config.checkpoint.every, finished or stopping):
+                if saving:
+                    save_checkpoint(setup, state, step, monitor.fetch_losses(state))
+                due = list_due(setup, step, finished)
+                stopping = stopping or not monitor.look(due, state, step)
+                if stopping and not saving:
                     save_checkpoint(setup, state, step, monitor.fetch_losses(state))
             if stopping:
                 status.update(step=step)
-                saved = RunFolder(setup.folder).checkpoint(step)
-                raise Stopped(
-                    f"stopped at step {step} of {total}; {saved} is saved. Run the same command "
-                    "again to go on."
-                )
+                raise make_stopped(setup, step)
     return state
+
+
+def make_stopped(setup: Setup, step: int) -> Stopped:
+    """The end of a run that was told to stop, and whose state is saved."""
+    if step == 0:
+        return Stopped(BEFORE_TRAINING)
+    saved = RunFolder(setup.folder).checkpoint(step)
+    return Stopped(
+        f"stopped at step {step} of {setup.plan.steps}; {saved} is saved. Run the same command "
+        "again to go on."
+    )
 
 
 def start(setup: Setup) -> tuple[State, int]:
@@ -185,11 +192,6 @@ def start(setup: Setup) -> tuple[State, int]:
     state = setup.engine.restore(state, read)
     setup.report(f"resuming from {setup.checkpoint.folder.name}")
     return state, setup.checkpoint.step
-
-
-def is_due(step: int, every: int, last: bool) -> bool:
-    """Whether something is to be done after ``step``: at each interval, and at the last step."""
-    return last or step % every == 0
 
 
 def save_checkpoint(

@@ -61,6 +61,38 @@ def describe_held_out(losses: Sequence[tuple[int, float]]) -> str:
     return text
 
 
+def is_due(step: int, every: int, last: bool) -> bool:
+    """Whether something is to be done after ``step``: at each interval, and at the last step."""
+    return last or step % every == 0
+
+
+def list_due(setup: Setup, step: int, last: bool) -> list[str]:
+    """The looks at the state that are due after ``step``: "validation" and "preview"."""
+    preview, plan = setup.config.preview, setup.plan
+    preview_every = plan.to_steps(preview.every, preview.every_epochs) or plan.steps
+    due = []
+    # At step 0 there is what later ones are compared with.
+    if setup.validation_entries and is_due(step, setup.config.validation.every, last):
+        due.append("validation")
+    if preview.prompts and is_due(step, preview_every, last):
+        due.append("preview")
+    return due
+
+
+def list_missing(setup: Setup, step: int) -> list[str]:
+    """The looks at the state with which a run starts that are due and were not taken: the run
+    begins, or was ended in the middle of them."""
+    due, folder = list_due(setup, step, step == setup.plan.steps), RunFolder(setup.folder)
+    if step == 0:
+        return due
+    rows = sinks.read_metrics(folder.metrics)
+    if any(row["step"] == step and "held_out_loss" in row for row in rows):
+        due = [name for name in due if name != "validation"]
+    if folder.previews_of_step(step).is_dir():
+        due = [name for name in due if name != "preview"]
+    return due
+
+
 class Monitor:
     """Watches one run; the loop calls each method when it is due."""
 
@@ -151,9 +183,24 @@ class Monitor:
         self.shown |= {"loss": f"{loss:.4f}", "images/s": f"{speed:.1f}"}
         self.progress.set_postfix(self.shown)
 
-    def validate(self, state: State, step: int) -> None:
-        """Write the mean loss over the held-out records, with the weights that will be the
-        result."""
+    def look(self, names: Sequence[str], state: State, step: int) -> bool:
+        """Validate and draw previews, as ``list_due`` names them; False: a stop came between."""
+        with self.timer_paused():
+            for name in names:
+                if self.setup.process.any(self.setup.stop.asked):
+                    return False
+                if name == "preview":
+                    self.draw_previews(state, step)
+                elif not self.validate(state, step):
+                    return False
+        return True
+
+    def validate(self, state: State, step: int) -> bool:
+        """Write the mean loss over the held-out records, with the weights that will be the result.
+
+        Returns:
+            False where a stop came between: then nothing is written.
+        """
         setup, process = self.setup, self.setup.process
         loss, count = 0.0, 0.0
         batches = setup.stream.validation_batches(
@@ -163,15 +210,20 @@ class Monitor:
             process.world_size,
         )
         for rows, batch in batches:
+            if setup.stop.asked:
+                break
             losses = setup.engine.losses(state, batch, average=True)[:rows]
             loss += math.fsum(losses.tolist())
             count += rows
+        if process.any(setup.stop.asked):
+            return False
         loss, count = process.total([loss, count])
         self.write(step, {"held_out_loss": loss / count})
         self.held_out.append((step, loss / count))
         setup.report(describe_held_out(self.held_out))
         self.shown["held-out"] = f"{loss / count:.4f}"
         self.progress.set_postfix(self.shown)
+        return True
 
     def draw_previews(self, state: State, step: int) -> None:
         """Draw the prompts of the recipe, with fixed seeds."""

@@ -16,6 +16,9 @@ from limner.errors import LimnerError, Stopped
 REPEAT_SECONDS = 3
 # Seconds that a run without unsaved steps has to end in good order.
 PROMPT_SECONDS = 10.0
+BEFORE_TRAINING = (
+    "stopped before training began; what was encoded is kept. Run the same command again to go on."
+)
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -118,7 +121,4 @@ class Stop:
     def check(self) -> None:
         """Raise ``Stopped`` when a stop was asked for while nothing has been trained."""
         if self.asked:
-            raise Stopped(
-                "stopped before training began; what was encoded is kept. Run the same command "
-                "again to go on."
-            )
+            raise Stopped(BEFORE_TRAINING)
