@@ -29,11 +29,9 @@ class Stopped(LimnerError):
     code = 3
 
 
-class LostProcess(LimnerError):
+class LostProcess(Stopped):
     """Another process of the run has died or no longer answers; the same command continues the run
-    from its newest checkpoint, as after ``Stopped``."""
-
-    code = 3
+    from its newest checkpoint."""
 
 
 class NonFiniteError(LimnerError):
@@ -100,6 +98,8 @@ def report_once(*kinds: type[LimnerError]) -> Iterator[None]:
     """
     try:
         yield
+    except LostProcess:
+        raise  # the one that would report it may be the one that is lost
     except LimnerError as error:
         if not kinds or isinstance(error, kinds):
             error.reported = error.reported or not is_first_on_host()

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 
-from limner.errors import DiskError, Stopped
+from limner.errors import DiskError, LostProcess, Stopped
 from limner.storage.run_folder import RunFolder, RunStatus, write_status
 
 
@@ -23,7 +23,7 @@ class StatusFile:
 
     def write_end(self, error: BaseException) -> None:
         """Say how the run has ended."""
-        if isinstance(error, Stopped):
+        if isinstance(error, Stopped) and not isinstance(error, LostProcess):
             self.update(state="stopped")
         elif isinstance(error, KeyboardInterrupt):
             self.update(state="stopped", error="stopped by hand")
