@@ -3,6 +3,7 @@ changes nothing."""
 
 import io
 import json
+import os
 import shutil
 import struct
 import zlib
@@ -274,3 +275,47 @@ def test_encode_is_a_verb(monkeypatch, tmp_path):
         )
         == 2
     )
+
+
+def test_check_says_of_the_data_what_training_says(sdxl, mixed, tmp_path):
+    (mixed / "notes.md").write_text("x")
+    (mixed / "linked").symlink_to(tmp_path)
+    shutil.copy(mixed / "001.png", mixed / "extra.png")
+    said: dict[str, list[str]] = {"check": [], "train": []}
+    cfg = settings(sdxl, mixed, buckets={"step": 8})
+    run_check(cfg, report=said["check"].append)
+    run = toml.build(Config, {**toml.to_plain(cfg), "run": str(tmp_path / "run")})
+    loop.run_training(run, report=said["train"].append, only_encode=True)
+    *lines, table = said["check"]
+    assert lines == said["train"][: len(lines)] and table.startswith("pictures    12 listed")
+    assert [line for line in lines if "links to folders are not followed: linked" in line]
+    assert [line for line in lines if "files that are no pictures are left out: notes.md" in line]
+    assert [line for line in lines if "of a row in metadata.jsonl: extra.png" in line]
+    assert [line for line in lines if "tokens that the tokenizer gives on and are cut" in line]
+    for line in said["train"][len(lines) :]:
+        assert "are encoded" in line or "cache" in line
+
+
+def test_names_that_are_not_utf8_are_in_the_table_and_in_the_file(sdxl, tmp_path, monkeypatch):
+    folder = tiny.pictures(tmp_path / "pictures", 3)
+    for name, content in ((b"caf\xe9.png", b"nope"), ("grün ☃.png".encode(), b"nope")):
+        (tmp_path / "x").write_bytes(content)
+        os.rename(tmp_path / "x", os.fsencode(folder) + b"/" + name)
+    (folder / "metadata.jsonl").unlink()
+    for name in os.listdir(os.fsencode(folder)):
+        with open(os.fsencode(folder) + b"/" + name[:-4] + b".txt", "w", encoding="utf-8") as file:
+            file.write("a ☃")
+    (tmp_path / "r.toml").write_text(
+        f'[model]\nbase = "{sdxl}"\nfamily = "sdxl"\n[data]\nsize = 32\n'
+        "[train]\nsteps = 1\nbatch_size = 1\n"
+    )
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    words = ["check", str(tmp_path / "r.toml"), f"data.folder={folder}"]
+    assert main([*words, "--json", str(tmp_path / "r.json")]) == 2
+    terminal.flush()
+    shown = terminal.buffer.getvalue().decode("ascii")
+    assert "caf\\xe9.png: not a picture" in shown and "gr\\xfcn \\u2603.png" in shown
+    assert "3 times: a \\u2603" in shown
+    keys = [one["key"] for one in json.loads((tmp_path / "r.json").read_text())["pictures"]["bad"]]
+    assert keys == ["caf\\xe9.png", "grün ☃.png"]

@@ -624,3 +624,49 @@ def test_what_keeps_a_data_set_from_loading(
         and words in str(caught.value)
         and "\n" not in str(caught.value)
     )
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(1 / 255, "float32"), (1, "int32"), (257, "int32"), (1, "float64")]
+)
+def test_hub_numbers_of_other_types_are_the_same_picture(
+    tmp_path: Path, offline: Any, scale: float, dtype: str
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    features = {"image": offline.Array3D((4, 5, 3), dtype), "text": offline.Value("string")}
+    table = {"image": [(pixels.astype(float) * scale).astype(dtype)], "text": ["x"]}
+    (tmp_path / "set").mkdir()
+    offline.Dataset.from_dict(table, features=offline.Features(features)).to_parquet(
+        tmp_path / "set" / "train.parquet"
+    )
+    picture = hub(tmp_path, str(tmp_path / "set"))[0].image
+    np.testing.assert_array_equal(decode(picture, background="white", max_pixels=100), pixels)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ([[1, 2], [3]], "its rows of pixels are not equally long"),
+        ([["a", "b"]], "its pixels are no numbers (<U1)"),
+        ([[None]], "its pixels are no numbers (object)"),
+        ([[10**30]], "its pixels are no numbers (object)"),
+    ],
+)
+def test_hub_lists_that_are_no_picture_are_named(value: Any, words: str) -> None:
+    source = HubDataset.__new__(HubDataset)
+    source.image, source.caption, source.table = "image", None, [{"image": value}]
+    key, reason = bad(source, 0)
+    assert key == "row 0" and words in reason
+
+
+def test_a_folder_as_a_hub_data_set_is_known_by_its_content(tmp_path: Path, offline: Any) -> None:
+    """An edit that keeps size and time, as of a restored archive, is seen."""
+    data = tmp_path / "set"
+    paint(data / "a.png")
+    for text in ("old", "new"):
+        write_jsonl(data / "metadata.jsonl", [{"file_name": "a.png", "text": text}])
+        os.utime(data / "metadata.jsonl", ns=(10**18, 10**18))
+        assert hub(tmp_path, str(data))[0].captions == (text,)
+    (data / "a.png").rename(data / "b.png")
+    write_jsonl(data / "metadata.jsonl", [{"file_name": "b.png", "text": "new"}])
+    assert hub(tmp_path, str(data))[0].key == "row 0 (b.png)"

@@ -1,0 +1,127 @@
+"""Held-out records are never trained on: not their pictures, nor pictures that look the same."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from limner import rng
+from limner.data.index import Entry, Index
+from limner.errors import InputError
+from limner.training.hold_out import choose_groups, hold_out_records
+
+
+def make_index(digests: list[int], hashes: dict[int, int] | None = None) -> Index:
+    """Records with the content of these numbers; each content looks like no other unless its hash
+    is given."""
+    draws = np.random.default_rng(0).integers(1, 2**63, 10_000)
+    looks = {digest: int(draws[digest]) for digest in digests} | (hashes or {})
+    return Index(
+        tuple(
+            Entry(row, f"{row}.png", ("x",), str(digest), 8, 8, looks[digest])
+            for row, digest in enumerate(digests)
+        )
+    )
+
+
+def split(index: Index, count: int, seed: int = 0, apart: bool = True):
+    told: list[str] = []
+    training, held_out = hold_out_records(index, count, seed, apart, told.append)
+    assert sorted((*training, *held_out), key=lambda entry: entry.row) == list(index.entries)
+    return training, held_out, told
+
+
+def draw(index: Index, count: int, seed: int) -> tuple[set[int], set[int]]:
+    """What builds before this one did."""
+    numbers = {int(i) for i in rng.at(seed, "hold out", 0).permutation(len(index.entries))[:count]}
+    return set(range(len(index.entries))) - numbers, numbers
+
+
+def rows_of(entries: tuple[Entry, ...]) -> set[int]:
+    return {entry.row for entry in entries}
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("count", [0, 1, 7, 39])
+def test_without_repeated_pictures_the_split_is_what_it_always_was(seed: int, count: int) -> None:
+    index = make_index(list(range(40)))
+    training, held_out, told = split(index, count, seed)
+    assert (rows_of(training), rows_of(held_out)) == draw(index, count, seed)
+    assert told == [] and list(held_out) == sorted(held_out, key=lambda entry: entry.row)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_five_captions_for_each_picture(seed: int) -> None:
+    """The layout of COCO: every held-out picture was trained on too."""
+    index = make_index([i // 5 for i in range(40)])
+    training, held_out, told = split(index, 10, seed)
+    assert {e.digest for e in training}.isdisjoint(e.digest for e in held_out)
+    assert len(held_out) == 10
+    before = draw(index, 10, seed)
+    moved = len(before[1] ^ rows_of(held_out))
+    assert told == [
+        f"{moved} records have changed sides, so that none is held out whose picture is trained "
+        "on, or one that looks like it; 10 are held out"
+    ]
+
+
+@pytest.mark.parametrize(("asked", "held"), [(4, 5), (1, 5), (7, 5), (9, 5), (12, 10)])
+def test_where_groups_do_not_make_the_number_it_is_told(asked: int, held: int) -> None:
+    index = make_index([i // 5 for i in range(20)])
+    _, held_out, told = split(index, asked)
+    assert len(held_out) == held and len({entry.digest for entry in held_out}) == held // 5
+    assert told[0].endswith(f"; {held} are held out, where {asked} are asked for")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_pictures_that_look_alike_stay_together(seed: int) -> None:
+    """Also by way of a third: 1 is like 2, and 2 like 3; and through copies of either."""
+    look = 0x0F0F_1234_5678_9ABC
+    index = make_index([*range(30), 1, 3, 3], {1: look, 2: look ^ 0b1111, 3: look ^ 0b11111111})
+    training, held_out, _ = split(index, 8, seed)
+    together = {1, 2, 3, 30, 31, 32}
+    assert together <= rows_of(training) or together <= rows_of(held_out)
+    assert len(held_out) == 8
+
+
+def test_flat_pictures_are_alike_by_content_only() -> None:
+    index = make_index(list(range(12)), dict.fromkeys(range(12), 0))
+    assert split(index, 3)[2] == []
+
+
+def test_pictures_that_are_all_alike_are_refused() -> None:
+    with pytest.raises(InputError, match="the pictures of all 6 records are the same or look"):
+        split(make_index([7] * 6), 2)
+
+
+def test_a_run_of_an_earlier_build_keeps_its_sides() -> None:
+    index = make_index([i // 5 for i in range(20)])
+    training, held_out, told = split(index, 4, apart=False)
+    assert (rows_of(training), rows_of(held_out)) == draw(index, 4, 0)
+    assert told == [
+        "4 of 4 held-out records have a picture that is trained on too, or looks like one that is: "
+        "this run was begun by an earlier build, and goes on as it was"
+    ]
+    assert split(make_index(list(range(20))), 4, apart=False)[2] == []
+
+
+def test_the_split_is_the_same_from_the_index_of_another_process() -> None:
+    index = make_index([i // 3 for i in range(60)])
+    other = Index.from_plain(json.loads(json.dumps(index.to_plain())))
+    assert split(index, 9, 5) == split(other, 9, 5)
+    renamed = Index(tuple(replace(entry, key="x") for entry in index.entries))
+    assert [e.row for e in split(renamed, 9, 5)[1]] == [e.row for e in split(index, 9, 5)[1]]
+
+
+def test_every_group_has_its_chance() -> None:
+    groups = [i // 2 for i in range(20)]
+    counts = Counter(
+        groups[number]
+        for seed in range(300)
+        for number in choose_groups(rng.at(seed, "hold out", 0).permutation(20), groups, 4)
+    )
+    assert (
+        set(counts) == set(range(10)) and min(counts.values()) > 60 and sum(counts.values()) == 1200
+    )

@@ -1,0 +1,235 @@
+"""Everything that lies in a folder of pictures is taken, or told with the reason."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from limner.config.schema import DataSettings
+from limner.data.folder import Folder
+from limner.data.source import BadRecord
+from limner.errors import InputError
+
+
+def paint(path: Path, text: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4), "red").save(path, "PNG")
+    if text is not None:
+        path.with_suffix(".txt").write_text(text, encoding="utf-8")
+
+
+def write_rows(path: Path, *rows: tuple[str, str]) -> None:
+    lines = [json.dumps({"file_name": name, "text": text}) + "\n" for name, text in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def read(root: Path, **settings: Any) -> tuple[dict[str, str], list[str]]:
+    """Captions by key, and what is told, without the folder's name."""
+    told: list[str] = []
+    source = Folder(DataSettings(folder=str(root), **settings), told.append)
+    records = [source[i] for i in range(len(source))]
+    assert all(line.startswith(f"{root}: ") for line in told)
+    captions = {record.key: record.captions[0] for record in records}
+    return captions, [line.removeprefix(f"{root}: ") for line in told]
+
+
+def test_a_kind_of_picture_that_is_called_train(tmp_path: Path) -> None:
+    for name in ("bus/0", "car/0", "train/0", "train/deep/1"):
+        paint(tmp_path / f"{name}.png", name)
+    captions, told = read(tmp_path)
+    assert sorted(captions.values()) == ["bus/0", "car/0", "train/0", "train/deep/1"]
+    assert told == [
+        "train is read as any other subfolder, since these lie beside it: bus, car. To read it "
+        "alone, set data.folder to it."
+    ]
+
+
+def test_pictures_beside_a_folder_called_train(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png", "a"), paint(tmp_path / "train/b.png", "b")
+    captions, told = read(tmp_path)
+    assert captions == {"a.png": "a", "train/b.png": "b"}
+    assert len(told) == 1 and "beside it: a.png" in told[0]
+
+
+@pytest.mark.parametrize("other", ["test", "Validation", "val", "dev"])
+def test_splits_beside_train_are_left_out_and_told(tmp_path: Path, other: str) -> None:
+    paint(tmp_path / "train/a.png", "a"), paint(tmp_path / other / "b.png", "b")
+    captions, told = read(tmp_path)
+    assert captions == {"train/a.png": "a"}
+    assert told == [
+        "2 files are left out, since they are not in train/, which is data.split: "
+        f"{other}/b.png, {other}/b.txt"
+    ]
+    captions, told = read(tmp_path, split=other)
+    assert captions == {f"{other}/b.png": "b"} and "not in" in told[0]
+
+
+def test_train_alone_is_a_split_and_nothing_is_told(tmp_path: Path) -> None:
+    paint(tmp_path / "train/a.png", "a")
+    assert read(tmp_path) == ({"train/a.png": "a"}, [])
+
+
+def test_rows_of_another_split_are_left_out(tmp_path: Path) -> None:
+    paint(tmp_path / "train/a.png"), paint(tmp_path / "test/b.png")
+    write_rows(tmp_path / "metadata.jsonl", ("train/a.png", "a"), ("test/b.png", "b"))
+    captions, told = read(tmp_path)
+    assert captions == {"train/a.png": "a"} and "not in train/" in told[0]
+    assert read(tmp_path, split="test")[0] == {"test/b.png": "b"}
+
+
+@pytest.mark.parametrize("first", ["train", "one"])
+def test_metadata_in_several_subfolders(tmp_path: Path, first: str) -> None:
+    for folder in (first, "more", "more/deep"):
+        paint(tmp_path / folder / "0.png")
+        write_rows(tmp_path / folder / "metadata.jsonl", ("0.png", folder))
+    paint(tmp_path / "more/alone.png")
+    captions, told = read(tmp_path)
+    assert captions == {
+        f"{first}/0.png": first,
+        "more/0.png": "more",
+        "more/deep/0.png": "more/deep",
+    }
+    assert told[-1] == (
+        "1 of 4 pictures are left out, for want of a row in a metadata file: more/alone.png"
+    )
+
+
+def test_metadata_of_several_kinds_name_their_lines(tmp_path: Path) -> None:
+    paint(tmp_path / "one/0.png"), paint(tmp_path / "two/0.png")
+    write_rows(tmp_path / "one/metadata.jsonl", ("0.png", "x"), ("gone.png", "y"))
+    (tmp_path / "two/metadata.csv").write_text("file_name,text\n0.png,z\n")
+    source = Folder(DataSettings(folder=str(tmp_path)), lambda line: None)
+    assert [source[0].captions, source[2].captions] == [("x",), ("z",)]
+    with pytest.raises(BadRecord) as caught:
+        source[1]
+    assert str(caught.value) == (
+        f"one/gone.png: one/metadata.jsonl line 2: there is no such file in {tmp_path / 'one'}"
+    )
+
+
+def test_two_metadata_files_for_one_picture_are_refused(tmp_path: Path) -> None:
+    paint(tmp_path / "sub/a.png")
+    write_rows(tmp_path / "metadata.jsonl", ("sub/a.png", "x"))
+    write_rows(tmp_path / "sub/metadata.jsonl", ("a.png", "y"))
+    with pytest.raises(InputError) as caught:
+        read(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: sub/a.png has rows in metadata.jsonl and in sub/metadata.jsonl; keep those "
+        "that hold"
+    )
+
+
+def test_links_to_folders_are_told(tmp_path: Path) -> None:
+    inner = tmp_path / "data"
+    paint(inner / "real/a.png", "a"), paint(tmp_path / "out/b.png", "b")
+    (inner / "linked").symlink_to(tmp_path / "out")
+    (inner / "again").symlink_to(inner / "real")
+    captions, told = read(inner)
+    assert captions == {"real/a.png": "a"}
+    assert told == ["2 links to folders are not followed: again, linked"]
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "sub/metadata.jsonl"])
+def test_a_metadata_file_outside_the_folder_is_not_read(tmp_path: Path, name: str) -> None:
+    inner = tmp_path / "data"
+    paint(inner / "sub/a.png")
+    (tmp_path / "private").write_text('"what is private"\n')
+    (inner / name).symlink_to(tmp_path / "private")
+    with pytest.raises(InputError) as caught:
+        read(inner)
+    assert "is a link to a place outside" in str(caught.value)
+    assert "private" not in str(caught.value)
+
+
+def test_pipes_and_sockets_are_told_and_never_opened(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png", "a"), paint(tmp_path / "b.png")
+    os.mkfifo(tmp_path / "b.txt")
+    os.mkfifo(tmp_path / "c.png")
+    os.mkfifo(tmp_path / "metadata.jsonl")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "s"))
+        captions, told = read(tmp_path)
+    assert captions == {"a.png": "a"}
+    assert told == [
+        "4 pipes, sockets and devices are left out: b.txt, c.png, metadata.jsonl, s",
+        "1 of 2 pictures are left out, for want of a .txt with their caption: b.png",
+    ]
+
+
+def test_a_folder_that_cannot_be_listed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint(tmp_path / "a.png", "a"), paint(tmp_path / "closed/b.png", "b")
+    scan = os.scandir
+
+    def refuse(path: Path) -> Any:
+        if path.name == refused:
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr("limner.data.listing.os.scandir", refuse)
+    refused = "closed"
+    captions, told = read(tmp_path)
+    assert captions == {"a.png": "a"}
+    assert told == ["1 folders cannot be listed (Permission denied): closed"]
+    refused = tmp_path.name
+    with pytest.raises(InputError, match=rf"data\.folder: {tmp_path}: Permission denied"):
+        read(tmp_path)
+
+
+def test_texts_and_other_files_are_told_in_a_line_each(tmp_path: Path) -> None:
+    for name in ("a.png", "b.jpg"):
+        paint(tmp_path / name, name)
+    for i in range(7):
+        (tmp_path / f"note{i}.txt").write_text("x")
+    for name in ("clip.mp4", "b.caption", "sub/c.psd", "README"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    texts = "note0.txt, note1.txt, note2.txt, note3.txt, note4.txt, ..."
+    others = "4 files that are no pictures are left out: README, b.caption, clip.mp4, sub/c.psd"
+    captions, told = read(tmp_path)
+    assert captions == {"a.png": "a.png", "b.jpg": "b.jpg"}
+    wanting = "are left out, for want of a picture of the same name"
+    assert told == [f"7 texts {wanting}: {texts}", others]
+    assert read(tmp_path, caption=None)[1] == [
+        "9 texts are not read, since data.caption is none: a.txt, b.txt, note0.txt, note1.txt, "
+        "note2.txt, ...",
+        others,
+    ]
+    write_rows(tmp_path / "metadata.jsonl", ("a.png", "x"), ("b.jpg", "y"), ("sub/c.psd", "z"))
+    assert read(tmp_path)[1] == [
+        "9 texts are not read, since metadata.jsonl has the captions: a.txt, b.txt, note0.txt, "
+        "note1.txt, note2.txt, ...",
+        "3 files that are no pictures are left out: README, b.caption, clip.mp4",
+    ]
+
+
+def test_what_keeps_all_pictures_away_is_told_before_the_refusal(tmp_path: Path) -> None:
+    paint(tmp_path / "out/a.png", "a")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/linked").symlink_to(tmp_path / "out")
+    told: list[str] = []
+    with pytest.raises(InputError, match="no pictures here"):
+        Folder(DataSettings(folder=str(tmp_path / "data")), told.append)
+    assert told == [f"{tmp_path / 'data'}: 1 links to folders are not followed: linked"]
+
+
+def test_a_second_text_of_a_picture_is_told(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png", "a")
+    (tmp_path / "a.TXT").write_text("b")
+    if len(os.listdir(tmp_path)) == 2:
+        pytest.skip("this disk does not tell large letters from small")
+    captions, told = read(tmp_path)
+    assert captions == {"a.png": "a"} and "1 texts are left out" in told[0] and "a.TXT" in told[0]
+
+
+def test_a_name_that_is_not_utf8_is_escaped(tmp_path: Path) -> None:
+    paint(tmp_path / "x.png", "x")
+    for end in (b".png", b".txt"):
+        os.rename(os.fsencode(tmp_path) + b"/x" + end, os.fsencode(tmp_path) + b"/caf\xe9" + end)
+    captions, _ = read(tmp_path)
+    assert captions == {"caf\\xe9.png": "x"}
