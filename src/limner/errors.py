@@ -7,6 +7,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+SHOWN = 500  # characters of a value in a message
+
 
 class LimnerError(Exception):
     """An error that the user sees as one message, without a traceback."""
@@ -104,3 +106,8 @@ def report_once(*kinds: type[LimnerError]) -> Iterator[None]:
         if not kinds or isinstance(error, kinds):
             error.reported = error.reported or not is_first_on_host()
         raise
+
+
+def shorten(text: str) -> str:
+    """Return a text as a message shows it: of a long one, the beginning."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"

@@ -1,13 +1,12 @@
 """The record of a base model: its folders, configs, weight files and fingerprint."""
 
 import functools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from limner.base_model.weight_files import choose_files, has_weights, list_files
 from limner.errors import InputError
-from limner.json_types import Plain
+from limner.json_types import Plain, parse_json
 from limner.protocols import BaseConfigs
 from limner.storage import atomic
 
@@ -112,7 +111,7 @@ def read_json(path: Path) -> Plain:
         InputError: when it is missing, or not an object in JSON.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"{path}: {error.strerror}; a folder in the diffusers layout has it. Is the model's "

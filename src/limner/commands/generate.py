@@ -1,6 +1,5 @@
 """Draw pictures from prompts, with a run's result, a model folder or a Hub repository."""
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -15,8 +14,8 @@ from limner import engines
 from limner.base_model.base import INDEX
 from limner.base_model.hub import check_hub_name
 from limner.data.contact_sheet import draw_contact_sheet
-from limner.errors import InputError
-from limner.json_types import Plain
+from limner.errors import InputError, IntegrityError
+from limner.json_types import Plain, read_object
 from limner.protocols import ModelSource
 from limner.storage import atomic
 from limner.storage.layout import LORA_FILE
@@ -163,6 +162,24 @@ def read_prompts(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def read_model_settings(config: Path) -> Plain:
+    """Read the model settings of a run from its ``config.json``.
+
+    Raises:
+        IntegrityError: when it is not what a run has written.
+    """
+    try:
+        model = read_object(config.read_text(encoding="utf-8")).get("model", {})
+        if not isinstance(model, dict):
+            raise ValueError("model is no object")
+    except (OSError, ValueError) as error:
+        raise IntegrityError(
+            f"{config}: not what a run has written ({error}). Remove it, and say with --base what "
+            "was trained."
+        ) from error
+    return model
+
+
 def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]:
     """Find the weights of a model, and the other stage with which its run was trained.
 
@@ -178,7 +195,7 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
     trained: Plain = {}  # the model settings of the run
     config = RunFolder(folder).config
     if config.is_file():
-        trained = json.loads(config.read_text(encoding="utf-8")).get("model", {})
+        trained = read_model_settings(config)
     family = trained.get("family")
     other_stage = trained.get("other_stage")
     if not folder.exists():

@@ -1,6 +1,5 @@
 """A flag of a diffusers script, and the functions that turn parsed flags into settings."""
 
-import json
 import os
 from argparse import Namespace
 from collections.abc import Callable
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limner.json_types import Plain
+from limner.json_types import Plain, read_object
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 
@@ -79,8 +78,9 @@ def read_checkpoint_batch(run: Path) -> int | None:
     if not checkpoints:
         return None
     try:
-        return int(json.loads((checkpoints[0] / STATE_FILE).read_text())["batch_size"])
-    except (OSError, ValueError, KeyError):
+        text = (checkpoints[0] / STATE_FILE).read_text(encoding="utf-8")
+        return int(read_object(text)["batch_size"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

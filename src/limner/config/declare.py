@@ -1,8 +1,10 @@
 """How a setting is declared: default, meaning, unit, range, and what else depends on it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+MOST = 10**9  # of anything that is counted, where its range does not say less
 
 
 @dataclass(frozen=True)
@@ -12,6 +14,7 @@ class Range:
     text: str
     contains: Callable[[Any], bool]
     refusal: str
+    most: int = MOST
 
 
 ABOVE_0 = Range("above 0", lambda value: value > 0, "is not above 0")
@@ -25,6 +28,15 @@ BOTH_BELOW_1 = Range(
     "are not both within 0 to below 1",
 )
 SEED = Range("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "is not within 0 to 2**63 - 1")
+
+
+def up_to(most: int, above: Range = ABOVE_0) -> Range:
+    """A range that ends where nobody needs more: beyond it memory or hours would be gone before
+    anything is said."""
+    return replace(above, text=f"{above.text}, at most {most:,}", most=most)
+
+
+PIXELS = up_to(16_384)  # a side
 
 # Whether a setting may differ from the checkpoint's when a run goes on. Free: it moves no example,
 # or is compared in another way. On request: where checkpoint.allow_changes names it.

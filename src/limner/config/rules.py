@@ -1,10 +1,16 @@
 """What a config must hold to, beyond the types of its settings."""
 
+import dataclasses
+import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
+from limner.config.declare import MOST, PIXELS, SEED
 from limner.config.schema import SETTINGS, BucketSettings, Config, DataSetSettings
-from limner.errors import InputError
+from limner.errors import InputError, shorten
+
+NAME_BYTES, PATH_BYTES = 255, 4_000  # what file systems hold
 
 
 def check_config(config: Config, *, own_records: bool = False) -> None:
@@ -26,20 +32,55 @@ def check_config(config: Config, *, own_records: bool = False) -> None:
 
 
 def check_ranges(config: Config) -> Iterator[str]:
-    """Complain of values outside the range that their setting declares."""
-    for name, value in list_values(config):
-        range_ = SETTINGS[name].declaration.range
-        if value is not None and range_ is not None and not range_.contains(value):
-            yield f"{name}: {value} {range_.refusal}"
+    """Complain of values outside the range that their setting declares, of numbers that nobody
+    needs, and of texts that no file can be called."""
+    for place, value in list_values(dataclasses.asdict(config)):
+        name = re.sub(r"\[\d+\]", "", place)
+        declaration = SETTINGS[name].declaration
+        range_ = declaration.range
+        most = MOST if range_ is None else range_.most
+        counts = isinstance(value, int) and range_ is not SEED
+        counts = counts or (isinstance(value, float) and most < MOST)
+        if range_ is not None and place == name and not range_.contains(value):
+            yield f"{place}: {value} {range_.refusal}"
+        elif counts and abs(value) > most:
+            yield f"{place}: {shorten(repr(value))} is more than the {most:,} that are possible"
+        elif isinstance(value, str):
+            fault = find_fault(value, is_path=declaration.path)
+            if fault is not None:
+                yield f"{place}: {shorten(repr(value))} {fault}"
 
 
-def list_values(config: Config) -> Iterator[tuple[str, Any]]:
-    """The value of every setting, but for those inside lists and inside what is not given."""
-    for name in SETTINGS:
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part, None)
-        yield name, value
+def list_values(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a plain config that are given, each with its place, e.g.
+    ``data.sets[0].folder``."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from list_values(inner, f"{place}.{name}" if place else name)
+    elif isinstance(value, list | tuple) and not all(isinstance(one, float) for one in value):
+        for i, inner in enumerate(value):
+            yield from list_values(inner, f"{place}[{i}]")
+    elif value is not None:
+        yield place, value
+
+
+def find_fault(text: str, *, is_path: bool) -> str | None:
+    """What is wrong with a text that becomes a file's name or content, if anything is."""
+    if "\0" in text:
+        return "holds a NUL character, which no file can"
+    if not is_path:
+        return None
+    try:
+        parts = [os.fsencode(part) for part in text.split("/")]
+    except UnicodeEncodeError:
+        return "holds a character that no file's name can"
+    longest = max(len(part) for part in parts)
+    if longest > NAME_BYTES or len(os.fsencode(text)) > PATH_BYTES:
+        return (
+            f"is no place for a file: a name has at most {NAME_BYTES} bytes, and a path "
+            f"{PATH_BYTES:,}"
+        )
+    return None
 
 
 def check_sources(config: Config, own_records: bool) -> Iterator[str]:
@@ -117,6 +158,8 @@ def check_buckets(buckets: BucketSettings | None) -> Iterator[str]:
         return
     step, smallest, largest = buckets.step, buckets.smallest, buckets.largest
     resolutions = list(buckets.resolutions)
+    if any(side > PIXELS.most for side in (step, smallest or 0, largest or 0, *resolutions)):
+        yield f"data.buckets: no side may be above {PIXELS.most:,} pixels"
     if step <= 0 or step % 8 != 0:
         yield (
             f"data.buckets.step: {step} is not a multiple of 8 above 0; latents have an eighth of "

@@ -12,10 +12,12 @@ from limner.config.declare import (
     BELOW_1,
     BOTH_BELOW_1,
     DECAY,
+    PIXELS,
     PROBABILITY,
     SEED,
     Declaration,
     setting,
+    up_to,
 )
 
 
@@ -73,7 +75,7 @@ class DataSetSettings:
     split: str = setting("train", "part of the data set", resume="free")
     image: str = setting("image", "column of the pictures", resume="free")
     caption: str | None = setting("text", "column of the captions", resume="free")
-    repeats: int = setting(1, "how often an epoch sees each record")
+    repeats: int = setting(1, "how often an epoch sees each record", range=up_to(10_000))
     weight: float | None = setting(
         None, "share of the examples, beside the other sets' weights; in all sets or in none"
     )
@@ -155,7 +157,7 @@ class DataSettings:
         "the shorter side is resized to it, then cropped square; with buckets, the side of the "
         "square of their area",
         unit="pixels",
-        range=ABOVE_0,
+        range=PIXELS,
         on_card=True,
     )
     buckets: BucketSettings | None = setting(
@@ -170,7 +172,7 @@ class DataSettings:
     crop_variants: int | None = setting(
         None,
         "random crops per picture; none: a new one each time, which cannot be cached",
-        range=ABOVE_0,
+        range=up_to(10_000),
         needs="spatial latents",
         on_card=True,
     )
@@ -197,7 +199,7 @@ class DataSettings:
     caption_chunks: int = setting(
         1,
         "captions may have so many times 75 tokens, encoded apart and joined; the rest is cut",
-        range=ABOVE_0,
+        range=up_to(100),
         needs="caption chunks",
         on_card=True,
     )
@@ -210,7 +212,7 @@ class DataSettings:
     cache_dtype: Literal["float32", "float16"] = setting(
         "float32", "features are rounded to it, cached or not"
     )
-    threads: int = setting(4, "threads that decode and assemble", range=ABOVE_0, resume="free")
+    threads: int = setting(4, "threads that decode and assemble", range=up_to(1_000), resume="free")
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,7 @@ class AdapterSettings:
     """Which weights learn: all of them, or low-rank additions (arXiv:2106.09685)."""
 
     kind: Literal["full", "lora"] = setting("full", "all weights, or a LoRA", on_card=True)
-    rank: int = setting(4, "rank of the added matrices", range=ABOVE_0, on_card=True)
+    rank: int = setting(4, "rank of the added matrices", range=up_to(16_384), on_card=True)
     alpha: float | None = setting(
         None,
         "the addition is multiplied by alpha / rank; none: equal to rank",
@@ -393,27 +395,27 @@ class TrainSettings:
         on_card=True,
     )
     epochs: float | None = setting(
-        None, "passes over the records", range=ABOVE_0, resume="free", on_card=True
+        None, "passes over the records", range=up_to(1_000_000), resume="free", on_card=True
     )
     batch_size: int | None = setting(
         None,
         "global: what one optimizer step sees; none: micro_batch_size x accumulation_steps x "
         "processes",
-        range=ABOVE_0,
+        range=up_to(100_000),
         resume="free",
         on_card=True,
     )
     micro_batch_size: int | None = setting(
         None,
         "what one device holds at once; none: its whole share of the batch",
-        range=ABOVE_0,
+        range=up_to(100_000),
         resume="free",
         on_card=True,
     )
     accumulation_steps: int | None = setting(
         None,
         "micro-batches per optimizer step; only where batch_size is not given",
-        range=ABOVE_0,
+        range=up_to(100_000),
         resume="free",
         on_card=True,
     )
@@ -472,7 +474,7 @@ class EngineSettings:
     encode_batch: int | None = setting(
         None,
         "pictures that the frozen encoders see at once, padded; none: 8, fewer above 512 pixels",
-        range=ABOVE_0,
+        range=up_to(10_000),
     )
 
 
@@ -504,10 +506,10 @@ class PreviewSettings:
     captions: int = setting(
         0,
         "so many captions of the data are drawn too, of held-out records where there are any",
-        range=AT_LEAST_0,
+        range=up_to(1_000, AT_LEAST_0),
         resume="free",
     )
-    count: int = setting(1, "pictures per prompt", range=ABOVE_0, resume="free")
+    count: int = setting(1, "pictures per prompt", range=up_to(1_000), resume="free")
     every: int | None = setting(
         None,
         "without it and every_epochs: at the beginning and the end only",
@@ -516,9 +518,9 @@ class PreviewSettings:
         resume="free",
     )
     every_epochs: float | None = setting(
-        None, "in place of every", unit="epochs", range=ABOVE_0, resume="free"
+        None, "in place of every", unit="epochs", range=up_to(1_000_000), resume="free"
     )
-    steps: int = setting(25, "of the sampler", range=ABOVE_0, resume="free")
+    steps: int = setting(25, "of the sampler", range=up_to(10_000), resume="free")
     guidance_scale: float = setting(7.5, "of classifier-free guidance", resume="free")
 
 
@@ -533,7 +535,7 @@ class ValidationSettings:
         100, "between validations", unit="optimizer steps", range=ABOVE_0, resume="free"
     )
     timesteps: int = setting(
-        4, "noise levels per record, evenly spread", range=ABOVE_0, resume="free"
+        4, "noise levels per record, evenly spread", range=up_to(10_000), resume="free"
     )
 
 

@@ -3,9 +3,11 @@
 import dataclasses
 import datetime
 import difflib
+import errno
 import json
 import os
 import re
+import stat
 import sys
 import tomllib
 import types
@@ -15,8 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from limner.config.schema import SETTINGS, Config
-from limner.errors import InputError
+from limner.errors import InputError, shorten
 from limner.json_types import Plain
+
+MAX_RECIPE = 1_000_000  # characters
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Config:
@@ -28,15 +32,44 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Config:
         InputError: when the file is missing, is not TOML, or holds what ``build`` refuses.
     """
     try:
-        raw = tomllib.loads(find_recipe(path).read_text(encoding="utf-8"))
+        raw = parse_toml(read_small_file(find_recipe(path)))
     except OSError as error:
         raise InputError(
-            f"{path}: {error.strerror}. Give the path of a recipe, a TOML file such as "
-            "recipes/sd15-lora.toml."
+            f"{shorten(str(path))}: {error.strerror}. Give the path of a recipe, a TOML file "
+            "such as recipes/sd15-lora.toml."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a TOML file: {error}") from error
+    except ValueError as error:
+        raise InputError(f"{shorten(str(path))}: not a TOML file: {shorten(str(error))}") from error
     return build(Config, apply_overrides(raw, overrides))
+
+
+def read_small_file(path: Path) -> str:
+    """Read a text file of up to a megabyte.
+
+    Raises:
+        OSError: when it cannot be read, and for what is no file, such as a pipe.
+        ValueError: for one that is larger or not UTF-8, and a path that holds a NUL character.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    with open(path, encoding="utf-8") as file:
+        text = file.read(MAX_RECIPE + 1)
+    if len(text) > MAX_RECIPE:
+        raise ValueError(f"more than {MAX_RECIPE:,} characters")
+    return text
+
+
+def parse_toml(text: str) -> Plain:
+    """Parse TOML that anybody may have written.
+
+    Raises:
+        ValueError: for what is no TOML, or is nested deeper than Python can follow.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def find_recipe(path: Path) -> Path:
@@ -102,6 +135,7 @@ def build(cls: type, raw: Plain, where: str = "") -> Any:
         raise InputError("\n".join(renamed))
     for key in raw:
         if key not in hints:
+            key = shorten(key)
             close = difflib.get_close_matches(key, hints, 1)
             known = (
                 f"did you mean {where}{close[0]}?" if close else f"known here: {', '.join(hints)}"
@@ -140,7 +174,8 @@ def convert(kind: object, value: object, where: str) -> Any:
         # bracket is a list that lost its quotes there.
         if isinstance(value, str) and not value.startswith("[") and fits(option, [value]):
             return convert_fitting(option, [value], where)
-    raise InputError(f"{where}: {value!r} was given, {describe_types(options)} is expected")
+    given = shorten(repr(value))
+    raise InputError(f"{where}: {given} was given, {describe_types(options)} is expected")
 
 
 def fits(option: object, value: Any) -> bool:
@@ -202,7 +237,7 @@ def apply_overrides(raw: Plain, overrides: Iterable[str]) -> Plain:
         name, equals, text = item.partition("=")
         if not equals:
             raise InputError(
-                f"{item}: not a setting; write section.key=value, e.g. train.steps=500"
+                f"{shorten(item)}: not a setting; write section.key=value, e.g. train.steps=500"
             )
         *sections, key = name.split(".")
         node = raw
@@ -212,9 +247,11 @@ def apply_overrides(raw: Plain, overrides: Iterable[str]) -> Plain:
             if not isinstance(node, dict):
                 raise InputError(f"{name}: {section} is a value, it has no settings below it")
         try:
-            value = tomllib.loads(f"x = {text}")["x"]
+            value = parse_toml(f"x = {text}")["x"]
         except tomllib.TOMLDecodeError:
             value = None if text == "none" else text
+        except ValueError as error:
+            raise InputError(f"{shorten(item)}: {error}") from error
         node[key] = (
             text if isinstance(value, datetime.date | datetime.time) else value
         )  # no setting is a date, but a folder may be called like one

@@ -23,8 +23,8 @@ from limner.data.buckets import TooSmall
 from limner.data.picture_file import Undecodable
 from limner.data.similarity import FLAT
 from limner.data.source import BadRecord, Record, Source
-from limner.errors import DiskError, InputError
-from limner.json_types import Plain
+from limner.errors import DiskError, InputError, shorten
+from limner.json_types import Plain, parse_json
 from limner.progress import open_progress
 from limner.protocols import Report
 from limner.storage import atomic
@@ -182,7 +182,7 @@ def inspect_all(
     source: Source, config: DataSettings, cache_file: Path | None, report: Report
 ) -> list[Entry | BadEntry]:
     """Inspect every record in threads, with a progress bar, and update the cache file."""
-    decoded = read_decoded_pictures(cache_file)
+    decoded = read_decoded_pictures(cache_file, report)
     count_before = len(decoded)
 
     def inspect(row: int) -> Entry | BadEntry:
@@ -341,26 +341,29 @@ def digest_file_content(picture: Path | bytes) -> str:
         raise Undecodable(f"cannot be read: {error.strerror or error}") from error
 
 
-def read_decoded_pictures(cache_file: Path | None) -> DecodedPictures:
+def read_decoded_pictures(cache_file: Path | None, report: Report) -> DecodedPictures:
     """Read the list of decoded pictures.
 
-    A file that is missing, damaged or of another decoder is as good as empty.
+    A file that is missing or of another decoder is as good as empty; so is a damaged one, and a
+    line says so.
     """
-    if cache_file is None:
+    if cache_file is None or not cache_file.exists():
         return {}
     try:
-        content = json.loads(cache_file.read_text(encoding="utf-8"))
+        content = parse_json(cache_file.read_text(encoding="utf-8"))
         pictures = content["pictures"]
         if content["digest"] != atomic.digest_json([_DECODER, pictures]):
             return {}
         return {digest: PictureFacts(*facts) for digest, facts in pictures.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        report(f"{cache_file} is damaged and is ignored ({shorten(reason)}); it is made again")
         return {}
 
 
 def write_decoded_pictures(cache_file: Path, decoded: DecodedPictures, report: Report) -> None:
     """Write the list of decoded pictures, with those that other runs have added."""
-    pictures = read_decoded_pictures(cache_file) | decoded
+    pictures = read_decoded_pictures(cache_file, report) | decoded
     content = {"digest": atomic.digest_json([_DECODER, pictures]), "pictures": pictures}
     try:
         atomic.write_text(cache_file, json.dumps(content))

@@ -17,6 +17,7 @@ from limner import rng
 from limner.data.buckets import Shape
 from limner.errors import InputError
 
+MOST_EXAMPLES = 10**8  # of an epoch, whose order is held in memory
 PADDING = -1
 
 
@@ -182,7 +183,13 @@ def divide_epoch(
             "records, or leave it out"
         )
     if not weights:
-        return [count * size for count, size in zip(repeats, sizes, strict=True)]
+        counts = [count * size for count, size in zip(repeats, sizes, strict=True)]
+        if sum(counts) > MOST_EXAMPLES:
+            raise InputError(
+                f"data.sets: an epoch would have {sum(counts):,} examples, {MOST_EXAMPLES:,} are "
+                "possible; give fewer repeats"
+            )
+        return counts
     examples = divide(sum(sizes), weights)
     if 0 in examples:
         number = examples.index(0)

@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 
 from limner.errors import DiskError, IntegrityError
+from limner.json_types import parse_json
 from limner.protocols import Features
 from limner.storage import atomic, safetensors
 
@@ -321,7 +322,7 @@ def open_shard(path: Path) -> Shard:
         {name: metadata[name] for name in ("version", "keys", "digests")}
     ):
         raise DamagedError("its header differs")
-    keys, digests = json.loads(metadata["keys"]), json.loads(metadata["digests"])
+    keys, digests = parse_json(metadata["keys"]), parse_json(metadata["digests"])
     arrays = {
         name: ArraySpan(array.numpy_dtype, array.shape, array.begin)
         for name, array in header.arrays.items()

@@ -14,6 +14,7 @@ from pathlib import Path
 import xxhash
 
 from limner.errors import DiskError, IntegrityError, LockedError
+from limner.json_types import read_object
 
 MANIFEST = "MANIFEST.json"
 LOCK_FILE = ".lock"
@@ -185,9 +186,10 @@ def verify(path: Path) -> None:
         IntegrityError: naming the first file that is missing, cut short or changed.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_object((path / MANIFEST).read_text(encoding="utf-8"))
         files, digest = manifest["files"], manifest["digest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        check_entries(files)
+    except (OSError, ValueError, KeyError) as error:
         raise IntegrityError(
             f"{path / MANIFEST}: missing or unreadable, so {path.name} cannot be trusted"
         ) from error
@@ -195,6 +197,23 @@ def verify(path: Path) -> None:
         raise IntegrityError(f"{path / MANIFEST}: changed since it was written")
     for name, entry in files.items():
         verify_file(path / name, entry["size"], entry["xxh3_128"])
+
+
+def check_entries(files: object) -> None:
+    """Refuse what is no list of files, each with a size and a digest, below one folder.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    if not isinstance(files, dict) or not files:
+        raise ValueError("names no files")
+    for name, entry in files.items():
+        parts = name.split("/")
+        if "\0" in name or "\\" in name or not all(parts) or ".." in parts or len(name) > 4_000:
+            raise ValueError("names a file elsewhere")
+        sound = isinstance(entry, dict) and entry.keys() == {"size", "xxh3_128"}
+        if not sound or type(entry["size"]) is not int or not isinstance(entry["xxh3_128"], str):
+            raise ValueError("describes a file in another way")
 
 
 def verify_file(path: Path, size: int, digest: str) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from limner.errors import InputError, IntegrityError
-from limner.json_types import Plain
+from limner.errors import InputError, IntegrityError, shorten
+from limner.json_types import Plain, read_object
 from limner.storage import atomic
 from limner.storage.run_state import STATE_FILE, RunState
 from limner.storage.safetensors import NamedArrays, read_arrays, write_arrays
@@ -31,7 +31,12 @@ class Checkpoint:
 
     def arrays(self, name: str) -> NamedArrays:
         """The arrays of one file, e.g. ``unet/diffusion_pytorch_model.safetensors``."""
-        return read_arrays(self.folder / name)[0]
+        try:
+            return read_arrays(self.folder / name)[0]
+        except OSError as error:
+            raise IntegrityError(
+                f"{self.folder / name}: {error.strerror}, so {self.folder.name} cannot be resumed"
+            ) from error
 
 
 def save(
@@ -106,9 +111,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def open_verified(path: Path) -> Checkpoint:
-    """Open a checkpoint that another process of this run has verified."""
-    state = json.loads((path / STATE_FILE).read_text())
-    return Checkpoint(path, state["step"], state)
+    """Open a checkpoint that another process of this run has verified.
+
+    Raises:
+        IntegrityError: when it is none of Limner's all the same.
+    """
+    try:
+        state = read_object((path / STATE_FILE).read_text(encoding="utf-8"))
+        step = state["step"]
+        if type(step) is not int or step < 0:
+            raise ValueError(f"step {step!r}")
+    except (OSError, ValueError, KeyError) as error:
+        raise IntegrityError(
+            f"{path / STATE_FILE}: missing or not what was written ({shorten(str(error))})"
+        ) from error
+    return Checkpoint(path, step, state)
 
 
 def find_latest(root: Path, report: Callable[[str], None] = print) -> Checkpoint | None:

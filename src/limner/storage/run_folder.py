@@ -11,6 +11,7 @@ from typing import Literal
 
 from limner.config import toml
 from limner.errors import InputError
+from limner.json_types import parse_json
 from limner.storage import atomic
 
 METRICS_FILE = "metrics.jsonl"
@@ -136,7 +137,7 @@ def read_status(folder: RunFolder) -> RunStatus | None:
     process on another host nothing can be known, so that its status stands.
     """
     try:
-        plain = json.loads(folder.status.read_text(encoding="utf-8"))
+        plain = parse_json(folder.status.read_text(encoding="utf-8"))
         status: RunStatus = toml.build(RunStatus, plain)
     except (OSError, ValueError, TypeError, AttributeError, InputError):
         return None

@@ -1,6 +1,8 @@
 """What a run is, as its checkpoints remember it: a versioned record, in JSON."""
 
 import dataclasses
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,4 +58,23 @@ class RunState:
         needed = {name for name, default in fields.items() if default is dataclasses.MISSING}
         if missing := sorted(needed - raw.keys()):
             raise IntegrityError(f"{folder / STATE_FILE}: {', '.join(missing)} is missing")
-        return cls(**{name: raw.get(name, default) for name, default in fields.items()})
+        state = cls(**{name: raw.get(name, default) for name, default in fields.items()})
+        if wrong := sorted(find_other_types(state)):
+            raise IntegrityError(f"{folder / STATE_FILE}: {', '.join(wrong)} is of another type")
+        return state
+
+
+def find_other_types(state: RunState) -> Iterator[str]:
+    """The fields whose values are not of their declared type, as far as JSON tells them apart."""
+    for one in dataclasses.fields(state):
+        kind, value = typing.get_origin(one.type) or one.type, getattr(state, one.name)
+        wanted = (list, tuple) if kind is tuple else kind
+        if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool):  # type: ignore[arg-type]
+            yield one.name
+    if isinstance(state.config, dict):
+        for section in ("data", "model", "checkpoint"):
+            if not isinstance(state.config.get(section), dict):
+                yield f"config.{section}"
+    losses = state.unlogged_losses
+    if isinstance(losses, list) and not all(isinstance(loss, int | float) for loss in losses):
+        yield "unlogged_losses"

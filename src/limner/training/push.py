@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from limner.base_model.hub import endpoint, hub_errors
 from limner.errors import HubError, InputError, IntegrityError
+from limner.json_types import parse_json
 from limner.storage import atomic
 from limner.storage.run_folder import CARD_FILE, GRID_FILE, RunFolder
 from limner.training.result import is_result_whole, read_result
@@ -72,7 +73,7 @@ def push_result(
 def is_pushed(run: Path, repo_id: str) -> bool:
     """Return whether this result has been pushed to this repository."""
     try:
-        pushed = json.loads(RunFolder(run).pushed.read_text())
+        pushed = parse_json(RunFolder(run).pushed.read_text(encoding="utf-8"))
         return bool(pushed == {"repository": repo_id, "digest": read_result(run)["digest"]})
     except (OSError, ValueError, IntegrityError):
         return False

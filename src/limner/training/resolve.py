@@ -13,10 +13,11 @@ from limner.data.listing import check_folder
 from limner.data.source import Source
 from limner.diffusion import make_objective
 from limner.diffusion.objective import Objective
-from limner.errors import InputError
+from limner.errors import InputError, IntegrityError
 from limner.families import get_family
 from limner.families.family import Family
 from limner.protocols import ProcessGroup, Report
+from limner.storage import atomic
 from limner.storage import checkpoint as checkpoints
 from limner.storage.checkpoint import Checkpoint
 from limner.training import push, sinks
@@ -123,7 +124,8 @@ def find_resume_point(folder: Path, resume: str, report: Report) -> str | None:
     """The folder of the checkpoint to go on from, verified; None to begin afresh.
 
     Raises:
-        InputError: where ``checkpoint.resume`` forbids to go on, or no checkpoint is good.
+        InputError: where ``checkpoint.resume`` forbids to go on, or none is a checkpoint of ours.
+        IntegrityError: where all are damaged.
     """
     present = checkpoints.list_checkpoints(folder)
     if resume == "never":
@@ -138,6 +140,11 @@ def find_resume_point(folder: Path, resume: str, report: Report) -> str | None:
     checkpoint = checkpoints.find_checkpoint(folder, which, report)
     if checkpoint is not None:
         return str(checkpoint.folder)
+    if any((one / atomic.MANIFEST).exists() for one in present):
+        raise IntegrityError(
+            f"{folder}: every checkpoint is damaged, from {present[0].name} to {present[-1].name}. "
+            "Put one back from a copy, choose another folder, or move these away to begin afresh."
+        )
     if present:
         raise InputError(
             f"{folder} holds {present[0].name}, but no checkpoint that can be resumed. Choose "

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from limner.config.schema import AdapterSettings, Config
 from limner.engines.adapters import get_alpha
 from limner.errors import IntegrityError
 from limner.families.family import Family
-from limner.json_types import Plain
+from limner.json_types import Plain, read_object
 from limner.storage import atomic, layout, safetensors
 from limner.storage.checkpoint import Checkpoint
 from limner.storage.layout import LORA_FILE, WEIGHTS_FILE
@@ -182,16 +182,17 @@ def read_result(run: Path) -> ResultRecord:
         IntegrityError: when it is missing, damaged or changed.
     """
     try:
-        result: ResultRecord = json.loads(RunFolder(run).result.read_text(encoding="utf-8"))
+        result: Any = read_object(RunFolder(run).result.read_text(encoding="utf-8"))
+        atomic.check_entries(result["files"])
         digest = atomic.digest_json([result["step"], result["kind"], result["files"]])
-        if result["digest"] != digest or not result["files"]:
+        if result["digest"] != digest or not isinstance(result["step"], int):
             raise ValueError("changed since it was written")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise IntegrityError(
             f"{run}: there is no whole result ({RESULT_FILE} is missing or damaged). Run the "
             "training command again: a finished run only writes its result anew."
         ) from error
-    return result
+    return cast(ResultRecord, result)
 
 
 def invalidate_result(run: Path) -> None:

@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin
 from limner.config import toml
 from limner.config.schema import Config
 from limner.errors import InputError
-from limner.json_types import Plain
+from limner.json_types import Plain, parse_json
 from limner.storage import atomic
 from limner.storage.run_folder import METRICS_FILE, TRACKER_ID_FILE, RunFolder
 
@@ -262,7 +262,7 @@ def _read_rows(path: Path) -> list[tuple[str, Plain]]:
     # After the last line break there is nothing, or what a killed process wrote of a line.
     for line in lines[:-1]:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
