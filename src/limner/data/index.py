@@ -363,7 +363,8 @@ def read_decoded_pictures(cache_file: Path | None, report: Report) -> DecodedPic
 
 def write_decoded_pictures(cache_file: Path, decoded: DecodedPictures, report: Report) -> None:
     """Write the list of decoded pictures, with those that other runs have added."""
-    pictures = read_decoded_pictures(cache_file, report) | decoded
+    # What is damaged was said when it was first read.
+    pictures = read_decoded_pictures(cache_file, lambda line: None) | decoded
     content = {"digest": atomic.digest_json([_DECODER, pictures]), "pictures": pictures}
     try:
         atomic.write_text(cache_file, json.dumps(content))
