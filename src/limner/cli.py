@@ -106,6 +106,15 @@ def add_train_arguments(parser: ArgumentParser) -> None:
 
 def run_train(arguments: Namespace) -> None:
     """Train one recipe, or several one after the other."""
+    from limner.training.signals import Stop
+
+    # A signal may come while what follows is imported.
+    with Stop():
+        train_recipes(arguments)
+
+
+def train_recipes(arguments: Namespace) -> None:
+    """Train one recipe, or several one after the other, while signals are heard."""
     from limner.config import toml
     from limner.training import loop, several_recipes
 
@@ -126,11 +135,14 @@ def run_train(arguments: Namespace) -> None:
 
 def run_encode(arguments: Namespace) -> None:
     """Fill the caches of a recipe."""
-    from limner.training import loop
+    from limner.training.signals import Stop
 
-    with report_once():
-        config = load_recipe(arguments)
-    loop.run_training(config, only_encode=True)
+    with Stop():
+        from limner.training import loop
+
+        with report_once():
+            config = load_recipe(arguments)
+        loop.run_training(config, only_encode=True)
 
 
 def add_check_arguments(parser: ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from limner.config.schema import SETTINGS, BucketSettings, Config, DataSetSettin
 from limner.errors import InputError, shorten
 
 NAME_BYTES, PATH_BYTES = 255, 4_000  # what file systems hold
+MOST_REPEATS = 10_000  # each is a lap with an order of its own
 
 
 def check_config(config: Config, *, own_records: bool = False) -> None:
@@ -141,6 +142,8 @@ def check_mixture(sets: tuple[DataSetSettings, ...]) -> Iterator[str]:
             yield (
                 f"{name}.repeats: {one.repeats} is below 1; leave a data set out to have none of it"
             )
+        if one.repeats > MOST_REPEATS:
+            yield f"{name}.repeats: {one.repeats} is more than the {MOST_REPEATS:,} that are possible"
         if one.weight is not None and one.weight <= 0:
             yield (
                 f"{name}.weight: {one.weight} is not above 0; leave a data set out to have none of "

@@ -75,7 +75,7 @@ class DataSetSettings:
     split: str = setting("train", "part of the data set", resume="free")
     image: str = setting("image", "column of the pictures", resume="free")
     caption: str | None = setting("text", "column of the captions", resume="free")
-    repeats: int = setting(1, "how often an epoch sees each record", range=up_to(10_000))
+    repeats: int = setting(1, "how often an epoch sees each record")
     weight: float | None = setting(
         None, "share of the examples, beside the other sets' weights; in all sets or in none"
     )
