@@ -143,7 +143,7 @@ def check_mixture(sets: tuple[DataSetSettings, ...]) -> Iterator[str]:
                 f"{name}.repeats: {one.repeats} is below 1; leave a data set out to have none of it"
             )
         if one.repeats > MOST_REPEATS:
-            yield f"{name}.repeats: {one.repeats} is more than the {MOST_REPEATS:,} that are possible"
+            yield f"{name}.repeats: {one.repeats} is more than {MOST_REPEATS:,}, which are possible"
         if one.weight is not None and one.weight <= 0:
             yield (
                 f"{name}.weight: {one.weight} is not above 0; leave a data set out to have none of "
