@@ -4,13 +4,13 @@ import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from limner.base_model.weight_files import choose_files, has_weights, list_files
-from limner.errors import InputError
-from limner.json_types import Plain, parse_json
+from limner.base_model.weight_files import choose_weight_files, has_weights, list_files
+from limner.json_types import Plain
 from limner.protocols import BaseConfigs
 from limner.storage import atomic
 
 INDEX = "model_index.json"
+MAX_CARD_BYTES = 1 << 18  # of a model card; its front matter stands first
 VOCABULARY_FILES = (
     "added_tokens.json",
     "merges.txt",
@@ -51,11 +51,9 @@ class BaseModel:
         """Return a component's safetensors files, of the chosen variant where it has one.
 
         Raises:
-            InputError: when there are none.
+            InputError: when there are none, or when their index is not theirs.
         """
-        folder = self.component_folder(component)
-        names = choose_files(component, list_files(folder), self.variant)
-        return [folder / name for name in names]
+        return choose_weight_files(self.component_folder(component), self.variant)
 
     def fingerprint(self, *components: str) -> str:
         """Return a digest of configs, vocabularies and weights: equal for equal bytes anywhere."""
@@ -77,19 +75,44 @@ class BaseModel:
 
     def read_card_metadata(self) -> Plain:
         """Return the front matter of the base's model card; empty where there is none."""
-        import yaml
+        return read_front_matter(self.folder / "README.md")[0]
 
-        path = self.folder / "README.md"
+    def describe_card_problem(self) -> str | None:
+        """Say why nothing of the base's model card is taken over; None where nothing is wrong."""
+        return read_front_matter(self.folder / "README.md")[1]
+
+
+def read_front_matter(path: Path) -> tuple[Plain, str | None]:
+    """Return what a model card says between its first two rules, or why that cannot be read."""
+    import yaml
+
+    try:
         if not path.is_file():
-            return {}
-        parts = path.read_text(encoding="utf-8", errors="replace").split("---\n")
+            return {}, None
+        with path.open("rb") as file:
+            text = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
+        parts = text.replace("\r\n", "\n").split("---\n")
         if len(parts) < 3 or parts[0].strip():
-            return {}
-        try:
-            metadata = yaml.safe_load(parts[1])
-        except yaml.YAMLError:
-            return {}
-        return metadata if isinstance(metadata, dict) else {}
+            return {}, None
+        metadata = yaml.safe_load(parts[1])
+    # Of a date or number that is none, yaml raises whatever Python does.
+    except (
+        yaml.YAMLError,
+        ArithmeticError,
+        LookupError,
+        OSError,
+        RecursionError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return {}, (
+            f"{path}: its front matter cannot be read ({reason}), so the license is not taken over"
+        )
+    if isinstance(metadata, dict):
+        return metadata, None
+    return {}, f"{path}: its front matter is no table, so the license is not taken over"
 
 
 def digest_unchanged(path: Path) -> str:
@@ -102,23 +125,3 @@ def digest_unchanged(path: Path) -> str:
 def digest_at(path: Path, size: int, changed: int) -> str:
     """Return the digest of a file; size and time of change belong to the key of the cache."""
     return atomic.digest_file(path)
-
-
-def read_json(path: Path) -> Plain:
-    """Read a JSON object from a file.
-
-    Raises:
-        InputError: when it is missing, or not an object in JSON.
-    """
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}; a folder in the diffusers layout has it. Is the model's "
-            "folder complete?"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}). Fetch or save the model again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object is expected. Fetch or save the model again.")
-    return value

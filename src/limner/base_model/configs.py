@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
-from limner.base_model.base import INDEX, read_json
+from limner.base_model.base import INDEX
 from limner.base_model.importers import flax
+from limner.base_model.json_files import read_json
+from limner.diffusion.base_schedulers import FLOW, check_scheduler
 from limner.errors import InputError
 from limner.families.family import Family, Stage
 from limner.json_types import Plain
@@ -77,6 +79,8 @@ def check_classes(path: Path, index: Plain, family: Family, prefix: str) -> None
                 f"model.base: {path}: {name} is {class_name}, {wanted or 'a scheduler'} is "
                 f"expected for family {family.name!r}."
             )
+        if name == "scheduler":
+            check_scheduler(class_name.removeprefix(prefix), flow=wanted == FLOW)
 
 
 def list_components(index: Plain) -> dict[str, tuple[str, str]]:
@@ -95,9 +99,12 @@ def holds_both_stages(folder: Path, stage: Stage) -> bool:
 
 
 def read_component_configs(
-    folder: Path, external_folders: dict[str, Path], family: Family
+    folder: Path, external_folders: dict[str, Path], family: Family, index: Plain
 ) -> dict[str, Plain]:
     """Read the config of every component of a family.
+
+    Args:
+        index: as ``read_index`` gives it.
 
     Raises:
         InputError: when one is missing, or asks for code that comes with the model.
@@ -107,6 +114,8 @@ def read_component_configs(
         component_folder = external_folders.get(component, folder / component)
         path = component_folder / name_config_file(family, component)
         configs[component] = read_json(path)
+        if component == "scheduler":
+            configs[component] = settle_scheduler(configs[component], index)
         if "auto_map" in configs[component]:
             raise InputError(
                 f"{path}: auto_map asks for code that comes with the model. Such code is never "
@@ -118,6 +127,17 @@ def read_component_configs(
                 "there. Is the model's folder complete?"
             )
     return configs
+
+
+def settle_scheduler(config: Plain, index: Plain) -> Plain:
+    """Return a scheduler's config under the class of the index, which is the one that draws.
+
+    Raises:
+        InputError: when it was written by a class with another kind of noise.
+    """
+    class_name = index["scheduler"][1]
+    check_scheduler(config.get("_class_name", class_name), flow=class_name == FLOW)
+    return config | {"_class_name": class_name}
 
 
 def has_vocabulary(folder: Path) -> bool:

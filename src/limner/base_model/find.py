@@ -5,11 +5,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from limner.base_model.base import INDEX, BaseModel, read_json
+from limner.base_model.base import INDEX, BaseModel
 from limner.base_model.configs import holds_both_stages, read_component_configs, read_index
 from limner.base_model.hub import check_hub_name, fetch_files, list_repository_files
 from limner.base_model.importers import flax
 from limner.base_model.importers.flax import FLAX_FILES
+from limner.base_model.json_files import read_json
 from limner.base_model.weight_files import choose_files
 from limner.config.schema import ModelSettings
 from limner.errors import InputError
@@ -55,7 +56,7 @@ def find_base(model: ModelSettings, family: Family) -> BaseModel:
                 "model.vae out."
             )
         external_folders["vae"] = find_vae(replace(model, base=model.vae))
-    components = read_component_configs(folder, external_folders, family)
+    components = read_component_configs(folder, external_folders, family, index)
     return BaseModel(
         folder=folder,
         external_folders=external_folders,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from limner.base_model.base import INDEX, BaseModel, read_json
+from limner.base_model.base import INDEX, BaseModel
 from limner.base_model.configs import (
     holds_both_stages,
     list_components,
@@ -15,6 +15,7 @@ from limner.base_model.configs import (
 )
 from limner.base_model.find import find_base
 from limner.base_model.hub import endpoint, fetch_files, hub_errors, list_repository_files
+from limner.base_model.json_files import read_json
 from limner.base_model.weight_files import (
     check_length,
     choose_files,

@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from limner.base_model.json_files import read_json
 from limner.errors import InputError
 from limner.storage import safetensors
-from limner.storage.safetensors import SafetensorsError
+from limner.storage.safetensors import Header, SafetensorsError
 
 # Groups: variant before a shard's number, number of shards, variant after a shard's number.
 WEIGHTS_NAME = re.compile(
@@ -43,6 +44,63 @@ def choose_files(component: str, names: Iterable[str], variant: str | None) -> l
     if files:
         return choose_whole(component, files)
     raise InputError(f"{component}: {explain_no_weights(names, by_variant)}")
+
+
+def choose_weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Return the weight files of a component's folder, as ``choose_files`` does.
+
+    Raises:
+        InputError: when there are none, or when their index is not theirs.
+    """
+    names = list_files(folder)
+    files = choose_files(folder.name, names, variant)
+    variant = parse_variant(Path(files[0]))
+    infix = f".{variant}" if variant else ""
+    stem = files[0].split(".")[0].split("-")[0]
+    indexes = {f"{stem}{infix}.safetensors.index.json", f"{stem}.safetensors.index{infix}.json"}
+    return check_shards(folder, files, sorted(indexes.intersection(names)))
+
+
+def check_shards(folder: Path, files: list[str], indexes: list[str]) -> list[Path]:
+    """Return the paths of weight files, which are all that their index names.
+
+    The stock libraries read what the index says.
+
+    Args:
+        indexes: the names of the index files for them.
+
+    Raises:
+        InputError: when the index names others, or when one whole file lies beside an index.
+    """
+    paths = [folder / name for name in files]
+    is_sharded = "-of-" in files[0]
+    if indexes and not is_sharded:
+        raise InputError(
+            f"{folder}: {files[0]} is there, and {indexes[0]} for the same weights in several "
+            "files. Move away what is not meant."
+        )
+    if is_sharded and not indexes:
+        raise InputError(
+            f"{folder}: there is no index of {files[0]} and the others. Fetch or copy the model "
+            "again."
+        )
+    for name in indexes:
+        places = read_json(folder / name).get("weight_map")
+        held = {array: path.name for path in paths for array in check_length(path).arrays}
+        if places != held:
+            raise InputError(
+                f"{folder / name}: it names other arrays or files than there are"
+                f"{describe_difference(places, held)}. Fetch or copy the model again."
+            )
+    return paths
+
+
+def describe_difference(places: object, held: Mapping[str, str]) -> str:
+    """Name the first array that an index has and no file, or a file and not the index."""
+    if not isinstance(places, dict):
+        return ""
+    differing = sorted(str(name) for name in {*places, *held} if places.get(name) != held.get(name))
+    return f", {differing[0][:120]} first"
 
 
 def choose_whole(component: str, files: list[str]) -> list[str]:
@@ -101,16 +159,18 @@ def parse_variant(path: Path) -> str | None:
     return match and (match[1] or match[3])
 
 
-def check_length(path: Path) -> None:
-    """Compare the length of a safetensors file with its header.
+def check_length(path: Path) -> Header:
+    """Compare the length of a safetensors file with its header, which is returned.
 
     Raises:
         InputError: when it is cut short, or not a safetensors file.
     """
     try:
-        safetensors.read_header(path)
+        return safetensors.read_header(path)
     except SafetensorsError as error:
         raise InputError(
             f"{path}: not a whole safetensors file ({path.stat().st_size} bytes): {error}. Fetch "
             "or copy the model again."
         ) from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}. Mend it first.") from error

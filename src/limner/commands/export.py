@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from limner.base_model.base import INDEX, BaseModel, read_json
+from limner.base_model.base import INDEX, BaseModel
+from limner.base_model.json_files import read_json
 from limner.base_model.open import open_base
 from limner.config import toml
 from limner.config.schema import Config, ModelSettings

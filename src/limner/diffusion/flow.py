@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from limner.config.schema import FlowSettings, ObjectiveSettings
+from limner.diffusion.noise_schedule import read_count, read_number
 from limner.diffusion.objective import NoiseLevels
 from limner.errors import InputError
 
@@ -54,8 +55,8 @@ class FlowObjective:
         for name, served in SERVED.items():
             if scheduler.get(name, served) != served:
                 raise InputError(
-                    f"the base's scheduler: {name} is {scheduler[name]}, {served} is what Limner "
-                    "trains with; choose another base"
+                    f"the base's scheduler: {name} is {str(scheduler[name])[:80]}, {served} is "
+                    "what Limner trains with; choose another base"
                 )
         meaningless = [
             f"objective.{name}: it means nothing to flow matching, with which the base was "
@@ -71,8 +72,14 @@ class FlowObjective:
                 f"objective.flow.mode_scale: {flow.mode_scale} is not within -1 to "
                 f"{LARGEST_MODE_SCALE:.4f}, where its density has an inverse"
             )
-        shift = scheduler.get("shift", 1.0) if flow.shift is None else flow.shift
-        count = scheduler.get("num_train_timesteps", 1000)
+        shift, count = read_number(scheduler, "shift", 1.0), read_count(scheduler)
+        if shift <= 0:
+            raise InputError(
+                f"the base's scheduler: shift is {shift}, a number above 0 is expected. Fetch or "
+                "save the model again."
+            )
+        if flow.shift is not None:
+            shift = flow.shift
         table = None
         if flow.sigmas == "table":
             table = shift_sigmas(np.arange(count, 0, -1) / count, shift)

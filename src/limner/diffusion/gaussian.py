@@ -39,8 +39,9 @@ class GaussianObjective:
         """
         predict = settings.predict or scheduler.get("prediction_type", "epsilon")
         if predict not in PREDICTION_TYPES:
+            whose = "objective.predict" if settings.predict else "the base's scheduler"
             raise InputError(
-                f"objective.predict: {predict!r} is not one of {', '.join(PREDICTION_TYPES)}"
+                f"{whose}: {str(predict)[:80]!r} is not one of {', '.join(PREDICTION_TYPES)}"
             )
         if settings.dream is not None and predict != "epsilon":
             raise InputError(

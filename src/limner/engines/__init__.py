@@ -23,6 +23,15 @@ def join_processes(settings: EngineSettings) -> ProcessGroup:
     return group
 
 
+def check_base(kind: str, base: BaseModel, family: Family) -> None:
+    """Compare what the files of a base hold with what its configs say; no weight is read.
+
+    Raises:
+        InputError: naming the folder and what differs.
+    """
+    import_module(kind, "weights").check_base(base, family)
+
+
 def open_engine(
     config: Config,
     base: BaseModel,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from limner import engines
 from limner.base_model.base import BaseModel
 from limner.base_model.find import check_base_name
 from limner.base_model.open import open_base
@@ -12,6 +13,7 @@ from limner.data import mixture
 from limner.data.listing import check_folder
 from limner.data.source import Source
 from limner.diffusion import make_objective
+from limner.diffusion.base_schedulers import describe_doubts
 from limner.diffusion.objective import Objective
 from limner.errors import InputError, IntegrityError
 from limner.families import get_family
@@ -78,9 +80,14 @@ def settle(
     config = settle_seed(config, checkpoint, process, draw=not read_only)
     source = mixture.open_source(config.data, report) if source is None else source
     base = open_base_everywhere(config, family, process)
+    process.first(lambda: engines.check_base(config.engine.kind, base, family))
+    if (problem := base.describe_card_problem()) is not None:
+        report(problem)
     config = settle_other_stage(config, base)
     check_sizes(config.data, family, base)
     objective = make_objective(base.configs["scheduler"], config.objective)
+    for doubt in describe_doubts(base.configs["scheduler"], objective.prediction_type):
+        report(doubt)
     sinks.require_packages(config.log.to)
     if not read_only:
         config = settle_repository(config, process)

@@ -14,6 +14,7 @@ from limner.base_model.base import INDEX, BaseModel
 from limner.base_model.weight_files import has_usable_weights, has_weights, list_files
 from limner.config import toml
 from limner.config.schema import AdapterSettings, Config
+from limner.diffusion.base_schedulers import GAUSSIAN
 from limner.engines.adapters import get_alpha
 from limner.errors import IntegrityError
 from limner.families.family import Family
@@ -293,8 +294,12 @@ def adapt_scheduler(
         return dict(config)
     if prediction_type != "sample" or class_name in SAMPLE_SCHEDULERS:
         return {**config, "prediction_type": prediction_type}
+    # What the config leaves to its class, DDIM would take otherwise.
+    defaults = GAUSSIAN[class_name]
+    betas = {name: getattr(defaults, name) for name in ("beta_start", "beta_end", "beta_schedule")}
     return {
         "_class_name": "DDIMScheduler",
+        **betas,
         **{name: config[name] for name in DDIM_SETTINGS if name in config},
         "clip_sample": False,
         "prediction_type": prediction_type,

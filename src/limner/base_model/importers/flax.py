@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from limner.base_model.base import INDEX, read_json
+from limner.base_model.base import INDEX
+from limner.base_model.json_files import read_json
 from limner.errors import InputError
 from limner.json_types import Plain
 from limner.storage import atomic, safetensors

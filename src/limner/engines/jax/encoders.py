@@ -140,8 +140,7 @@ class JaxEncoders(NumpyFeatures):
     def get_tokenizer(self, name: str) -> WordTokenizer:
         """Return a tokenizer."""
         if name not in self.loaded:
-            folder, config = self.base.component_folder(name), self.base.configs[name]
-            self.loaded[name] = WordTokenizer(folder, config)
+            self.loaded[name] = weights.open_tokenizer(self.base, name)
         tokenizer: WordTokenizer = self.loaded[name]
         return tokenizer
 

@@ -1,14 +1,25 @@
 """Read a component's arrays by the names and in the layouts of its safetensors files."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from limner.base_model.base import BaseModel
+from limner.base_model.comparison import (
+    RENAMED_LAYERS,
+    ExpectedArrays,
+    check_arrays,
+    check_counts,
+    describe_fault,
+    read_stored,
+    to_model_name,
+)
 from limner.base_model.configs import list_components_with_weights
 from limner.engines.jax import clip, unet, vae
+from limner.engines.jax.tokenizer import WordTokenizer
 from limner.errors import InputError
 from limner.families.family import Family
 from limner.storage import safetensors
@@ -16,9 +27,6 @@ from limner.storage import safetensors
 Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
-MAX_LISTED = 8  # names in a message
-# Of an autoencoder's attention, before diffusers 0.17 -> today.
-RENAMED_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 RENAMED_WEIGHTS = {f"{name}.weight" for name in RENAMED_LAYERS.values()}
 # Class name -> what a config needs that there is no code for, and the shapes of its arrays.
 COMPONENTS: dict[str, tuple[Callable[[Config], list[str]], Callable[[Config], Shapes]]] = {
@@ -61,38 +69,98 @@ def expected_shapes(component_class: str, config: Config) -> Shapes:
     return list_shapes(config)
 
 
+def check_base(base: BaseModel, family: Family) -> None:
+    """Compare all components of a base with their configs, and load its tokenizers.
+
+    Raises:
+        InputError: naming the folder and what differs.
+    """
+    # What it has no code for the engine refuses when it is opened.
+    if not serves(family):
+        return
+    for name in list_components_with_weights(family):
+        locate_arrays(base, name)
+    for one in family.text.inputs:
+        open_tokenizer(base, one.tokenizer)
+
+
+def open_tokenizer(base: BaseModel, name: str) -> WordTokenizer:
+    """Open a tokenizer of a base.
+
+    Raises:
+        InputError: when it cannot be read, or has tokens that its text encoder does not know.
+    """
+    folder = base.component_folder(name)
+    try:
+        tokenizer = WordTokenizer(folder, base.configs[name])
+    # The library raises its errors as plain ones.
+    except Exception as error:
+        raise InputError(
+            f"{folder}: its tokenizer cannot be loaded: {describe_fault(error)}. Fetch or copy the "
+            "model again."
+        ) from error
+    size = tokenizer.inner.get_vocab_size(with_added_tokens=True)
+    known = base.configs[name.replace("tokenizer", "text_encoder")].get("vocab_size")
+    if size == 0 or (type(known) is int and size > known):
+        raise InputError(
+            f"{folder}: its vocabulary has {size} tokens, the text encoder knows {known}. Fetch or "
+            "copy the model again."
+        )
+    return tokenizer
+
+
+def locate_arrays(base: BaseModel, component: str) -> dict[str, tuple[Path, str]]:
+    """Return where each array of a component lies: its file, and its name there.
+
+    Raises:
+        InputError: listing arrays that are missing, unknown, or of another shape or type.
+    """
+    folder, class_name = base.component_folder(component), base.component_class(component)[1]
+    config = base.configs[component]
+    stored = read_stored(base.weight_files(component))
+    check_counts(folder / "config.json", config, len(stored))
+    shapes = make_shapes(folder, class_name, config)
+    arrays = {
+        name: replace(array, shape=squeeze_shape(array.shape, to_model_name(name, shapes)))
+        for name, (_, array) in stored.items()
+    }
+    check_arrays(folder, class_name, arrays, ExpectedArrays(shapes))
+    return {
+        name: (path, stored_name)
+        for stored_name, (path, _) in stored.items()
+        if (name := to_model_name(stored_name, shapes)) in shapes
+    }
+
+
+def make_shapes(folder: Path, class_name: str, config: Config) -> Shapes:
+    """Return ``expected_shapes``.
+
+    Raises:
+        InputError: for a config that there is no code for, or that no network can be made of.
+    """
+    try:
+        return expected_shapes(class_name, config)
+    except InputError:
+        raise
+    # Whatever wrong types and numbers lead to.
+    except Exception as error:
+        raise InputError(
+            f"{folder / 'config.json'}: no {class_name} can be made of it: "
+            f"{describe_fault(error)}. Fetch or save the model again."
+        ) from error
+
+
 def read_component(base: BaseModel, component: str) -> dict[str, np.ndarray]:
     """Read a component's arrays as float32, whatever type they are stored in.
 
     Raises:
-        InputError: listing arrays that are missing, unknown, or of another shape.
+        InputError: listing arrays that are missing, unknown, or of another shape or type.
     """
-    folder = base.component_folder(component)
-    expected = expected_shapes(base.component_class(component)[1], base.configs[component])
-    files = base.weight_files(component)
-    locations: dict[str, tuple[Path, str]] = {}
-    for path in files:
-        for stored_name in sorted(safetensors.read_header(path).arrays):
-            locations[to_model_name(stored_name, expected)] = (path, stored_name)
-    check_names(f"{folder}", expected, locations)
+    locations = locate_arrays(base, component)
     arrays: dict[str, np.ndarray] = {}
-    for path in files:
-        names = {
-            stored_name: name
-            for name, (file, stored_name) in locations.items()
-            if file == path and name in expected
-        }
+    for path in base.weight_files(component):
+        names = {stored: name for name, (file, stored) in locations.items() if file == path}
         arrays |= read_weight_file(path, names)
-    wrong_shapes = [
-        f"{name} is {list(array.shape)}, {list(expected[name])} is expected"
-        for name, array in arrays.items()
-        if array.shape != expected[name]
-    ]
-    if wrong_shapes:
-        raise InputError(
-            f"{folder}: {len(wrong_shapes)} arrays do not fit its config: "
-            f"{'; '.join(wrong_shapes[:MAX_LISTED])}. Fetch or copy the model again."
-        )
     return arrays
 
 
@@ -103,54 +171,16 @@ def read_weight_file(path: Path, names: Mapping[str, str]) -> dict[str, np.ndarr
         names: of the arrays in the file -> in the result.
     """
     arrays = safetensors.read_float32(path, names)
-    return {name: squeeze_attention(arrays[stored], name) for stored, name in names.items()}
+    return {
+        name: arrays[stored].reshape(squeeze_shape(arrays[stored].shape, name))
+        for stored, name in names.items()
+    }
 
 
-def squeeze_attention(array: np.ndarray, name: str) -> np.ndarray:
-    """Return an attention weight of an old autoencoder, a 1 x 1 convolution, as a matrix."""
-    is_convolution = array.ndim == 4 and array.shape[2:] == (1, 1)
+def squeeze_shape(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """Return the shape of an attention weight of an old autoencoder, a 1 x 1 convolution, as that
+    of a matrix; any other as it is."""
+    is_convolution = len(shape) == 4 and shape[2:] == (1, 1)
     if is_convolution and name.rpartition(".attentions.0.")[2] in RENAMED_WEIGHTS:
-        return array[:, :, 0, 0]
-    return array
-
-
-def to_model_name(name: str, expected: Mapping[str, Any]) -> str:
-    """Translate an array's name in a file to the one that the model asks for.
-
-    Some text encoders lack ``text_model.``; old autoencoders name their attention differently.
-    """
-    if name in expected:
-        return name
-    if f"text_model.{name}" in expected:
-        return f"text_model.{name}"
-    stem, dot, tail = name.rpartition(".")
-    parent, _, layer = stem.rpartition(".")
-    return f"{parent}.{RENAMED_LAYERS[layer]}{dot}{tail}" if layer in RENAMED_LAYERS else name
-
-
-def check_names(folder: str, expected: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-    """Compare the names of a folder's arrays with those that a model asks for.
-
-    Raises:
-        InputError: listing the differences.
-    """
-    missing = sorted(expected.keys() - stored.keys())
-    extra = sorted(stored.keys() - expected.keys())
-    # Old checkpoints of text encoders store position_ids, which are no weights.
-    unknown = [name for name in extra if not name.endswith("position_ids")]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} arrays are missing: {list_some(missing)}")
-    if unknown:
-        problems.append(f"{len(unknown)} arrays have no place in the model: {list_some(unknown)}")
-    if problems:
-        raise InputError(
-            f"{folder}: {'; '.join(problems)}. Is it the model that its config says? Fetch or copy "
-            "it again."
-        )
-
-
-def list_some(names: list[str]) -> str:
-    """Join the first names for a message."""
-    more = ", ..." if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
+        return shape[:2]
+    return shape

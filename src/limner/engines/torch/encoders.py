@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from limner.base_model.base import BaseModel
+from limner.engines.torch.weights import load_component
 from limner.features.arrays import NumpyFeatures
 
 # Of CLIP's training images, by colour, 0 to 1.
@@ -142,28 +143,6 @@ def run_text_encoder(
     return states, output.get("text_embeds", output.get("pooler_output"))
 
 
-def find_class(base: BaseModel, name: str) -> Any:
-    """Return the class of a base's component."""
-    import diffusers
-    import transformers
-
-    library, kind = base.component_class(name)
-    return getattr(diffusers if library == "diffusers" else transformers, kind)
-
-
-def load_component(base: BaseModel, name: str) -> Any:
-    """Load a component of a base: the class of its model_index, weights from safetensors only."""
-    silence_progress_bars()
-    cls = find_class(base, name)
-    folder = base.component_folder(name)
-    # Tokenizers and schedulers have no weights.
-    if not hasattr(cls, "dtype"):
-        return cls.from_pretrained(folder)
-    return cls.from_pretrained(
-        folder, use_safetensors=True, variant=base.variant, dtype=torch.float32
-    )
-
-
 def checkpoint_gradients(net: torch.nn.Module) -> None:
     """Switch gradient checkpointing on (arXiv:1604.06174)."""
     if getattr(net, "_supports_gradient_checkpointing", True):
@@ -175,26 +154,3 @@ def checkpoint_gradients(net: torch.nn.Module) -> None:
     # diffusers has none for a prior: each block of its transformer is recomputed as a whole.
     for block in net.transformer_blocks:  # type: ignore[union-attr]
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def build_on_meta(base: BaseModel) -> torch.nn.Module:
-    """Build the trained network of a base on the meta device, without memory for its weights."""
-    return build_from_config(base.configs[base.trained_component])
-
-
-def build_from_config(config: dict[str, Any]) -> torch.nn.Module:
-    """Build a network on the meta device."""
-    import diffusers
-
-    with torch.device("meta"):
-        net: torch.nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
-    return net
-
-
-def silence_progress_bars() -> None:
-    """Switch off the progress bars of the libraries: Limner has its own."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()

@@ -8,16 +8,12 @@ from limner.engines.dropout import refuse_attention_dropout
 from limner.engines.state import find_half_dtype
 from limner.engines.torch import lora
 from limner.engines.torch.dropout import replace_dropout
-from limner.engines.torch.encoders import (
-    build_on_meta,
-    checkpoint_gradients,
-    find_class,
-    load_component,
-)
+from limner.engines.torch.encoders import checkpoint_gradients
 from limner.engines.torch.flat_parameters import FlatParameters
 from limner.engines.torch.optimizer import load_adamw8bit, make_optimizer
 from limner.engines.torch.processes import TorchProcessGroup
 from limner.engines.torch.state import TorchState
+from limner.engines.torch.weights import build_on_meta, find_class, load_component
 from limner.errors import InputError
 from limner.families.family import Family
 from limner.protocols import Report
@@ -35,7 +31,7 @@ def refuse_settings(config: Config, base: BaseModel, family: Family) -> None:
         load_adamw8bit()
     name = family.network.component
     if config.engine.attention == "math":
-        network_class = find_class(base, name)
+        network_class = find_class(*base.component_class(name))
         if not hasattr(network_class, "set_default_attn_processor"):
             raise InputError(
                 f"engine.attention: a {network_class.__name__} has no attention of plain products. "

@@ -9,9 +9,10 @@ import torch
 
 from limner.base_model.base import BaseModel
 from limner.engines.state import find_dtype
-from limner.engines.torch.encoders import TorchEncoders, silence_progress_bars
+from limner.engines.torch.encoders import TorchEncoders
 from limner.engines.torch.loading import load_pipeline
 from limner.engines.torch.two_stages import add_other_stage, open_two_stages
+from limner.engines.torch.weights import silence_progress_bars
 from limner.errors import InputError
 from limner.families.family import Family
 from limner.protocols import ModelSource

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from limner.engines.machine import PUBLISHED_PEAKS, peak_resident, processor_name
 from limner.engines.torch import lora
-from limner.engines.torch.encoders import build_from_config, build_on_meta
 from limner.engines.torch.engine import TorchEngine
+from limner.engines.torch.weights import build_from_config, build_on_meta
 from limner.protocols import Batch
 
 

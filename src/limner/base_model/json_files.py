@@ -1,0 +1,78 @@
+"""Read the JSON files of a model's folder, whatever is in them."""
+
+import json
+from pathlib import Path
+
+from limner.errors import InputError
+from limner.json_types import Plain
+
+MAX_DEPTH = 100  # far more than any published file has, and than Python minds
+MAX_BYTES = 1 << 26  # of a file; the largest published ones are tokenizers of 20 MB
+
+
+def read_json(path: Path) -> Plain:
+    """Read a JSON object from a file.
+
+    Raises:
+        InputError: when it is missing, or not an object in JSON.
+    """
+    try:
+        value = parse_json(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror}; a folder in the diffusers layout has it. Is the model's "
+            "folder complete?"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: not JSON ({str(error)[:200]}). Fetch or save the model again."
+        ) from error
+    if measure_depth(value) > MAX_DEPTH:
+        raise InputError(
+            f"{path}: it is nested more than {MAX_DEPTH} deep. Fetch or save the model again."
+        )
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object is expected. Fetch or save the model again.")
+    return value
+
+
+def measure_depth(value: object) -> int:
+    """Return how many lists and objects lie in one another, up to one more than ``MAX_DEPTH``."""
+    layer, depth = [value], 0
+    while layer and depth <= MAX_DEPTH:
+        inner: list[object] = []
+        for one in layer:
+            if isinstance(one, dict):
+                inner += one.values()
+            elif isinstance(one, list):
+                inner += one
+        layer, depth = inner, depth + 1
+    return depth
+
+
+def parse_json(path: Path) -> object:
+    """Parse a file.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: when it is not JSON, too large, or no file, which might never end.
+        RecursionError: when it is nested too deeply.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES >> 20} MB")
+    return json.loads(data.decode("utf-8"), parse_constant=parse_constant)
+
+
+def parse_constant(name: str) -> float:
+    """Return an infinity, which schedulers write; refuse what is no number.
+
+    Raises:
+        ValueError: for NaN.
+    """
+    if name == "NaN":
+        raise ValueError("NaN is no number")
+    return float(name.replace("Infinity", "inf"))
