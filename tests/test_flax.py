@@ -23,7 +23,7 @@ def test_a_flax_model_has_the_arrays_of_its_twin(
     name: str, base: Path, sdxl: Path, tmp_path: Path
 ) -> None:
     """In both engines' eyes; large arrays in pieces; converted once."""
-    from limner.engines.torch.encoders import load_component
+    from limner.engines.torch.weights import load_component
 
     family, base = FAMILIES[name], {"sd": base, "sdxl": sdxl}[name]
     components = ("unet", "vae", "text_encoder", *(["text_encoder_2"] if name == "sdxl" else []))

@@ -89,7 +89,7 @@ def tensors(value: Any) -> Any:
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
-    from limner.engines.torch.encoders import load_component
+    from limner.engines.torch.weights import load_component
 
     found = opened({"sd": base, "sdxl": sdxl}[family], family)
     known, net, arrays = (
@@ -152,7 +152,7 @@ def test_latents_of_odd_sides(base: Path) -> None:
     """What is made smaller and larger again comes back to the size that it had."""
     import torch
 
-    from limner.engines.torch.encoders import load_component
+    from limner.engines.torch.weights import load_component
 
     found = opened(base, "sd")
     x, t, context = normal(1, 4, 9, 7), np.array([500]), normal(1, 9, 32)
@@ -331,7 +331,7 @@ def test_sizes_that_latents_cannot_have_are_refused(base: Path) -> None:
 def test_the_autoencoder(base: Path) -> None:
     import torch
 
-    from limner.engines.torch.encoders import load_component
+    from limner.engines.torch.weights import load_component
 
     found = opened(base, "sd")
     known, net, arrays = (
@@ -356,7 +356,8 @@ def test_the_autoencoder(base: Path) -> None:
 def test_the_text_encoders(skip: int, base: Path, sdxl: Path) -> None:
     import torch
 
-    from limner.engines.torch.encoders import load_component, run_text_encoder
+    from limner.engines.torch.encoders import run_text_encoder
+    from limner.engines.torch.weights import load_component
 
     for family, name in (
         ("sd", "text_encoder"),

@@ -589,7 +589,7 @@ def load_random(base, name: str):
     """Random weights made on the device itself, in place of a file."""
     import torch
 
-    from limner.engines.torch.encoders import build_from_config
+    from limner.engines.torch.weights import build_from_config
 
     net = build_from_config(base.configs[name]).to_empty(device=ARGS.device)
     with torch.no_grad():

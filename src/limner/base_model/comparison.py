@@ -1,13 +1,14 @@
 """Compare the arrays that a component's files hold with those that its config asks for."""
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from limner.base_model.weight_files import check_length
-from limner.errors import InputError
+from limner.errors import InputError, LimnerError
 from limner.json_types import Plain
 from limner.storage.safetensors import StoredArray
 
@@ -23,6 +24,7 @@ UNUSED_OF_CLASS = {"T5EncoderModel": re.compile(r"(decoder|lm_head)\..*")}
 # Halves and bfloat16 are widened when they are read. What is smaller lacks its scales.
 NUMBER_TYPES = ("F64", "F32", "F16", "BF16")
 FEWEST = 64  # layers that are built, however few arrays there are
+TYPES = ", ".join(NUMBER_TYPES)
 REMEDY = "Is it the model that its config says? Fetch or copy it again."
 
 
@@ -116,12 +118,12 @@ def check_arrays(
         if array.dtype not in NUMBER_TYPES
     ]
     problems = [
-        f"{len(names)} arrays {what}: {list_some(sorted(names))}"
-        for names, what in (
-            (missing, "are missing"),
-            (surplus, "have no place in the model"),
-            (misshapen, "do not fit its config"),
-            (mistyped, f"are no numbers of {', '.join(NUMBER_TYPES)}"),
+        f"{len(names)} {one if len(names) == 1 else several}: {list_some(sorted(names))}"
+        for names, one, several in (
+            (missing, "array is missing", "arrays are missing"),
+            (surplus, "array has no place in the model", "arrays have no place in the model"),
+            (misshapen, "array does not fit its config", "arrays do not fit its config"),
+            (mistyped, f"array is no number of {TYPES}", f"arrays are no numbers of {TYPES}"),
         )
         if names
     ]
@@ -166,6 +168,27 @@ def list_some(names: list[str]) -> str:
     """Join the first names for a message."""
     more = ", ..." if len(names) > MAX_LISTED else ""
     return ", ".join(name[:120] for name in names[:MAX_LISTED]) + more
+
+
+@contextlib.contextmanager
+def explain_faults(what: str) -> Iterator[None]:
+    """Turn what a library raises, for a file that is not what it should be, into one message.
+
+    Args:
+        what: cannot be done, with the file's name.
+
+    Raises:
+        InputError: in place of anything but Limner's own errors and a lack of memory.
+    """
+    try:
+        yield
+    except (LimnerError, MemoryError):
+        raise
+    # Tokenizers' errors are plain ones, and wrong types in a config lead to any kind.
+    except Exception as error:
+        raise InputError(
+            f"{what}: {describe_fault(error)}. Fetch or save the model again."
+        ) from error
 
 
 def describe_fault(error: BaseException) -> str:

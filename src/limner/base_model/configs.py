@@ -89,7 +89,7 @@ def list_components(index: Plain) -> dict[str, tuple[str, str]]:
     for name, value in index.items():
         is_pair = isinstance(value, list) and len(value) == 2
         if is_pair and value[1] is not None and not name.startswith("_"):
-            components[name] = (value[0], value[1])
+            components[name] = (str(value[0])[:80], str(value[1])[:80])
     return components
 
 

@@ -27,7 +27,7 @@ def find_base(model: ModelSettings, family: Family) -> BaseModel:
     """
     external_folders: dict[str, Path] = {}
     commit = None
-    if Path(model.base).exists():
+    if path_exists("model.base", model.base):
         folder = check_folder(Path(model.base), model)
     else:
         folder = fetch_configs(model)
@@ -70,8 +70,27 @@ def find_base(model: ModelSettings, family: Family) -> BaseModel:
 
 def check_base_name(model: ModelSettings) -> None:
     """Refuse a base that is neither here nor a name on the Hub."""
-    if not Path(model.base).exists():
+    if not path_exists("model.base", model.base):
         check_hub_name(model.base, "model.base", "a folder in the diffusers layout")
+
+
+def path_exists(setting: str, name: str) -> bool:
+    """Return whether there is something at a path.
+
+    Raises:
+        InputError: for what cannot be a path, or a place that may not be looked at.
+    """
+    try:
+        # Before Python 3.12, exists() takes a NUL for a file that is not there.
+        if "\0" in name:
+            raise ValueError("it holds a NUL byte")
+        return Path(name).exists()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"{setting}: {name[:80]!r} is no path to a folder: {reason}. Give a folder in the "
+            "diffusers layout, or a name on the Hub (owner/name)."
+        ) from error
 
 
 def check_folder(path: Path, model: ModelSettings) -> Path:
@@ -114,7 +133,7 @@ def find_vae(model: ModelSettings) -> Path:
     Args:
         model: where ``base`` is the autoencoder's folder or Hub repository.
     """
-    if Path(model.base).exists():
+    if path_exists("model.vae", model.base):
         folder = find_vae_folder(Path(model.base).absolute())
     else:
         folder = fetch_vae(model)

@@ -23,14 +23,10 @@ def read_json(path: Path) -> Plain:
             f"{path}: {error.strerror}; a folder in the diffusers layout has it. Is the model's "
             "folder complete?"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(
             f"{path}: not JSON ({str(error)[:200]}). Fetch or save the model again."
         ) from error
-    if measure_depth(value) > MAX_DEPTH:
-        raise InputError(
-            f"{path}: it is nested more than {MAX_DEPTH} deep. Fetch or save the model again."
-        )
     if not isinstance(value, dict):
         raise InputError(f"{path}: a JSON object is expected. Fetch or save the model again.")
     return value
@@ -55,8 +51,7 @@ def parse_json(path: Path) -> object:
 
     Raises:
         OSError: when it cannot be read.
-        ValueError: when it is not JSON, too large, or no file, which might never end.
-        RecursionError: when it is nested too deeply.
+        ValueError: when it is not JSON, too large or too deep, or no file, which might never end.
     """
     if path.exists() and not path.is_file():
         raise ValueError("it is no file")
@@ -64,7 +59,14 @@ def parse_json(path: Path) -> object:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES >> 20} MB")
-    return json.loads(data.decode("utf-8"), parse_constant=parse_constant)
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=parse_constant)
+        depth = measure_depth(value)
+    except RecursionError:
+        depth = MAX_DEPTH + 1
+    if depth > MAX_DEPTH:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return value
 
 
 def parse_constant(name: str) -> float:

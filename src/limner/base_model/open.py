@@ -8,12 +8,13 @@ import numpy as np
 from tqdm import tqdm
 
 from limner.base_model.base import INDEX, BaseModel
+from limner.base_model.comparison import explain_faults
 from limner.base_model.configs import (
     holds_both_stages,
     list_components,
     list_components_with_weights,
 )
-from limner.base_model.find import find_base
+from limner.base_model.find import find_base, path_exists
 from limner.base_model.hub import endpoint, fetch_files, hub_errors, list_repository_files
 from limner.base_model.json_files import read_json
 from limner.base_model.weight_files import (
@@ -69,7 +70,9 @@ def open_base(model: ModelSettings, family: Family, *, for_generation: bool = Tr
 
 def check_compatible(base: BaseModel, family: Family) -> None:
     """Refuse components that are not of one model."""
-    if problems := family.incompatibilities(base.configs):
+    with explain_faults(f"{base.name}: its configs cannot be compared with one another"):
+        problems = family.incompatibilities(base.configs)
+    if problems:
         raise InputError(f"{base.name}: " + "\n".join(problems))
 
 
@@ -139,6 +142,8 @@ def open_other_stage(
 
 def resolve_run(model: ModelSettings) -> tuple[ModelSettings, Path | None]:
     """Return the base of a run whose result is a LoRA, and that LoRA's folder; else ``model``."""
+    if not path_exists("model.other_stage", model.base):
+        return model, None
     folder = Path(model.base)
     config = RunFolder(folder).config
     is_lora = (folder / LORA_FILE).is_file() and not (folder / INDEX).is_file()

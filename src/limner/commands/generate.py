@@ -13,6 +13,7 @@ from PIL import Image
 from limner import engines
 from limner.base_model.base import INDEX
 from limner.base_model.hub import check_hub_name
+from limner.base_model.find import path_exists
 from limner.data.contact_sheet import draw_contact_sheet
 from limner.errors import InputError, IntegrityError
 from limner.json_types import Plain, read_object
@@ -191,6 +192,7 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
         InputError: for a folder without a result, or a LoRA without a base.
     """
     model = os.path.expanduser(model)
+    path_exists("the model", model)
     folder = Path(model)
     trained: Plain = {}  # the model settings of the run
     config = RunFolder(folder).config

@@ -14,6 +14,7 @@ import numpy as np
 
 from limner import engines
 from limner.base_model.base import INDEX, BaseModel
+from limner.base_model.find import path_exists
 from limner.base_model.open import open_base
 from limner.config.schema import Config, ModelSettings
 from limner.errors import InputError, LimnerError
@@ -38,7 +39,9 @@ def open_base_or_stand_in(
     model = config.model
     folder = process.first(lambda: find_local_base(model, family))
     if folder is not None:
-        yield open_local_base(model, family, folder), "the base's own"
+        base = open_local_base(model, family, folder)
+        process.first(lambda: engines.check_base(config.engine.kind, base, family))
+        yield base, "the base's own"
         return
     configs = choose_published(config, family)
     path = Path(process.first(lambda: tempfile.mkdtemp(prefix="limner-bench-")))
@@ -76,9 +79,10 @@ def choose_published(config: Config, family: Family) -> BaseConfigs:
 def find_local_base(model: ModelSettings, family: Family) -> str | None:
     """The base's folder: the one that is named, or a whole one in the Hub's cache; None where
     neither is there."""
-    if model.other_stage is not None and not Path(model.other_stage).exists():
+    other_stage = model.other_stage
+    if other_stage is not None and not path_exists("model.other_stage", other_stage):
         return None
-    if Path(model.base).exists():
+    if path_exists("model.base", model.base):
         return model.base
     import huggingface_hub
 

@@ -23,6 +23,7 @@ from limner.config.schema import ModelSettings
 from limner.diffusion.samplers import make_table
 from limner.errors import InputError
 from limner.families import FAMILIES
+from limner.families.sdxl import decode_latents
 from limner.protocols import Array
 
 if TYPE_CHECKING:
@@ -282,8 +283,8 @@ class FlaxStableDiffusionPipeline:
             inputs.guidance_scale,
             guided,
         )
-        scaling = configs["vae"].get("scaling_factor", 0.18215)
-        pixels = vae.decode(Params(params["vae"]), configs["vae"], latents / scaling)
+        latents = decode_latents(latents, configs)
+        pixels = vae.decode(Params(params["vae"]), configs["vae"], latents)
         return jnp.clip(pixels / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
 
     def encode_prompts(self, params: Weights, ids: Array) -> dict[str, Array]:

@@ -110,10 +110,10 @@ def check_scheduler(name: object, *, flow: bool) -> None:
             why = "it is of Gaussian diffusion, and the base of flow matching"
         elif name == FLOW:
             why = "it is of flow matching, and this family is trained by Gaussian diffusion"
-    expected = FLOW if flow else "one of Gaussian diffusion, like DDPMScheduler,"
+    expected = FLOW if flow else "DDPMScheduler or another of Gaussian diffusion"
     raise InputError(
-        f"the base's scheduler: {str(name)[:80]!r} is not what Limner trains with: {why}. "
-        f"{expected} is expected; choose another base"
+        f"the base's scheduler: {str(name)[:80]!r} is not what Limner trains with: {why}. Choose a "
+        f"base with {expected}"
     )
 
 

@@ -35,6 +35,30 @@ def clean_latents(features: Features, configs: BaseConfigs, normal: np.ndarray) 
     return (features["mean"] + features["std"] * normal) * scale
 
 
+def check_scaling(configs: BaseConfigs, honoured: tuple[str, ...] = ()) -> list[str]:
+    """Check the numbers by which latents are scaled; those that a stock pipeline leaves out must
+    change nothing.
+
+    Args:
+        honoured: the names of those that this family's stock pipeline reads.
+    """
+    vae = configs["vae"]
+    problems = []
+    scale = vae.get("scaling_factor", 0.18215)
+    if type(scale) not in (int, float) or not 0 < scale < 1e9:
+        problems.append(f"vae: scaling_factor is {scale}, a number above 0 is expected")
+    for name, neutral in (("latents_mean", 0), ("latents_std", 1), ("shift_factor", 0)):
+        value = vae.get(name)
+        values = value if isinstance(value, list | tuple) else [value]
+        is_neutral = all(type(one) is not bool and one == neutral for one in values)
+        if name not in honoured and value is not None and not is_neutral:
+            problems.append(
+                f"vae: {name} is {str(value)[:80]}, of which this family's stock pipeline knows "
+                "nothing; choose an autoencoder that was made for it"
+            )
+    return problems
+
+
 def enter(x: Array, timestep: Array, batch: dict[str, Array]) -> Arguments:
     """Return the arguments of the UNet: latents, timestep and the caption's states."""
     return {
@@ -60,7 +84,7 @@ def check_latent_channels(configs: BaseConfigs) -> list[str]:
 def check_configs(configs: BaseConfigs) -> list[str]:
     """Check that the UNet takes latents and the text encoder's states, and nothing else."""
     unet = configs["unet"]
-    problems = check_latent_channels(configs)
+    problems = check_latent_channels(configs) + check_scaling(configs)
     width = unet.get("cross_attention_dim")
     hidden_size = configs["text_encoder"].get("hidden_size")
     if any(w != hidden_size for w in (width if isinstance(width, list) else [width])):

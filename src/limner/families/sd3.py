@@ -72,7 +72,13 @@ def check_configs(configs: BaseConfigs) -> list[str]:
             "the projection_dim of both CLIPs together",
         ),
     ]
-    problems = [
+    problems = sd.check_scaling(configs, ("shift_factor",))
+    shift = vae.get("shift_factor")
+    if not isinstance(shift, int | float) or not -1e9 < shift < 1e9:
+        problems.append(
+            f"vae: shift_factor is {shift}, a number is expected: the stock pipeline adds it"
+        )
+    problems += [
         f"transformer: {name} is {transformer.get(name, usual)}, {what} is {expected}; these are "
         "not from the same model"
         for name, usual, expected, what in rows

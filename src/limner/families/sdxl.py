@@ -1,11 +1,16 @@
 """Stable Diffusion XL (arXiv:2307.01952): two CLIP text encoders; the UNet reads sizes and crop."""
 
+from dataclasses import replace
+
+import numpy as np
+
 from limner.families import sd
 from limner.families.family import Family, Network
 from limner.families.sd import OTHER_CONDITIONS, SD
 from limner.families.text import Text, TextInput, encode_chunks
-from limner.protocols import Arguments, Array, BaseConfigs, TextEncoders
+from limner.protocols import Arguments, Array, BaseConfigs, Features, TextEncoders
 
+STATISTICS = ("latents_mean", "latents_std")
 CLIP_L = TextInput("text_encoder", "tokenizer", skip_layers=1)
 CLIP_G = TextInput("text_encoder_2", "tokenizer_2", skip_layers=1)
 
@@ -33,6 +38,7 @@ def check_configs(configs: BaseConfigs) -> list[str]:
     """Check that the UNet takes latents, both encoders' states, the embedding and six numbers."""
     unet = configs["unet"]
     problems = sd.check_latent_channels(configs)
+    problems += sd.check_scaling(configs, STATISTICS) + check_statistics(configs)
     width = unet.get("cross_attention_dim")
     hidden_size = sum(
         configs[name].get("hidden_size", 0) for name in ("text_encoder", "text_encoder_2")
@@ -49,6 +55,55 @@ def check_configs(configs: BaseConfigs) -> list[str]:
             "unet: it is conditioned on more than this family's captions, sizes and crops "
             f"({', '.join(others)})"
         )
+    return problems
+
+
+def read_statistics(configs: BaseConfigs) -> tuple[Array, Array] | None:
+    """Return the mean and deviation of each channel of the autoencoder's latents, float32
+    [channels, 1, 1]; None where it says none, or one of them only, as in the stock pipeline."""
+    values = [configs["vae"].get(name) for name in STATISTICS]
+    if None in values:
+        return None
+    mean, std = (np.asarray(value, np.float32).reshape(-1, 1, 1) for value in values)
+    return mean, std
+
+
+def clean_latents(features: Features, configs: BaseConfigs, normal: np.ndarray) -> np.ndarray:
+    """Draw latents from the posterior, brought to about mean 0 and variance 1."""
+    statistics = read_statistics(configs)
+    if statistics is None:
+        return sd.clean_latents(features, configs, normal)
+    mean, std = statistics
+    drawn = features["mean"] + features["std"] * normal
+    return (drawn - mean) * (np.float32(configs["vae"].get("scaling_factor", 0.18215)) / std)
+
+
+def decode_latents(x0: Array, configs: BaseConfigs) -> Array:
+    """Return the inverse of ``clean_latents``: what the autoencoder decodes."""
+    scale = np.float32(configs["vae"].get("scaling_factor", 0.18215))
+    statistics = read_statistics(configs)
+    return x0 / scale if statistics is None else x0 * (statistics[1] / scale) + statistics[0]
+
+
+def check_statistics(configs: BaseConfigs) -> list[str]:
+    """Check the mean and deviation of the autoencoder's latents, where it says any."""
+    vae = configs["vae"]
+    given = {name: vae.get(name) for name in STATISTICS if vae.get(name) is not None}
+    channels = vae.get("latent_channels", 4)
+    problems = [
+        f"vae: {name} is {str(value)[:80]}, {channels} finite numbers are expected"
+        for name, value in given.items()
+        if not isinstance(value, list | tuple)
+        or len(value) != channels
+        or not all(type(one) in (int, float) and -1e9 < one < 1e9 for one in value)
+    ]
+    if len(given) == 1:
+        problems.append(
+            f"vae: {next(iter(given))} is given alone; the stock pipeline reads both of "
+            f"{' and '.join(STATISTICS)}, or none"
+        )
+    if not problems and not all(one > 0 for one in given.get("latents_std") or ()):
+        problems.append("vae: latents_std is not above 0 everywhere")
     return problems
 
 
@@ -87,7 +142,7 @@ SDXL = Family(
         "unet": "UNet2DConditionModel",
         "scheduler": "",
     },
-    images=SD.images,
+    images=replace(SD.images, clean_latents=clean_latents),
     text=Text((CLIP_L, CLIP_G), encode_text, zeros_for_empty_prompt=uses_zeros_for_empty_prompt),
     network=Network("unet", enter),
     lora_targets=SD.lora_targets | {"text_encoder_2": SD.lora_targets["text_encoder"]},

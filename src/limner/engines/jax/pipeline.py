@@ -20,11 +20,12 @@ from limner.engines.jax.lora_file import read_lora
 from limner.engines.jax.nn import Params
 from limner.engines.jax.processes import choose_devices, local_device
 from limner.engines.jax.unet import unet
-from limner.engines.jax.weights import read_component, serves
+from limner.engines.jax.weights import check_base, read_component, serves
 from limner.engines.state import find_half_dtype
 from limner.errors import InputError
 from limner.families import FAMILIES, find_pipeline_family
 from limner.families.family import Family
+from limner.families.sdxl import decode_latents
 from limner.families.text import encode_captions, tokenize
 from limner.features.arrays import NumpyFeatures
 from limner.protocols import ModelSource
@@ -198,7 +199,6 @@ class Pipeline(NumpyFeatures):
         Args:
             noise: standard normal, [n, channels, h, w].
         """
-        config = self.base.configs["vae"]
         if guidance_scale is None:
             guidance_scale = GUIDANCE_SCALES[self.family.name]
         pixels = latent_side(self.base, size) * latent_factor(self.base)
@@ -210,9 +210,7 @@ class Pipeline(NumpyFeatures):
                 name: np.concatenate([against[name], array]) for name, array in features.items()
             }
         latents = self.denoise(noise, features, steps, guidance_scale, pixels)
-        decoded = self.encoders.decode(
-            "vae", latents / np.float32(config.get("scaling_factor", 0.18215))
-        )
+        decoded = self.encoders.decode("vae", decode_latents(latents, self.base.configs))
         images = np.clip(decoded / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
         return [(image * 255).round().astype(np.uint8) for image in images]
 
@@ -308,6 +306,7 @@ def open_pipeline(
         cache_dir=source.cache_dir,
     )
     base = open_base(model, family)
+    check_base(base, family)
     half = find_half_dtype(jnp, precision)
     component = family.network.component
     nets = {component: Params(to_device(read_component(base, component), half))}

@@ -31,9 +31,6 @@ def find_unsupported(config: dict[str, Any]) -> list[str]:
         for block in dict.fromkeys(config.get(name, [])):
             if block != expected:
                 problems.append(f"a {block} is no {expected}")
-    for name in ("latents_mean", "latents_std", "shift_factor"):
-        if config.get(name) is not None:
-            problems.append(f"{name} is {config[name]}, none is expected")
     if config.get("act_fn", "silu") != "silu":
         problems.append(f"act_fn is {config['act_fn']!r}, 'silu' is expected")
     return problems

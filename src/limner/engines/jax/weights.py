@@ -13,7 +13,7 @@ from limner.base_model.comparison import (
     ExpectedArrays,
     check_arrays,
     check_counts,
-    describe_fault,
+    explain_faults,
     read_stored,
     to_model_name,
 )
@@ -91,20 +91,20 @@ def open_tokenizer(base: BaseModel, name: str) -> WordTokenizer:
         InputError: when it cannot be read, or has tokens that its text encoder does not know.
     """
     folder = base.component_folder(name)
-    try:
+    with explain_faults(f"{folder}: its tokenizer cannot be loaded"):
         tokenizer = WordTokenizer(folder, base.configs[name])
-    # The library raises its errors as plain ones.
-    except Exception as error:
-        raise InputError(
-            f"{folder}: its tokenizer cannot be loaded: {describe_fault(error)}. Fetch or copy the "
-            "model again."
-        ) from error
     size = tokenizer.inner.get_vocab_size(with_added_tokens=True)
-    known = base.configs[name.replace("tokenizer", "text_encoder")].get("vocab_size")
-    if size == 0 or (type(known) is int and size > known):
+    encoder = base.configs[name.replace("tokenizer", "text_encoder")]
+    known, positions = encoder["vocab_size"], encoder.get("max_position_embeddings", 77)
+    if not 0 < size <= known:
         raise InputError(
             f"{folder}: its vocabulary has {size} tokens, the text encoder knows {known}. Fetch or "
             "copy the model again."
+        )
+    if not 2 < tokenizer.limit <= positions:
+        raise InputError(
+            f"{folder}: model_max_length is {tokenizer.limit}, the text encoder has {positions} "
+            "positions. Fetch or copy the model again."
         )
     return tokenizer
 
@@ -119,7 +119,8 @@ def locate_arrays(base: BaseModel, component: str) -> dict[str, tuple[Path, str]
     config = base.configs[component]
     stored = read_stored(base.weight_files(component))
     check_counts(folder / "config.json", config, len(stored))
-    shapes = make_shapes(folder, class_name, config)
+    with explain_faults(f"{folder / 'config.json'}: no {class_name} can be made of it"):
+        shapes = expected_shapes(class_name, config)
     arrays = {
         name: replace(array, shape=squeeze_shape(array.shape, to_model_name(name, shapes)))
         for name, (_, array) in stored.items()
@@ -130,24 +131,6 @@ def locate_arrays(base: BaseModel, component: str) -> dict[str, tuple[Path, str]
         for stored_name, (path, _) in stored.items()
         if (name := to_model_name(stored_name, shapes)) in shapes
     }
-
-
-def make_shapes(folder: Path, class_name: str, config: Config) -> Shapes:
-    """Return ``expected_shapes``.
-
-    Raises:
-        InputError: for a config that there is no code for, or that no network can be made of.
-    """
-    try:
-        return expected_shapes(class_name, config)
-    except InputError:
-        raise
-    # Whatever wrong types and numbers lead to.
-    except Exception as error:
-        raise InputError(
-            f"{folder / 'config.json'}: no {class_name} can be made of it: "
-            f"{describe_fault(error)}. Fetch or save the model again."
-        ) from error
 
 
 def read_component(base: BaseModel, component: str) -> dict[str, np.ndarray]:

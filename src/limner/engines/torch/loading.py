@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 
+from limner.base_model.comparison import describe_fault
 from limner.base_model.open import open_base, read_pipeline_class
 from limner.config.schema import ModelSettings
 from limner.engines.torch.lora_file import load_lora
+from limner.engines.torch.weights import check_pipeline
 from limner.errors import InputError, LimnerError
 from limner.families import FAMILIES, find_pipeline_family
 from limner.families.family import Family, Stage
@@ -52,17 +54,39 @@ def load_class(pipeline_class: Any, weights: ModelSource, dtype: torch.dtype) ->
         InputError: when it cannot be loaded.
     """
     try:
+        folder = find_folder(weights)
+        check_pipeline(folder, weights.variant)
         return pipeline_class.from_pretrained(
-            weights.model, dtype=dtype, use_safetensors=True, **weights.settings
+            folder, dtype=dtype, use_safetensors=True, variant=weights.variant
         )
-    except (OSError, ValueError) as error:
+    except (LimnerError, MemoryError):
+        raise
+    # Of the libraries, for whatever is wrong with a file.
+    except Exception as error:
         imported = import_flax(weights)
         if imported is not None:
             return load_class(pipeline_class, imported, dtype)
         raise InputError(
             f"{weights.model}: cannot be loaded as a diffusers pipeline: "
-            f"{str(error).splitlines()[0]}{hint_at_other_stage(weights)}"
+            f"{describe_fault(error)}{hint_at_other_stage(weights)}"
         ) from error
+
+
+def find_folder(weights: ModelSource) -> Path:
+    """Return the folder of a pipeline; what the Hub has is fetched first.
+
+    Raises:
+        OSError, ValueError: when there is none.
+    """
+    import diffusers
+
+    if Path(weights.model).is_dir():
+        return Path(weights.model)
+    return Path(
+        diffusers.DiffusionPipeline.download(
+            weights.model, use_safetensors=True, **weights.settings
+        )
+    )
 
 
 def find_pipeline_class(weights: ModelSource) -> str | None:

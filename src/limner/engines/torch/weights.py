@@ -12,7 +12,7 @@ from limner.base_model.comparison import (
     ExpectedArrays,
     check_arrays,
     check_counts,
-    describe_fault,
+    explain_faults,
     list_some,
     read_stored,
 )
@@ -29,19 +29,10 @@ from limner.families import FAMILIES
 from limner.families.family import Family
 from limner.json_types import Plain
 
-# What the libraries raise for a config, vocabulary or weight file that is not what it should be.
-FAULTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+KNOWN_CLASSES = {
+    "StableDiffusionSafetyChecker",
+    *(class_name for family in FAMILIES.values() for class_name in family.components.values()),
+}
 
 
 def check_base(base: BaseModel, family: Family) -> None:
@@ -62,14 +53,17 @@ def check_base(base: BaseModel, family: Family) -> None:
 
 
 def check_pipeline(folder: Path, variant: str | None) -> None:
-    """Compare all networks of a pipeline's folder with their configs.
+    """Compare the networks of a pipeline's folder with their configs, those of classes that a
+    family has.
 
     Raises:
         InputError: naming the folder and what differs.
     """
     for name, (library, class_name) in list_components(read_json(folder / INDEX)).items():
         component = folder / name
-        if has_usable_weights(name, list_files(component), variant):
+        # Other classes may be saved under names that their libraries alone know.
+        is_known = class_name in KNOWN_CLASSES
+        if is_known and has_usable_weights(name, list_files(component), variant):
             check_component(component, library, class_name, variant)
 
 
@@ -87,13 +81,8 @@ def check_component(folder: Path, library: str, class_name: str, variant: str | 
     }
     check_counts(config_file, config, len(stored))
     cls = find_class(library, class_name)
-    try:
+    with explain_faults(f"{config_file}: no {class_name} can be made of it"):
         net = build_model(cls, config)
-    except FAULTS as error:
-        raise InputError(
-            f"{config_file}: no {class_name} can be made of it: {describe_fault(error)}. Fetch or "
-            "save the model again."
-        ) from error
     check_arrays(folder, class_name, stored, list_expected(net))
 
 
@@ -175,7 +164,7 @@ def load_component(base: BaseModel, name: str) -> Any:
     silence_progress_bars()
     cls = find_class(*base.component_class(name))
     folder = base.component_folder(name)
-    try:
+    with explain_faults(f"{folder}: no {cls.__name__} can be loaded from it"):
         # Tokenizers and schedulers have no weights.
         if not hasattr(cls, "dtype"):
             return check_tokenizer(base, name, cls.from_pretrained(folder))
@@ -186,11 +175,6 @@ def load_component(base: BaseModel, name: str) -> Any:
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except FAULTS as error:
-        raise InputError(
-            f"{folder}: no {cls.__name__} can be loaded from it: {describe_fault(error)}. Fetch or "
-            "copy the model again."
-        ) from error
     kinds = ("missing_keys", "mismatched_keys", "error_msgs")
     if replaced := sorted(str(one) for kind in kinds for one in report[kind]):
         raise InputError(
@@ -214,6 +198,12 @@ def check_tokenizer(base: BaseModel, name: str, tokenizer: Any) -> Any:
         raise ValueError(f"its vocabulary has {size} tokens, and no padding among them")
     if type(known) is int and size > known:
         raise ValueError(f"its vocabulary has {size} tokens, the text encoder knows {known}")
+    positions = encoder.get("max_position_embeddings")
+    if positions is not None and not 2 < tokenizer.model_max_length <= positions:
+        raise ValueError(
+            f"model_max_length is {tokenizer.model_max_length}, the text encoder has {positions} "
+            "positions"
+        )
     return tokenizer
 
 
