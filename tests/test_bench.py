@@ -17,7 +17,7 @@ from limner.base_model.open import open_base
 from limner.commands import bench, random_base
 from limner.config import toml
 from limner.config.schema import Config, ModelSettings
-from limner.engines.torch import encoders
+from limner.engines.torch import weights
 from limner.engines.torch.engine import TorchEngine
 from limner.engines.torch.processes import TorchProcessGroup
 from limner.engines.torch.profiler import TorchProfiler
@@ -198,7 +198,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_stand_ins_are_the_published_networks(family):
-    net = encoders.build_from_config(load_published(family)[FAMILIES[family].network.component])
+    net = weights.build_from_config(load_published(family)[FAMILIES[family].network.component])
     assert sum(p.numel() for p in net.parameters()) == PUBLISHED[family]
     assert all(p.is_meta for p in net.parameters())
 

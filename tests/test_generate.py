@@ -256,7 +256,7 @@ def test_the_pipeline_is_fetched_into_the_folder_that_is_given(tmp_path, monkeyp
         given.update(settings, model=model)
         raise OSError("not there")
 
-    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", refuse)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", refuse)
     with pytest.raises(InputError, match="not there"):
         engines.open_pipeline(
             ModelSource("owner/name", cache_dir="/downloads", revision="abc"),

@@ -112,6 +112,7 @@ def read_component_configs(
     configs = {}
     for component in family.components:
         component_folder = external_folders.get(component, folder / component)
+        check_files(component_folder)
         path = component_folder / name_config_file(family, component)
         configs[component] = read_json(path)
         if component == "scheduler":
@@ -127,6 +128,27 @@ def read_component_configs(
                 "there. Is the model's folder complete?"
             )
     return configs
+
+
+def check_files(folder: Path) -> None:
+    """Refuse pipes and devices in a component's folder: to read them might never end.
+
+    Raises:
+        InputError: naming the first one, or saying why the folder cannot be listed.
+    """
+    try:
+        odd = [path for path in sorted(folder.glob("*")) if is_odd(path)]
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed: {error.strerror}. Mend it first.") from error
+    if odd:
+        raise InputError(
+            f"{odd[0]}: it is neither a file nor a folder. Fetch or copy the model again."
+        )
+
+
+def is_odd(path: Path) -> bool:
+    """Return whether something is there that is no file and no folder, as a link of a circle."""
+    return not (path.is_file() or path.is_dir())
 
 
 def settle_scheduler(config: Plain, index: Plain) -> Plain:

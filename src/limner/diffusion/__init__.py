@@ -16,7 +16,7 @@ def make_objective(scheduler: dict[str, Any], settings: ObjectiveSettings) -> Ob
     Raises:
         InputError: for a scheduler that is not served, or for settings that mean nothing to it.
     """
-    name = scheduler.get("_class_name")
+    name = scheduler.get("_class_name", "DDPMScheduler")
     check_scheduler(name, flow=name == FLOW)
     if name == FLOW:
         return FlowObjective.from_scheduler(scheduler, settings)
