@@ -1,10 +1,10 @@
 """Read the JSON files of a model's folder, whatever is in them."""
 
-import json
+import math
 from pathlib import Path
 
 from limner.errors import InputError
-from limner.json_types import Plain
+from limner.json_types import Plain, parse_json
 
 MAX_DEPTH = 100  # far more than any published file has, and than Python minds
 MAX_BYTES = 1 << 26  # of a file; the largest published ones are tokenizers of 20 MB
@@ -17,7 +17,7 @@ def read_json(path: Path) -> Plain:
         InputError: when it is missing, or not an object in JSON.
     """
     try:
-        value = parse_json(path)
+        value = parse_file(path)
     except OSError as error:
         raise InputError(
             f"{path}: {error.strerror}; a folder in the diffusers layout has it. Is the model's "
@@ -32,21 +32,7 @@ def read_json(path: Path) -> Plain:
     return value
 
 
-def measure_depth(value: object) -> int:
-    """Return how many lists and objects lie in one another, up to one more than ``MAX_DEPTH``."""
-    layer, depth = [value], 0
-    while layer and depth <= MAX_DEPTH:
-        inner: list[object] = []
-        for one in layer:
-            if isinstance(one, dict):
-                inner += one.values()
-            elif isinstance(one, list):
-                inner += one
-        layer, depth = inner, depth + 1
-    return depth
-
-
-def parse_json(path: Path) -> object:
+def parse_file(path: Path) -> object:
     """Parse a file.
 
     Raises:
@@ -59,22 +45,27 @@ def parse_json(path: Path) -> object:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES >> 20} MB")
-    try:
-        value = json.loads(data.decode("utf-8"), parse_constant=parse_constant)
-        depth = measure_depth(value)
-    except RecursionError:
-        depth = MAX_DEPTH + 1
-    if depth > MAX_DEPTH:
-        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    value = parse_json(data.decode("utf-8"))
+    check_values(value)
     return value
 
 
-def parse_constant(name: str) -> float:
-    """Return an infinity, which schedulers write; refuse what is no number.
+def check_values(value: object) -> None:
+    """Refuse what is nested deeper than ``MAX_DEPTH``, and NaN; infinities schedulers write.
 
     Raises:
-        ValueError: for NaN.
+        ValueError: saying which.
     """
-    if name == "NaN":
-        raise ValueError("NaN is no number")
-    return float(name.replace("Infinity", "inf"))
+    layer = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[object] = []
+        for one in layer:
+            if isinstance(one, dict):
+                inner += one.values()
+            elif isinstance(one, list):
+                inner += one
+            elif isinstance(one, float) and math.isnan(one):
+                raise ValueError("NaN is no number")
+        layer = inner
+    if layer:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")

@@ -12,8 +12,8 @@ from PIL import Image
 
 from limner import engines
 from limner.base_model.base import INDEX
-from limner.base_model.hub import check_hub_name
 from limner.base_model.find import path_exists
+from limner.base_model.hub import check_hub_name
 from limner.data.contact_sheet import draw_contact_sheet
 from limner.errors import InputError, IntegrityError
 from limner.json_types import Plain, read_object

@@ -1,5 +1,6 @@
 """Stock diffusers pipelines from a folder or the Hub."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
