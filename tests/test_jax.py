@@ -1081,7 +1081,7 @@ def test_strange_and_missing_arrays_are_listed(base: Path, tmp_path: Path) -> No
     save_file(arrays | {"conv_inn.weight": moved}, path)
     with pytest.raises(
         InputError,
-        match=r"1 arrays are missing: conv_in\.weight; 1 arrays have no place in the model: "
+        match=r"1 array is missing: conv_in\.weight; 1 array has no place in the model: "
         r"conv_inn\.weight",
     ):
         weights.read_component(opened(folder, "sd"), "unet")

@@ -68,7 +68,8 @@ class BaseModel:
             if not key.startswith("_") and key != "transformers_version"
         }
         folder = self.component_folder(component)
-        paths = [path for path in sorted(folder.glob("*")) if path.name in VOCABULARY_FILES]
+        files = [path for path in sorted(folder.glob("*")) if path.is_file()]
+        paths = [path for path in files if path.name in VOCABULARY_FILES]
         if has_weights(list_files(folder)):
             paths += self.weight_files(component)
         return [config, *(digest_unchanged(path) for path in paths)]
