@@ -77,8 +77,9 @@ def generate(  # noqa: PLR0913 - all but two by keyword, as the options of the c
     size: int | None = None,
     batch_size: int = 4,
     engine: str = "torch",
-    precision: str = "no",
+    precision: str | None = None,
     device: str | None = None,
+    safety_checker: bool = True,
 ) -> list[Path]:
     """Draw pictures of each prompt, write them as PNG files, and return their paths in that order.
 
@@ -99,8 +100,9 @@ def generate(  # noqa: PLR0913 - all but two by keyword, as the options of the c
         size: pixels a side; None: the model's own.
         batch_size: pictures drawn at once.
         engine: ``torch``, through the stock pipeline, or ``jax``.
-        precision: ``no`` (float32), ``fp16`` or ``bf16``.
+        precision: ``no`` (float32), ``fp16`` or ``bf16``; None: as the run drew its previews.
         device: a device of PyTorch; None: a GPU where there is one.
+        safety_checker: whether the model's blackens what it finds unsafe, where it has one.
 
     Raises:
         LimnerError: of the kind that fits, with a message for the user.
@@ -119,6 +121,7 @@ def generate(  # noqa: PLR0913 - all but two by keyword, as the options of the c
         engine=engine,
         precision=precision,
         device=device,
+        safety_checker=safety_checker,
     )
     return run_generate(
         str(model),

@@ -223,8 +223,18 @@ def add_draw_settings(parser: ArgumentParser) -> None:
         default="torch",
         help="PyTorch through the stock pipelines, or JAX (default: %(default)s)",
     )
-    parser.add_argument("--precision", choices=["no", "fp16", "bf16"], default="no")
+    parser.add_argument(
+        "--precision",
+        choices=["no", "fp16", "bf16"],
+        help="of weights and arithmetic (default: as the run drew its previews, else float32)",
+    )
     parser.add_argument("--device")
+    parser.add_argument(
+        "--no-safety-checker",
+        dest="safety_checker",
+        action="store_false",
+        help="leave the model's safety checker out, which blackens what it finds unsafe",
+    )
 
 
 def run_generate(arguments: Namespace) -> None:
@@ -246,6 +256,7 @@ def run_generate(arguments: Namespace) -> None:
         engine=arguments.engine,
         precision=arguments.precision,
         device=arguments.device,
+        safety_checker=arguments.safety_checker,
     )
     paths = generate.run_generate(
         model=arguments.model,

@@ -8,6 +8,7 @@ from typing import Any, NoReturn, Protocol, Self, TypeVar
 
 import numpy as np
 
+from limner.config.schema import ModelSettings
 from limner.errors import LimnerError
 from limner.json_types import Plain
 
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the weights of a pipeline lie."""
+    """What pictures are drawn with: where its weights lie, and how its run used them."""
 
     model: str  # a folder in the diffusers layout, or a Hub repository
     lora: Path | None = None  # a folder that holds ``pytorch_lora_weights.safetensors``
@@ -31,6 +32,26 @@ class ModelSource:
     variant: str | None = None
     revision: str | None = None
     cache_dir: str | None = None  # where downloads are kept; None: the Hub library's own place
+    # Of a LoRA's run; see the settings of these names.
+    trained_revision: str | None = None
+    vae: str | None = None
+    other_stage: str | None = None
+    prediction_type: str | None = None  # None: the base's own
+    text_encoders: bool = False  # whether the LoRA is on them too
+    precision: str = "no"  # in which its previews were drawn
+
+    def to_settings(self, family: str) -> ModelSettings:
+        """Return the settings of the run that opened this base."""
+        return ModelSettings(
+            self.model,
+            family,
+            revision=self.revision,
+            trained_revision=self.trained_revision,
+            variant=self.variant,
+            other_stage=self.other_stage,
+            vae=self.vae,
+            cache_dir=self.cache_dir,
+        )
 
     @property
     def settings(self) -> dict[str, str | None]:

@@ -33,7 +33,10 @@ class BaseModel:
     # With another stage, also the configs of those components of it that features need.
     configs: BaseConfigs = field(repr=False)
     other_stage: "BaseModel | None" = None  # of a model in two stages
-    adapter: Path | None = None  # a folder with a LoRA that the other stage is used with
+    # Of an other stage that is the result of a run: a folder with its LoRA, and what that was
+    # trained to predict.
+    adapter: Path | None = None
+    prediction_type: str | None = None
 
     def component_class(self, component: str) -> tuple[str, str]:
         """Return the library and class name of a component."""

@@ -130,8 +130,8 @@ def open_other_stage(
         settings = replace(settings, base=model.other_stage)
     else:
         settings = replace(settings, revision=model.revision)
-    settings, adapter = resolve_run(settings)
-    other = replace(find_base(settings, family), adapter=adapter)
+    settings, adapter, predict = resolve_run(settings)
+    other = replace(find_base(settings, family), adapter=adapter, prediction_type=predict)
     wanted = list(family.components) if for_generation else list(stage.needed_components)
     if other.commit is not None:
         fetch_weights(other, settings, wanted, family)
@@ -140,17 +140,20 @@ def open_other_stage(
     return other
 
 
-def resolve_run(model: ModelSettings) -> tuple[ModelSettings, Path | None]:
-    """Return the base of a run whose result is a LoRA, and that LoRA's folder; else ``model``."""
+def resolve_run(model: ModelSettings) -> tuple[ModelSettings, Path | None, str | None]:
+    """Return the base of a run whose result is a LoRA, that LoRA's folder, and what it was trained
+    to predict; else ``model``."""
     if not path_exists("model.other_stage", model.base):
-        return model, None
+        return model, None, None
     folder = Path(model.base)
     config = RunFolder(folder).config
     is_lora = (folder / LORA_FILE).is_file() and not (folder / INDEX).is_file()
     if not is_lora or not config.is_file():
-        return model, None
-    trained = toml.build(ModelSettings, read_json(config).get("model", {}))
-    return replace(trained, other_stage=None), folder.absolute()
+        return model, None, None
+    run = read_json(config)
+    trained = toml.build(ModelSettings, run.get("model", {}))
+    predict = run.get("objective", {}).get("predict")
+    return replace(trained, other_stage=None), folder.absolute(), predict
 
 
 def extra_components(base: BaseModel, family: Family) -> list[str]:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,11 @@ from limner.storage import atomic
 from limner.storage.layout import LORA_FILE
 from limner.storage.run_folder import RunFolder
 
+# The sections of a run's settings that its pictures depend on.
+SECTIONS = ("model", "objective", "adapter", "engine")
+# Settings of a run that mean nothing to another base.
+OF_THE_BASE = ("variant", "revision", "trained_revision")
+
 
 @dataclass(frozen=True)
 class DrawSettings:
@@ -37,8 +42,11 @@ class DrawSettings:
     size: int | None = None  # pixels a side; None: the model's own
     batch_size: int = 4  # pictures drawn at once; it changes no picture
     engine: str = "torch"  # torch, through the stock pipeline, or jax
-    precision: str = "no"  # no (float32), fp16 or bf16
+    # no (float32), fp16 or bf16, all weights included; None: as the previews of the run, in
+    # float32 where there was none.
+    precision: str | None = None
     device: str | None = None  # None: a GPU where there is one
+    safety_checker: bool = True  # blacken what the model's finds unsafe, where it has one
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,8 @@ def open_pipeline(
     """Open the pipeline of a model; arguments are those of ``run_generate``."""
     source, trained_with = find_sources(model, base)
     other_stage = other_stage or trained_with
+    if source.lora is not None and source.family is not None:
+        source, other_stage = replace(source, other_stage=other_stage), None
     other_source = None if other_stage is None else find_sources(other_stage, None)[0]
     return engines.open_pipeline(
         source,
@@ -107,6 +117,7 @@ def open_pipeline(
         scheduler=settings.scheduler,
         precision=settings.precision,
         device=settings.device,
+        safety_checker=settings.safety_checker,
     )
 
 
@@ -163,22 +174,23 @@ def read_prompts(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def read_model_settings(config: Path) -> Plain:
-    """Read the model settings of a run from its ``config.json``.
+def read_run_settings(config: Path) -> dict[str, Plain]:
+    """Read the sections of a run's ``config.json`` that its pictures depend on.
 
     Raises:
         IntegrityError: when it is not what a run has written.
     """
     try:
-        model = read_object(config.read_text(encoding="utf-8")).get("model", {})
-        if not isinstance(model, dict):
-            raise ValueError("model is no object")
+        run = read_object(config.read_text(encoding="utf-8"))
+        sections = {name: run.get(name) or {} for name in SECTIONS}
+        if wrong := [name for name, section in sections.items() if not isinstance(section, dict)]:
+            raise ValueError(f"{wrong[0]} is no object")
     except (OSError, ValueError) as error:
         raise IntegrityError(
             f"{config}: not what a run has written ({error}). Remove it, and say with --base what "
             "was trained."
         ) from error
-    return model
+    return sections
 
 
 def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]:
@@ -194,16 +206,17 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
     model = os.path.expanduser(model)
     path_exists("the model", model)
     folder = Path(model)
-    trained: Plain = {}  # the model settings of the run
     config = RunFolder(folder).config
-    if config.is_file():
-        trained = read_model_settings(config)
+    run = read_run_settings(config) if config.is_file() else dict.fromkeys(SECTIONS, {})
+    trained = run["model"]
     family = trained.get("family")
     other_stage = trained.get("other_stage")
+    precision = run["engine"].get("precision") or "no"
     if not folder.exists():
         check_hub_name(model, "model", "a run's folder, a folder in the diffusers layout")
     if not folder.is_dir() or (folder / INDEX).exists():
-        return ModelSource(model, family=family), other_stage
+        source = ModelSource(model, family=family, precision=precision, vae=trained.get("vae"))
+        return source, other_stage
     if not (folder / LORA_FILE).exists():
         raise InputError(
             f"{folder}: neither a diffusers folder ({INDEX}) nor a LoRA ({LORA_FILE}); a run "
@@ -215,14 +228,18 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
     if not Path(base_source).exists():
         setting = "--base" if base else f"{config}: model.base"
         check_hub_name(base_source, setting, "the folder of the base with --base")
+    # Variant and revisions are those of the run's own base.
+    own = {} if base else {name: trained.get(name) for name in OF_THE_BASE}
     source = ModelSource(
         base_source,
         folder,
         family,
-        # The run's variant and revision are those of its own base.
-        variant=None if base else trained.get("variant"),
-        revision=None if base else trained.get("revision"),
         cache_dir=trained.get("cache_dir"),
+        vae=trained.get("vae"),
+        prediction_type=run["objective"].get("predict"),
+        text_encoders=bool(run["adapter"].get("text_encoders")),
+        precision=precision,
+        **own,
     )
     return source, other_stage
 

@@ -522,6 +522,9 @@ class PreviewSettings:
     )
     steps: int = setting(25, "of the sampler", range=up_to(10_000), resume="free")
     guidance_scale: float = setting(7.5, "of classifier-free guidance", resume="free")
+    safety_checker: bool = setting(
+        True, "blacken what the base's safety checker finds unsafe, where it has one", resume="free"
+    )
 
 
 @dataclass(frozen=True)

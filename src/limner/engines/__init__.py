@@ -52,13 +52,19 @@ def open_pipeline(
     engine: str = "torch",
     *,
     scheduler: str | None,
-    precision: str,
+    precision: str | None,
     device: str | None,
+    safety_checker: bool = True,
 ) -> Any:
     """Open a stock diffusers pipeline, or one in JAX; see the engine's ``pipeline``."""
     module = import_module(engine, "pipeline")
     return module.open_pipeline(
-        weights, other_stage, scheduler=scheduler, precision=precision, device=device
+        weights,
+        other_stage,
+        scheduler=scheduler,
+        precision=precision,
+        device=device,
+        safety_checker=safety_checker,
     )
 
 

@@ -4,13 +4,14 @@ import html
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from limner.base_model.base import BaseModel
 from limner.base_model.hub import HUB_NAME
 from limner.config import toml
 from limner.config.schema import SETTINGS
+from limner.diffusion.result_scheduler import adapt_scheduler
 from limner.families.family import Family
 from limner.families.snippet import ExampleNames, write_example
 from limner.json_types import Plain
@@ -57,7 +58,7 @@ def write_model_card(
         describe_training(hub_names, family, lora, step),
         *(format_pictures(prompts) if grid else []),
         "## Use\n",
-        write_snippet(family, lora, hub_names, repo, prompt),
+        write_snippet(settings, base, family, hub_names, repo, prompt),
         "## Training\n\n```toml",
         *format_settings(settings),
         "```",
@@ -141,17 +142,66 @@ def format_settings(settings: Plain) -> list[str]:
 
 
 def write_snippet(
-    family: Family, lora: bool, hub_names: HubNames, repo: str | None, prompt: str
+    settings: Plain,
+    base: BaseModel,
+    family: Family,
+    hub_names: HubNames,
+    repo: str | None,
+    prompt: str,
 ) -> str:
     """Return Python that draws a picture with the result, as a block of Markdown."""
     # What JSON quotes is a Python literal, too.
     result = json.dumps(repo or "path/to/this/folder")
-    base = json.dumps(hub_names.base or "path/to/the/base/model")
+    name = json.dumps(hub_names.base or "path/to/the/base/model")
     prompt = json.dumps(prompt, ensure_ascii=False)
     other_stage = json.dumps(hub_names.other_stage or "path/to/the/other/stage")
-    lora_file = json.dumps(LORA_FILE) if lora else None
-    names = ExampleNames(result, base, other_stage, prompt, lora_file)
+    names = ExampleNames(result, name, other_stage, prompt, None)
+    if settings["adapter"]["kind"] == "lora":
+        names = add_lora_settings(names, settings, base, family)
     return "\n".join(["```python", *write_example(family, names), "```\n"])
+
+
+def add_lora_settings(
+    names: ExampleNames, settings: Plain, base: BaseModel, family: Family
+) -> ExampleNames:
+    """Return the names with all that a LoRA's pipeline was trained with besides its base."""
+    model, component = settings["model"], family.network.component
+    options, classes = [], []
+    for setting in ("revision", "variant"):
+        if model[setting] is not None:
+            options.append(f"{setting}={json.dumps(model[setting])}")
+    if model["trained_revision"] is not None:
+        class_name = base.component_class(component)[1]
+        revision = json.dumps(model["trained_revision"])
+        options.append(
+            f'{component}={class_name}.from_pretrained({names.base}, subfolder="{component}", '
+            f"revision={revision})"
+        )
+        classes.append(class_name)
+    if model["vae"] is not None:
+        # A path stays private; a name on the Hub is nobody's secret.
+        is_path = Path(model["vae"]).exists()
+        place = json.dumps("path/to/the/autoencoder" if is_path else model["vae"])
+        if base.component_folder("vae").name == "vae":
+            place += ', subfolder="vae"'
+        options.append(f"vae=AutoencoderKL.from_pretrained({place})")
+        classes.append("AutoencoderKL")
+    before, class_name = base.configs["scheduler"], base.component_class("scheduler")[1]
+    after = adapt_scheduler(before, class_name, settings["objective"]["predict"])
+    changes = {name: value for name, value in after.items() if before.get(name) != value}
+    scheduler = None
+    if changes:
+        class_name = after["_class_name"]
+        changes.pop("_class_name", None)
+        scheduler = (class_name, changes)
+        classes.append(class_name)
+    return replace(
+        names,
+        lora_file=json.dumps(LORA_FILE),
+        options=tuple(options),
+        scheduler=scheduler,
+        classes=tuple(classes),
+    )
 
 
 def escape_markdown(text: str) -> str:

@@ -14,37 +14,16 @@ from limner.base_model.base import INDEX, BaseModel
 from limner.base_model.weight_files import has_usable_weights, has_weights, list_files
 from limner.config import toml
 from limner.config.schema import AdapterSettings, Config
-from limner.diffusion.base_schedulers import GAUSSIAN
+from limner.diffusion.result_scheduler import adapt_scheduler
 from limner.engines.adapters import get_alpha
 from limner.errors import IntegrityError
 from limner.families.family import Family
-from limner.json_types import Plain, read_object
+from limner.json_types import read_object
 from limner.storage import atomic, layout, safetensors
 from limner.storage.checkpoint import Checkpoint
 from limner.storage.layout import LORA_FILE, WEIGHTS_FILE
 from limner.storage.run_folder import RESULT_FILE, RunFolder
 from limner.training.model_card import write_model_card
-
-# Stock schedulers that draw with a network that predicts the sample.
-SAMPLE_SCHEDULERS = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-)
-# What DDIM takes over from the config of another scheduler.
-DDIM_SETTINGS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "steps_offset",
-    "set_alpha_to_one",
-    "timestep_spacing",
-    "rescale_betas_zero_snr",
-    "_diffusers_version",
-)
 
 
 class FileRecord(TypedDict):
@@ -121,7 +100,7 @@ def write_full(
             elif name == "scheduler":
                 library, class_name = index[name][:2]
                 scheduler = adapt_scheduler(base.configs[name], class_name, prediction_type)
-                index[name] = [library, scheduler.get("_class_name", class_name)]
+                index[name] = [library, scheduler["_class_name"]]
                 write_json(folder / "scheduler_config.json", scheduler)
             else:
                 copy_component(base, name, folder)
@@ -281,26 +260,3 @@ def copy_weights(paths: Sequence[Path], target: Path) -> None:
 def get_stem(path: Path) -> str:
     """Return a weight file's name up to its variant or shard, e.g. ``model``."""
     return re.split(r"[.-]", path.name)[0]
-
-
-def adapt_scheduler(
-    config: Mapping[str, object], class_name: str, prediction_type: str | None
-) -> Plain:
-    """Return the base's scheduler config with the prediction type that was trained.
-
-    A scheduler that cannot draw with this prediction type is replaced by DDIM.
-    """
-    if prediction_type in (None, config.get("prediction_type", "epsilon")):
-        return dict(config)
-    if prediction_type != "sample" or class_name in SAMPLE_SCHEDULERS:
-        return {**config, "prediction_type": prediction_type}
-    # What the config leaves to its class, DDIM would take otherwise.
-    defaults = GAUSSIAN[class_name]
-    betas = {name: getattr(defaults, name) for name in ("beta_start", "beta_end", "beta_schedule")}
-    return {
-        "_class_name": "DDIMScheduler",
-        **betas,
-        **{name: config[name] for name in DDIM_SETTINGS if name in config},
-        "clip_sample": False,
-        "prediction_type": prediction_type,
-    }

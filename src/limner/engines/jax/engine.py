@@ -58,7 +58,7 @@ class JaxEngine:
         self.rank = process.rank
         self.world_size = process.world_size
         self.mesh = process.mesh
-        self.half = find_half_dtype(jnp, process.precision)
+        self.half, self.report = find_half_dtype(jnp, process.precision), report
         refuse_settings(config, base, family)
         self.refuse_batch()
         if config.engine.attention == "xformers":
@@ -286,9 +286,11 @@ class JaxEngine:
 
     def open_pipeline(self) -> Any:
         """Return what draws previews, always the same, so that it is compiled once."""
-        from limner.engines.jax.pipeline import Pipeline
+        from limner.engines.jax.pipeline import Pipeline, report_unchecked
 
         if self.pipeline is None:
+            if self.config.preview.safety_checker:
+                report_unchecked(self.base, self.report)
             # Previews lie on one device, not on the mesh.
             kernel = None if self.model.kernel is None else choose_kernel(local_device())
             self.pipeline = Pipeline(

@@ -11,7 +11,7 @@ import numpy as np
 
 from limner.base_model.base import BaseModel
 from limner.base_model.open import open_base, read_pipeline_class
-from limner.config.schema import ModelSettings
+from limner.diffusion.result_scheduler import adapt_scheduler
 from limner.diffusion.samplers import SAMPLERS, make_table
 from limner.diffusion.starting_noise import draw_starting_noise
 from limner.engines.jax.attention import Array, Kernel, choose_kernel
@@ -28,7 +28,8 @@ from limner.families.family import Family
 from limner.families.sdxl import decode_latents
 from limner.families.text import encode_captions, tokenize
 from limner.features.arrays import NumpyFeatures
-from limner.protocols import ModelSource
+from limner.progress import print_line
+from limner.protocols import ModelSource, Report
 from limner.storage.layout import LORA_FILE
 
 GUIDANCE_SCALES = {"sd": 7.5, "sdxl": 5.0}  # of the stock pipelines
@@ -227,9 +228,10 @@ class Pipeline(NumpyFeatures):
         Args:
             size: pixels a side, which XL is conditioned on.
         """
-        table = make_table(
-            self.base.configs["scheduler"], steps, self.scheduler, self.prediction_type
-        )
+        class_name = self.base.component_class("scheduler")[1]
+        config = self.base.configs["scheduler"]
+        config = adapt_scheduler(config, class_name, self.prediction_type)
+        table = make_table(config, steps, self.scheduler)
         component = self.family.network.component
         net = self.nets[component]
         rows = len(next(iter(features.values())))
@@ -284,10 +286,15 @@ def open_pipeline(
     other_stage: ModelSource | None,
     *,
     scheduler: str | None,
-    precision: str,
+    precision: str | None,
     device: str | None,
+    safety_checker: bool = True,
 ) -> Pipeline:
     """Open a diffusers folder or a Hub repository for drawing, with a LoRA on it if there is one.
+
+    Args:
+        precision: of all weights; None: that in which the run drew its previews.
+        safety_checker: whether to say that there is none in JAX, where the model has one.
 
     Raises:
         InputError: for a scheduler or a model that there is no code for.
@@ -298,16 +305,13 @@ def open_pipeline(
         )
     choose_devices(device)
     family = find_family(source)
-    model = ModelSettings(
-        source.model,
-        family.name,
-        revision=source.revision,
-        variant=source.variant,
-        cache_dir=source.cache_dir,
-    )
-    base = open_base(model, family)
+    base = open_base(source.to_settings(family.name), family)
     check_base(base, family)
-    half = find_half_dtype(jnp, precision)
+    if safety_checker:
+        report_unchecked(base, print_line)
+    half = find_half_dtype(jnp, precision or source.precision)
+    # Previews have float32 in the text encoders.
+    text_dtype = (half or jnp.float32) if precision else jnp.float32
     component = family.network.component
     nets = {component: Params(to_device(read_component(base, component), half))}
     if source.lora is not None:
@@ -317,12 +321,18 @@ def open_pipeline(
         family,
         JaxEncoders(base),
         nets,
-        base.configs["scheduler"].get("prediction_type", "epsilon"),
+        source.prediction_type,
         half,
         scheduler,
         choose_kernel(local_device()),
-        half or jnp.float32,
+        text_dtype,
     )
+
+
+def report_unchecked(base: BaseModel, report: Report) -> None:
+    """Say that nothing looks at the pictures, where the base has a network that would."""
+    if (base.configs.model_index.get("safety_checker") or [None, None])[1] is not None:
+        report(f"{base.name}: JAX has no safety checker; pictures are drawn without this base's")
 
 
 def find_family(source: ModelSource) -> Family:

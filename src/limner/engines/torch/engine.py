@@ -16,10 +16,12 @@ from limner.engines.dropout import add_keys
 from limner.engines.state import find_half_dtype
 from limner.engines.torch import pipeline
 from limner.engines.torch import state as states
+from limner.engines.torch.assembly import build_from_components
 from limner.engines.torch.encoders import TorchEncoders, TrainableTextEncoders
 from limner.engines.torch.initial_state import Networks, make_state, refuse_settings
 from limner.engines.torch.optimizer import clip_and_update
 from limner.engines.torch.processes import TorchProcessGroup
+from limner.engines.torch.safety_checker import has_safety_checker, load_safety_checker
 from limner.engines.torch.state import TorchState
 from limner.families.family import Family
 from limner.families.text import encode_captions, zero_dropped
@@ -58,6 +60,11 @@ class TorchEngine:
         )
         objective = make_objective(base.configs["scheduler"], config.objective)
         self.prediction_type = objective.prediction_type
+        self.checks_previews = (
+            bool(config.preview.prompts and config.preview.safety_checker)
+            and "safety_checker" in family.pipeline_options(base.configs)
+            and has_safety_checker(base, report)
+        )
         if config.engine.tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
@@ -229,11 +236,18 @@ class TorchEngine:
             states.evaluating(state),
             torch.autocast(self.device.type, self.half, enabled=self.half is not None),
         ):
-            stock = pipeline.build_from_components(
-                self.family, self.base, self.encoders, nets, self.prediction_type
+            checker = load_safety_checker(self.encoders) if self.checks_previews else None
+            stock = build_from_components(
+                self.family, self.base, self.encoders, nets, self.prediction_type, checker
             )
             pictures = pipeline.draw_pictures(
-                stock, prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size
+                stock,
+                prompts,
+                seeds,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                size=size,
+                report=self.report,
             )
         if not keep:
             self.release_encoders()

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 
 from limner.base_model.comparison import describe_fault
+from limner.base_model.base import BaseModel
 from limner.base_model.open import open_base, read_pipeline_class
 from limner.config.schema import ModelSettings
+from limner.diffusion.result_scheduler import adapt_scheduler
 from limner.engines.torch.lora_file import load_lora
 from limner.engines.torch.weights import check_pipeline
 from limner.errors import InputError, LimnerError
@@ -16,8 +18,11 @@ from limner.families.family import Family, Stage
 from limner.protocols import ModelSource
 
 
-def load_pipeline(weights: ModelSource, dtype: torch.dtype) -> Any:
+def load_pipeline(weights: ModelSource, dtype: torch.dtype, safety_checker: bool = True) -> Any:
     """Load the pipeline of a model, with its LoRA.
+
+    Args:
+        safety_checker: whether the model's is loaded, if it has one.
 
     Raises:
         InputError: when it cannot be loaded.
@@ -25,6 +30,8 @@ def load_pipeline(weights: ModelSource, dtype: torch.dtype) -> Any:
     import diffusers
 
     pipeline = load_class(diffusers.AutoPipelineForText2Image, weights, dtype)
+    if not safety_checker and getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.register_modules(safety_checker=None)
     if weights.lora is not None:
         load_lora(pipeline, weights.lora)
     return pipeline
@@ -88,6 +95,15 @@ def find_folder(weights: ModelSource) -> Path:
             weights.model, use_safetensors=True, **weights.settings
         )
     )
+
+
+def make_scheduler(base: BaseModel, prediction_type: str | None) -> Any:
+    """Make the scheduler that a result on this base is drawn with; see ``result_scheduler``."""
+    import diffusers
+
+    class_name = base.component_class("scheduler")[1]
+    config = adapt_scheduler(base.configs["scheduler"], class_name, prediction_type)
+    return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def find_pipeline_class(weights: ModelSource) -> str | None:

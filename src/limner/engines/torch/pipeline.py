@@ -1,21 +1,20 @@
-"""Stock diffusers pipelines: from a folder or the Hub, or around weights that are being trained."""
+"""Open stock diffusers pipelines, and draw with them."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
 
-from limner.base_model.base import BaseModel
 from limner.engines.state import find_dtype
-from limner.engines.torch.encoders import TorchEncoders
+from limner.engines.torch.assembly import compute_as_previews, open_lora_run
 from limner.engines.torch.loading import load_pipeline
-from limner.engines.torch.two_stages import add_other_stage, open_two_stages
+from limner.engines.torch.safety_checker import report_blackened
+from limner.engines.torch.two_stages import open_two_stages
 from limner.engines.torch.weights import silence_progress_bars
 from limner.errors import InputError
-from limner.families.family import Family
-from limner.protocols import ModelSource
+from limner.progress import print_line
+from limner.protocols import ModelSource, Report
 
 # Some of these classes clip latents unless they are told not to.
 SCHEDULERS = {
@@ -35,13 +34,16 @@ def open_pipeline(
     other_stage: ModelSource | None,
     *,
     scheduler: str | None,
-    precision: str,
+    precision: str | None,
     device: str | None,
+    safety_checker: bool = True,
 ) -> Any:
     """Open a stock pipeline, ready to draw.
 
     Args:
         other_stage: the other one of a model in two stages.
+        precision: of all weights; None: that in which the run drew its previews.
+        safety_checker: whether the model's safety checker looks at the pictures, if it has one.
 
     Raises:
         InputError: when the scheduler is unknown or the model cannot be loaded.
@@ -49,11 +51,19 @@ def open_pipeline(
     silence_progress_bars()
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise InputError(f"scheduler: {scheduler!r} is not one of {', '.join(SCHEDULERS)}")
-    dtype = find_dtype(torch, precision)
-    if other_stage is None:
-        pipeline = load_pipeline(weights, dtype)
+    dtype = find_dtype(torch, precision or "no")
+    if weights.lora is not None and weights.family is not None:
+        pipeline = open_lora_run(
+            weights, as_previews=precision is None, safety_checker=safety_checker
+        )
+    elif other_stage is None:
+        pipeline = load_pipeline(weights, dtype, safety_checker)
     else:
         pipeline = open_two_stages(weights, other_stage, dtype)
+    if precision is None:
+        compute_as_previews(pipeline, weights)
+    else:
+        pipeline.to(dtype)
     if scheduler is not None:
         set_scheduler(pipeline, scheduler)
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -77,42 +87,6 @@ def set_scheduler(pipeline: Any, name: str) -> None:
         decoder.scheduler = scheduler
 
 
-def build_from_components(
-    family: Family,
-    base: BaseModel,
-    encoders: TorchEncoders,
-    nets: dict[str, torch.nn.Module],
-    prediction_type: str | None,
-) -> Any:
-    """Build a stock pipeline around the networks that are being trained, sharing their memory."""
-    import diffusers
-
-    frozen = [name for name in family.components if name not in (*nets, "scheduler")]
-    components = {name: encoders.component(name) for name in frozen}
-    scheduler = encoders.component("scheduler")
-    changed = {} if prediction_type is None else {"prediction_type": prediction_type}
-    components["scheduler"] = type(scheduler).from_config(scheduler.config, **changed)
-    pipeline = getattr(diffusers, family.pipeline)(
-        **components, **nets, **family.pipeline_options(base.configs)
-    )
-    pipeline = add_other_stage(pipeline, family, base, encoders)
-    for name in ("vae", "movq"):
-        if name in pipeline.components:
-            keep_precision(pipeline.components[name])
-    return pipeline
-
-
-def keep_precision(autoencoder: Any) -> None:
-    """Let an autoencoder decode without autocast, in which that of SDXL overflows."""
-    autoencoder.decode = functools.partial(decode_without_autocast, autoencoder)
-
-
-def decode_without_autocast(autoencoder: Any, latents: torch.Tensor, **settings: Any) -> Any:
-    """Decode latents in the autoencoder's own precision."""
-    with torch.autocast(latents.device.type, enabled=False):
-        return type(autoencoder).decode(autoencoder, latents.to(autoencoder.dtype), **settings)
-
-
 class CallSettings(TypedDict):
     """What all pictures of a call have in common; None: the pipeline's own."""
 
@@ -128,6 +102,7 @@ def draw_pictures(
     *,
     negative: str | None = None,
     batch: int = 4,
+    report: Report = print_line,
     **call: Unpack[CallSettings],
 ) -> list[np.ndarray]:
     """Draw one picture per prompt and seed, uint8 [size, size, 3].
@@ -135,10 +110,12 @@ def draw_pictures(
     Args:
         negative: what no picture should show.
         batch: pictures at a time.
+        report: told of pictures that the safety checker has blackened.
     """
     pipeline.set_progress_bar_config(disable=True)
     settings = name_settings(**call)
     pictures: list[np.ndarray] = []
+    black: list[bool] = []
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
         # Noise is drawn on the host: the same for every device and batch size.
@@ -152,6 +129,9 @@ def draw_pictures(
             **settings,
         )
         pictures += [(picture * 255).round().astype(np.uint8) for picture in output.images]
+        # None: of a pipeline that checks nothing.
+        black += getattr(output, "nsfw_content_detected", None) or [False] * len(part)
+    report_blackened(prompts, seeds, black, report)
     return pictures
 
 

@@ -8,7 +8,7 @@ import torch
 from limner.base_model.base import BaseModel
 from limner.base_model.open import read_pipeline_class
 from limner.engines.torch.encoders import TorchEncoders
-from limner.engines.torch.loading import load_stage
+from limner.engines.torch.loading import load_stage, make_scheduler
 from limner.engines.torch.lora_file import load_lora
 from limner.errors import InputError
 from limner.families import FAMILIES
@@ -103,7 +103,9 @@ def add_other_stage(pipeline: Any, family: Family, base: BaseModel, encoders: To
     for name in stage.needed_components:
         if name in encoders.loaded:
             own.loaded[name] = encoders.loaded[name]
-    components = {name: own.component(name) for name in other.components}
+    components = {name: own.component(name) for name in other.components if name != "scheduler"}
+    scheduler = make_scheduler(base.other_stage, base.other_stage.prediction_type)
+    components["scheduler"] = scheduler
     half = getattr(diffusers, other.pipeline)(**components)
     if base.other_stage.adapter is not None:
         load_lora(half, base.other_stage.adapter)

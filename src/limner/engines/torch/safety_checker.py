@@ -1,0 +1,47 @@
+"""The safety checker that some bases have: it blackens the pictures that it finds unsafe."""
+
+from collections.abc import Sequence
+
+from limner.base_model.base import BaseModel
+from limner.base_model.weight_files import has_usable_weights, list_files
+from limner.engines.torch.encoders import TorchEncoders
+from limner.json_types import Plain
+from limner.protocols import Report
+
+
+def has_safety_checker(base: BaseModel, report: Report) -> bool:
+    """Return whether a base has a safety checker that can be loaded, and say why it cannot."""
+    index, folder = base.configs.model_index, base.component_folder("safety_checker")
+    if (index.get("safety_checker") or [None, None])[1] is None:
+        return False
+    if has_usable_weights("safety_checker", list_files(folder), base.variant):
+        return True
+    report(
+        f"{folder}: it has no weights in safetensors, and pickles are never opened: pictures are "
+        "drawn without this safety checker"
+    )
+    return False
+
+
+def load_safety_checker(encoders: TorchEncoders) -> Plain:
+    """Return what a stock pipeline takes to check its pictures."""
+    names = ("safety_checker", "feature_extractor")
+    return {name: encoders.component(name) for name in names} | {"requires_safety_checker": True}
+
+
+def report_blackened(
+    prompts: Sequence[str], seeds: Sequence[int], flags: Sequence[bool], report: Report
+) -> None:
+    """Say which pictures the safety checker has blackened.
+
+    Args:
+        flags: of each picture, whether it has.
+    """
+    pictures = zip(prompts, seeds, flags, strict=True)
+    black = [f"{prompt!r} (seed {seed})" for prompt, seed, is_black in pictures if is_black]
+    if black:
+        report(
+            f"{len(black)} of {len(flags)} pictures are black, because the base's safety checker "
+            f"found them unsafe: {', '.join(black[:5])}. Without it: --no-safety-checker, or "
+            "preview.safety_checker=false for previews"
+        )
