@@ -337,20 +337,20 @@ def test_what_a_safety_checker_blackens_is_told_and_stays_black(
         "2 of 2 pictures are black, because the base's safety checker found them unsafe: "
         "'a red circle' (seed 5), 'a red circle' (seed 6). Without it: --no-safety-checker"
     )
-    assert sum(line.startswith(told) for line in said) == 2  # before the first step, and at the end
+    assert sum(line.startswith(told) for line in said) == 2  # first and last
     assert not read_previews(tmp_path / "run").any()
     capsys.readouterr()
     assert not generate(tmp_path / "run", tmp_path / "black").any()
     assert told in capsys.readouterr().err
     plain = {**settings, "model.base": str(checked), "preview.safety_checker": False}
     said = train(plain, tmp_path / "plain")
-    assert not [line for line in said if "safety" in line]
+    assert not [line for line in said if "safety checker" in line]
     shown = read_previews(tmp_path / "plain")
     assert shown.any()
     for run in ("run", "plain"):
         drawn = generate(tmp_path / run, tmp_path / f"{run}-drawn", safety_checker=False)
         assert np.abs(drawn - shown).max() <= 1
-    assert "safety" not in capsys.readouterr().err
+    assert "safety checker" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -87,7 +87,9 @@ def open_lora_run(weights: ModelSource, *, as_previews: bool, safety_checker: bo
             # Not net.to(): diffusers' own warns of modules to keep in float32, naming none.
             nets[name] = torch.nn.Module.to(encoders.component(name), half)
     checker = None
-    if safety_checker and has_safety_checker(base, print_line):
+    if safety_checker and has_safety_checker(
+        base.configs.model_index, base.folder, base.variant, print_line
+    ):
         checker = load_safety_checker(encoders)
     return build_from_components(
         family, base, encoders, nets, weights.prediction_type, checker, weights.lora

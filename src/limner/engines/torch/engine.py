@@ -63,7 +63,7 @@ class TorchEngine:
         self.checks_previews = (
             bool(config.preview.prompts and config.preview.safety_checker)
             and "safety_checker" in family.pipeline_options(base.configs)
-            and has_safety_checker(base, report)
+            and has_safety_checker(base.configs.model_index, base.folder, base.variant, report)
         )
         if config.engine.tf32:
             torch.backends.cuda.matmul.allow_tf32 = True

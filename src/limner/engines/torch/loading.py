@@ -1,20 +1,25 @@
 """Stock diffusers pipelines from a folder or the Hub."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from limner.base_model.base import INDEX, BaseModel
 from limner.base_model.comparison import describe_fault
-from limner.base_model.base import BaseModel
+from limner.base_model.json_files import read_json
 from limner.base_model.open import open_base, read_pipeline_class
 from limner.config.schema import ModelSettings
 from limner.diffusion.result_scheduler import adapt_scheduler
 from limner.engines.torch.lora_file import load_lora
+from limner.engines.torch.safety_checker import has_safety_checker
 from limner.engines.torch.weights import check_pipeline
 from limner.errors import InputError, LimnerError
 from limner.families import FAMILIES, find_pipeline_family
 from limner.families.family import Family, Stage
+from limner.json_types import Plain
+from limner.progress import print_line
 from limner.protocols import ModelSource
 
 
@@ -29,9 +34,7 @@ def load_pipeline(weights: ModelSource, dtype: torch.dtype, safety_checker: bool
     """
     import diffusers
 
-    pipeline = load_class(diffusers.AutoPipelineForText2Image, weights, dtype)
-    if not safety_checker and getattr(pipeline, "safety_checker", None) is not None:
-        pipeline.register_modules(safety_checker=None)
+    pipeline = load_class(diffusers.AutoPipelineForText2Image, weights, dtype, safety_checker)
     if weights.lora is not None:
         load_lora(pipeline, weights.lora)
     return pipeline
@@ -55,8 +58,13 @@ def load_stage(weights: ModelSource, dtype: torch.dtype, family: Family, stage: 
     return pipeline
 
 
-def load_class(pipeline_class: Any, weights: ModelSource, dtype: torch.dtype) -> Any:
+def load_class(
+    pipeline_class: Any, weights: ModelSource, dtype: torch.dtype, safety_checker: bool = True
+) -> Any:
     """Load a model as a pipeline of this class; an old Flax model is imported first.
+
+    Args:
+        safety_checker: whether the model's is loaded, if it has one.
 
     Raises:
         InputError: when it cannot be loaded.
@@ -64,8 +72,9 @@ def load_class(pipeline_class: Any, weights: ModelSource, dtype: torch.dtype) ->
     try:
         folder = find_folder(weights)
         check_pipeline(folder, weights.variant)
+        without = leave_out_checker(folder, weights.variant, safety_checker)
         return pipeline_class.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, variant=weights.variant
+            folder, dtype=dtype, use_safetensors=True, variant=weights.variant, **without
         )
     except (LimnerError, MemoryError):
         raise
@@ -73,11 +82,22 @@ def load_class(pipeline_class: Any, weights: ModelSource, dtype: torch.dtype) ->
     except Exception as error:
         imported = import_flax(weights)
         if imported is not None:
-            return load_class(pipeline_class, imported, dtype)
+            return load_class(pipeline_class, imported, dtype, safety_checker)
         raise InputError(
             f"{weights.model}: cannot be loaded as a diffusers pipeline: "
             f"{describe_fault(error)}{hint_at_other_stage(weights)}"
         ) from error
+
+
+def leave_out_checker(folder: Path, variant: str | None, is_wanted: bool) -> Plain:
+    """Return what a pipeline's class is told to load no safety checker; nothing where it is wanted
+    and can be loaded."""
+    index = read_json(folder / INDEX)
+    if "safety_checker" not in index:
+        return {}
+    if is_wanted and has_safety_checker(index, folder, variant, print_line):
+        return {}
+    return {"safety_checker": None, "requires_safety_checker": False}
 
 
 def find_folder(weights: ModelSource) -> Path:
@@ -90,11 +110,19 @@ def find_folder(weights: ModelSource) -> Path:
 
     if Path(weights.model).is_dir():
         return Path(weights.model)
-    return Path(
-        diffusers.DiffusionPipeline.download(
-            weights.model, use_safetensors=True, **weights.settings
-        )
+    download = functools.partial(
+        diffusers.DiffusionPipeline.download,
+        weights.model,
+        use_safetensors=True,
+        **weights.settings,
     )
+    try:
+        return Path(download())
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        # Perhaps only the safety checker has none: pictures are then drawn without it.
+        return Path(download(safety_checker=None))
 
 
 def make_scheduler(base: BaseModel, prediction_type: str | None) -> Any:

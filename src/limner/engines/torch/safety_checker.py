@@ -1,20 +1,28 @@
 """The safety checker that some bases have: it blackens the pictures that it finds unsafe."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from limner.base_model.base import BaseModel
 from limner.base_model.weight_files import has_usable_weights, list_files
 from limner.engines.torch.encoders import TorchEncoders
 from limner.json_types import Plain
 from limner.protocols import Report
 
 
-def has_safety_checker(base: BaseModel, report: Report) -> bool:
-    """Return whether a base has a safety checker that can be loaded, and say why it cannot."""
-    index, folder = base.configs.model_index, base.component_folder("safety_checker")
+def has_safety_checker(
+    index: Mapping[str, Any], folder: Path, variant: str | None, report: Report
+) -> bool:
+    """Return whether a model has a safety checker that can be loaded, and say why it cannot.
+
+    Args:
+        index: the model's model_index.json.
+        folder: of the model.
+    """
     if (index.get("safety_checker") or [None, None])[1] is None:
         return False
-    if has_usable_weights("safety_checker", list_files(folder), base.variant):
+    folder = folder / "safety_checker"
+    if has_usable_weights("safety_checker", list_files(folder), variant):
         return True
     report(
         f"{folder}: it has no weights in safetensors, and pickles are never opened: pictures are "
