@@ -207,7 +207,7 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
     path_exists("the model", model)
     folder = Path(model)
     config = RunFolder(folder).config
-    run = read_run_settings(config) if config.is_file() else dict.fromkeys(SECTIONS, {})
+    run = read_run_settings(config) if config.is_file() else {key: {} for key in SECTIONS}
     trained = run["model"]
     family = trained.get("family")
     other_stage = trained.get("other_stage")
