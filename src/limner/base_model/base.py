@@ -111,6 +111,8 @@ def read_front_matter(path: Path) -> tuple[Plain, str | None]:
         AttributeError,
     ) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        if isinstance(error, RecursionError):
+            reason = "nested too deep"
         return {}, (
             f"{path}: its front matter cannot be read ({reason}), so the license is not taken over"
         )
