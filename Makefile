@@ -41,5 +41,6 @@ soak: install
 	$(BIN)/python -m pytest tests/test_kandinsky.py -k launcher -m soak
 	CURVE_STEPS=100 $(BIN)/python -m pytest tests/test_jax.py tests/test_flax.py tests/test_curve.py -m "soak or not soak"
 	$(BIN)/python -m pytest tests/test_gpu_check.py -m soak
+	$(BIN)/python -m pytest tests/test_broken_bases.py -m soak
 
 .PHONY: install quick test lint demo check-jax soak

@@ -67,9 +67,10 @@ def run_check(
     """
     check_config(config)
     check_places(config)
-    with contextlib.closing(engines.join_processes(config.engine)) as process:
+    with contextlib.closing(engines.join_processes(config.engine, to_check=True)) as process:
         setup = prepare(config, None, process, report, Stop(), read_only=True)
-        report_truncated_captions(setup)
+        if engines.is_installed(config.engine.kind):
+            report_truncated_captions(setup)
         findings = CheckReport(
             pictures=report_pictures(setup),
             buckets=report_buckets(setup),
@@ -151,7 +152,9 @@ def report_captions(setup: Setup) -> CaptionReport:
         empty=[entry.key for entry in setup.index.without_caption],
         repeated=[RepeatedCaption(text, count) for text, count in times.most_common() if count > 1],
         tokens={
-            one.tokenizer: report_tokens(setup, one, pairs) for one in setup.family.text.inputs
+            one.tokenizer: report_tokens(setup, one, pairs)
+            for one in setup.family.text.inputs
+            if engines.is_installed(setup.config.engine.kind)
         },
     )
 

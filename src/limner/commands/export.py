@@ -91,7 +91,7 @@ def export_run(
         config = replace(config, export=replace(config.export, hub=push_to or config.export.hub))
         family = FAMILIES[config.model.family]
         base = open_base(config.model, family, for_generation=False)
-        engines.check_base(config.engine.kind, base, family)
+        engines.check_base(config.engine.kind, base, family, report)
         objective = make_objective(base.configs["scheduler"], config.objective)
         write_result(newest, config, base, family, objective.prediction_type)
         report(f"{run}: the result of step {newest.step} is here")
@@ -135,7 +135,7 @@ def combine_stages(
         ModelSettings(str(run), family.name, other_stage=other_stage, cache_dir=model.cache_dir),
         family,
     )
-    engines.check_base("torch", base, family)
+    engines.check_base("torch", base, family, report)
     if base.other_stage is None or base.other_stage.adapter is not None:
         raise InputError(f"{other_stage}: {LORA_REFUSAL}")
     other_family = FAMILIES[family.stage.other_stage]

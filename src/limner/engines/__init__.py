@@ -1,15 +1,19 @@
 """The engines by name: two packages whose modules and functions have the same names."""
 
-import importlib
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from limner.base_model import published_shapes
 from limner.base_model.base import BaseModel
 from limner.config.schema import Config, EngineSettings
+from limner.engines.absent import AbsentEngine, LoneProcess
 from limner.families.family import Family
 from limner.protocols import Engine, ModelSource, ProcessGroup, Report
+
+PACKAGES = {"torch": ("torch", "diffusers", "transformers"), "jax": ("jax", "tokenizers")}
 
 
 def import_module(kind: str, name: str) -> Any:
@@ -17,19 +21,41 @@ def import_module(kind: str, name: str) -> Any:
     return importlib.import_module(f"limner.engines.{kind}.{name}")
 
 
-def join_processes(settings: EngineSettings) -> ProcessGroup:
-    """Join the processes of this run; nothing is loaded yet."""
+def join_processes(settings: EngineSettings, *, to_check: bool = False) -> ProcessGroup:
+    """Join the processes of this run; nothing is loaded yet.
+
+    Args:
+        to_check: nothing will be trained, so that the engine need not be installed.
+    """
+    if to_check and not is_installed(settings.kind):
+        return LoneProcess(settings)
     group: ProcessGroup = import_module(settings.kind, "processes").join_processes(settings)
     return group
 
 
-def check_base(kind: str, base: BaseModel, family: Family) -> None:
+def is_installed(kind: str) -> bool:
+    """Return whether the libraries of an engine are there; none is imported."""
+    return all(importlib.util.find_spec(name) is not None for name in PACKAGES[kind])
+
+
+def check_base(kind: str, base: BaseModel, family: Family, report: Report = print) -> None:
     """Compare what the files of a base hold with what its configs say; no weight is read.
+
+    Without the engine that is done for the components of published models, and ``report`` is told
+    what was not compared.
 
     Raises:
         InputError: naming the folder and what differs.
     """
-    import_module(kind, "weights").check_base(base, family)
+    if is_installed(kind):
+        import_module(kind, "weights").check_base(base, family)
+        return
+    unknown = published_shapes.check_base(base, family)
+    weights = f" the weights of {', '.join(unknown)} with their configs," if unknown else ""
+    report(
+        f"not checked, as engine.kind={kind!r} is not installed:{weights} the tokenizers, and "
+        "captions against their limits"
+    )
 
 
 def open_engine(
@@ -41,6 +67,8 @@ def open_engine(
     report: Report,
 ) -> Engine:
     """Open the engine of this process; weights are loaded when they are first needed."""
+    if isinstance(process, LoneProcess):
+        return AbsentEngine()  # type: ignore[return-value]
     module = import_module(config.engine.kind, "engine")
     engine: Engine = module.open_engine(config, base, family, process, micro_batch_size, report)
     return engine

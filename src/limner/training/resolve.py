@@ -80,7 +80,7 @@ def settle(
     config = settle_seed(config, checkpoint, process, draw=not read_only)
     source = mixture.open_source(config.data, report) if source is None else source
     base = open_base_everywhere(config, family, process)
-    process.first(lambda: engines.check_base(config.engine.kind, base, family))
+    process.first(lambda: engines.check_base(config.engine.kind, base, family, report))
     if (problem := base.describe_card_problem()) is not None:
         report(problem)
     config = settle_other_stage(config, base)
