@@ -42,5 +42,6 @@ soak: install
 	CURVE_STEPS=100 $(BIN)/python -m pytest tests/test_jax.py tests/test_flax.py tests/test_curve.py -m "soak or not soak"
 	$(BIN)/python -m pytest tests/test_gpu_check.py -m soak
 	$(BIN)/python -m pytest tests/test_broken_bases.py -m soak
+	$(BIN)/python -m pytest tests/test_fuzz.py -m soak --numprocesses 2
 
 .PHONY: install quick test lint demo check-jax soak

@@ -68,6 +68,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+    # Of what is wrong beside the pixels of a picture; what is wrong with them is an error.
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(diffusers|transformers|torch|peft|accelerate)"
     )

@@ -43,6 +43,7 @@ KERNELS = {
 MAX_SHRINK = 64  # the largest factor by which libvips shrinks, PIL does beyond
 STRIP_PIXELS = 2**22  # that are converted to sRGB at once
 LARGE = 2**26  # pixels from which a picture is halved, or more, before PIL resizes it
+RESIZED_BY_PIL = 50_000_000  # pixels that PIL may resize a picture to
 # How the rows and columns of a picture become upright, by the orientation in its EXIF.
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda pixels: pixels[:, ::-1],
@@ -259,22 +260,28 @@ def crop(pixels: np.ndarray, geometry: Geometry, resample: str) -> np.ndarray:
         # in single precision, so that its bits could differ.
         size = geometry.width, geometry.height
         if pixels.shape[0] * pixels.shape[1] > LARGE:
-            # PIL takes a copy of what it resizes: of a size that is still twice what is asked for.
-            pixels = shrink(pixels, int(min(factors) / 2))
-        resized = np.asarray(Image.fromarray(pixels).resize(size, RESAMPLE[resample]))
+            # PIL takes a copy of what it resizes: of a size near what is asked for.
+            pixels = shrink(pixels, int(min(factors)))
+        resized = pixels
+        if size != pixels.shape[1::-1]:
+            resized = np.asarray(Image.fromarray(pixels).resize(size, RESAMPLE[resample]))
         bottom = geometry.top + geometry.crop_height
         right = geometry.left + geometry.crop_width
         cropped = resized[geometry.top : bottom, geometry.left : right]
     return np.ascontiguousarray(cropped[:, ::-1] if geometry.flip else cropped)
 
 
-def shrink(pixels: np.ndarray, factor: int) -> np.ndarray:
-    """Make pixels, uint8 [H, W, 3], smaller by a whole factor, as PIL's ``reduce`` does."""
-    if factor < 2:
+def shrink(pixels: np.ndarray, factor: int, mode: str = "RGB") -> np.ndarray:
+    """Make pixels, uint8 [H, W, 3], smaller by a whole factor, as PIL's ``reduce`` does, and
+    convert them to another mode of PIL; in strips, for which little memory is needed."""
+    if factor < 2 and mode == "RGB":
         return pixels
+    factor = max(1, factor)
     rows = factor * max(1, STRIP_PIXELS // (factor * pixels.shape[1]))
     strips = (pixels[top : top + rows] for top in range(0, len(pixels), rows))
-    return np.concatenate([np.asarray(Image.fromarray(one).reduce(factor)) for one in strips])
+    return np.concatenate(
+        [np.asarray(Image.fromarray(one).reduce(factor).convert(mode)) for one in strips]
+    )
 
 
 def shrink_and_crop(pixels: np.ndarray, geometry: Geometry, kernel: str) -> np.ndarray:

@@ -34,8 +34,6 @@ from limner.storage.run_folder import RunFolder
 # decoded anew.
 _DECODER = f"3, Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}"
 
-ENLARGED = 50_000_000  # pixels of the largest picture that resizing makes larger
-
 
 class PictureFacts(NamedTuple):
     """The size and hash of a decoded picture; a row in the list of decoded pictures."""
@@ -281,9 +279,11 @@ def check_resized_size(height: int, width: int, config: DataSettings) -> None:
     shape = buckets.choose_shape((height, width), config)
     resized_height, resized_width = geometry.covering_size((height, width), shape)
     pixels, limit = resized_height * resized_width, config.max_pixels
-    if pixels > height * width:
-        limit = min(limit, ENLARGED)
-    if pixels <= limit:
+    if pixels > height * width or config.resample not in image.KERNELS:
+        limit = min(limit, image.RESIZED_BY_PIL)
+        if height * width > image.LARGE:
+            limit = min(limit, image.LARGE // 4)
+    if pixels <= limit or pixels == height * width:
         return
     if config.buckets is None:
         condition = f"data.size = {config.size}"

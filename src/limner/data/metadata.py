@@ -11,7 +11,7 @@ from limner.errors import InputError
 from limner.json_types import Plain
 
 LINE = 2**22  # characters of a line
-ROW_GROUP_BYTES = 2**28  # unpacked, of the columns that are read
+ROW_GROUP_BYTES = 2**29  # unpacked
 ROW_GROUP_VALUES = 2**24
 BATCH_VALUES = 2**16  # that are read of a parquet file at once
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -185,48 +185,69 @@ def read_parquet(path: Path, wanted: list[str], most_rows: int) -> Table:
         ) from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        batch_rows = check_parquet(path, file.metadata, wanted, most_rows)
+        columns = list(file.schema_arrow.names)
+        read = [name for name in wanted if name in columns]
+        batch_rows = check_parquet(path, file, read, most_rows)
         # Texts stay in their dictionary: a long one that many rows have is there once.
         leaves = [file.schema.column(i) for i in range(len(file.schema))]
         texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
         file = pyarrow.parquet.ParquetFile(path, read_dictionary=texts)
-        columns = list(file.schema_arrow.names)
-        read = [name for name in wanted if name in columns]
         rows = [
             dict(zip(read, values, strict=True))
-            for batch in file.iter_batches(batch_rows, columns=read, use_threads=False)
-            for values in zip(*(list_values(column) for column in batch.columns), strict=True)
+            # Lists of texts in a dictionary are read from one row group at a time only.
+            for number in range(file.num_row_groups)
+            for batch in file.iter_batches(batch_rows, row_groups=[number], columns=read)
+            for values in zip(*list_columns(batch), strict=True)
         ]
     except (pyarrow.ArrowException, ValueError) as error:
         raise InputError(f"{path}: not a parquet file: {error}") from error
     return Table(columns, [(f"row {number}", row) for number, row in enumerate(rows, 1)])
 
 
-def check_parquet(path: Path, metadata: Any, wanted: list[str], most_rows: int) -> int:
+def check_parquet(path: Path, file: Any, read: list[str], most_rows: int) -> int:
     """Return how many rows are to be read at once.
 
     Raises:
         InputError: for too many rows, or a row group that would take too much memory.
     """
-    if metadata.num_rows > most_rows:
+    if file.metadata.num_rows > most_rows:
         raise InputError(
-            f"{path}: {metadata.num_rows} rows, for a folder that has too few pictures for more "
-            f"than {most_rows}"
+            f"{path}: {file.metadata.num_rows} rows, for a folder that has too few pictures for "
+            f"more than {most_rows}"
         )
-    most_values = 1
-    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
-        chunks = [group.column(i) for i in range(group.num_columns)]
-        chunks = [one for one in chunks if one.path_in_schema.startswith(tuple(wanted))]
-        size = sum(one.total_uncompressed_size for one in chunks)
-        values = max((one.num_values for one in chunks), default=0)
-        if size > ROW_GROUP_BYTES or values > ROW_GROUP_VALUES:
+    most_in_row = 1
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        values = count_values(file, number, read)
+        if group.total_byte_size > ROW_GROUP_BYTES or values > ROW_GROUP_VALUES:
             raise InputError(
-                f"{path}: a row group of {values} values and {size >> 20} MiB in "
-                f"{' and '.join(wanted)}; write row groups of at most {ROW_GROUP_VALUES} values "
-                f"and {ROW_GROUP_BYTES >> 20} MiB"
+                f"{path}: a row group of {group.total_byte_size >> 20} MiB and {values} values; "
+                f"write row groups of at most {ROW_GROUP_BYTES >> 20} MiB and {ROW_GROUP_VALUES} "
+                "values"
             )
-        most_values = max(most_values, values // max(1, group.num_rows))
-    return max(1, BATCH_VALUES // most_values)
+        most_in_row = max(most_in_row, values // max(1, group.num_rows))
+    return max(1, BATCH_VALUES // most_in_row)
+
+
+def count_values(file: Any, number: int, read: list[str]) -> int:
+    """Return the most values that a column of a row group has: of lists, those in all of them."""
+    group = file.metadata.row_group(number)
+    nested = [name for name in read if file.schema_arrow.field(name).type.num_fields]
+    if not nested:
+        return group.num_rows
+    # Of damaged lengths pyarrow's metadata end the process; reading a row tells them as an error.
+    next(file.iter_batches(1, row_groups=[number], columns=nested), None)
+    paths = [file.schema.column(i).path for i in range(group.num_columns)]
+    read_chunks = [
+        i for i, path in enumerate(paths) if path.startswith(tuple(f"{name}." for name in nested))
+    ]
+    return max(group.num_rows, *(group.column(i).num_values for i in read_chunks))
+
+
+def list_columns(batch: Any) -> list[list[Any]]:
+    """Return the values of each column of an Arrow batch; one of a damaged file is refused."""
+    batch.validate(full=True)
+    return [list_values(column) for column in batch.columns]
 
 
 def list_values(column: Any) -> list[Any]:

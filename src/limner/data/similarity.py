@@ -23,8 +23,8 @@ def perceptual_hash(picture: Image.Image | np.ndarray) -> int:
 
     # Lanczos over all pixels of a large picture would be slow.
     pixels = np.asarray(picture)
-    pixels = image.shrink(pixels, min(pixels.shape[:2]) // 64)
-    grey = Image.fromarray(pixels).convert("L").resize((32, 32), Image.Resampling.LANCZOS)
+    pixels = image.shrink(pixels, min(pixels.shape[:2]) // 64, "L")
+    grey = Image.fromarray(pixels).resize((32, 32), Image.Resampling.LANCZOS)
     if float(np.asarray(grey, np.float32).std()) < 2:
         return FLAT
     bits = imagehash.phash(grey).hash.reshape(-1)
