@@ -217,7 +217,8 @@ def test_a_lora_takes_its_base_from_where_the_run_kept_it(tmp_path, monkeypatch)
         None,
     )
     (run / "model_index.json").touch()
-    assert generate.find_sources("~/run", None) == (ModelSource(str(run)), None)
+    whole = ModelSource(str(run), variant="fp16", cache_dir="/downloads")
+    assert generate.find_sources("~/run", None) == (whole, None)
 
 
 @pytest.mark.parametrize(

@@ -353,6 +353,31 @@ def counted(function: Any, calls: list[int]) -> Any:
     return call
 
 
+def test_a_variant_is_the_other_stage_s_too(result, kandinsky, tmp_path):
+    """The prior has weights of a variant only, the run's own result plain ones."""
+    prior = Path(shutil.copytree(kandinsky / "prior", tmp_path / "prior"))
+    for path in list(prior.rglob("*.safetensors")):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    run = Path(shutil.copytree(result[DECODER, "full"], tmp_path / "run"))
+    kept = json.loads((run / "config.json").read_text())
+    kept["model"] |= {"variant": "fp16", "other_stage": str(prior)}
+    (run / "config.json").write_text(json.dumps(kept))
+    [drawn], [wanted] = (
+        limner.generate(
+            str(folder),
+            ["a red circle"],
+            steps=2,
+            size=SIZE,
+            device="cpu",
+            output=tmp_path / folder.parent.name,
+        )
+        for folder in (run, result[DECODER, "full"])
+    )
+    assert drawn.read_bytes() == wanted.read_bytes()
+    limner.export(run, combined=tmp_path / "both")
+    assert (tmp_path / "both" / "prior_prior" / "diffusion_pytorch_model.safetensors").is_file()
+
+
 def test_the_statistics_of_a_prior_do_not_learn(result, kandinsky):
     from diffusers import PriorTransformer
 

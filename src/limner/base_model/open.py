@@ -77,12 +77,19 @@ def check_compatible(base: BaseModel, family: Family) -> None:
 
 
 def check_variant(base: BaseModel, family: Family) -> None:
-    """Refuse a variant of which no component has weights."""
+    """Refuse a variant of which no component has weights, of the other stage neither."""
     if base.variant is None:
         return
-    for component in list_components_with_weights(family):
-        if any(parse_variant(path) == base.variant for path in base.weight_files(component)):
-            return
+    paths = [
+        path for name in list_components_with_weights(family) for path in base.weight_files(name)
+    ]
+    if base.other_stage is not None and family.stage is not None:
+        other = FAMILIES[family.stage.other_stage]
+        for name in list_components_with_weights(other):
+            if name in base.other_stage.configs.components:
+                paths += base.other_stage.weight_files(name)
+    if any(parse_variant(path) == base.variant for path in paths):
+        return
     raise InputError(
         f"model.variant: {base.name} has no weights of variant {base.variant!r}, only plain "
         "ones. Leave model.variant out."

@@ -131,10 +131,10 @@ def combine_stages(
     if kind == "lora":
         raise InputError(f"{run}: {LORA_REFUSAL}")
     other_stage = other_stage or model.other_stage
-    base = open_base(
-        ModelSettings(str(run), family.name, other_stage=other_stage, cache_dir=model.cache_dir),
-        family,
-    )
+    # The variant is for the other stage: the run's own result has plain weights.
+    settings = ModelSettings(str(run), family.name, other_stage=other_stage)
+    settings = replace(settings, variant=model.variant, cache_dir=model.cache_dir)
+    base = open_base(settings, family)
     engines.check_base("torch", base, family, report)
     if base.other_stage is None or base.other_stage.adapter is not None:
         raise InputError(f"{other_stage}: {LORA_REFUSAL}")

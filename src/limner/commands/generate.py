@@ -24,8 +24,6 @@ from limner.storage.run_folder import RunFolder
 
 # The sections of a run's settings that its pictures depend on.
 SECTIONS = ("model", "objective", "adapter", "engine")
-# Settings of a run that mean nothing to another base.
-OF_THE_BASE = ("variant", "revision", "trained_revision")
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,9 @@ def open_pipeline(
     if source.lora is not None and source.family is not None:
         source, other_stage = replace(source, other_stage=other_stage), None
     other_source = None if other_stage is None else find_sources(other_stage, None)[0]
+    if other_source is not None and other_source.family is None:
+        # No run of its own: it is read as the run read it.
+        other_source = replace(other_source, variant=source.variant, cache_dir=source.cache_dir)
     return engines.open_pipeline(
         source,
         other_source,
@@ -193,6 +194,26 @@ def read_run_settings(config: Path) -> dict[str, Plain]:
     return sections
 
 
+def read_run(folder: Path) -> ModelSource:
+    """Read what a run was trained on and how; of a folder that holds no run, nothing is known."""
+    config = RunFolder(folder).config
+    run = read_run_settings(config) if config.is_file() else {key: {} for key in SECTIONS}
+    model = run["model"]
+    return ModelSource(
+        model.get("base") or "",
+        family=model.get("family"),
+        variant=model.get("variant"),
+        revision=model.get("revision"),
+        cache_dir=model.get("cache_dir"),
+        trained_revision=model.get("trained_revision"),
+        vae=model.get("vae"),
+        other_stage=model.get("other_stage"),
+        prediction_type=run["objective"].get("predict"),
+        text_encoders=bool(run["adapter"].get("text_encoders")),
+        precision=run["engine"].get("precision") or "no",
+    )
+
+
 def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]:
     """Find the weights of a model, and the other stage with which its run was trained.
 
@@ -206,42 +227,29 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
     model = os.path.expanduser(model)
     path_exists("the model", model)
     folder = Path(model)
-    config = RunFolder(folder).config
-    run = read_run_settings(config) if config.is_file() else {key: {} for key in SECTIONS}
-    trained = run["model"]
-    family = trained.get("family")
-    other_stage = trained.get("other_stage")
-    precision = run["engine"].get("precision") or "no"
+    run = read_run(folder)
     if not folder.exists():
         check_hub_name(model, "model", "a run's folder, a folder in the diffusers layout")
     if not folder.is_dir() or (folder / INDEX).exists():
-        source = ModelSource(model, family=family, precision=precision, vae=trained.get("vae"))
-        return source, other_stage
+        # A whole result has the scheduler that it was trained for. The variant is for the other
+        # stage.
+        whole = replace(run, model=model, other_stage=None, prediction_type=None)
+        return replace(whole, revision=None, trained_revision=None), run.other_stage
     if not (folder / LORA_FILE).exists():
         raise InputError(
             f"{folder}: neither a diffusers folder ({INDEX}) nor a LoRA ({LORA_FILE}); a run "
             "has its result here when it has finished"
         )
-    base_source = os.path.expanduser(base) if base else trained.get("base")
+    base_source = os.path.expanduser(base) if base else run.model
     if not base_source:
         raise InputError(f"{folder}: the base model of this LoRA is not known; give it with --base")
-    if not Path(base_source).exists():
-        setting = "--base" if base else f"{config}: model.base"
+    setting = "--base" if base else f"{RunFolder(folder).config}: model.base"
+    if not path_exists(setting, base_source):
         check_hub_name(base_source, setting, "the folder of the base with --base")
-    # Variant and revisions are those of the run's own base.
-    own = {} if base else {name: trained.get(name) for name in OF_THE_BASE}
-    source = ModelSource(
-        base_source,
-        folder,
-        family,
-        cache_dir=trained.get("cache_dir"),
-        vae=trained.get("vae"),
-        prediction_type=run["objective"].get("predict"),
-        text_encoders=bool(run["adapter"].get("text_encoders")),
-        precision=precision,
-        **own,
-    )
-    return source, other_stage
+    if base:
+        # These are of the run's own base.
+        run = replace(run, variant=None, revision=None, trained_revision=None)
+    return replace(run, model=base_source, lora=folder, other_stage=None), run.other_stage
 
 
 def to_file_name(text: str) -> str:

@@ -73,8 +73,10 @@ def load_class(
         folder = find_folder(weights)
         check_pipeline(folder, weights.variant)
         without = leave_out_checker(folder, weights.variant, safety_checker)
+        # diffusers refuses a variant of which a folder has nothing, as a run's own result.
+        variant = weights.variant if any(folder.glob(f"*/*.{weights.variant}*")) else None
         return pipeline_class.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, variant=weights.variant, **without
+            folder, dtype=dtype, use_safetensors=True, variant=variant, **without
         )
     except (LimnerError, MemoryError):
         raise
