@@ -2,6 +2,8 @@
 only it is pushed."""
 
 import ast
+import errno
+import itertools
 import json
 import os
 import shutil
@@ -13,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import moments
 import numpy as np
 import pytest
 import yaml
@@ -29,7 +32,7 @@ from limner.config.schema import (
     ExportSettings,
     ModelSettings,
 )
-from limner.errors import HubError, InputError, IntegrityError
+from limner.errors import DiskError, HubError, InputError, IntegrityError
 from limner.families import FAMILIES
 from limner.storage import atomic
 from limner.storage.layout import LORA_FILE
@@ -318,6 +321,64 @@ def test_killed_at_any_moment_it_is_never_a_mixture_and_completes(
         atomic.sweep(run)
         assert result.is_result_whole(run, 8) and digests(run) == new
         assert {p.name for p in run.iterdir()} == {p.name for p in (tmp_path / "new").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "every"), [("lora", 1), ("full", 11), pytest.param("full", 1, marks=pytest.mark.soak)]
+)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_when_the_disk_refuses_the_result_that_was_there_is_whole(
+    kind: str, every: int, number: int, sd: Path, opened: BaseModel, tmp_path: Path
+) -> None:
+    """At every call that can fail, for n = 1, 1 + ``every``, ... until none fails."""
+    arrays = load_file(sd / UNET)
+
+    def write(factor: int, step: int) -> None:
+        scaled = {name: array * np.float32(factor) for name, array in arrays.items()}
+        if kind == "full":
+            result.write_full(opened, SD, tmp_path, scaled, "epsilon", step)
+        else:
+            result.write_lora(opened, SD, tmp_path, scaled, AdapterSettings(kind="lora"), step)
+
+    write(1, 4)
+    old, refused = digests(tmp_path), 0
+    for n in itertools.count(1, every):
+        with moments.failing(n, number) as count:
+            try:
+                write(2, 8)
+            except DiskError:
+                refused += 1
+        left = digests(tmp_path)
+        # What fails after the last name has changed is the new result's sync.
+        assert left == old or result.is_result_whole(tmp_path, 8)
+        assert result.is_result_whole(tmp_path, 4 if left == old else 8)
+        if count[0] < n:
+            break
+        if left != old:
+            write(1, 4)
+    assert refused > 5 and result.is_result_whole(tmp_path, 8)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.soak)])
+def test_killed_at_any_moment_one_of_the_two_results_is_loadable(
+    every: int, sd: Path, opened: BaseModel, tmp_path: Path
+) -> None:
+    run, arrays, dead = tmp_path / "run", load_file(sd / UNET), 0
+    half = {name: array * np.float32(0.5) for name, array in arrays.items()}
+    result.write_full(opened, SD, run, arrays, "epsilon", 4)
+    unets = {atomic.digest_file(run / UNET)}
+    for n in itertools.count(1, every):
+        died = moments.dies_at(n, lambda: result.write_full(opened, SD, run, half, "epsilon", 8))
+        unets.add(atomic.digest_file(run / UNET))
+        names = result.list_components(json.loads((run / "model_index.json").read_text()))
+        assert all(any((run / name).iterdir()) for name in names)
+        if not died:
+            break
+        dead += 1
+        atomic.sweep(run)
+        result.write_full(opened, SD, run, arrays, "epsilon", 4)
+    assert dead > 5 and len(unets) == 2
 
 
 def test_damage_is_seen(opened: BaseModel, trained: dict[str, np.ndarray], tmp_path: Path) -> None:

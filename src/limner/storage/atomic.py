@@ -1,6 +1,7 @@
 """Write files and folders so that each is whole or absent, whenever process or power die."""
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -145,6 +146,10 @@ def write_folder(final: Path, *, manifest: bool = True) -> Iterator[Path]:
 
 def replace_folder(whole: Path, final: Path) -> None:
     """Rename a folder to ``final``; the one of that name is deleted only afterwards."""
+    if final.exists() and exchange(whole, final):
+        sync(final.parent)
+        shutil.rmtree(whole, ignore_errors=True)
+        return
     aside = final.with_name(f".{final.name}.{os.getpid()}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
@@ -157,6 +162,18 @@ def replace_folder(whole: Path, final: Path) -> None:
         raise
     sync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two files or folders change their names in one step; False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    names = os.fsencode(one.absolute()), os.fsencode(other.absolute())
+    # From Linux's <fcntl.h> and <linux/fs.h>; absolute names need no folder.
+    at_fdcwd, rename_exchange = -100, 2
+    return bool(rename(at_fdcwd, names[0], at_fdcwd, names[1], rename_exchange) == 0)
 
 
 def seal(path: Path) -> None:

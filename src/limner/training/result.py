@@ -1,9 +1,11 @@
 """Write the result of a run: a diffusers folder or a LoRA file."""
 
+import contextlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -83,17 +85,16 @@ def write_full(
 ) -> None:
     """Write a diffusers folder at the run's root: the base with the newly trained weights.
 
-    Killed at any moment and called again it completes; until then there is no ``model_index.json``
-    and no ``result.json``.
+    An earlier result is in its place until this one is complete, see ``staging``.
     """
-    invalidate_result(run)
     index = {k: v for k, v in base.configs.model_index.items() if k != "_name_or_path"}
-    files: list[str] = []
-    for name in list_components(index):
-        if name not in family.components and not is_copyable(base, name):
-            index[name] = [None, None]
-            continue
-        with atomic.write_folder(run / name, manifest=False) as folder:
+    with staging(run, "full", step) as stage:
+        for name in list_components(index):
+            if name not in family.components and not is_copyable(base, name):
+                index[name] = [None, None]
+                continue
+            folder = stage / name
+            folder.mkdir()
             if name == base.trained_component:
                 write_json(folder / "config.json", base.configs[name])
                 safetensors.write_arrays(folder / WEIGHTS_FILE, dict(arrays))
@@ -104,9 +105,7 @@ def write_full(
                 write_json(folder / "scheduler_config.json", scheduler)
             else:
                 copy_component(base, name, folder)
-        files += [f"{name}/{file}" for file in list_files(run / name)]
-    atomic.write_text(run / INDEX, json.dumps(index, indent=2) + "\n")
-    seal_result(run, "full", step, [INDEX, *files])
+        write_json(stage / INDEX, index)
 
 
 def write_lora(
@@ -122,12 +121,10 @@ def write_lora(
     Names are those of PEFT, e.g. ``unet.mid_block...to_q.lora_A.weight``. Its alpha is equal to
     its rank, as whoever reads the arrays without the header takes it to be.
     """
-    invalidate_result(run)
     needed = sum(array.nbytes for array in arrays.values())
     header = layout.lora_header(replace(adapter, alpha=None), family)
-    with atomic.replacing(run / LORA_FILE, needed) as temporary:
-        safetensors.write_arrays(temporary, fold_scale(arrays, adapter), header)
-    seal_result(run, "lora", step, [LORA_FILE])
+    with staging(run, "lora", step) as stage, atomic.disk_errors(run / LORA_FILE, needed):
+        safetensors.write_arrays(stage / LORA_FILE, fold_scale(arrays, adapter), header)
 
 
 def fold_scale(arrays: Mapping[str, np.ndarray], adapter: AdapterSettings) -> dict[str, np.ndarray]:
@@ -175,20 +172,78 @@ def read_result(run: Path) -> ResultRecord:
     return cast(ResultRecord, result)
 
 
-def invalidate_result(run: Path) -> None:
-    """Remove what declares an earlier result whole, before a file of it changes."""
-    for name in (RESULT_FILE, INDEX):
-        with atomic.disk_errors(run / name):
-            (run / name).unlink(missing_ok=True)
-    if run.is_dir():
+@contextlib.contextmanager
+def staging(run: Path, kind: str, step: int) -> Iterator[Path]:
+    """Yield an empty folder beside the result; what is in it at the end becomes the result.
+
+    Until it is complete, and when the block raises, the earlier result stays as it is.
+    """
+    stage = run / f".result.{os.getpid()}.tmp"
+    with atomic.disk_errors(run):
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir(parents=True)
+        try:
+            yield stage
+            files = seal_result(stage, kind, step)
+            atomic.flush(stage)
+            install_result(stage, run, files)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def install_result(stage: Path, run: Path, files: Mapping[str, FileRecord]) -> None:
+    """Let what is new take the place of what is old, one name after another, ``result.json`` last.
+
+    When the disk refuses, what was done is undone.
+    """
+    names = sorted({name.split("/")[0] for name in files}, key=lambda name: name == INDEX)
+    changed = [name for name in names if not is_same(stage / name, run / name, files)]
+    done: list[str] = []
+    old = stage / f"old-{RESULT_FILE}"
+    try:
+        # A mixture of two results must not look whole.
+        if (run / RESULT_FILE).exists():
+            os.rename(run / RESULT_FILE, old)
+            atomic.sync(run)
+        for name in changed:
+            swap(stage / name, run / name)
+            done.append(name)
         atomic.sync(run)
+        os.replace(stage / RESULT_FILE, run / RESULT_FILE)
+        atomic.sync(run)
+    except OSError:
+        for name in reversed(done):
+            swap(run / name, stage / name)
+        if old.exists():
+            os.replace(old, run / RESULT_FILE)
+        raise
 
 
-def seal_result(run: Path, kind: str, step: int, names: Sequence[str]) -> None:
-    """Declare the result whole: write ``result.json``, with a digest of every file."""
+def swap(new: Path, final: Path) -> None:
+    """Let a file or folder take a name, and what had it, if anything, the other one."""
+    if not final.exists():
+        os.rename(new, final)
+    elif not atomic.exchange(new, final):
+        aside = new.with_name(f"{new.name}.old")
+        os.rename(final, aside)
+        os.rename(new, final)
+        os.rename(aside, new)
+
+
+def is_same(new: Path, present: Path, files: Mapping[str, FileRecord]) -> bool:
+    """Return whether a file or folder of a result is there already, whatever it was written by."""
+    if new.is_file():
+        return present.is_file() and is_unchanged(present, files[new.name])
+    if not present.is_dir() or {p.name for p in present.iterdir()} != set(list_files(new)):
+        return False
+    return all(is_unchanged(present / n, files[f"{new.name}/{n}"]) for n in list_files(new))
+
+
+def seal_result(stage: Path, kind: str, step: int) -> dict[str, FileRecord]:
+    """Write ``result.json`` beside the files of a result, and return their sizes and digests."""
     files: dict[str, FileRecord] = {}
-    for name in sorted(names):
-        path = run / name
+    for path in sorted(path for path in stage.rglob("*") if path.is_file()):
+        name = path.relative_to(stage).as_posix()
         files[name] = {"size": path.stat().st_size, "xxh3_128": atomic.digest_file(path)}
     result: ResultRecord = {
         "step": step,
@@ -196,7 +251,9 @@ def seal_result(run: Path, kind: str, step: int, names: Sequence[str]) -> None:
         "files": files,
         "digest": atomic.digest_json([step, kind, files]),
     }
-    atomic.write_text(RunFolder(run).result, json.dumps(result, indent=1))
+    text = json.dumps(result, indent=1)
+    (stage / RESULT_FILE).write_text(text, encoding="utf-8")
+    return files
 
 
 def list_components(index: Mapping[str, object]) -> list[str]:
