@@ -142,7 +142,7 @@ class DiskStore:
         self.rows: dict[str, RowPlace] = {}
         self.shards: set[Path] = set()
         with atomic.disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            atomic.make_folder(folder)
         self.remove_leftovers()
         self.refresh()
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import xxhash
 
 from limner.errors import DiskError, IntegrityError, LockedError
@@ -19,6 +20,7 @@ from limner.json_types import read_object
 
 MANIFEST = "MANIFEST.json"
 LOCK_FILE = ".lock"
+HOLDER_FILE = ".lock-holder"
 # Errors of the disk, or of the place that the user chose; all others are defects of the program.
 REFUSALS = (
     errno.ENOSPC,
@@ -54,11 +56,23 @@ def digest_json(value: object) -> str:
 
 def sync(path: Path) -> None:
     """Have a file's bytes, or a folder's list of names, written to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    # Windows syncs no folders, and files only where they may be written.
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, where they are not there; no power cut takes them away."""
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for one in reversed(missing):
+        sync(one.parent)
 
 
 @contextlib.contextmanager
@@ -112,7 +126,7 @@ def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a small file, in place of an older one; its folder is made if there is none."""
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -130,7 +144,7 @@ def write_folder(final: Path, *, manifest: bool = True) -> Iterator[Path]:
     """
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     with disk_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
@@ -259,18 +273,22 @@ def sweep(root: Path) -> None:
     """Put back folders that a dead writer had renamed in ``root``, and remove its temporary files.
 
     Call it only while holding the lock of ``root``.
+
+    Raises:
+        DiskError: when the disk refuses.
     """
-    for aside in root.glob(".*.old"):
-        final = root / aside.name[1:].rsplit(".", 2)[0]
-        if final.exists():
-            shutil.rmtree(aside)
-        else:
-            os.rename(aside, final)
-    for left in (*root.glob(".*.tmp"), *root.glob(".*.del")):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+    with disk_errors(root):
+        for aside in root.glob(".*.old"):
+            final = root / aside.name[1:].rsplit(".", 2)[0]
+            if final.exists():
+                shutil.rmtree(aside)
+            else:
+                os.rename(aside, final)
+        for left in (*root.glob(".*.tmp"), *root.glob(".*.del")):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -280,28 +298,48 @@ def lock(root: Path) -> Iterator[None]:
     Raises:
         LockedError: naming the process and the host that hold it.
     """
-    import fcntl
-
-    path = root / LOCK_FILE
+    path, holder = root / LOCK_FILE, root / HOLDER_FILE
     with disk_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        make_folder(root)
+    # Its own file has no text: on Windows nobody else can read a file that is locked.
+    file_lock = filelock.FileLock(path, timeout=0, thread_local=False)
     try:
         with disk_errors(path):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.read(file, 1000).decode(errors="replace").strip() or "unknown process"
-                raise LockedError(
-                    f"{root}: another run is writing here ({holder}). Wait for it, stop it, or "
-                    "choose another folder."
-                ) from None
-            os.ftruncate(file, 0)
+            file_lock.acquire()
+    except filelock.Timeout:
+        raise LockedError(
+            f"{root}: another run is writing here ({read_holder(holder)}). Wait for it, stop it, "
+            "or choose another folder."
+        ) from None
+    try:
+        with disk_errors(path):
             command = " ".join(sys.argv[:1])
-            os.write(file, f"process {os.getpid()} on {socket.gethostname()}: {command}\n".encode())
+            text = f"process {os.getpid()} on {socket.gethostname()}: {command}\n"
+            write_in_place(holder, text.encode(errors="replace"))
         yield
     finally:
+        with contextlib.suppress(OSError):
+            holder.unlink(missing_ok=True)
+        file_lock.release()
+
+
+def write_in_place(path: Path, content: bytes) -> None:
+    """Write a small file whose loss harms nobody."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        os.ftruncate(file, 0)
+        os.write(file, content)
+    finally:
         os.close(file)
+
+
+def read_holder(path: Path) -> str:
+    """Return what the process that holds a lock says of itself."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")[:1000].strip()
+    except OSError:
+        text = ""
+    return text or "unknown process"
 
 
 def user_cache_folder() -> Path:

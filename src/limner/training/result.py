@@ -181,7 +181,7 @@ def staging(run: Path, kind: str, step: int) -> Iterator[Path]:
     stage = run / f".result.{os.getpid()}.tmp"
     with atomic.disk_errors(run):
         shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir(parents=True)
+        atomic.make_folder(stage)
         try:
             yield stage
             files = seal_result(stage, kind, step)
