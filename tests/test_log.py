@@ -18,12 +18,12 @@ from PIL import Image
 from limner.config import toml
 from limner.config.schema import Config
 from limner.errors import InputError
+from limner.redaction import redact
 from limner.storage import atomic
 from limner.training.sinks import (
     list_installed_sinks,
     open_sinks,
     read_metrics,
-    redact,
     require_packages,
 )
 

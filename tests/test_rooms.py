@@ -17,6 +17,7 @@ HOME = Path(__file__).parent.parent
 # folder or a file of the package.
 ROOMS = (
     "errors",
+    "redaction",
     "guard",
     "progress",
     "json_types",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import limner
 from limner.errors import report_once
 from limner.guard import run_guarded
+from limner.redaction import redacted_output
 
 if TYPE_CHECKING:
     from limner.config.schema import Config
@@ -25,10 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words:
         parser.print_help(sys.stderr)
         return 2
-    arguments, extra = parser.parse_known_args(words)
-    unknown = extra if "words" not in arguments else [w for w in extra if w.startswith("-")]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{suggest_setting(unknown[0])}")
+    with redacted_output():
+        arguments, extra = parser.parse_known_args(words)
+        unknown = extra if "words" not in arguments else [w for w in extra if w.startswith("-")]
+        if unknown:
+            hint = suggest_setting(unknown[0])
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     # argparse takes a list of words up to the first option, and leaves those after it.
     if extra:
         arguments.words = [*arguments.words, *extra]

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 
 from limner.errors import InputError, LimnerError
+from limner.redaction import redacted_output
 
 
 def run_guarded(action: Callable[[], object]) -> int:
@@ -19,6 +20,12 @@ def run_guarded(action: Callable[[], object]) -> int:
         # File names and captions hold what a terminal's encoding may lack.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    with redacted_output():
+        return run_explained(action)
+
+
+def run_explained(action: Callable[[], object]) -> int:
+    """Run an action; see ``run_guarded``."""
     try:
         action()
     except LimnerError as error:

@@ -7,6 +7,8 @@ from typing import NoReturn, Self
 
 from tqdm import tqdm
 
+from limner.redaction import redact_text
+
 SECONDS = 30.0  # between two lines where standard error is no terminal
 LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
@@ -91,4 +93,4 @@ def open_progress(
 
 def print_line(text: str) -> None:
     """Tell the user one thing, beside a progress bar."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(redact_text(text), file=sys.stderr)

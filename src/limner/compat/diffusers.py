@@ -18,6 +18,7 @@ from limner.errors import InputError, report_once
 from limner.guard import run_guarded
 from limner.json_types import Plain
 from limner.progress import print_line
+from limner.redaction import redacted_output
 
 BEGIN = "<!-- flags: begin -->"
 END = "<!-- flags: end -->"
@@ -29,7 +30,8 @@ def main(script: str, argv: Sequence[str] | None = None) -> int:
     Args:
         script: the name of the diffusers script, without ``.py``.
     """
-    arguments = make_parser(script).parse_args(argv)
+    with redacted_output():
+        arguments = make_parser(script).parse_args(argv)
     return run_guarded(lambda: run_script(script, arguments))
 
 

@@ -27,6 +27,7 @@ from limner.errors import DiskError, InputError, shorten
 from limner.json_types import Plain, parse_json
 from limner.progress import open_progress
 from limner.protocols import Report
+from limner.redaction import redact
 from limner.storage import atomic
 from limner.storage.run_folder import RunFolder
 
@@ -381,7 +382,7 @@ def write_skipped(run: Path, skipped: Iterable[BadEntry]) -> None:
     If there is none, there is no file.
     """
     path = RunFolder(run).skipped
-    lines = [json.dumps({"path": key, "reason": reason}) + "\n" for key, reason in skipped]
+    lines = [json.dumps(redact({"path": key, "reason": reason})) + "\n" for key, reason in skipped]
     if lines:
         atomic.write_text(path, "".join(lines))
     else:

@@ -12,6 +12,7 @@ from typing import Literal
 from limner.config import toml
 from limner.errors import InputError
 from limner.json_types import parse_json
+from limner.redaction import redact_text
 from limner.storage import atomic
 
 METRICS_FILE = "metrics.jsonl"
@@ -127,6 +128,8 @@ def write_status(folder: RunFolder, status: RunStatus) -> None:
         DiskError: when the disk refuses.
     """
     current = dataclasses.replace(status, updated=utc_now())
+    if current.error is not None:
+        current = dataclasses.replace(current, error=redact_text(current.error))
     atomic.write_text(folder.status, json.dumps(dataclasses.asdict(current), indent=1))
 
 

@@ -1,6 +1,7 @@
 """The end of a run: its result, written from the last checkpoint on disk and pushed."""
 
 from limner.data import contact_sheet
+from limner.redaction import redact
 from limner.storage import checkpoint
 from limner.storage.run_folder import RunFolder
 from limner.training import push, result
@@ -28,7 +29,7 @@ def publish_result(setup: Setup) -> None:
     previews = folder.list_previews()
     if previews and config.preview.prompts:
         contact_sheet.draw_sheet_of_files(
-            sorted(previews[-1].glob("*.png")), config.preview.prompts, folder.grid
+            sorted(previews[-1].glob("*.png")), redact(config.preview.prompts), folder.grid
         )
     # A run that was killed between its last checkpoint and this had no time for it.
     checkpoint.prune(setup.folder, last.step, config.checkpoint.keep)

@@ -21,6 +21,7 @@ from limner.engines.adapters import get_alpha
 from limner.errors import IntegrityError
 from limner.families.family import Family
 from limner.json_types import read_object
+from limner.redaction import redact_text
 from limner.storage import atomic, layout, safetensors
 from limner.storage.checkpoint import Checkpoint
 from limner.storage.layout import LORA_FILE, WEIGHTS_FILE
@@ -72,7 +73,7 @@ def write_result(
         repo=config.export.hub,
         grid=RunFolder(run).grid.is_file(),
     )
-    atomic.write_text(RunFolder(run).card, card)
+    atomic.write_text(RunFolder(run).card, redact_text(card))
 
 
 def write_full(

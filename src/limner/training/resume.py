@@ -10,6 +10,7 @@ from limner.config.schema import SETTINGS, Config
 from limner.errors import InputError
 from limner.json_types import Plain
 from limner.protocols import Report
+from limner.redaction import redact
 from limner.storage import atomic
 from limner.storage.checkpoint import Checkpoint
 from limner.storage.run_state import RunState
@@ -25,7 +26,7 @@ def make_run_state(
 ) -> RunState:
     """What a checkpoint remembers of its run, besides arrays."""
     return RunState(
-        config=toml.to_plain(config),
+        config=redact(toml.to_plain(config)),
         seed=plan.seed,
         batch_size=plan.batch_size,
         world_size=plan.world_size,
@@ -102,7 +103,7 @@ def list_changed_settings(saved: RunState, now: RunState) -> dict[str, str]:
 
     One that did not exist when the run began had its default, which means what was done before.
     """
-    before = toml.flatten(toml.to_plain(Config())) | toml.flatten(saved.config)
+    before = toml.flatten(toml.to_plain(Config())) | toml.flatten(redact(saved.config))
     after = toml.flatten(now.config)
     return {
         name: f"{name}: was {before.get(name)!r}, now {after.get(name)!r}"

@@ -7,13 +7,12 @@ import importlib.util
 import json
 import math
 import os
-import re
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -22,6 +21,7 @@ from limner.config import toml
 from limner.config.schema import Config
 from limner.errors import InputError
 from limner.json_types import Plain, parse_json
+from limner.redaction import redact
 from limner.storage import atomic
 from limner.storage.run_folder import METRICS_FILE, TRACKER_ID_FILE, RunFolder
 
@@ -31,10 +31,6 @@ PACKAGES = {
     "wandb": ("wandb",),
     "comet_ml": ("comet_ml",),
 }
-SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
-SECRET_TEXT = re.compile(r"hf_[A-Za-z0-9]{20,}")
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")
-HIDDEN = "[redacted]"
 Pictures = Sequence[tuple[str, np.ndarray]]  # caption, uint8 [height, width, 3]
 
 
@@ -52,38 +48,6 @@ class Sink(Protocol):
     def close(self) -> None:
         """Send what is left."""
         ...
-
-
-def redact(value: Any) -> Any:
-    """Return the same plain value without secrets.
-
-    A secret is recognised by the name of its key, by its form, or because the environment holds it.
-    """
-    if isinstance(value, Mapping):
-        return {
-            redact(key): HIDDEN if is_secret(key, item) else redact(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [redact(item) for item in value]
-    return redact_text(value) if isinstance(value, str) else value
-
-
-def is_secret(key: object, value: object) -> bool:
-    """Return whether a key's name promises a secret, and its value may be one."""
-    return bool(SECRET_KEY.search(str(key))) and value not in (None, "", True, False)
-
-
-def redact_text(text: str) -> str:
-    """Return a text without the tokens that it contains."""
-    for name in SECRET_VARIABLES:
-        secret = os.environ.get(name, "").strip()
-        if secret and text == secret:
-            text = HIDDEN
-        elif len(secret) >= 8:
-            # A shorter one could be part of any word.
-            text = text.replace(secret, HIDDEN)
-    return SECRET_TEXT.sub(HIDDEN, text)
 
 
 def list_installed_sinks() -> tuple[str, ...]:

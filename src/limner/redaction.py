@@ -1,0 +1,93 @@
+"""Tokens and passwords are in nothing that is written: no file, no tracker, no message."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TextIO
+from urllib.parse import urlsplit
+
+SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+SECRET_TEXT = re.compile(r"hf_[A-Za-z0-9]{20,}|wandb_v1_[A-Za-z0-9_]{20,}")
+URL_PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s/@]+(?=@)")
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")
+# Variables whose name has such a word, and that say where a secret lies, or how many.
+PLACES = ("PATH", "DIR", "FILE", "PARALLELISM")
+HIDDEN = "[redacted]"
+SHORTEST = 8  # characters; a shorter secret could be part of any word
+
+
+def redact(value: Any) -> Any:
+    """Return the same plain value without secrets.
+
+    A secret is recognised by the name of its key, by its form, or because the environment holds it.
+    """
+    if isinstance(value, Mapping):
+        return {
+            redact(key): HIDDEN if is_secret(key, item) else redact(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redact(item) for item in value]
+    return redact_text(value) if isinstance(value, str) else value
+
+
+def is_secret(key: object, value: object) -> bool:
+    """Return whether a key's name promises a secret, and its value may be one."""
+    return bool(SECRET_KEY.search(str(key))) and value not in (None, "", True, False)
+
+
+def redact_text(text: str) -> str:
+    """Return a text without the tokens and passwords that it contains."""
+    for secret in list_secrets():
+        if text == secret:
+            text = HIDDEN
+        elif len(secret) >= SHORTEST:
+            text = text.replace(secret, HIDDEN)
+    return URL_PASSWORD.sub(rf"\1{HIDDEN}", SECRET_TEXT.sub(HIDDEN, text))
+
+
+def list_secrets() -> list[str]:
+    """Return the secrets that the environment holds, the longest first."""
+    secrets = {os.environ.get(name, "").strip() for name in SECRET_VARIABLES}
+    for name, value in os.environ.items():
+        if SECRET_KEY.search(name) and not name.endswith(PLACES) and len(value) >= SHORTEST:
+            secrets.add(value.strip())
+    with contextlib.suppress(ValueError):
+        secrets.add(urlsplit(os.environ.get("HF_ENDPOINT", "")).password or "")
+    return sorted(secrets - {""}, key=len, reverse=True)
+
+
+class RedactedStream:
+    """A text stream that writes no secret."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text without its secrets."""
+        self.stream.write(redact_text(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several texts."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def redacted_output() -> Iterator[None]:
+    """While the block lasts, no secret is written to standard output and standard error."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (
+        stream if isinstance(stream, RedactedStream) else RedactedStream(stream)
+        for stream in before
+    )
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before

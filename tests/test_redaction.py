@@ -1,0 +1,138 @@
+"""No token or password is in what is written: files of a run, messages of a command."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from limner import cli
+from limner.compat import diffusers
+from limner.config import toml
+from limner.config.schema import Config
+from limner.errors import InputError
+from limner.guard import run_guarded
+from limner.progress import print_line
+from limner.redaction import redact_text
+from limner.storage.run_folder import RunFolder, RunStatus, write_status
+from limner.training import loop
+
+TOKEN = "hf_" + "canaryToken0" * 3
+PASSWORD = "s3cret-of-the-mirror"
+KEY = "0123456789abcdef" * 2
+SECRETS = (TOKEN, PASSWORD, KEY)
+
+
+@pytest.fixture(autouse=True)
+def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"https://me:{PASSWORD}@127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (f"a {TOKEN}.", "a [redacted]."),
+        (f"{TOKEN}{TOKEN[3:]}", "[redacted]"),
+        ("hf_short and hf_hub", "hf_short and hf_hub"),
+        (f"no {PASSWORD} here", "no [redacted] here"),
+        ("https://a:b@c/d https://a@c/d", "https://a:[redacted]@c/d https://a@c/d"),
+        ("http://host:80/a@b c://d", "http://host:80/a@b c://d"),
+        (f"{KEY}\n{KEY}", "[redacted]\n[redacted]"),
+        ("wandb_v1_" + "x" * 30, "[redacted]"),
+        ("a word", "a word"),
+    ],
+)
+def test_texts(text: str, wanted: str) -> None:
+    assert redact_text(text) == wanted
+
+
+def test_variables_are_known_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MY_TOKEN", "AWS_SECRET_ACCESS_KEY", "SERVICE_API_KEY", "DB_PASSWORD"):
+        monkeypatch.setenv(name, f"value-of-{name}")
+        assert redact_text(f"x value-of-{name} y") == "x [redacted] y"
+    for name in ("HF_TOKEN_PATH", "TOKENIZERS_PARALLELISM", "PASSWORD_STORE_DIR"):
+        monkeypatch.setenv(name, f"value-of-{name}")
+        assert redact_text(f"value-of-{name}") == f"value-of-{name}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["show", TOKEN],
+        ["show", "recipes/sd15-lora.toml", f"data.size={TOKEN}"],
+        ["show", "recipes/sd15-lora.toml", f"{TOKEN}=1"],
+        ["show", "recipes/sd15-lora.toml", f"data.size=https://me:{PASSWORD}@host"],
+        ["show", "recipes/sd15-lora.toml", f"--hub-token={TOKEN}"],
+        ["show", "recipes/sd15-lora.toml", f"data.folder={KEY}"],
+        pytest.param(["generate", f"folder/{TOKEN}", "a cat"], marks=pytest.mark.frameworks),
+        ["export", TOKEN],
+        ["train", "recipes/sd15-lora.toml", f"model.base=/{TOKEN}/{KEY}", "data.folder=/nowhere"],
+    ],
+)
+def test_messages_of_commands(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    try:
+        cli.main(words)
+    except SystemExit as end:
+        assert end.code == 2
+    said = "".join(capfd.readouterr())
+    assert "[redacted]" in said and not any(secret in said for secret in SECRETS)
+
+
+def test_messages_of_scripts(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        diffusers.main("train_text_to_image", [f"--hub_token={TOKEN}", f"--resolution={TOKEN}"])
+    said = "".join(capfd.readouterr())
+    assert "[redacted]" in said and TOKEN not in said
+
+
+def test_lines_errors_and_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        print_line(f"line {TOKEN}")
+        print("printed", TOKEN)
+        sys.stderr.writelines([f"lines {TOKEN}\n"])
+        raise InputError(f"error {PASSWORD}")
+
+    before = sys.stdout, sys.stderr
+    assert run_guarded(fail) == 2 and (sys.stdout, sys.stderr) == before
+    print_line(f"from Python {TOKEN}")
+    out, err = capsys.readouterr()
+    assert out == "printed [redacted]\n"
+    lines = ["line [redacted]", "lines [redacted]", "limner: error [redacted]"]
+    assert err.splitlines() == [*lines, "from Python [redacted]"]
+
+
+def test_the_status(tmp_path: Path) -> None:
+    write_status(RunFolder(tmp_path), RunStatus("failed", 1, 2, error=f"no {TOKEN}"))
+    assert json.loads((tmp_path / "status.json").read_text())["error"] == "no [redacted]"
+
+
+@pytest.mark.frameworks
+def test_no_file_of_a_run(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """Neither in its settings, nor in checkpoints, nor on the card that is pushed; and the run is
+    resumed."""
+    run = tmp_path / "run"
+    raw: dict[str, Any] = {
+        "run": str(run),
+        "model": {"base": str(base)},
+        "data": {"folder": str(pictures), "size": 32, "cache": str(tmp_path / "cache")},
+        "adapter": {"kind": "lora"},
+        "train": {"steps": 1, "batch_size": 2, "seed": 1},
+        "checkpoint": {"every": 1},
+        "preview": {"prompts": [f"a {TOKEN}", KEY, f"http://me:{PASSWORD}@x"], "steps": 1},
+        "log": {"folder": "logs", "to": ["tensorboard"]},
+    }
+    for steps in (1, 2):
+        raw["train"]["steps"] = steps
+        loop.run_training(toml.build(Config, raw), report=lambda line: None)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"state.json", "README.md", "config.json", "status.json"} <= {p.name for p in files}
+    for path in files:
+        content = path.read_bytes()
+        assert not any(secret.encode() in content for secret in SECRETS), path
+    state = json.loads((run / "checkpoint-2" / "state.json").read_text())
+    assert state["config"]["preview"]["prompts"][0] == "a [redacted]"
+    assert "a [redacted]" in (run / "README.md").read_text().replace("\\", "")
+    assert os.environ["WANDB_API_KEY"] == KEY
