@@ -361,3 +361,50 @@ def test_a_second_process_traces_nothing(tmp_path: Path) -> None:
     plain, first, second = outputs
     assert [int(output[0]) > 0 for output in outputs] == [True, True, False]
     assert plain[1:] == first[1:] == second[1:] and int(plain[2]) > 0
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757, 0o777])
+def test_a_folder_that_others_may_write_is_not_used(
+    mode: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for how in ("setting", "environment"):
+        (tmp_path / how).mkdir()
+        (tmp_path / how).chmod(mode)
+        if how == "environment":
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / how)
+            jax.config.update("jax_compilation_cache_dir", str(tmp_path / how))
+            compile_cache.enable("auto")
+        else:
+            compile_cache.enable(str(tmp_path / how))
+        assert sealed_cache.find_installed() is None
+        assert jax.config.values["jax_compilation_cache_dir"] is None
+        said = capfd.readouterr().err
+        assert f"compiled programs in {tmp_path / how} are not used: others than its owner" in said
+
+
+def test_a_folder_of_another_user_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    compile_cache.enable(str(tmp_path))
+    assert sealed_cache.find_installed() is None
+    assert f"it belongs to user {tmp_path.stat().st_uid}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("size", [compile_cache.MAX_BYTES, -1])
+@pytest.mark.parametrize("mode", [0o660, 0o606])
+def test_an_entry_that_others_may_write_is_made_again(size: int, mode: int, tmp_path: Path) -> None:
+    sealed_cache.install(str(tmp_path), size)
+    cache, lines = sealed_cache.find_installed(), []
+    assert cache is not None
+    cache.report = lines.append
+    before = os.umask(0)
+    try:
+        cache.put("program", b"code")
+    finally:
+        os.umask(before)
+    assert cache.get("program") == b"code", "what we write is ours alone, whatever the umask"
+    [entry] = tmp_path.glob("*-cache")
+    entry.chmod(mode)
+    assert cache.get("program") is None and not entry.exists()
+    assert len(lines) == 1 and "is made again: others than its owner may write it" in lines[0]

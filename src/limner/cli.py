@@ -121,13 +121,9 @@ def train_recipes(arguments: Namespace) -> None:
     from limner.config import toml
     from limner.training import loop, several_recipes
 
-    recipes = [arguments.recipe]
-    overrides = []
-    for word in arguments.words:
-        if word.endswith(".toml") and "=" not in word:
-            recipes.append(to_path(word))
-        else:
-            overrides.append(word)
+    named = [word for word in arguments.words if word.endswith(".toml") and "=" not in word]
+    overrides = [word for word in arguments.words if word not in named]
+    recipes = [arguments.recipe, *map(to_path, named)]
     with report_once():
         configs = [toml.load_recipe(recipe, overrides) for recipe in recipes]
     if len(configs) == 1:

@@ -46,13 +46,13 @@ def enable(setting: str) -> None:
     if setting == "auto" and "JAX_COMPILATION_CACHE_DIR" in os.environ:
         values = jax.config.values
         if values["jax_compilation_cache_dir"]:
-            sealed_cache.install(
-                values["jax_compilation_cache_dir"], values["jax_compilation_cache_max_size"]
+            use_folder(
+                Path(values["jax_compilation_cache_dir"]), values["jax_compilation_cache_max_size"]
             )
         return
     folder = atomic.user_cache_folder() / "jax" if setting == "auto" else Path(setting)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied")
     except OSError as error:
@@ -60,10 +60,26 @@ def enable(setting: str) -> None:
             f"engine.compile_cache: {folder} cannot be written ({error.strerror}); give another "
             "folder, or off"
         ) from error
-    sealed_cache.sweep(folder)
+    use_folder(folder, MAX_BYTES)
+
+
+def use_folder(folder: Path, max_bytes: int) -> None:
+    """Have JAX keep its executables in a folder, unless somebody else may write there: an
+    executable is code."""
+    reason = sealed_cache.find_stranger(folder)
+    if reason is not None:
+        sealed_cache.write_to_stderr(
+            f"limner: compiled programs in {folder} are not used: {reason}, and a compiled program "
+            f"is code. Run `chmod -R go-w {folder}` if it is yours, or give engine.compile_cache "
+            "another folder."
+        )
+        jax.config.update("jax_compilation_cache_dir", None)
+        return
+    if max_bytes == MAX_BYTES:
+        sealed_cache.sweep(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
-    sealed_cache.install(str(folder), MAX_BYTES)
+    jax.config.update("jax_compilation_cache_max_size", max_bytes)
+    sealed_cache.install(str(folder), max_bytes)
 
 
 def load_or_compile(

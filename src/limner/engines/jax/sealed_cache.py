@@ -4,7 +4,9 @@ another name or another processor, is not given to XLA, which would trust it."""
 import contextlib
 import functools
 import hashlib
+import os
 import secrets
+import stat
 import sys
 from pathlib import Path
 
@@ -32,6 +34,10 @@ class SealedCache(LRUCache):
     def get(self, key: str) -> bytes | None:
         """Return an entry, or None where there is none, or one that was removed for its digest."""
         name = make_name(key)
+        reason = find_stranger(self.path / f"{name}-cache")
+        if reason is not None:
+            self.remove(key, reason)
+            return None
         stored = super().get(name)
         if stored is None:
             return None
@@ -47,10 +53,13 @@ class SealedCache(LRUCache):
         sealed = make_digest(name, content) + content
         if self.eviction_enabled:
             super().put(name, sealed)
+            with contextlib.suppress(FileNotFoundError):  # too large, or removed already
+                (self.path / f"{name}-cache").chmod(0o600)
             return
         # Nobody locks such a folder: other processes must not read half an entry.
         part = self.path / f"{name}-{secrets.token_hex(8)}-part"
         part.write_bytes(sealed)
+        part.chmod(0o600)
         part.rename(self.path / f"{name}-cache")
 
     def remove(self, key: str, reason: str) -> None:
@@ -77,6 +86,18 @@ def digest_processor() -> str:
     """
     processor = f"{processor_name()}\n{instruction_sets()}"
     return hashlib.sha256(processor.encode()).hexdigest()[:16]
+
+
+def find_stranger(path: Path) -> str | None:
+    """Return who else may have written a file or folder; None where nobody, or there is none."""
+    if not hasattr(os, "getuid") or not path.exists():
+        return None
+    status = path.stat()
+    if status.st_uid != os.getuid():
+        return f"it belongs to user {status.st_uid}"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "others than its owner may write it"
+    return None
 
 
 def make_digest(name: str, content: bytes) -> bytes:
