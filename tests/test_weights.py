@@ -360,3 +360,30 @@ def test_a_vocabulary_that_its_text_encoder_does_not_know(
     base = Path(shutil.copytree(sd, tmp_path / "long"))
     edit(base / "tokenizer" / "tokenizer_config.json", model_max_length=10**30)
     assert "the text encoder has 77 positions" in refusal(base, kind)
+
+
+def test_a_safety_checker_is_compared_where_it_is_used(sd: Path, tmp_path: Path) -> None:
+    """Pictures are looked at with it; training does without."""
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessorPil
+
+    base = Path(shutil.copytree(sd, tmp_path / "base"))
+    vision = {"image_size": 24, "patch_size": 8, "hidden_size": 16, "intermediate_size": 16}
+    config = CLIPConfig(
+        projection_dim=16,
+        vision_config=vision | {"num_hidden_layers": 1, "num_attention_heads": 2},
+    )
+    StableDiffusionSafetyChecker(config).save_pretrained(base / "safety_checker")
+    side = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    CLIPImageProcessorPil(**side).save_pretrained(base / "feature_extractor")
+    edit(
+        base / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+    )
+    call = DrawSettings(steps=1, size=32)
+    assert run_generate(str(base), ["a"], call, output=tmp_path / "out")
+    rewrite(base, "safety_checker/model", rename("module.{}".format))
+    with pytest.raises(InputError, match=r"safety_checker: .* begins with 'module\.'"):
+        run_generate(str(base), ["a"], call, output=tmp_path / "out")
+    compare(base, "torch")

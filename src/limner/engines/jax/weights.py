@@ -1,5 +1,7 @@
 """Read a component's arrays by the names and in the layouts of its safetensors files."""
 
+import functools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -120,7 +122,7 @@ def locate_arrays(base: BaseModel, component: str) -> dict[str, tuple[Path, str]
     stored = read_stored(base.weight_files(component))
     check_counts(folder / "config.json", config, len(stored))
     with explain_faults(f"{folder / 'config.json'}: no {class_name} can be made of it"):
-        shapes = expected_shapes(class_name, config)
+        shapes = trace_shapes(class_name, json.dumps(config, sort_keys=True))
     arrays = {
         name: replace(array, shape=squeeze_shape(array.shape, to_model_name(name, shapes)))
         for name, (_, array) in stored.items()
@@ -131,6 +133,12 @@ def locate_arrays(base: BaseModel, component: str) -> dict[str, tuple[Path, str]
         for stored_name, (path, _) in stored.items()
         if (name := to_model_name(stored_name, shapes)) in shapes
     }
+
+
+@functools.lru_cache(maxsize=16)
+def trace_shapes(component_class: str, config: str) -> Shapes:
+    """Return ``expected_shapes`` of a config, as JSON: networks are compared, then read."""
+    return expected_shapes(component_class, json.loads(config))
 
 
 def read_component(base: BaseModel, component: str) -> dict[str, np.ndarray]:
