@@ -16,8 +16,6 @@ Shape = tuple[int, ...]
 MAX_LISTED = 8  # names in a message
 # Of an autoencoder's attention, before diffusers 0.17 -> today.
 RENAMED_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# Of a CLIP model: transformers writes them or not, version by version.
-OPTIONAL_PREFIXES = ("text_model.", "vision_model.")
 # What published files hold besides weights: numbers from 0 upwards; the half of a T5 that writes.
 UNUSED = re.compile(r"(.*\.)?position_ids")
 UNUSED_OF_CLASS = {"T5EncoderModel": re.compile(r"(decoder|lm_head)\..*")}
@@ -135,14 +133,20 @@ def check_arrays(
 def to_model_name(name: str, expected: Mapping[str, Any]) -> str:
     """Translate an array's name in a file to the one that the model asks for.
 
-    Some CLIP models lack ``text_model.``; old autoencoders name their attention differently.
+    CLIP models have ``text_model.`` or ``vision_model.`` or not, version by version; old
+    autoencoders name their attention differently.
     """
     if name in expected:
         return name
-    for prefix in OPTIONAL_PREFIXES:
-        for other in (f"{prefix}{name}", name.removeprefix(prefix)):
-            if other in expected:
-                return other
+    for other in (
+        f"text_model.{name}",
+        name.removeprefix("text_model."),
+        f"vision_model.{name}",
+        # Twice in a safety checker. Once it is of the vision half, which is no text encoder.
+        name.replace("vision_model.vision_model.", "vision_model.", 1),
+    ):
+        if other in expected:
+            return other
     stem, dot, tail = name.rpartition(".")
     parent, _, layer = stem.rpartition(".")
     renamed = f"{parent}.{RENAMED_LAYERS.get(layer, layer)}{dot}{tail}"
