@@ -56,6 +56,25 @@ def test_stray_bytes_before_the_end_change_no_pixel(kind: str) -> None:
     np.testing.assert_array_equal(*loaded)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_stray_bytes_between_the_headers_change_no_pixel(kind: str) -> None:
+    content = jpeg(**KINDS[kind])
+    at = content.index(b"\xff\xdb")  # the first table of quantization
+    stray = content[:at] + STRAY + content[at:]
+    with pytest.raises(ValueError, match="47 extraneous bytes before marker 0xdb"):
+        decode_strictly(stray, kind)
+    np.testing.assert_array_equal(image.decode(stray, **OPTIONS), image.decode(content, **OPTIONS))
+
+
+def test_an_unknown_revision_changes_no_pixel() -> None:
+    content = jpeg()
+    at = content.index(b"JFIF\0") + 5
+    later = content[:at] + b"\x09\x07" + content[at + 2 :]
+    with pytest.raises(ValueError, match=r"unknown JFIF revision number 9\.07"):
+        decode_strictly(later, "rgb")
+    np.testing.assert_array_equal(image.decode(later, **OPTIONS), image.decode(content, **OPTIONS))
+
+
 def decode_strictly(content: bytes, kind: str) -> None:
     import simplejpeg
 

@@ -125,20 +125,20 @@ def unpack(content: bytes, background: Color, max_pixels: int) -> np.ndarray:
     check_size(*picture.size, max_pixels)
     check_memory(picture, content)
     if picture.format == "JPEG":
-        return finish(picture, decode_jpeg(content, picture.mode), background)
+        return finish(picture, decode_jpeg(picture, content), background)
     picture.load()
     return finish(picture, None, background)
 
 
-def decode_jpeg(content: bytes, mode: str) -> np.ndarray:
-    """Return the pixels of a JPEG in PIL's ``mode``, uint8 [H, W, 1, 3 or 4].
+def decode_jpeg(picture: Image.Image, content: bytes) -> np.ndarray:
+    """Return the pixels of an opened JPEG in PIL's mode, uint8 [H, W, 1, 3 or 4].
 
     They are PIL's to the bit, straight into an array and in less time; and what libjpeg warns of
     is refused unless it leaves the pixels whole.
     """
     import simplejpeg
 
-    space = {"L": "GRAY"}.get(mode, mode)
+    space = {"L": "GRAY"}.get(picture.mode, picture.mode)
     try:
         pixels = simplejpeg.decode_jpeg(content, space)
     except ValueError as error:
@@ -146,9 +146,14 @@ def decode_jpeg(content: bytes, mode: str) -> np.ndarray:
             raise Undecodable("cannot be read: image file is truncated") from error
         if not HARMLESS_WARNINGS.search(str(error)):
             raise Undecodable(f"damaged: {error}") from error
-        pixels = simplejpeg.decode_jpeg(content, space, strict=False)
+        try:
+            pixels = simplejpeg.decode_jpeg(content, space, strict=False)
+        except ValueError:
+            # It was about the headers, of which simplejpeg takes no warning.
+            picture.load()
+            return np.array(picture).reshape(picture.height, picture.width, -1)
     # Printers' software, which alone writes CMYK, writes it inverted, as PIL assumes too.
-    return np.invert(pixels, out=pixels) if mode == "CMYK" else pixels
+    return np.invert(pixels, out=pixels) if picture.mode == "CMYK" else pixels
 
 
 def finish(picture: Image.Image, unpacked: np.ndarray | None, background: Color) -> np.ndarray:
