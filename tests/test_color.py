@@ -116,6 +116,18 @@ def test_many_texts_keep_no_picture_away() -> None:
     assert decoded(png(1, 1, 8, 0, b"\0\7", texts)).tolist() == [[[7] * 3]]
 
 
+def test_headers_without_number_are_refused() -> None:
+    chunks = chunk(b"abCd", b"") * 2**19
+    assert reason(png(1, 1, 8, 0, b"\0\7", chunks)) == "more than 524288 chunks"
+    content = encode(Image.new("L", (8, 8), 7), "JPEG")
+    for part in (b"\xff\xfe\0\2", b"\x01"):
+        at = content.index(b"\xff\xdb")  # the first table of quantization
+        many = content[:at] + part * 2**19 + content[at:]
+        assert reason(many) == "more than 524288 headers"
+        few = content[:at] + part * 100 + content[at:]
+        np.testing.assert_array_equal(decoded(few), decoded(content))
+
+
 def test_a_long_profile_is_honoured() -> None:
     long = linear_profile() + b"\0" * 2**21
     extra = text_chunk(b"iCCP", b"light", long)

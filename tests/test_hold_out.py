@@ -3,14 +3,23 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from limner import rng
+from limner.config import toml
+from limner.config.schema import Config
+from limner.data.folder import Folder
 from limner.data.index import Entry, Index
 from limner.errors import InputError
+from limner.storage.run_state import RunState
+from limner.training.batch_plan import make_plan
 from limner.training.hold_out import choose_groups, hold_out_records
+from limner.training.records import plan_records
+from limner.training.resume import make_run_state
 
 
 def make_index(digests: list[int], hashes: dict[int, int] | None = None) -> Index:
@@ -125,3 +134,40 @@ def test_every_group_has_its_chance() -> None:
     assert (
         set(counts) == set(range(10)) and min(counts.values()) > 60 and sum(counts.values()) == 1200
     )
+
+
+class OneProcess:
+    world_size = device_count = 1
+
+    def first(self, action):
+        return action()
+
+
+@pytest.mark.parametrize("begun_by", ["this build", "an earlier build", None])
+def test_a_checkpoint_says_how_its_run_holds_out(tmp_path, begun_by):
+    for number in range(8):
+        pixels = np.random.default_rng(number // 2).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    config = toml.build(
+        Config,
+        {
+            "data": {"folder": str(tmp_path), "caption": None, "size": 16, "cache": "off"},
+            "train": {"steps": 1, "batch_size": 2, "seed": 0},
+            "validation": {"hold_out": 3},
+        },
+    )
+    state = None
+    if begun_by is not None:
+        plan = make_plan(config, 1, 5, None, 0)
+        fields = json.loads(json.dumps(make_run_state(config, plan, "a", "b").to_plain()))
+        assert fields["held_out_apart"] is True
+        if begun_by == "an earlier build":
+            del fields["held_out_apart"]
+        state = SimpleNamespace(state=RunState.from_plain(fields, tmp_path))
+    source = Folder(config.data, lambda line: None)
+    settled = SimpleNamespace(config=config, source=source, checkpoint=state)
+    records = plan_records(settled, OneProcess(), lambda line: None, read_only=True)
+    shared = {e.digest for e in records.training} & {e.digest for e in records.validation}
+    assert records.held_out_apart == (begun_by != "an earlier build")
+    assert bool(shared) == (begun_by == "an earlier build")
+    assert len(records.validation) == (3 if shared else 2)

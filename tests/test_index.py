@@ -10,7 +10,8 @@ from PIL import Image
 
 from limner.config.schema import DataSettings
 from limner.data import image
-from limner.data.index import Entry, Index, build_index, write_skipped
+from limner.data.index import Entry, Index, build_index, check_resized_size, write_skipped
+from limner.data.picture_file import Undecodable
 from limner.data.source import BadRecord, Record
 from limner.errors import InputError
 from limner.features.caption_lengths import find_truncated_captions
@@ -186,6 +187,36 @@ def test_a_thread_of_a_picture_is_refused() -> None:
         r"data\.size = 4",
     ):
         seen(Mine(Record("thin", np.zeros((1, 2000), np.uint8), ("x",))), max_pixels=10_000)
+
+
+def test_a_picture_that_memory_does_not_hold_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(picture: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(image, "decode", fail)
+    source = Mine(Record("large.png", np.zeros((4, 4), np.uint8), ("x",)))
+    for choice in ("refuse", "skip"):  # it may well be good
+        with pytest.raises(InputError, match=r"^large\.png: not enough memory to unpack"):
+            seen(source, on_bad_record=choice)
+
+
+@pytest.mark.parametrize(
+    ("size", "settings", "limit"),
+    [
+        ((20, 4000), {"size": 600}, True),  # enlarged to 600 x 120,000
+        ((20, 1000), {"size": 600}, False),
+        ((800, 80_000), {"size": 750, "resample": "box"}, True),
+        ((800, 80_000), {"size": 750}, False),  # libvips works in strips
+        ((800, 70_000), {"size": 800, "resample": "box"}, False),  # nothing is resized
+        ((5_000, 20_000), {"size": 4_500, "resample": "box"}, True),
+    ],
+)
+def test_what_pil_resizes_is_bounded(size: tuple[int, int], settings: dict, limit: bool) -> None:
+    if not limit:
+        check_resized_size(*size, DataSettings(**settings))
+        return
+    with pytest.raises(Undecodable, match="too long and thin"):
+        check_resized_size(*size, DataSettings(**settings))
 
 
 def test_a_stranger_in_the_source_is_named() -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MEMORY = 7 * 2**27  # bytes that one picture may take, its file included: 896 MiB
+JPEG_SIGNATURE = b"\xff\xd8"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Bytes that PIL keeps of a pixel, by mode; 4 of any other.
 BYTES_OF_MODE = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
@@ -21,6 +22,7 @@ BYTES_OF_DECODER = {"WEBP": 16, "AVIF": 16, "TIFF": 6}
 # Texts of a PNG that may tell how it is turned; of others Pillow would refuse the long ones.
 PNG_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 PNG_TEXT_BYTES = 2**20  # that a text or profile may unpack to for Pillow
+SEGMENTS = 2**19  # of a file, each of which Pillow looks at
 ORIENTATION_TAG = 0x0112  # of EXIF; 1 is upright
 START_OF_SCAN = b"\xff\xda"
 SCANNED_PIXELS = 2**32  # of a JPEG, in all of its scans: 3 seconds
@@ -70,6 +72,8 @@ def read_file(path: Path) -> bytes:
 def open_content(content: bytes) -> Image.Image:
     """Open the bytes of a picture's file by its header; its pixels stay packed."""
     profile = None
+    if content.startswith(JPEG_SIGNATURE):
+        find_first_scan(content)
     if content.startswith(PNG_SIGNATURE):
         content, profile = drop_long_chunks(content)
     picture = read_header(content)
@@ -101,7 +105,9 @@ def read_header(content: bytes) -> Image.Image:
 def drop_long_chunks(content: bytes) -> tuple[bytes, bytes | None]:
     """Return a PNG without texts and profile that Pillow would refuse it for, and that profile."""
     kept, profile, start, at = [], None, 0, len(PNG_SIGNATURE)
-    while at + 12 <= len(content):
+    for _ in range(SEGMENTS):
+        if at + 12 > len(content):
+            break
         length, kind = struct.unpack_from(">I4s", content, at)
         end = at + 12 + length
         if kind in (b"iCCP", b"tEXt", b"zTXt", b"iTXt") and end <= len(content):
@@ -112,6 +118,8 @@ def drop_long_chunks(content: bytes) -> tuple[bytes, bytes | None]:
                 if kind == b"iCCP":
                     profile = unpacked
         at = end
+    else:
+        raise Undecodable(f"more than {SEGMENTS} chunks")
     if not kept:
         return content, None
     return b"".join([*kept, content[start:]]), profile
@@ -188,17 +196,23 @@ def count_jpeg_bytes(picture: Image.Image, content: bytes) -> int:
 
 
 def find_first_scan(content: bytes) -> int:
-    """Return where a JPEG's first scan begins, after its headers; its end, where there is none."""
+    """Return where a JPEG's first scan begins, after its headers; its end, where there is none.
+
+    Raises:
+        Undecodable: when there are more headers, or stray bytes between them, than ``SEGMENTS``.
+    """
     at = 2
-    while at + 4 <= len(content):
+    for _ in range(SEGMENTS):
         marker = content[at : at + 2]
         if marker == START_OF_SCAN:
             return at
+        if at + 4 > len(content):
+            return len(content)
         if marker[0] != 0xFF or marker[1] in (0, 0xFF):
             at += 1
         else:
             at += 2 + int.from_bytes(content[at + 2 : at + 4])
-    return len(content)
+    raise Undecodable(f"more than {SEGMENTS} headers")
 
 
 def is_turned(picture: Image.Image) -> bool:
