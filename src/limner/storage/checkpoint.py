@@ -11,7 +11,7 @@ from limner.errors import InputError, IntegrityError, shorten
 from limner.json_types import Plain, read_object
 from limner.storage import atomic
 from limner.storage.run_state import STATE_FILE, RunState
-from limner.storage.safetensors import NamedArrays, read_arrays, write_arrays
+from limner.storage.safetensors import NamedArrays, SafetensorsError, read_arrays, write_arrays
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -33,9 +33,10 @@ class Checkpoint:
         """The arrays of one file, e.g. ``unet/diffusion_pytorch_model.safetensors``."""
         try:
             return read_arrays(self.folder / name)[0]
-        except OSError as error:
+        except (OSError, SafetensorsError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise IntegrityError(
-                f"{self.folder / name}: {error.strerror}, so {self.folder.name} cannot be resumed"
+                f"{self.folder / name}: {reason}, so {self.folder.name} cannot be resumed"
             ) from error
 
 
