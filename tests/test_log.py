@@ -7,6 +7,7 @@ import math
 import os
 import random
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -355,3 +356,27 @@ def test_sinks_move_no_random_number(tmp_path: Path) -> None:
     sinks.close()
     assert torch.equal(before[0], torch.get_rng_state())
     assert (before[1], before[2]) == (np.random.get_state()[1].tolist(), random.getstate())
+
+
+@pytest.mark.frameworks
+def test_tensorboard_on_a_failing_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its writer has a thread, whose traceback nobody would understand."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    said: list[str] = []
+    before = threading.excepthook
+    sinks = open_sinks(recipe("tensorboard"), tmp_path, 0, said.append)
+    monkeypatch.setattr(RecordWriter, "write", refuse)
+    for step in range(1, 200):
+        sinks.write(step, {"loss": 1.0})
+        if said:
+            break
+    sinks.close()
+    assert len(said) == 1 and said[0].startswith("tensorboard failed and is left out from now on")
+    assert "Traceback" not in "".join(capfd.readouterr())
+    threading.excepthook = before

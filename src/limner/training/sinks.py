@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -264,6 +265,9 @@ class TensorBoard:
         except ImportError:
             from tensorboardX import SummaryWriter  # type: ignore[no-redef]
             from tensorboardX.summary import hparams  # type: ignore[no-redef]
+        # Its thread's error comes back from the next call, and is told in a line.
+        self.previous_hook = threading.excepthook
+        threading.excepthook = self.pass_over
         purge_step = resumed_step + 1 if resumed_step else 0
         self.writer = SummaryWriter(str(folder / config.log.project), purge_step=purge_step)
         settings = {
@@ -289,6 +293,12 @@ class TensorBoard:
     def close(self) -> None:
         """Close the event file."""
         self.writer.close()
+        threading.excepthook = self.previous_hook
+
+    def pass_over(self, arguments: threading.ExceptHookArgs) -> None:
+        """Say nothing of an error in a thread of TensorBoard's own."""
+        if not type(arguments.thread).__module__.startswith("tensorboard"):
+            self.previous_hook(arguments)
 
 
 class WeightsAndBiases:
