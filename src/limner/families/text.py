@@ -6,7 +6,10 @@ from typing import Literal
 
 import numpy as np
 
+from limner.errors import InputError
 from limner.protocols import Array, BaseConfigs, Encoders, Features, TextEncoders
+
+MAX_LENGTH = 100_000  # tokens; tokenizers without a limit say a number beyond
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,19 @@ class TextInput:
         return self.template.replace("{}", caption, 1)
 
     def read_length(self, encoders: Encoders) -> int:
-        """Return the tokens of one chunk, special ones included."""
-        return self.length or encoders.max_tokens(self.tokenizer)
+        """Return the tokens of one chunk, special ones included.
+
+        Raises:
+            InputError: when neither the family nor the tokenizer says how many.
+        """
+        length = self.length or encoders.max_tokens(self.tokenizer)
+        if not 2 < length <= MAX_LENGTH:
+            raise InputError(
+                f"{self.tokenizer}/tokenizer_config.json: model_max_length is {length:g}, a number "
+                f"from 3 to {MAX_LENGTH} is expected; stock pipelines pad captions to it. That of "
+                "CLIP is 77."
+            )
+        return length
 
     def count_tokens(self, encoders: Encoders, captions: list[str]) -> list[int]:
         """Return the tokens of each caption, uncut, with template and special tokens."""

@@ -15,6 +15,8 @@ from limner.protocols import Encoders, ProcessGroup, Report
 from limner.storage import atomic
 
 TEXT_BATCH = 8  # captions that a text encoder sees at once
+# How an engine reads tokens, where captions that were encoded otherwise may be about.
+TOKEN_RULES = {"jax": ["special tokens of all files"]}
 
 
 def cache_folder(config: Config) -> Path:
@@ -68,7 +70,8 @@ def open_stores(
     texts = None
     if caches_text:
         components = (*family.text.components, *family.text.tokenizers)
-        texts = open_store("caption", [data.caption_chunks, TEXT_BATCH], components)
+        rules = TOKEN_RULES.get(config.engine.kind, [])
+        texts = open_store("caption", [data.caption_chunks, TEXT_BATCH, *rules], components)
     return open_store("picture", picture_settings, family.images.components), texts
 
 
