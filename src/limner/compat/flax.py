@@ -20,7 +20,6 @@ from PIL import Image
 from limner.base_model.base import BaseModel
 from limner.base_model.open import open_base
 from limner.config.schema import ModelSettings
-from limner.diffusion.samplers import make_table
 from limner.errors import InputError
 from limner.families import FAMILIES
 from limner.families.sdxl import decode_latents
@@ -194,11 +193,13 @@ class FlaxStableDiffusionPipeline:
         """
         import jax
 
+        from limner.engines.jax.sampler import make_base_table
+
         ids = np.asarray(prompt_ids)
         lead = ids.shape[: 2 if jit else 1]
         ids = ids.reshape(-1, *ids.shape[len(lead) :])
         shape = (len(ids), *self.latent_shape(height, width))
-        table = make_table(self.base.configs["scheduler"], num_inference_steps)
+        table = make_base_table(self.base, self.record, num_inference_steps)
         if latents is None:
             latents = draw_noise(prng_seed if jit else prng_seed[None], shape)
         no_negative = neg_prompt_ids is None

@@ -20,7 +20,7 @@ class SamplerSchedule:
 
     alphas_bar: np.ndarray  # cumulative product of alphas, float64
     prediction_type: str
-    config: dict[str, Any]  # scheduler_config.json
+    config: dict[str, Any]  # all settings; see ``sampler_settings``
 
     @property
     def sigmas(self) -> np.ndarray:
@@ -37,25 +37,21 @@ class SamplerSchedule:
             return output
         raise KeyError(self.prediction_type)
 
-    def alpha_bar_after_step(self, timestep: int, ends_at_one: bool) -> float:
-        """Return alpha_bar where a step ends; the last step ends below timestep 0.
-
-        Args:
-            ends_at_one: the scheduler's default of ``set_alpha_to_one``.
-        """
+    def alpha_bar_after_step(self, timestep: int) -> float:
+        """Return alpha_bar where a step ends; the last step ends below timestep 0."""
         if timestep >= 0:
             return self.alphas_bar[timestep]
-        if self.config.get("set_alpha_to_one", ends_at_one):
+        if self.config["set_alpha_to_one"]:
             return 1.0
         return self.alphas_bar[0]
 
     def space_timesteps(self, steps: int) -> np.ndarray:
         """Return timesteps from noisy to clean: table 2 of arXiv:2305.08891."""
         count = len(self.alphas_bar)
-        spacing = self.config.get("timestep_spacing", "leading")
+        spacing = self.config["timestep_spacing"]
         if spacing == "leading":
             timesteps = (np.arange(steps) * (count // steps)).round()[::-1]
-            return timesteps + self.config.get("steps_offset", 0)
+            return timesteps + self.config["steps_offset"]
         if spacing == "trailing":
             return np.arange(count, 0, -count / steps).round() - 1
         return np.linspace(0, count - 1, steps).round()[::-1]
@@ -69,7 +65,7 @@ def sample_ddim(
     x = noise
     for t in schedule.space_timesteps(steps):
         alpha_bar = schedule.alphas_bar[int(t)]
-        next_alpha_bar = schedule.alpha_bar_after_step(int(t) - count // steps, ends_at_one=True)
+        next_alpha_bar = schedule.alpha_bar_after_step(int(t) - count // steps)
         a = np.sqrt(alpha_bar)
         s = np.sqrt(1 - alpha_bar)
         clean = schedule.predict_clean(x, model(x, t), a, s)
@@ -110,7 +106,7 @@ def sample_pndm(
             mean = combine_outputs(outputs)
         end = start - stride
         alpha_bar = schedule.alphas_bar[start]
-        next_alpha_bar = schedule.alpha_bar_after_step(end, ends_at_one=False)
+        next_alpha_bar = schedule.alpha_bar_after_step(end)
         if schedule.prediction_type == "v_prediction":
             mean = np.sqrt(alpha_bar) * mean + np.sqrt(1 - alpha_bar) * x
         # Equation 9.
@@ -131,13 +127,17 @@ def sample_euler(
 ) -> np.ndarray:
     """Run Euler's method: algorithm 2 of arXiv:2206.00364 without its correction and churn."""
     count = len(schedule.alphas_bar)
-    spacing = schedule.config.get("timestep_spacing", "linspace")
+    spacing = schedule.config["timestep_spacing"]
     if spacing == "linspace":
         # Not rounded, unlike those of ``space_timesteps``.
         timesteps = np.linspace(0, count - 1, steps)[::-1]
     else:
         timesteps = schedule.space_timesteps(steps)
-    sigmas = np.append(np.interp(timesteps, np.arange(count), schedule.sigmas), 0.0)
+    sigmas = np.interp(timesteps, np.arange(count), schedule.sigmas)
+    if schedule.config["use_karras_sigmas"]:
+        sigmas = space_karras_sigmas(sigmas[-1], sigmas[0], steps)
+        timesteps = find_timesteps(sigmas, schedule.sigmas)
+    sigmas = np.append(sigmas, 0.0)
     # As ``init_noise_sigma`` of diffusers.
     x = noise * (np.sqrt(sigmas[0] ** 2 + 1) if spacing == "leading" else sigmas[0])
     for i, t in enumerate(timesteps):
@@ -152,33 +152,35 @@ def sample_euler(
 def space_solver_timesteps(schedule: SamplerSchedule, steps: int) -> np.ndarray:
     """Return timesteps of the multistep solvers, which end one step before the clean sample."""
     count = len(schedule.alphas_bar)
-    spacing = schedule.config.get("timestep_spacing", "linspace")
+    spacing = schedule.config["timestep_spacing"]
     if spacing == "linspace":
         return np.linspace(0, count - 1, steps + 1).round()[::-1][:-1]
     if spacing == "leading":
         timesteps = (np.arange(steps + 1) * (count // (steps + 1))).round()[::-1][:-1]
-        return timesteps + schedule.config.get("steps_offset", 0)
+        return timesteps + schedule.config["steps_offset"]
     return np.arange(count, 0, -count / steps).round() - 1
 
 
-def make_solver_sigmas(
-    schedule: SamplerSchedule, steps: int, karras: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return timesteps [n] and sigmas [n + 1] of the multistep solvers.
+def space_karras_sigmas(low: float, high: float, steps: int) -> np.ndarray:
+    """Return noise levels from high to low: equation 5 of arXiv:2206.00364 with rho 7."""
+    ramp = np.linspace(0, 1, steps)
+    return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
 
-    Args:
-        karras: whether sigmas are spaced by equation 5 of arXiv:2206.00364 with rho 7.
-    """
+
+def find_timesteps(sigmas: np.ndarray, all_sigmas: np.ndarray) -> np.ndarray:
+    """Return the timesteps of noise levels, with fractions."""
+    return np.interp(np.log(sigmas), np.log(all_sigmas), np.arange(len(all_sigmas)))
+
+
+def make_solver_sigmas(schedule: SamplerSchedule, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return timesteps [n] and sigmas [n + 1] of the multistep solvers."""
     all_sigmas = schedule.sigmas
-    all_timesteps = np.arange(len(all_sigmas))
-    if karras:
-        low = all_sigmas[0] ** (1 / 7)
-        high = all_sigmas[-1] ** (1 / 7)
-        sigmas = (high + np.linspace(0, 1, steps) * (low - high)) ** 7
-        timesteps = np.interp(np.log(sigmas), np.log(all_sigmas), all_timesteps).round()
+    if schedule.config["use_karras_sigmas"]:
+        sigmas = space_karras_sigmas(all_sigmas[0], all_sigmas[-1], steps)
+        timesteps = find_timesteps(sigmas, all_sigmas).round()
     else:
         timesteps = space_solver_timesteps(schedule, steps)
-        sigmas = np.interp(timesteps, all_timesteps, all_sigmas)
+        sigmas = np.interp(timesteps, np.arange(len(all_sigmas)), all_sigmas)
     return timesteps, np.append(sigmas, 0.0)
 
 
@@ -213,8 +215,7 @@ def sample_dpm_solver(
     schedule: SamplerSchedule, steps: int, noise: np.ndarray, model: Model
 ) -> np.ndarray:
     """Run DPM-Solver++(2M), algorithm 2 of arXiv:2211.01095."""
-    karras = bool(schedule.config.get("use_karras_sigmas", False))
-    timesteps, sigmas = make_solver_sigmas(schedule, steps, karras)
+    timesteps, sigmas = make_solver_sigmas(schedule, steps)
     x = noise
     cleans: list[np.ndarray] = []
     for i, t in enumerate(timesteps):
@@ -237,7 +238,7 @@ def sample_unipc(
 
     Each output first corrects the step before it.
     """
-    timesteps, sigmas = make_solver_sigmas(schedule, steps, karras=False)
+    timesteps, sigmas = make_solver_sigmas(schedule, steps)
     x = noise
     x_before = x
     order = 0

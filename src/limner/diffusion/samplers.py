@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from limner.diffusion.noise_schedule import make_betas
+from limner.diffusion.result_scheduler import adapt_scheduler
 from limner.diffusion.sampler_algorithms import (
     SamplerSchedule,
     sample_ddim,
@@ -19,58 +20,15 @@ from limner.diffusion.sampler_algorithms import (
     sample_pndm,
     sample_unipc,
 )
+from limner.diffusion.sampler_settings import read_whole_number, settle_settings
 from limner.errors import InputError
 
 SAMPLERS = {
-    "ddim": sample_ddim,
-    "dpm++": sample_dpm_solver,
-    "euler": sample_euler,
-    "pndm": sample_pndm,
-    "unipc": sample_unipc,
-}
-SAMPLER_OF_CLASS = {
-    "DDIMScheduler": "ddim",
-    "DPMSolverMultistepScheduler": "dpm++",
-    "EulerDiscreteScheduler": "euler",
-    "PNDMScheduler": "pndm",
-    "UniPCMultistepScheduler": "unipc",
-    "DDPMScheduler": "ddim",
-}
-SIGMA_SETTINGS = {
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_flow_sigmas": False,
-    "final_sigmas_type": "zero",
-    "thresholding": False,
-}
-# The only values that the samplers are written for; each one is the scheduler's default.
-SUPPORTED_SETTINGS: dict[str, dict[str, Any]] = {
-    "ddim": {"thresholding": False},
-    "pndm": {"skip_prk_steps": True},
-    "euler": {
-        "interpolation_type": "linear",
-        "timestep_type": "discrete",
-        "use_karras_sigmas": False,
-        **SIGMA_SETTINGS,
-    },
-    "dpm++": {
-        "algorithm_type": "dpmsolver++",
-        "solver_type": "midpoint",
-        "euler_at_final": False,
-        "lower_order_final": True,
-        "use_lu_lambdas": False,
-        **SIGMA_SETTINGS,
-        "solver_order": 2,
-    },
-    "unipc": {
-        "solver_type": "bh2",
-        "predict_x0": True,
-        "disable_corrector": [],
-        "lower_order_final": True,
-        "use_karras_sigmas": False,
-        **SIGMA_SETTINGS,
-        "solver_order": 2,
-    },
+    "DDIMScheduler": sample_ddim,
+    "DPMSolverMultistepScheduler": sample_dpm_solver,
+    "EulerDiscreteScheduler": sample_euler,
+    "PNDMScheduler": sample_pndm,
+    "UniPCMultistepScheduler": sample_unipc,
 }
 
 
@@ -88,15 +46,22 @@ def make_table(
     """Return the table of a sampler on the noise schedule of a ``scheduler_config.json``.
 
     Args:
-        name: one of ``SAMPLERS``; None: the one of the config, DDIM in the place of DDPM.
+        name: of a scheduler; None: the one of the config.
         predict: the prediction type; None: the one of the config.
 
     Raises:
-        InputError: for a sampler or a setting without a table.
+        InputError: for a sampler, a setting or a number of steps without a table.
     """
-    schedule, sampler = make_sampler_schedule(config, name, predict)
+    if predict is not None:
+        config = adapt_scheduler(config, str(config.get("_class_name")), predict)
+    settings = settle_settings(config, name)
+    sampler = settings["_class_name"]
+    schedule = SamplerSchedule(
+        make_sampler_alphas_bar(settings), settings["prediction_type"], settings
+    )
+    check_steps(steps, schedule)
     # PNDM calls the network twice at its second timestep.
-    calls = steps + 1 if sampler == "pndm" and steps > 1 else steps
+    calls = steps + 1 if sampler == "PNDMScheduler" and steps > 1 else steps
     # Unit vectors take the place of the noise and of the outputs: all that the sampler computes
     # from them are rows of weights.
     unit_vectors = np.eye(calls + 1)
@@ -112,51 +77,37 @@ def make_table(
     return SamplerTable(np.array(timesteps, np.float32), np.array([*inputs, sample], np.float32))
 
 
-def make_sampler_schedule(
-    config: dict[str, Any], name: str | None, predict: str | None
-) -> tuple[SamplerSchedule, str]:
-    """Return the noise schedule and the sampler's name; arguments are those of ``make_table``."""
-    class_name = config.get("_class_name")
-    sampler_of_config = SAMPLER_OF_CLASS.get(class_name or "", "")
-    sampler = name or sampler_of_config
-    if sampler not in SAMPLERS:
-        raise InputError(
-            f"scheduler: {name or class_name!r} has no table here; choose one of "
-            f"{', '.join(SAMPLERS)}"
-        )
-    if name is not None:
-        # The PyTorch engine sets the same for a sampler that is chosen by name.
-        config = config | {"use_karras_sigmas": sampler == "dpm++", "set_alpha_to_one": False}
-    if sampler == sampler_of_config:
-        check_settings(config, sampler)
-    alphas_bar = make_sampler_alphas_bar(config, sampler)
-    predict = predict or config.get("prediction_type", "epsilon")
-    return SamplerSchedule(alphas_bar, predict, config), sampler
+def check_steps(steps: int, schedule: SamplerSchedule) -> None:
+    """Refuse steps that are no timesteps of the noise schedule, as stock schedulers do.
 
-
-def check_settings(config: dict[str, Any], sampler: str) -> None:
-    """Refuse settings of a scheduler that its sampler is not written for."""
-    unsupported = [
-        f"{key} is {config[key]!r}"
-        for key, supported in SUPPORTED_SETTINGS[sampler].items()
-        if config.get(key, supported) != supported
-    ]
-    if unsupported:
+    Raises:
+        InputError: saying how many there may be.
+    """
+    count = len(schedule.alphas_bar)
+    offset = read_whole_number(schedule.config, "steps_offset", 0)
+    # Leading timesteps are multiples of a whole number, and begin at the offset.
+    spaced = schedule.config["timestep_spacing"] == "leading"
+    if spaced and steps <= count:
+        fits = (steps - 1) * (count // steps) + offset < count
+    else:
+        fits = steps <= count
+    if not fits:
         raise InputError(
-            f"scheduler: of {sampler} with {', '.join(unsupported)} there is no table here; choose "
-            f"one of {', '.join(SAMPLERS)} by name, or --engine torch"
+            f"steps: {steps} are more than the scheduler's {count} timesteps, of which the first "
+            f"is {offset if spaced else 0}; take fewer"
         )
 
 
-def make_sampler_alphas_bar(config: dict[str, Any], sampler: str) -> np.ndarray:
-    """Return the alphas_bar of a scheduler config as diffusers' scheduler makes them."""
-    zero_snr = bool(config.get("rescale_betas_zero_snr"))
-    if zero_snr and sampler == "pndm":
+def make_sampler_alphas_bar(settings: dict[str, Any]) -> np.ndarray:
+    """Return the alphas_bar of a scheduler's settings as diffusers' scheduler makes them."""
+    sampler = settings["_class_name"]
+    zero_snr = bool(settings.get("rescale_betas_zero_snr"))
+    if zero_snr and sampler == "PNDMScheduler":
         # diffusers' PNDMScheduler has no such setting.
-        config = config | {"rescale_betas_zero_snr": False}
+        settings = settings | {"rescale_betas_zero_snr": False}
         zero_snr = False
-    alphas_bar = np.cumprod(1 - make_betas(config))
-    if zero_snr and sampler != "ddim":
+    alphas_bar = np.cumprod(1 - make_betas(settings))
+    if zero_snr and sampler != "DDIMScheduler":
         # As in those schedulers: at no signal at all sigma would be infinite.
         alphas_bar[-1] = 2**-24
     return alphas_bar

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from limner.base_model.base import BaseModel
 from limner.config import toml
 from limner.config.schema import Config
-from limner.diffusion import make_objective, samplers
+from limner.diffusion import make_objective
 from limner.engines.dropout import add_keys, refuse_attention_dropout
 from limner.engines.jax import compile_cache, weights
 from limner.engines.jax.attention import Array, Kernel, choose_kernel
@@ -23,6 +23,7 @@ from limner.engines.jax.layout import LARGE, SMALL, Layout
 from limner.engines.jax.lora import list_linear_adapters, make_adapters
 from limner.engines.jax.model import Named, TrainedModel
 from limner.engines.jax.processes import JaxProcessGroup, local_device, to_local_device
+from limner.engines.jax.sampler import make_base_table
 from limner.engines.jax.step import SCALER, State, TrainingStep, make_state, to_scalars
 from limner.engines.machine import keep_heap
 from limner.engines.state import check_arrays, find_half_dtype, join_moments, split_moments
@@ -382,7 +383,8 @@ def refuse_settings(config: Config, base: BaseModel, family: Family) -> None:
         )
     refuse_attention_dropout(base, family.trained_components(config.adapter.text_encoders))
     if config.preview.prompts:
-        samplers.make_table(base.configs["scheduler"], config.preview.steps)
+        predict = make_objective(base.configs["scheduler"], config.objective).prediction_type
+        make_base_table(base, family, config.preview.steps, prediction_type=predict)
     if config.adapter.kind != "full":
         shapes = weights.expected_shapes(kind, base.configs[family.network.component])
         list_linear_adapters({family.network.component: shapes}, config.adapter, family)

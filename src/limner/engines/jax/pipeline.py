@@ -11,14 +11,14 @@ import numpy as np
 
 from limner.base_model.base import BaseModel
 from limner.base_model.open import open_base, read_pipeline_class
-from limner.diffusion.result_scheduler import adapt_scheduler
-from limner.diffusion.samplers import SAMPLERS, make_table
+from limner.diffusion.sampler_settings import list_served
 from limner.diffusion.starting_noise import draw_starting_noise
 from limner.engines.jax.attention import Array, Kernel, choose_kernel
 from limner.engines.jax.encoders import JaxEncoders
 from limner.engines.jax.lora_file import read_lora
 from limner.engines.jax.nn import Params
 from limner.engines.jax.processes import choose_devices, local_device
+from limner.engines.jax.sampler import make_base_table
 from limner.engines.jax.unet import unet
 from limner.engines.jax.weights import check_base, read_component, serves
 from limner.engines.state import find_half_dtype
@@ -228,10 +228,13 @@ class Pipeline(NumpyFeatures):
         Args:
             size: pixels a side, which XL is conditioned on.
         """
-        class_name = self.base.component_class("scheduler")[1]
-        config = self.base.configs["scheduler"]
-        config = adapt_scheduler(config, class_name, self.prediction_type)
-        table = make_table(config, steps, self.scheduler)
+        table = make_base_table(
+            self.base,
+            self.family,
+            steps,
+            name=self.scheduler,
+            prediction_type=self.prediction_type,
+        )
         component = self.family.network.component
         net = self.nets[component]
         rows = len(next(iter(features.values())))
@@ -299,9 +302,9 @@ def open_pipeline(
     Raises:
         InputError: for a scheduler or a model that there is no code for.
     """
-    if scheduler is not None and scheduler not in SAMPLERS:
+    if scheduler is not None and scheduler not in list_served():
         raise InputError(
-            f"scheduler: {scheduler!r} has no table in JAX; it has {', '.join(SAMPLERS)}"
+            f"scheduler: {scheduler!r} has no table in JAX; it has {', '.join(list_served())}"
         )
     choose_devices(device)
     family = find_family(source)

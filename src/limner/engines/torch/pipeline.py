@@ -6,6 +6,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 import torch
 
+from limner.diffusion.sampler_settings import SCHEDULERS
 from limner.engines.state import find_dtype
 from limner.engines.torch.assembly import compute_as_previews, open_lora_run
 from limner.engines.torch.loading import load_pipeline
@@ -15,18 +16,6 @@ from limner.engines.torch.weights import silence_progress_bars
 from limner.errors import InputError
 from limner.progress import print_line
 from limner.protocols import ModelSource, Report
-
-# Some of these classes clip latents unless they are told not to.
-SCHEDULERS = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
-    "dpm++": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
 
 
 def open_pipeline(
