@@ -1,5 +1,6 @@
 """Draw pictures in JAX: encode prompts, run a sampler's table, decode latents."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,14 @@ from limner.base_model.base import BaseModel
 from limner.base_model.open import open_base, read_pipeline_class
 from limner.diffusion.sampler_settings import list_served
 from limner.diffusion.starting_noise import draw_starting_noise
+from limner.engines.jax import vae
 from limner.engines.jax.attention import Array, Kernel, choose_kernel
 from limner.engines.jax.encoders import JaxEncoders
 from limner.engines.jax.lora_file import read_lora
 from limner.engines.jax.nn import Params
 from limner.engines.jax.processes import choose_devices, local_device
 from limner.engines.jax.sampler import make_base_table
+from limner.engines.jax.settings import complete
 from limner.engines.jax.unet import unet
 from limner.engines.jax.weights import check_base, read_component, serves
 from limner.engines.state import find_half_dtype
@@ -32,6 +35,7 @@ from limner.progress import print_line
 from limner.protocols import ModelSource, Report
 from limner.storage.layout import LORA_FILE
 
+OLD_SAMPLE_SIZE = 64  # latents a side of Stable Diffusion 1.x, where diffusers wrote another
 GUIDANCE_SCALES = {"sd": 7.5, "sdxl": 5.0}  # of the stock pipelines
 
 
@@ -259,7 +263,8 @@ class Pipeline(NumpyFeatures):
 
 def latent_factor(base: BaseModel) -> int:
     """Return how many pixels a side one latent stands for."""
-    factor: int = 2 ** (len(base.configs["vae"]["block_out_channels"]) - 1)
+    levels = len(complete(base.configs["vae"], vae.DEFAULTS)["block_out_channels"])
+    factor: int = 2 ** (levels - 1)
     return factor
 
 
@@ -271,7 +276,10 @@ def latent_side(base: BaseModel, size: int | None) -> int:
     """
     factor = latent_factor(base)
     if size is None:
-        sample_size = base.configs["unet"].get("sample_size")
+        config = base.configs["unet"]
+        sample_size = config.get("sample_size")
+        if isinstance(sample_size, int) and is_before_sizes(config, base):
+            sample_size = max(sample_size, OLD_SAMPLE_SIZE)
         if not isinstance(sample_size, int):
             raise InputError(
                 f"size: the model's own is not stated (sample_size is {sample_size}); give one, a "
@@ -282,6 +290,16 @@ def latent_side(base: BaseModel, size: int | None) -> int:
         nearest = max(1, round(size / factor)) * factor
         raise InputError(f"size: {size} pixels are no multiple of {factor}; choose {nearest}")
     return size // factor
+
+
+def is_before_sizes(config: dict[str, Any], base: BaseModel) -> bool:
+    """Return whether the stock pipeline takes a UNet's ``sample_size`` below 64 as 64.
+
+    That of Stable Diffusion 1.x and 2.x does for what diffusers before 0.9 wrote.
+    """
+    version = re.match(r"0\.(\d+)\b", str(config.get("_diffusers_version")))
+    kind = base.configs.model_index.get("_class_name")
+    return kind == "StableDiffusionPipeline" and version is not None and int(version[1]) < 9
 
 
 def open_pipeline(

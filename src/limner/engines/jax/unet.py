@@ -24,57 +24,85 @@ from limner.engines.jax.nn import (
     sinusoid,
     upsample,
 )
+from limner.engines.jax.settings import complete, find_unserved
 
-# Of the settings that would need code of their own, the values that need none.
-EXPECTED_SETTINGS = {
-    "act_fn": "silu",
-    "attention_type": "default",
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "class_embeddings_concat": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "cross_attention_norm": None,
-    "dual_cross_attention": False,
-    "encoder_hid_dim_type": None,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
-    "time_cond_proj_dim": None,
-    "time_embedding_act_fn": None,
-    "time_embedding_type": "positional",
-    "timestep_post_act": None,
-    "downsample_padding": 1,
-    "dropout": 0.0,
-    "reverse_transformer_layers_per_block": None,
+# Of the settings that would need code of their own, the values that need none; the class's first.
+SERVED_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "addition_embed_type": (None, "text_time"),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "downsample_padding": (1,),
+    "dropout": (0.0,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    # diffusers' attention_head_dim is the number of heads, and this one has no meaning yet.
+    "num_attention_heads": (None,),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1.0,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }
-SUPPORTED_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+# What the class says where a config does not.
+DEFAULTS: dict[str, Any] = {
+    "addition_time_embed_dim": None,
+    "attention_head_dim": 8,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 1280,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": None,
+    "time_embedding_dim": None,
+    "transformer_layers_per_block": 1,
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "use_linear_projection": False,
+}
 
 
 def find_unsupported(config: dict[str, Any]) -> list[str]:
     """Say which settings of a config there is no code for."""
-    problems = [
-        f"{name} is {config[name]!r}, {expected!r} is expected"
-        for name, expected in EXPECTED_SETTINGS.items()
-        if config.get(name, expected) != expected
-    ]
-    for block in dict.fromkeys((*config["down_block_types"], *config["up_block_types"])):
-        if block not in SUPPORTED_BLOCKS:
-            problems.append(f"a {block} is none of {', '.join(SUPPORTED_BLOCKS)}")
-    depths = expand_per_level(config.get("transformer_layers_per_block", 1), 1)
+    config = complete(config, DEFAULTS)
+    problems = find_unserved(config, SERVED_SETTINGS, DEFAULTS)
+    if problems:
+        return problems
+    levels = len(config["block_out_channels"])
+    for name in ("down_block_types", "up_block_types", "attention_head_dim", "layers_per_block"):
+        if isinstance(config[name], list | tuple) and len(config[name]) != levels:
+            problems.append(f"{name} has {len(config[name])} values, {levels} are expected")
+    depths = expand_per_level(config["transformer_layers_per_block"], 1)
     for name, values in (
-        ("cross_attention_dim", [config.get("cross_attention_dim", 1280)]),
+        ("cross_attention_dim", [config["cross_attention_dim"]]),
         ("transformer_layers_per_block", depths),
     ):
         if any(isinstance(value, list | tuple) for value in values):
             problems.append(f"{name} is {config[name]}, one number is expected")
-    added = config.get("addition_embed_type")
-    if added not in (None, "text_time"):
-        problems.append(f"addition_embed_type is {added!r}, None or 'text_time' is expected")
+    if config.get("addition_embed_type") == "text_time":
+        for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            if config[name] is None:
+                problems.append(f"{name} is None, a number is expected")
     return problems
 
 
@@ -120,8 +148,8 @@ def embed_conditions(
         added: XL's pooled caption ``text_embeds`` and six numbers ``time_ids`` [n, 6].
     """
     channels = config["block_out_channels"][0]
-    width = config.get("time_embedding_dim") or 4 * channels
-    cosine_first, shift = config.get("flip_sin_to_cos", True), config.get("freq_shift", 0)
+    width = config["time_embedding_dim"] or 4 * channels
+    cosine_first, shift = config["flip_sin_to_cos"], config["freq_shift"]
 
     def two_layers(inner: Params, h: Array) -> Array:
         h = jax.nn.silu(linear(inner / "linear_1", h.astype(x.dtype), width))
@@ -151,12 +179,12 @@ class UNetBlocks:
     @property
     def groups(self) -> int:
         """Groups of channels that are normalised together."""
-        return int(self.config.get("norm_num_groups", 32))
+        return int(self.config["norm_num_groups"])
 
     @property
     def eps(self) -> float:
         """Added to variances, outside the transformers."""
-        return float(self.config.get("norm_eps", 1e-5))
+        return float(self.config["norm_eps"])
 
     def run(self, block: Callable[[Array, Array], Array], h: Array, condition: Array) -> Array:
         """Run a block, with its activations recomputed in the backward pass if asked for."""
@@ -174,10 +202,9 @@ class UNetBlocks:
         """Apply transformer blocks to the pixels of x [n, h, w, channels]."""
         config, levels = self.config, len(self.config["block_out_channels"])
         # diffusers' attention_head_dim is the number of heads.
-        head_counts = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-        heads = expand_per_level(head_counts, levels)[level]
-        depths = expand_per_level(config.get("transformer_layers_per_block", 1), levels)
-        convolution = not config.get("use_linear_projection", False)
+        heads = expand_per_level(config["attention_head_dim"], levels)[level]
+        depths = expand_per_level(config["transformer_layers_per_block"], levels)
+        convolution = not config["use_linear_projection"]
         n, height, width, channels = x.shape
         h = group_norm(p / "norm", x, self.groups, 1e-6).reshape(n, height * width, channels)
         h = pointwise(p / "proj_in", h, channels, convolution)
@@ -212,6 +239,7 @@ def unet(
     Returns:
         [n, out channels, h, w], in the type of the latents.
     """
+    config = complete(config, DEFAULTS)
     x = inputs["sample"].transpose(0, 2, 3, 1)
     context = inputs["encoder_hidden_states"].astype(x.dtype)
     time = embed_conditions(p, config, x, inputs["timestep"], inputs.get("added_cond_kwargs"))
@@ -222,13 +250,13 @@ def unet(
     h = run_middle_block(p / "mid_block", blocks, h)
     h = run_up_blocks(p, blocks, h, skips)
     h = jax.nn.silu(group_norm(p / "conv_norm_out", h, blocks.groups, blocks.eps))
-    return conv(p / "conv_out", h, config.get("out_channels", 4)).transpose(0, 3, 1, 2)
+    return conv(p / "conv_out", h, config["out_channels"]).transpose(0, 3, 1, 2)
 
 
 def run_down_blocks(p: Params, blocks: UNetBlocks, h: Array) -> tuple[Array, list[Array]]:
     """Run the levels from large to small; also returns what the way up concatenates."""
     channels = blocks.config["block_out_channels"]
-    layers = expand_per_level(blocks.config.get("layers_per_block", 2), len(channels))
+    layers = expand_per_level(blocks.config["layers_per_block"], len(channels))
     skips = [h]
     for level, kind in enumerate(blocks.config["down_block_types"]):
         down = p / "down_blocks" / level
@@ -254,7 +282,7 @@ def run_middle_block(p: Params, blocks: UNetBlocks, h: Array) -> Array:
 def run_up_blocks(p: Params, blocks: UNetBlocks, h: Array, skips: list[Array]) -> Array:
     """Run the levels from small to large; uses up ``skips``."""
     channels = blocks.config["block_out_channels"]
-    layers = expand_per_level(blocks.config.get("layers_per_block", 2), len(channels))
+    layers = expand_per_level(blocks.config["layers_per_block"], len(channels))
     for i, kind in enumerate(blocks.config["up_block_types"]):
         level, up = len(channels) - 1 - i, p / "up_blocks" / i
         for j in range(layers[level] + 1):
@@ -269,11 +297,12 @@ def run_up_blocks(p: Params, blocks: UNetBlocks, h: Array, skips: list[Array]) -
 
 def list_unet_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every array of the network."""
+    config = complete(config, DEFAULTS)
     side = 2 ** (len(config["block_out_channels"]) - 1)
     inputs: dict[str, Any] = {
-        "sample": jnp.zeros((1, config.get("in_channels", 4), side, side)),
+        "sample": jnp.zeros((1, config["in_channels"], side, side)),
         "timestep": jnp.zeros(1),
-        "encoder_hidden_states": jnp.zeros((1, 1, config.get("cross_attention_dim", 1280))),
+        "encoder_hidden_states": jnp.zeros((1, 1, config["cross_attention_dim"])),
     }
     if config.get("addition_embed_type") == "text_time":
         numbers_width = 6 * config["addition_time_embed_dim"]
