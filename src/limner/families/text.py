@@ -37,11 +37,12 @@ class TextInput:
             InputError: when neither the family nor the tokenizer says how many.
         """
         length = self.length or encoders.max_tokens(self.tokenizer)
-        if not 2 < length <= MAX_LENGTH:
+        special = len(encoders.list_token_ids(self.tokenizer, [""])[0])
+        if not special < length <= MAX_LENGTH:
             raise InputError(
                 f"{self.tokenizer}/tokenizer_config.json: model_max_length is {length:g}, a number "
-                f"from 3 to {MAX_LENGTH} is expected; stock pipelines pad captions to it. That of "
-                "CLIP is 77."
+                f"from {special + 1} to {MAX_LENGTH} is expected; stock pipelines pad captions to "
+                "it. That of CLIP is 77."
             )
         return length
 
