@@ -20,6 +20,7 @@ from PIL import Image
 from limner.base_model.base import BaseModel
 from limner.base_model.open import open_base
 from limner.config.schema import ModelSettings
+from limner.engines.jax.sampler import make_base_table
 from limner.errors import InputError
 from limner.families import FAMILIES
 from limner.families.sdxl import decode_latents
@@ -192,8 +193,6 @@ class FlaxStableDiffusionPipeline:
             jit: whether prompts are divided over all devices.
         """
         import jax
-
-        from limner.engines.jax.sampler import make_base_table
 
         ids = np.asarray(prompt_ids)
         lead = ids.shape[: 2 if jit else 1]
