@@ -6,10 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from limner.errors import InputError
 from limner.protocols import Array, BaseConfigs, Encoders, Features, TextEncoders
-
-MAX_LENGTH = 100_000  # tokens; tokenizers without a limit say a number beyond
 
 
 @dataclass(frozen=True)
@@ -31,20 +28,8 @@ class TextInput:
         return self.template.replace("{}", caption, 1)
 
     def read_length(self, encoders: Encoders) -> int:
-        """Return the tokens of one chunk, special ones included.
-
-        Raises:
-            InputError: when neither the family nor the tokenizer says how many.
-        """
-        length = self.length or encoders.max_tokens(self.tokenizer)
-        special = len(encoders.list_token_ids(self.tokenizer, [""])[0])
-        if not special < length <= MAX_LENGTH:
-            raise InputError(
-                f"{self.tokenizer}/tokenizer_config.json: model_max_length is {length:g}, a number "
-                f"from {special + 1} to {MAX_LENGTH} is expected; stock pipelines pad captions to "
-                "it. That of CLIP is 77."
-            )
-        return length
+        """Return the tokens of one chunk, special ones included."""
+        return self.length or encoders.max_tokens(self.tokenizer)
 
     def count_tokens(self, encoders: Encoders, captions: list[str]) -> list[int]:
         """Return the tokens of each caption, uncut, with template and special tokens."""

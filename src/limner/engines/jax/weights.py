@@ -21,6 +21,7 @@ from limner.base_model.comparison import (
 )
 from limner.base_model.configs import list_components_with_weights
 from limner.engines.jax import clip, unet, vae
+from limner.engines.jax.settings import complete
 from limner.engines.jax.tokenizer import WordTokenizer
 from limner.errors import InputError
 from limner.families.family import Family
@@ -96,8 +97,8 @@ def open_tokenizer(base: BaseModel, name: str) -> WordTokenizer:
     with explain_faults(f"{folder}: its tokenizer cannot be loaded"):
         tokenizer = WordTokenizer(folder, base.configs[name])
     size = tokenizer.inner.get_vocab_size(with_added_tokens=True)
-    encoder = base.configs[name.replace("tokenizer", "text_encoder")]
-    known, positions = encoder["vocab_size"], encoder.get("max_position_embeddings", 77)
+    encoder = complete(base.configs[name.replace("tokenizer", "text_encoder")], clip.DEFAULTS)
+    known, positions = encoder["vocab_size"], encoder["max_position_embeddings"]
     if not 0 < size <= known:
         raise InputError(
             f"{folder}: its vocabulary has {size} tokens, the text encoder knows {known}. Fetch or "

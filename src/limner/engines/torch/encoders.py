@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from limner.base_model.base import BaseModel
 from limner.engines.torch.weights import load_component
-from limner.errors import InputError
 from limner.features.arrays import NumpyFeatures
 
 # Of CLIP's training images, by colour, 0 to 1.
@@ -91,13 +90,7 @@ class TorchEncoders(NumpyFeatures):
 
     def pad_token(self, tokenizer: str) -> int:
         """See ``protocols.Encoders``."""
-        pad = self.component(tokenizer).pad_token_id
-        if pad is None:
-            raise InputError(
-                f"{self.base.component_folder(tokenizer)}: it has no pad_token, with which "
-                "captions are filled up. Set it in tokenizer_config.json."
-            )
-        return int(pad)
+        return int(self.component(tokenizer).pad_token_id)
 
     def max_tokens(self, tokenizer: str) -> int:
         """See ``protocols.Encoders``."""
