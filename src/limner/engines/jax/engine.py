@@ -23,7 +23,7 @@ from limner.engines.jax.layout import LARGE, SMALL, Layout
 from limner.engines.jax.lora import list_linear_adapters, make_adapters
 from limner.engines.jax.model import Named, TrainedModel
 from limner.engines.jax.processes import JaxProcessGroup, local_device, to_local_device
-from limner.engines.jax.sampler import make_base_table
+from limner.engines.jax.sampler import check_previews
 from limner.engines.jax.step import SCALER, State, TrainingStep, make_state, to_scalars
 from limner.engines.machine import keep_heap
 from limner.engines.state import check_arrays, find_half_dtype, join_moments, split_moments
@@ -382,9 +382,7 @@ def refuse_settings(config: Config, base: BaseModel, family: Family) -> None:
             "and does not offload it; leave optim.ema_offload out"
         )
     refuse_attention_dropout(base, family.trained_components(config.adapter.text_encoders))
-    if config.preview.prompts:
-        predict = make_objective(base.configs["scheduler"], config.objective).prediction_type
-        make_base_table(base, family, config.preview.steps, prediction_type=predict)
+    check_previews(config, base, family)
     if config.adapter.kind != "full":
         shapes = weights.expected_shapes(kind, base.configs[family.network.component])
         list_linear_adapters({family.network.component: shapes}, config.adapter, family)
