@@ -34,7 +34,7 @@ def check_previews(config: Config, base: BaseModel, family: Family) -> None:
     Raises:
         InputError: see ``make_base_table``.
     """
-    if config.preview.prompts:
+    if config.preview.prompts or config.preview.captions:
         objective = make_objective(base.configs["scheduler"], config.objective)
         steps, predict = config.preview.steps, objective.prediction_type
         make_base_table(base, family, steps, prediction_type=predict)
