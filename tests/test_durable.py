@@ -264,6 +264,64 @@ with atomic.lock(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("call", ["rename", "unlink", "rmdir"])
+def test_a_sweep_that_the_disk_refuses_is_said_in_words(
+    call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a dead run has left: a folder set aside with and without its successor, a file."""
+    made(tmp_path / "final", "new")
+    made(tmp_path / ".final.1.old", "old")
+    made(tmp_path / ".other.1.old", "other")
+    (tmp_path / ".metrics.jsonl.4.tmp").touch()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with pytest.raises(DiskError, match=f"{tmp_path}: {os.strerror(number)}"):
+            atomic.sweep(tmp_path)
+    atomic.sweep(tmp_path)
+    assert names(tmp_path) == ["final", "other"]
+
+
+def test_a_new_folder_is_synced_into_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a power cut takes the run away with its checkpoints."""
+    synced: list[Path] = []
+    monkeypatch.setattr(atomic, "sync", synced.append)
+    with atomic.lock(tmp_path / "runs" / "mine" / "first"):
+        assert synced == [tmp_path, tmp_path / "runs", tmp_path / "runs" / "mine"]
+    synced.clear()
+    atomic.make_folder(tmp_path / "runs" / "mine" / "second")
+    assert synced == [tmp_path / "runs" / "mine"]
+    synced.clear()
+    atomic.make_folder(tmp_path / "runs" / "mine" / "second")
+    assert synced == []
+
+
+def test_what_holds_a_lock_is_gone_with_it(tmp_path: Path) -> None:
+    with atomic.lock(tmp_path):
+        assert f"process {os.getpid()} on " in (tmp_path / ".lock-holder").read_text()
+    assert names(tmp_path) == [".lock"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_two_names_are_exchanged_in_one_step(kind: str, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for path in (one, other):
+        if kind == "file":
+            path.write_text(path.name)
+        else:
+            made(path, path.name)
+    if atomic.exchange(one, other):
+        left = [(p if kind == "file" else p / "a.txt").read_text() for p in (one, other)]
+        assert left == ["other", "one"]
+    assert not atomic.exchange(one, tmp_path / "nothing") and one.exists()
+
+
 @contextlib.contextmanager
 def holder(root: Path) -> Iterator[subprocess.Popen]:
     """Another process that holds the lock until its input ends."""
