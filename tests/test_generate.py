@@ -246,6 +246,15 @@ def test_a_mistyped_path_never_asks_the_hub(tmp_path, monkeypatch, capsys, argum
     assert message.format(cwd=tmp_path) in said and said.count("\n") == 1
 
 
+def test_a_hub_that_cannot_be_reached_is_said(tmp_path, monkeypatch, capsys):
+    """Once, and with its own exit code; the tests are offline."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert cli.main(["generate", "owner/name", "x", "--output", str(tmp_path)]) == 6
+    said = capsys.readouterr().err
+    assert said.startswith("limner: owner/name: the Hub cannot be reached at http://127.0.0.1:9")
+    assert said.count("\n") == 1
+
+
 def test_the_pipeline_is_fetched_into_the_folder_that_is_given(tmp_path, monkeypatch):
     import diffusers
 
@@ -258,6 +267,7 @@ def test_the_pipeline_is_fetched_into_the_folder_that_is_given(tmp_path, monkeyp
         raise OSError("not there")
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", refuse)
+    monkeypatch.setattr("limner.engines.torch.loading.read_pipeline_class", lambda source: "X")
     with pytest.raises(InputError, match="not there"):
         engines.open_pipeline(
             ModelSource("owner/name", cache_dir="/downloads", revision="abc"),

@@ -106,12 +106,15 @@ def find_folder(weights: ModelSource) -> Path:
     """Return the folder of a pipeline; what the Hub has is fetched first.
 
     Raises:
-        OSError, ValueError: when there is none.
+        HubError: when the Hub refuses or cannot be reached.
+        OSError, ValueError: when it is not whole.
     """
     import diffusers
 
     if Path(weights.model).is_dir():
         return Path(weights.model)
+    # Asked first: what the Hub refuses of it is said in words.
+    read_pipeline_class(weights)
     download = functools.partial(
         diffusers.DiffusionPipeline.download,
         weights.model,
