@@ -16,6 +16,7 @@ from limner.storage.checkpoint import list_checkpoints, open_checkpoint
 from limner.storage.run_state import RunState
 from limner.training import loop, sinks
 from limner.training.monitor import Monitor
+from limner.training.signals import Stop
 
 pytestmark = pytest.mark.frameworks
 STEPS, EVERY = 10, {"log": 4, "checkpoint": 3}
@@ -112,6 +113,32 @@ def test_a_stopped_run_has_the_same_rows_and_none_of_its_own(
     assert len(state.unlogged_losses) == step % 4
     train(config)
     assert curve(config) == rows
+
+
+def test_a_stop_ends_a_preview_which_is_drawn_when_the_run_goes_on(
+    base: Path, pictures: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A sampler may take minutes: the stop is heard between two of its steps."""
+    preview = {"prompts": ["a red circle"], "every": 2, "steps": 4}
+    config = settings(base, pictures, tmp_path / "run", preview=preview, train={"steps": 3})
+    check, calls = Stop.check, []
+
+    def check_unsaved(self: Stop) -> None:
+        """The signal comes after the second step of the sampler, at the second step of the run."""
+        if self.unsaved:
+            calls.append(None)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        check(self)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="at step 2 of 3"):
+        patch.setattr(Stop, "check", check_unsaved)
+        train(config)
+    folder = tmp_path / "run" / "previews"
+    assert len(calls) == 2 and [path.name for path in folder.iterdir()] == ["step-000000"]
+    train(config)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["step-000000", "step-000002", "step-000003"]
 
 
 @pytest.mark.parametrize("undisturbed", ["torch"], indirect=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, Self, TypeVar
+from typing import Any, NoReturn, Protocol, Self, TypedDict, TypeVar, Unpack
 
 import numpy as np
 
@@ -96,6 +96,14 @@ class TextEncoders(Protocol):
     def pad_width(self, array: Array, width: int) -> Array:
         """An array with zeros after the last axis's own numbers, up to ``width``."""
         ...
+
+
+class DrawCall(TypedDict):
+    """What all pictures of a call have in common; None: the pipeline's own."""
+
+    steps: int  # of the sampler
+    guidance_scale: float | None
+    size: int | None  # pixels a side
 
 
 class Encoders(TextEncoders, Protocol):
@@ -247,15 +255,16 @@ class Engine(Protocol):
         state: State,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        *,
-        steps: int,
-        guidance_scale: float,
-        size: int,
+        check_stop: Callable[[], None] = lambda: None,
+        **call: Unpack[DrawCall],
     ) -> list[np.ndarray]:
         """One picture per prompt and seed with the current weights (the average, where there is
         one), uint8 [size, size, 3].
 
         All processes call it; the first one draws, the others get none.
+
+        Args:
+            check_stop: called as often as can be; what it raises ends the drawing.
         """
         ...
 

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 
-from limner.errors import NonFiniteError
+from limner.errors import NonFiniteError, Stopped
 from limner.progress import open_progress
 from limner.protocols import Metrics, NonFiniteStep, State
 from limner.storage import checkpoint
@@ -189,9 +189,8 @@ class Monitor:
             for name in names:
                 if self.setup.process.any(self.setup.stop.asked):
                     return False
-                if name == "preview":
-                    self.draw_previews(state, step)
-                elif not self.validate(state, step):
+                take = self.draw_previews if name == "preview" else self.validate
+                if not take(state, step):
                     return False
         return True
 
@@ -225,28 +224,36 @@ class Monitor:
         self.progress.set_postfix(self.shown)
         return True
 
-    def draw_previews(self, state: State, step: int) -> None:
-        """Draw the prompts of the recipe, with fixed seeds."""
+    def draw_previews(self, state: State, step: int) -> bool:
+        """Draw the prompts of the recipe, with fixed seeds.
+
+        Returns:
+            False where a stop came between: then nothing is written.
+        """
         setup, preview = self.setup, self.setup.config.preview
         prompts = [prompt for prompt in preview.prompts for _ in range(preview.count)]
         seeds = [setup.plan.seed + k for _ in preview.prompts for k in range(preview.count)]
         # Stock pipelines draw multiples of 8.
         size = setup.config.data.size - setup.config.data.size % 8
         # The loaders use the same tokenizers, which are not safe in threads.
-        with setup.stream.features.busy:
+        with setup.stream.features.busy, contextlib.suppress(Stopped):
             pictures = setup.engine.draw_previews(
                 state,
                 prompts,
                 seeds,
+                setup.stop.check,
                 steps=preview.steps,
                 guidance_scale=preview.guidance_scale,
                 size=size,
             )
+        if setup.process.any(setup.stop.asked):
+            return False
         if self.sinks is not None:
             self.sinks.write_images(step, "validation", list(zip(prompts, pictures, strict=True)))
             folder = RunFolder(setup.folder).previews_of_step(step, "validation")
             setup.report(f"step {step}: previews in {folder}")
         setup.process.barrier()
+        return True
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write a row to all sinks, in the first process."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from limner.engines.machine import keep_heap
 from limner.engines.state import check_arrays, find_half_dtype, join_moments, split_moments
 from limner.errors import InputError, IntegrityError
 from limner.families.family import Family
-from limner.protocols import Arrays, Batch, Metrics, NonFiniteStep, Report
+from limner.protocols import Arrays, Batch, DrawCall, Metrics, NonFiniteStep, Report
 
 # Bytes of a step's temporary arrays up to which a process on the CPU keeps their memory, which
 # saves some 20 % of a step's time.
@@ -59,7 +59,7 @@ class JaxEngine:
         self.rank = process.rank
         self.world_size = process.world_size
         self.mesh = process.mesh
-        self.half, self.report = find_half_dtype(jnp, process.precision), report
+        self.half = find_half_dtype(jnp, process.precision)
         refuse_settings(config, base, family)
         self.refuse_batch()
         if config.engine.attention == "xformers":
@@ -259,10 +259,8 @@ class JaxEngine:
         state: State,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        *,
-        steps: int,
-        guidance_scale: float,
-        size: int,
+        check_stop: Callable[[], None] = lambda: None,
+        **call: Unpack[DrawCall],
     ) -> list[np.ndarray]:
         """See ``protocols.Engine``."""
         keep = bool(self.encoders.loaded)
@@ -277,9 +275,7 @@ class JaxEngine:
         drawing.nets = {
             name: self.model.select_arrays(params, frozen, name) for name in self.model.components
         }
-        pictures: list[np.ndarray] = drawing.draw(
-            prompts, seeds, steps=steps, guidance_scale=guidance_scale, size=size
-        )
+        pictures: list[np.ndarray] = drawing.draw(prompts, seeds, check_stop=check_stop, **call)
         drawing.nets = {}
         if not keep:
             self.release_encoders()

@@ -1,10 +1,10 @@
 """Draw pictures in JAX: encode prompts, run a sampler's table, decode latents."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from limner.families.sdxl import decode_latents
 from limner.families.text import encode_captions, tokenize
 from limner.features.arrays import NumpyFeatures
 from limner.progress import print_line
-from limner.protocols import ModelSource, Report
+from limner.protocols import DrawCall, ModelSource, Report
 from limner.storage.layout import LORA_FILE
 
 OLD_SAMPLE_SIZE = 64  # latents a side of Stable Diffusion 1.x, where diffusers wrote another
@@ -149,11 +149,10 @@ class Pipeline(NumpyFeatures):
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
-        steps: int,
-        guidance_scale: float | None,
-        size: int | None,
         negative: str | None = None,
         batch: int = 4,
+        check_stop: Callable[[], None] = lambda: None,
+        **call: Unpack[DrawCall],
     ) -> list[np.ndarray]:
         """Draw one picture per prompt and seed, uint8 [size, size, 3].
 
@@ -161,14 +160,14 @@ class Pipeline(NumpyFeatures):
         of the stock pipeline with ``torch.Generator("cpu").manual_seed(seed)``.
 
         Args:
-            guidance_scale: None: the stock pipeline's own.
-            size: pixels a side; None: the model's own.
             negative: the negative prompt of all pictures.
+            check_stop: called before each batch; what it raises ends the drawing.
         """
-        side = latent_side(self.base, size)
+        side = latent_side(self.base, call["size"])
         shape = (self.base.configs["unet"].get("in_channels", 4), side, side)
         pictures: list[np.ndarray] = []
         for start in range(0, len(prompts), batch):
+            check_stop()
             part = list(prompts[start : start + batch])
             noise = [
                 draw_starting_noise(shape, seed, self.noise_dtype).astype(np.float32)
@@ -179,14 +178,8 @@ class Pipeline(NumpyFeatures):
                 # The last batch is filled up, so that only one shape is compiled.
                 part += part[-1:] * (batch - count)
                 noise += noise[-1:] * (batch - count)
-            pictures += self.draw_from_noise(
-                part,
-                np.stack(noise),
-                steps=steps,
-                guidance_scale=guidance_scale,
-                size=size,
-                negative=negative,
-            )[:count]
+            drawn = self.draw_from_noise(part, np.stack(noise), negative=negative, **call)
+            pictures += drawn[:count]
         return pictures
 
     def draw_from_noise(

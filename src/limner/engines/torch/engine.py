@@ -5,6 +5,7 @@ Nothing is copied to the host but at logging and saving.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from limner.engines.torch.safety_checker import has_safety_checker, load_safety_
 from limner.engines.torch.state import TorchState
 from limner.families.family import Family
 from limner.families.text import encode_captions, zero_dropped
-from limner.protocols import Arrays, Batch, Metrics, NonFiniteStep, Report
+from limner.protocols import Arrays, Batch, DrawCall, Metrics, NonFiniteStep, Report
 
 Tensors = dict[str, torch.Tensor]
 
@@ -221,10 +222,8 @@ class TorchEngine:
         state: TorchState,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        *,
-        steps: int,
-        guidance_scale: float,
-        size: int,
+        check_stop: Callable[[], None] = lambda: None,
+        **call: Unpack[DrawCall],
     ) -> list[np.ndarray]:
         """See ``protocols.Engine``."""
         if self.rank > 0:
@@ -244,10 +243,9 @@ class TorchEngine:
                 stock,
                 prompts,
                 seeds,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                size=size,
                 report=self.report,
+                check_stop=check_stop,
+                **call,
             )
         if not keep:
             self.release_encoders()

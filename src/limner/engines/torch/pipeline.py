@@ -1,7 +1,7 @@
 """Open stock diffusers pipelines, and draw with them."""
 
-from collections.abc import Sequence
-from typing import Any, TypedDict, Unpack
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from limner.engines.torch.two_stages import open_two_stages
 from limner.engines.torch.weights import silence_progress_bars
 from limner.errors import InputError
 from limner.progress import print_line
-from limner.protocols import ModelSource, Report
+from limner.protocols import DrawCall, ModelSource, Report
 
 
 def open_pipeline(
@@ -76,14 +76,6 @@ def set_scheduler(pipeline: Any, name: str) -> None:
         decoder.scheduler = scheduler
 
 
-class CallSettings(TypedDict):
-    """What all pictures of a call have in common; None: the pipeline's own."""
-
-    steps: int
-    guidance_scale: float | None
-    size: int | None
-
-
 def draw_pictures(
     pipeline: Any,
     prompts: Sequence[str],
@@ -92,7 +84,8 @@ def draw_pictures(
     negative: str | None = None,
     batch: int = 4,
     report: Report = print_line,
-    **call: Unpack[CallSettings],
+    check_stop: Callable[[], None] = lambda: None,
+    **call: Unpack[DrawCall],
 ) -> list[np.ndarray]:
     """Draw one picture per prompt and seed, uint8 [size, size, 3].
 
@@ -100,9 +93,16 @@ def draw_pictures(
         negative: what no picture should show.
         batch: pictures at a time.
         report: told of pictures that the safety checker has blackened.
+        check_stop: called after each step of the sampler; what it raises ends the drawing.
     """
     pipeline.set_progress_bar_config(disable=True)
-    settings = name_settings(**call)
+
+    def end_step(*step: object) -> dict[str, torch.Tensor]:
+        """Return what the sampler's next step takes in the place of what it has: nothing."""
+        check_stop()
+        return {}
+
+    settings = name_settings(**call) | {"callback_on_step_end": end_step}
     pictures: list[np.ndarray] = []
     black: list[bool] = []
     for start in range(0, len(prompts), batch):
