@@ -794,7 +794,7 @@ def test_captions_are_for_the_prior_alone(kandinsky, wide, tmp_path):
         settings(kandinsky, wide, tmp_path / "captioned", DECODER), report=said.append
     )
     assert rows(tmp_path / "decoder")[0]["loss"] == rows(tmp_path / "captioned")[0]["loss"]
-    assert not any("empty caption" in line or "for want of" in line for line in said)
+    assert not any("empty caption" in line or "they have no" in line for line in said)
 
 
 @pytest.mark.parametrize(

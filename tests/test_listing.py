@@ -94,7 +94,7 @@ def test_metadata_in_several_subfolders(tmp_path: Path, first: str) -> None:
         "more/deep/0.png": "more/deep",
     }
     assert told[-1] == (
-        "1 of 4 pictures are left out, for want of a row in a metadata file: more/alone.png"
+        "1 of 4 pictures are left out, because they have no row in a metadata file: more/alone.png"
     )
 
 
@@ -156,7 +156,7 @@ def test_pipes_and_sockets_are_told_and_never_opened(tmp_path: Path) -> None:
     assert captions == {"a.png": "a"}
     assert told == [
         "4 pipes, sockets and devices are left out: b.txt, c.png, metadata.jsonl, s",
-        "1 of 2 pictures are left out, for want of a .txt with their caption: b.png",
+        "1 of 2 pictures are left out, because they have no .txt with their caption: b.png",
     ]
 
 
@@ -193,7 +193,7 @@ def test_texts_and_other_files_are_told_in_a_line_each(tmp_path: Path) -> None:
     others = "4 files that are no pictures are left out: README, b.caption, clip.mp4, sub/c.psd"
     captions, told = read(tmp_path)
     assert captions == {"a.png": "a.png", "b.jpg": "b.jpg"}
-    wanting = "are left out, for want of a picture of the same name"
+    wanting = "are left out, because no picture has the same name"
     assert told == [f"7 texts {wanting}: {texts}", others]
     assert read(tmp_path, caption=None)[1] == [
         "9 texts are not read, since data.caption is none: a.txt, b.txt, note0.txt, note1.txt, "

@@ -132,9 +132,9 @@ def test_a_text_beside_each_picture(tmp_path: Path) -> None:
         ("sub/c.webp", ("drei Äpfel",)),
     ]
     assert told == [
-        f"{tmp_path}: 1 of 4 pictures are left out, for want of a .txt with their caption: "
+        f"{tmp_path}: 1 of 4 pictures are left out, because they have no .txt with their caption: "
         "alone.png",
-        f"{tmp_path}: 1 texts are left out, for want of a picture of the same name: README.txt",
+        f"{tmp_path}: 1 texts are left out, because no picture has the same name: README.txt",
     ]
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
     assert bad(source, 1) == ("b.png", "b.txt cannot be read: it is not UTF-8 text")
@@ -166,8 +166,8 @@ def test_pictures_without_a_row_are_told_in_one_line(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "4.png", "text": "x"}])
     source, told = folder(tmp_path)
     assert told == [
-        f"{tmp_path}: 8 of 9 pictures are left out, for want of a row in metadata.jsonl: 0.png, "
-        "1.png, 2.png, 3.png, 5.png, ..."
+        f"{tmp_path}: 8 of 9 pictures are left out, because they have no row in metadata.jsonl: "
+        "0.png, 1.png, 2.png, 3.png, 5.png, ..."
     ]
     assert len(source) == 1
 

@@ -162,17 +162,17 @@ class Folder:
         read = {row.where for row in self.rows if isinstance(row.captions, Path)}
         if self.metadata:
             name = os.path.basename(self.metadata[0])
-            need = f"a row in {name if len(self.metadata) == 1 else 'a metadata file'}"
+            need = f"row in {name if len(self.metadata) == 1 else 'a metadata file'}"
             why = f"are not read, since {name} has the captions"
         else:
-            need = "a .txt with their caption"
-            why = "are left out, for want of a picture of the same name"
+            need = ".txt with their caption"
+            why = "are left out, because no picture has the same name"
             if self.caption is None:
                 why = "are not read, since data.caption is none"
         rest = set(self.files.files).difference(pictures, texts, metadata, used)
         left_out = Listing(self.root)
         left_out.leave_out(
-            f"of {len(pictures)} pictures are left out, for want of {need}",
+            f"of {len(pictures)} pictures are left out, because they have no {need}",
             *(name for name in pictures if name not in used),
         )
         left_out.leave_out(f"texts {why}", *(n for n in texts if n not in read and n not in used))
