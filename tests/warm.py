@@ -69,6 +69,11 @@ def serve(listening: int) -> None:
             if child == 0:
                 for own, theirs in enumerate(files):
                     os.dup2(theirs, own)
+                # Python knows of its old ones whether they were files or pipes.
+                sys.stdin, sys.stdout, sys.stderr = (
+                    open(own, mode, closefd=False)  # noqa: SIM115 - for the fork's whole life
+                    for own, mode in enumerate("rww")
+                )
                 run(*json.loads(said))
                 sys.exit()  # what a script raises ends the fork as it would end the script
             for one in files:
