@@ -331,6 +331,10 @@ def test_revisions_and_variants_of_a_repository(
         ModelSettings(base=str(sd_fp16), variant="fp16"), SD
     ).fingerprint("unet")
     before = len(hub.requests)
+    said = refusal("someone/half", variant="fp61", cache_dir=str(tmp_path / "third"))
+    assert "only variants: fp16" in said
+    said = refusal("someone/tiny-sd", variant="fp61", cache_dir=str(tmp_path / "third"))
+    assert "someone/tiny-sd has no weights of variant 'fp61', only plain ones" in said
     assert "Pass model.variant=fp16" in refusal("someone/half", cache_dir=str(tmp_path / "second"))
     assert not [path for _, path, _ in hub.requests[before:] if path.endswith(".safetensors")]
 

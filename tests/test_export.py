@@ -128,6 +128,19 @@ def test_a_stock_pipeline_loads_the_trained_weights(
     assert str(sd).encode() not in everything(tmp_path) and result.is_result_whole(tmp_path, 7)
 
 
+def test_a_file_of_the_base_that_is_no_json_is_copied_as_it_is(
+    sd: Path, trained: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sd, tmp_path / "base"))
+    odd = {"notes.json": b"\xef\xbb\xbf{}", "broken.json": b"{", "deep.json": b"[" * 100_000}
+    for name, content in odd.items():
+        (folder / "text_encoder" / name).write_bytes(content)
+    base = open_base(ModelSettings(base=str(folder)), SD)
+    result.write_full(base, SD, tmp_path / "run", trained, "epsilon", 1)
+    for name, content in odd.items():
+        assert (tmp_path / "run" / "text_encoder" / name).read_bytes() == content
+
+
 def test_variants_shards_and_extras_of_the_base(
     sd_fp16: Path, trained: dict[str, np.ndarray], tmp_path: Path
 ) -> None:

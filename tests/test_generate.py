@@ -14,7 +14,7 @@ from limner import cli
 from limner.commands import generate
 from limner.config import toml
 from limner.config.schema import Config
-from limner.errors import InputError
+from limner.errors import InputError, IntegrityError
 from limner.protocols import ModelSource
 from limner.training import loop
 
@@ -184,6 +184,14 @@ def test_the_command_reads_prompts_and_writes_a_grid(runs, tmp_path, capsys):
         (["generate", "{run}", "red", "--count", "0"], "at least 1"),
         (["generate", "{empty}", "red"], "neither a diffusers folder"),
         (["generate", "{run}", "--prompt-file", "{empty}/none.txt"], "cannot be read"),
+        (["generate", "{run}", "red", "--size", "100"], "no multiple of 8; choose 96"),
+        (["generate", "{run}", "red", "--size=-8"], "no multiple of 8; choose 8"),
+        (["generate", "{run}", "red", "--device", "foo"], "--device: 'foo' cannot be used; torch"),
+        (["generate", "{run}", "red", "--device", "cuda:7"], "--device: 'cuda:7' cannot be used"),
+        (["generate", "{run}", "red", "--seed", str(2**70)], "is not within 0 to 2**63 - 1"),
+        (["generate", "{run}", "red", "--seed=-1"], "seed: -1 is not within 0"),
+        (["generate", "{run}", "red", "--grid", "g.nope"], "--grid: g.nope is of no format"),
+        (["generate", "{run}", "red", "--steps", str(10**9)], "at least 1 and at most 100000"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_in_one_message(runs, tmp_path, capsys, arguments, message):
@@ -209,15 +217,15 @@ def test_a_lora_takes_its_base_from_where_the_run_kept_it(tmp_path, monkeypatch)
     model = {"base": "owner/name", "variant": "fp16", "revision": "abc", "cache_dir": "/downloads"}
     (run / "config.json").write_text(json.dumps({"model": model}))
     assert generate.find_sources("~/run", None) == (
-        ModelSource("owner/name", run, None, "fp16", "abc", "/downloads"),
+        ModelSource("owner/name", run, "sd", "fp16", "abc", "/downloads"),
         None,
     )
     assert generate.find_sources("~/run", "~/other") == (
-        ModelSource(str(tmp_path / "other"), run, cache_dir="/downloads"),
+        ModelSource(str(tmp_path / "other"), run, "sd", cache_dir="/downloads"),
         None,
     )
     (run / "model_index.json").touch()
-    whole = ModelSource(str(run), variant="fp16", cache_dir="/downloads")
+    whole = ModelSource(str(run), None, "sd", variant="fp16", cache_dir="/downloads")
     assert generate.find_sources("~/run", None) == (whole, None)
 
 
@@ -244,6 +252,37 @@ def test_a_mistyped_path_never_asks_the_hub(tmp_path, monkeypatch, capsys, argum
     assert cli.main(["generate", *arguments]) == 2
     said = capsys.readouterr().err
     assert message.format(cwd=tmp_path) in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"model": {"base": 5}}, "model.base: 5 was given, a text is expected"),
+        ({"model": {"family": "zzz"}}, "zzz"),
+        ({"model": {}, "engine": {"precision": "fp8"}}, "engine.precision: 'fp8' was given"),
+        ({"model": {}, "objective": []}, None),
+        ({"model": {}, "adapter": 3}, "adapter"),
+        ({"model": "stabilityai/x"}, None),
+        (["a", "list"], None),
+    ],
+)
+def test_a_config_that_is_no_run_s_is_left_alone_and_a_damaged_one_is_told(
+    tmp_path, written, message
+):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(written))
+    if message is None:
+        known = generate.read_run_settings(config)
+        assert known is None or known.model.base == ""
+    else:
+        with pytest.raises(IntegrityError, match="not what a run has written") as told:
+            generate.read_run_settings(config)
+        assert message in str(told.value)
+
+
+def test_a_prompt_that_is_no_utf8_is_drawn(runs, tmp_path):
+    [picture] = drawn(str(runs["full"]), ["red \udcff"], tmp_path)
+    assert picture.shape == (32, 32, 3)
 
 
 def test_a_hub_that_cannot_be_reached_is_said(tmp_path, monkeypatch, capsys):

@@ -374,6 +374,28 @@ def test_a_safety_checker_that_is_a_pickle_is_left_out_and_told(
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("entry", [["transformers", "CLIPFeatureExtractor"], [None, None], None])
+def test_a_safety_checker_of_an_old_base_or_without_its_processor(
+    entry: Any, checked: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The old name of the processor is that of the new one; without one no picture is checked."""
+    folder = Path(shutil.copytree(checked, tmp_path / "base"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["feature_extractor"] = entry
+    if entry is None:
+        del index["feature_extractor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    has_processor = entry is not None and entry[1] is not None
+    settings = {**LORA, "model.base": str(folder), "data.folder": str(pictures)}
+    said = train(settings, tmp_path / "run")
+    told = f"{folder / 'safety_checker'}: pictures are drawn without it: the base has no feature_"
+    assert any(line.startswith(told) for line in said) is not has_processor
+    assert read_previews(tmp_path / "run").any() != has_processor
+    capsys.readouterr()
+    assert generate(tmp_path / "run", tmp_path / "drawn").any() != has_processor
+    assert (told in capsys.readouterr().err) is not has_processor
+
+
 def test_jax_says_that_it_has_no_safety_checker(
     checked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from limner import engines
+from limner.base_model.comparison import check_counts
 from limner.base_model.open import open_base
 from limner.commands.generate import DrawSettings, run_generate
 from limner.config.schema import ModelSettings
@@ -124,6 +125,12 @@ def test_other_arrays_are_refused(sd: Path, tmp_path: Path, name: str, kind: str
     # The JAX engine's names have the prefix that published files have.
     message = message.replace("text_model.", "")
     assert first in message and second in message and f"{base / file}".rsplit("/", 1)[0] in message
+
+
+def test_layers_of_a_part_of_a_config_are_counted() -> None:
+    config = {"vision_config": {"num_hidden_layers": 10**7}, "text_config": {}}
+    with pytest.raises(InputError, match="num_hidden_layers is 10000000, and the weights are 396"):
+        check_counts(Path("config.json"), config, 396)
 
 
 OTHER_CONFIGS = {

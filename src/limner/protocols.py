@@ -39,6 +39,7 @@ class ModelSource:
     prediction_type: str | None = None  # None: the base's own
     text_encoders: bool = False  # whether the LoRA is on them too
     precision: str = "no"  # in which its previews were drawn
+    half_vae: bool = False  # whether the autoencoder was in half precision, too
 
     def to_settings(self, family: str) -> ModelSettings:
         """Return the settings of the run that opened this base."""

@@ -61,6 +61,9 @@ def check_counts(config_file: Path, config: Plain, arrays: int) -> None:
     channels = config.get("block_out_channels")
     levels = len(channels) if isinstance(channels, list) else 1
     for name, value in config.items():
+        if isinstance(value, dict):  # of one of two networks in one, as CLIP's halves
+            check_counts(config_file, value, arrays)
+            continue
         numbers = flatten(value)
         count = len(numbers)
         # These are the numbers of layers, not how many there are.

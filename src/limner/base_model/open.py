@@ -88,12 +88,16 @@ def check_variant(base: BaseModel, family: Family) -> None:
         for name in list_components_with_weights(other):
             if name in base.other_stage.configs.components:
                 paths += base.other_stage.weight_files(name)
-    if any(parse_variant(path) == base.variant for path in paths):
-        return
-    raise InputError(
-        f"model.variant: {base.name} has no weights of variant {base.variant!r}, only plain "
-        "ones. Leave model.variant out."
-    )
+    refuse_missing_variant(base, paths)
+
+
+def refuse_missing_variant(base: BaseModel, paths: Iterable[Path]) -> None:
+    """Refuse the variant of a base if none of these weight files is of it."""
+    if not any(parse_variant(path) == base.variant for path in paths):
+        raise InputError(
+            f"model.variant: {base.name} has no weights of variant {base.variant!r}, only plain "
+            "ones. Leave model.variant out."
+        )
 
 
 def add_other_stage(
@@ -193,12 +197,18 @@ def fetch_weights(
     """Fetch the weights of components; a missing one is refused before the first is fetched."""
     components = list(components)
     trained_folder = base.component_folder(base.trained_component).parent
+    wanted: dict[Path, list[str]] = {}  # folder of a commit -> its files
     for folder in dict.fromkeys((base.folder, trained_folder)):
         names = list_repository_files(model, folder)
-        files: list[str] = []
+        wanted[folder] = []
         for component in components:
             if base.component_folder(component).parent == folder:
-                files += choose_repository_files(base, component, names, family)
+                wanted[folder] += choose_repository_files(base, component, names, family)
+    paths = [Path(name) for files in wanted.values() for name in files]
+    # Of two stages the variant may be the other one's, and is looked for when both are here.
+    if base.variant is not None and family.stage is None:
+        refuse_missing_variant(base, paths)
+    for folder, files in wanted.items():
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             fetch_files(model, folder.name, missing, tqdm)

@@ -14,14 +14,18 @@ from limner import engines
 from limner.base_model.base import INDEX
 from limner.base_model.find import path_exists
 from limner.base_model.hub import check_hub_name
+from limner.config import toml
+from limner.config.schema import Config
 from limner.data.contact_sheet import draw_contact_sheet
 from limner.errors import InputError, IntegrityError
-from limner.json_types import Plain, read_object
+from limner.families import get_family
+from limner.json_types import parse_json
 from limner.protocols import ModelSource
 from limner.storage import atomic
 from limner.storage.layout import LORA_FILE
 from limner.storage.run_folder import RunFolder
 
+MOST = 100_000  # pictures, steps, or pictures at once
 # The sections of a run's settings that its pictures depend on.
 SECTIONS = ("model", "objective", "adapter", "engine")
 
@@ -85,11 +89,11 @@ def run_generate(
             'no prompt: give one or more, e.g. limner generate RUN "a red apple", or '
             "--prompt-file FILE"
         )
-    if min(settings.count, settings.steps, settings.batch_size) < 1:
-        raise InputError(
-            "count, steps and batch size must be at least 1; they are "
-            f"{settings.count}, {settings.steps}, {settings.batch_size}"
-        )
+    check_settings(settings)
+    if grid is not None and grid.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"--grid: {grid} is of no format that pictures have; call it .png")
+    # A shell's word that is no UTF-8 has lone surrogates, which tokenizers do not take.
+    prompts = [prompt.encode("utf-8", "replace").decode() for prompt in prompts]
     pipeline = open_pipeline(model, base, other_stage, settings)
     drawings = draw(pipeline, prompts, settings)
     with atomic.disk_errors(output):
@@ -99,12 +103,30 @@ def run_generate(
     return paths
 
 
+def check_settings(settings: DrawSettings) -> None:
+    """Refuse numbers with which no picture can be drawn, before a model is opened."""
+    counts = (settings.count, settings.steps, settings.batch_size)
+    if min(counts) < 1 or max(counts) > MOST:
+        raise InputError(
+            f"count, steps and batch size must be at least 1 and at most {MOST}; they are "
+            f"{', '.join(map(str, counts))}"
+        )
+    if not 0 <= settings.seed <= 2**63 - settings.count:
+        raise InputError(f"seed: {settings.seed} is not within 0 to 2**63 - 1")
+    size = settings.size
+    if size is not None and (size < 8 or size % 8):
+        nearest = max(1, round(size / 8)) * 8
+        raise InputError(f"size: {size} pixels are no multiple of 8; choose {nearest}")
+
+
 def open_pipeline(
     model: str, base: str | None, other_stage: str | None, settings: DrawSettings
 ) -> Any:
     """Open the pipeline of a model; arguments are those of ``run_generate``."""
     source, trained_with = find_sources(model, base)
     other_stage = other_stage or trained_with
+    if other_stage is not None and not path_exists("--other-stage", other_stage):
+        check_hub_name(other_stage, "--other-stage", "a run's folder, one in the diffusers layout")
     if source.lora is not None and source.family is not None:
         source, other_stage = replace(source, other_stage=other_stage), None
     other_source = None if other_stage is None else find_sources(other_stage, None)[0]
@@ -175,42 +197,48 @@ def read_prompts(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def read_run_settings(config: Path) -> dict[str, Plain]:
-    """Read the sections of a run's ``config.json`` that its pictures depend on.
+def read_run_settings(config: Path) -> Config | None:
+    """Read the settings of a run that its pictures depend on; None where there is no run.
 
     Raises:
-        IntegrityError: when it is not what a run has written.
+        IntegrityError: when they are not what a run has written.
     """
+    if not config.is_file():
+        return None
     try:
-        run = read_object(config.read_text(encoding="utf-8"))
-        sections = {name: run.get(name) or {} for name in SECTIONS}
-        if wrong := [name for name, section in sections.items() if not isinstance(section, dict)]:
-            raise ValueError(f"{wrong[0]} is no object")
-    except (OSError, ValueError) as error:
+        run = parse_json(config.read_text(encoding="utf-8"))
+        # A model may have a file of this name that is not a run's.
+        if not isinstance(run, dict) or not isinstance(run.get("model"), dict):
+            return None
+        settings: Config = toml.build(Config, {name: run.get(name) or {} for name in SECTIONS})
+        get_family(settings)
+    except (OSError, ValueError, InputError) as error:
         raise IntegrityError(
             f"{config}: not what a run has written ({error}). Remove it, and say with --base what "
             "was trained."
         ) from error
-    return sections
+    return settings
 
 
 def read_run(folder: Path) -> ModelSource:
     """Read what a run was trained on and how; of a folder that holds no run, nothing is known."""
-    config = RunFolder(folder).config
-    run = read_run_settings(config) if config.is_file() else {key: {} for key in SECTIONS}
-    model = run["model"]
+    settings = read_run_settings(RunFolder(folder).config)
+    if settings is None:
+        return ModelSource("")
+    model = settings.model
     return ModelSource(
-        model.get("base") or "",
-        family=model.get("family"),
-        variant=model.get("variant"),
-        revision=model.get("revision"),
-        cache_dir=model.get("cache_dir"),
-        trained_revision=model.get("trained_revision"),
-        vae=model.get("vae"),
-        other_stage=model.get("other_stage"),
-        prediction_type=run["objective"].get("predict"),
-        text_encoders=bool(run["adapter"].get("text_encoders")),
-        precision=run["engine"].get("precision") or "no",
+        model.base,
+        family=model.family,
+        variant=model.variant,
+        revision=model.revision,
+        cache_dir=model.cache_dir,
+        trained_revision=model.trained_revision,
+        vae=model.vae,
+        half_vae=model.vae is not None,
+        other_stage=model.other_stage,
+        prediction_type=settings.objective.predict,
+        text_encoders=settings.adapter.text_encoders,
+        precision=settings.engine.precision or "no",
     )
 
 
@@ -231,9 +259,9 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
     if not folder.exists():
         check_hub_name(model, "model", "a run's folder, a folder in the diffusers layout")
     if not folder.is_dir() or (folder / INDEX).exists():
-        # A whole result has the scheduler that it was trained for. The variant is for the other
-        # stage.
-        whole = replace(run, model=model, other_stage=None, prediction_type=None)
+        # A whole result has the scheduler and the autoencoder that it was trained with. The variant
+        # is for the other stage.
+        whole = replace(run, model=model, other_stage=None, prediction_type=None, vae=None)
         return replace(whole, revision=None, trained_revision=None), run.other_stage
     if not (folder / LORA_FILE).exists():
         raise InputError(

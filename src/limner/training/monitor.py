@@ -35,7 +35,7 @@ def fetch_metrics(setup: Setup, state: State, metrics: list[Metrics]) -> list[di
         raise NonFiniteError(
             f"step {error.step + 1}: the loss or the gradient is not a finite number; the weights "
             "were not touched by it. "
-            f"RunRecords of this step: {', '.join(names)}. Last checkpoint: "
+            f"Records of this step: {', '.join(names)}. Last checkpoint: "
             f"{saved[0].name if saved else 'none'}."
             " Look at these pictures, lower optim.learning_rate, or train in bf16 or float32."
         ) from None

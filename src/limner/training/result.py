@@ -20,7 +20,7 @@ from limner.diffusion.result_scheduler import adapt_scheduler
 from limner.engines.adapters import get_alpha
 from limner.errors import IntegrityError
 from limner.families.family import Family
-from limner.json_types import read_object
+from limner.json_types import parse_json, read_object
 from limner.redaction import redact_text
 from limner.storage import atomic, layout, safetensors
 from limner.storage.checkpoint import Checkpoint
@@ -287,7 +287,11 @@ def copy_component(base: BaseModel, name: str, target: Path) -> None:
 
 def copy_json(source: Path, target: Path) -> None:
     """Copy a file of JSON; a config loses the path from which it was once loaded."""
-    value = json.loads(source.read_text(encoding="utf-8"))
+    try:
+        value = parse_json(source.read_text(encoding="utf-8"))
+    except ValueError:
+        # Whatever else lies in the base's folder; the component's own config has been read.
+        value = None
     if isinstance(value, dict) and "_name_or_path" in value:
         write_json(target, value)
     else:

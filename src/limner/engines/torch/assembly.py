@@ -106,7 +106,7 @@ def compute_as_previews(pipeline: Any, weights: ModelSource) -> None:
             continue
         if name in ("vae", "movq"):
             # An autoencoder that the recipe names ran in half precision, the base's did not.
-            if weights.vae is not None:
+            if weights.half_vae:
                 torch.nn.Module.to(net, half)
             keep_precision(net)
         else:

@@ -54,7 +54,7 @@ def load_lora(pipeline: Any, folder: Path) -> None:
         else:
             message = (
                 f"{path}: it cannot be put on {name_place(pipeline)}: diffusers says "
-                f"{shorten(error)!r}. {hint or 'Was it trained on another model?'}"
+                f"{take_first_line(error)!r}. {hint or 'Was it trained on another model?'}"
             )
         raise InputError(message) from error
     unused, missing = compare_with_networks(arrays, nets)
@@ -177,7 +177,7 @@ def name_place(pipeline: Any) -> str:
     return f"a {type(pipeline).__name__}"
 
 
-def shorten(error: Exception) -> str:
+def take_first_line(error: Exception) -> str:
     """Return the first line of an error's text that is no heading, cut short."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = lines[1] if len(lines) > 1 and lines[0].endswith(":") else [*lines, ""][0]

@@ -10,6 +10,7 @@ from limner.diffusion.sampler_settings import SCHEDULERS
 from limner.engines.state import find_dtype
 from limner.engines.torch.assembly import compute_as_previews, open_lora_run
 from limner.engines.torch.loading import load_pipeline
+from limner.engines.torch.processes import choose_device
 from limner.engines.torch.safety_checker import report_blackened
 from limner.engines.torch.two_stages import open_two_stages
 from limner.engines.torch.weights import silence_progress_bars
@@ -40,6 +41,7 @@ def open_pipeline(
     silence_progress_bars()
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise InputError(f"scheduler: {scheduler!r} is not one of {', '.join(SCHEDULERS)}")
+    place = choose_device(device, {}, "--device")
     dtype = find_dtype(torch, precision or "no")
     if weights.lora is not None and weights.family is not None:
         pipeline = open_lora_run(
@@ -55,7 +57,7 @@ def open_pipeline(
         pipeline.to(dtype)
     if scheduler is not None:
         set_scheduler(pipeline, scheduler)
-    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipeline.to(place)
 
 
 def set_scheduler(pipeline: Any, name: str) -> None:
@@ -84,7 +86,7 @@ def draw_pictures(
     negative: str | None = None,
     batch: int = 4,
     report: Report = print_line,
-    check_stop: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] | None = None,
     **call: Unpack[DrawCall],
 ) -> list[np.ndarray]:
     """Draw one picture per prompt and seed, uint8 [size, size, 3].
@@ -97,12 +99,10 @@ def draw_pictures(
     """
     pipeline.set_progress_bar_config(disable=True)
 
-    def end_step(*step: object) -> dict[str, torch.Tensor]:
-        """Return what the sampler's next step takes in the place of what it has: nothing."""
-        check_stop()
-        return {}
-
-    settings = name_settings(**call) | {"callback_on_step_end": end_step}
+    settings = name_settings(**call)
+    if check_stop is not None:
+        # The sampler's next step takes what this returns in the place of what it has: nothing.
+        settings["callback_on_step_end"] = lambda *step: check_stop() or {}
     pictures: list[np.ndarray] = []
     black: list[bool] = []
     for start in range(0, len(prompts), batch):

@@ -202,11 +202,16 @@ def choose_precision(wanted: str | None, environment: Mapping[str, str]) -> str:
     return given.lower()
 
 
-def choose_device(wanted: str | None, environment: Mapping[str, str]) -> torch.device:
+def choose_device(
+    wanted: str | None, environment: Mapping[str, str], setting: str = "engine.device"
+) -> torch.device:
     """Return the device of this process.
 
     The recipe's, else the CPU if the launcher says so, else the accelerator that torch finds, else
     the CPU.
+
+    Args:
+        setting: what ``wanted`` was given with.
 
     Raises:
         InputError: for a device that does not exist, or that several processes would share.
@@ -218,8 +223,8 @@ def choose_device(wanted: str | None, environment: Mapping[str, str]) -> torch.d
     kind, colon, index = name.partition(":")
     if kind not in available or (colon and not index.isdigit()):
         raise InputError(
-            f"engine.device: {name!r} cannot be used; torch finds here: {', '.join(available)}. "
-            "Give one of these, or leave engine.device out."
+            f"{setting}: {name!r} cannot be used; torch finds here: {', '.join(available)}. "
+            f"Give one of these, or leave {setting} out."
         )
     if kind in ("cpu", "mps"):
         return torch.device(kind)

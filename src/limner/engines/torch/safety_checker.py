@@ -22,6 +22,9 @@ def has_safety_checker(
     if (index.get("safety_checker") or [None, None])[1] is None:
         return False
     folder = folder / "safety_checker"
+    if (index.get("feature_extractor") or [None, None])[1] is None:
+        report(f"{folder}: pictures are drawn without it: the base has no feature_extractor for it")
+        return False
     if has_usable_weights("safety_checker", list_files(folder), variant):
         return True
     report(

@@ -100,6 +100,8 @@ def find_class(library: str, class_name: str) -> Any:
         from diffusers.pipelines import stable_diffusion
 
         places[library] = stable_diffusion
+    # As diffusers does with bases of before transformers 4.26.
+    class_name = {"CLIPFeatureExtractor": "CLIPImageProcessor"}.get(class_name, class_name)
     cls = getattr(places.get(library), class_name, None)
     if cls is None:
         raise InputError(
