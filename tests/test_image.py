@@ -472,6 +472,11 @@ def test_arrays() -> None:
         (MARK.astype(np.int32) * 257, MARK),
         (MARK > 100, (MARK > 100) * 255),
         ((MARK > 100).astype(np.float64), (MARK > 100) * 255),
+        # 16 bits are 16 bits, however dark the picture is.
+        (MARK.astype(np.uint16), (MARK > 128) * 1),
+        (MARK.astype(">u2"), (MARK > 128) * 1),
+        (np.zeros((2, 3, 3), np.uint16), np.zeros((2, 3, 3))),
+        (MARK.astype(np.uint32), MARK),
     ],
 )
 def test_arrays_of_other_numbers_are_taken_by_their_range(
@@ -586,6 +591,83 @@ def test_cut_is_resize_then_crop_then_flip(resample: str) -> None:
         np.testing.assert_array_equal(straight, wanted)
     np.testing.assert_array_equal(flipped, straight[:, ::-1])
     assert straight.flags.c_contiguous and flipped.flags.c_contiguous and straight.dtype == np.uint8
+
+
+@pytest.mark.parametrize("resample", ["nearest", "nearest_exact"])
+def test_the_nearest_pixels_are_those_of_pil_at_every_size(
+    resample: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large picture too, whose pixels other filters average first."""
+    draws = np.random.default_rng(4)
+    monkeypatch.setattr(image, "LARGE", 1000)
+    for _ in range(300):
+        height, width, *new = (int(side) for side in draws.integers(1, 160, 4))
+        rgb = draws.integers(0, 256, (height, width, 3), np.uint8)
+        wanted = np.asarray(Image.fromarray(rgb).resize(new[::-1], Image.Resampling.NEAREST))
+        top, left = draws.integers(0, new)
+        cut = Geometry(*new, int(top), int(left), new[0] - int(top), new[1] - int(left), True)
+        np.testing.assert_array_equal(image.crop(rgb, cut, resample), wanted[top:, left:][:, ::-1])
+    for count, new_count in ((17_001, 512), (100_003, 1021), (512, 511), (3, 40_000)):
+        line = np.arange(count, dtype=np.int32)[None]
+        wanted = np.asarray(Image.fromarray(line).resize((new_count, 1), Image.Resampling.NEAREST))
+        np.testing.assert_array_equal(image.pick_nearest(count, new_count), wanted[0])
+
+
+BROKEN_EXIF = [
+    b"Exif\0\0garbage",
+    b"Exif\0\0II",
+    b"Exif\0\0",
+    b"II*\0\xff\xff\xff\xff",
+    b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04abc\0",
+    b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x09\0\0\0\0\0\0",
+]
+
+
+@pytest.mark.parametrize("exif", BROKEN_EXIF)
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_exif_that_cannot_be_read_is_none(kind: str, exif: bytes) -> None:
+    options = {} if kind == "JPEG" else {"lossless": True}
+    whole = decoded(encode(Image.fromarray(MARK), kind, **options))
+    if kind != "JPEG":
+        np.testing.assert_array_equal(whole, MARK)
+    broken = encode(Image.fromarray(MARK), kind, exif=exif, **options)
+    np.testing.assert_array_equal(decoded(broken), whole)
+
+
+@pytest.mark.parametrize("text", [b"zz\nexif\n 4\nxyzw", b"\nexif\n   6\n123456", b""])
+def test_exif_in_a_text_that_cannot_be_read_is_none(text: bytes) -> None:
+    extra = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text))
+    content = png(2, 1, 8, 2, b"\0\1\2\3\4\5\6", extra)
+    np.testing.assert_array_equal(decoded(content), [[[1, 2, 3], [4, 5, 6]]])
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_a_png_may_not_have_texts_without_number(
+    kind: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 MB of them were 8.6 seconds."""
+    name = b"icc" if kind == b"iCCP" else b"XML:com.adobe.xmp"
+    head = name + (b"\0\1\0\0\0" if kind == b"iTXt" else b"\0\0")
+    long = chunk(kind, head + zlib.compress(b"x" * 2**20))
+    unpacked = []
+    decompress = zlib.decompressobj
+
+    class Count:
+        def decompress(self, data: bytes, limit: int) -> bytes:
+            unpacked.append(decompress().decompress(data, limit))
+            return unpacked[-1]
+
+    monkeypatch.setattr("limner.data.picture_file.zlib.decompressobj", Count)
+    data = b"\0\1\2\3\4\5\6"
+    assert reason(png(2, 1, 8, 2, data, long * 1000)) == (
+        "texts and profiles of more than 64 MiB: save it without"
+    )
+    assert len(unpacked) == 65
+    damaged = chunk(kind, head + zlib.compress(bytes(2**20))[:-6] + b"xxxxxx")
+    assert "more than 64 MiB" in reason(png(2, 1, 8, 2, data, damaged * 1000))
+    monkeypatch.undo()
+    assert decoded(png(2, 1, 8, 2, data, long)).tolist() == [[[1, 2, 3], [4, 5, 6]]]
 
 
 def test_a_picture_of_the_right_size_is_not_resampled() -> None:

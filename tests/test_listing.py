@@ -227,6 +227,49 @@ def test_a_second_text_of_a_picture_is_told(tmp_path: Path) -> None:
     assert captions == {"a.png": "a"} and "1 texts are left out" in told[0] and "a.TXT" in told[0]
 
 
+@pytest.mark.parametrize("name", ["Q: what.png", "a:b.png", "\\a.png", "C:/x.png", "sub/D:.png"])
+def test_a_name_that_is_listed_is_taken_whatever_it_would_mean_elsewhere(
+    tmp_path: Path, name: str
+) -> None:
+    paint(tmp_path / name)
+    write_rows(tmp_path / "metadata.jsonl", (name, "x"))
+    assert read(tmp_path) == ({name: "x"}, [])
+
+
+def test_a_name_that_is_not_listed_is_refused_for_what_it_means(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png")
+    names = {"C:\\a.png": "absolute", "/a.png": "absolute", "../a.png": "leads out"}
+    write_rows(tmp_path / "metadata.jsonl", *((name, "x") for name in names))
+    source = Folder(DataSettings(folder=str(tmp_path)), lambda line: None)
+    for i, words in enumerate(names.values()):
+        with pytest.raises(BadRecord, match=rf"line {i + 1}: file_name .*{words}"):
+            source[i]
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_metadata_that_are_a_link_to_themselves(tmp_path: Path, name: str) -> None:
+    paint(tmp_path / "a.png")
+    (tmp_path / name).symlink_to(name)
+    with pytest.raises(InputError, match="symbolic links"):
+        read(tmp_path)
+
+
+def test_pictures_and_texts_that_are_links_to_themselves(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png"), paint(tmp_path / "c.png", "c")
+    (tmp_path / "a.txt").symlink_to("a.txt")
+    (tmp_path / "b.png").symlink_to("b.png")
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "d.png").symlink_to("e.png"), (tmp_path / "e.png").symlink_to("d.png")
+    source = Folder(DataSettings(folder=str(tmp_path)), lambda line: None)
+    assert source[2].key == "c.png"
+    for i, words in ((0, r"a\.png: a\.txt cannot be read: .*symbolic links"), (1, r"b\.png: ")):
+        with pytest.raises(BadRecord, match=words):
+            source[i]
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="loop is not there"):
+        Folder(DataSettings(folder=str(tmp_path / "loop")), print)
+
+
 def test_a_name_that_is_not_utf8_is_escaped(tmp_path: Path) -> None:
     paint(tmp_path / "x.png", "x")
     for end in (b".png", b".txt"):

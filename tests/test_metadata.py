@@ -203,6 +203,42 @@ def test_parquet_with_more_than_its_memory(tmp_path: Path, monkeypatch: pytest.M
         rows(path, None)
 
 
+def test_parquet_of_which_little_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings beside the captions count for nothing; lists of texts count whole."""
+    names, texts = ["a", "b"], [["x", "y"], ["z"]]
+    columns = {"file_name": names, "embedding": [[0.5] * 4000, [1.5] * 4000], "text": texts}
+    path = write_table(tmp_path / "metadata.parquet", columns)
+    monkeypatch.setattr(metadata, "ROW_GROUP_BYTES", 1000)
+    assert rows(path) == list(zip(names, texts, strict=True))
+    assert rows(path, None) == [("a", ""), ("b", "")]
+    write_table(path, columns | {"text": ["x", "y"]})
+    assert rows(path) == [("a", "x"), ("b", "y")]
+    for long in (["x" * 500, "y" * 600], [["x" * 500], ["y" * 600]]):
+        write_table(path, columns | {"text": long})
+        with pytest.raises(InputError, match="a row group of 0 MiB and 2 values; write"):
+            rows(path)
+        assert rows(path, None) == [("a", ""), ("b", "")]
+
+
+@pytest.mark.parametrize("twice", ["file_name", "text"])
+def test_parquet_with_a_column_twice(tmp_path: Path, twice: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "metadata.parquet"
+    names = ["file_name", "id", "text", twice, "id"]
+    table = pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 5, names=names)
+    pytest.importorskip("pyarrow.parquet").write_table(table, path)
+    with pytest.raises(InputError) as caught:
+        rows(path)
+    assert str(caught.value) == f"{path}: 2 columns are called {twice!r}; keep one"
+    if twice == "text":
+        assert rows(path, None) == [("x", "")]
+    write_table(path, {"id": ["x"], "text": ["x"]})
+    with pytest.raises(InputError, match="file_name"):
+        rows(path)
+    write_table(path, {})
+    assert rows(path) == []
+
+
 def test_a_value_that_is_no_name_is_a_bad_record_not_a_failure(tmp_path: Path) -> None:
     path = tmp_path / "metadata.jsonl"
     values: list[Any] = [None, 5, [], {}, "\ud800", "x" * 10**5, "\n", " ", "."]

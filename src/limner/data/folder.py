@@ -31,7 +31,7 @@ class Folder:
 
     def __init__(self, config: DataSettings, report: Report):
         self.root = Path(config.folder or "")
-        self.real_root = self.root.resolve()
+        self.real_root = Path(os.path.realpath(self.root))
         self.caption = config.caption
         everything = list_folder(self.root)
         everything.report_left_out(report)
@@ -49,11 +49,12 @@ class Folder:
 
     def __getitem__(self, i: int) -> Record:
         where, name, captions, folder = self.rows[i]
+        key = self.find_file(self.rows[i])
         reason = explain_bad_name(name)
-        if reason is not None:
+        if key is None and reason is not None:
             printable = isinstance(name, str) and name and name.isprintable()
             raise BadRecord(name if printable else repr(name), f"{where}: {reason}")
-        key = self.find_file(self.rows[i]) or folder + os.path.normpath(name)
+        key = key or folder + os.path.normpath(name)
         path = self.root / key
         if not os.path.isfile(path):
             raise BadRecord(key, f"{where}: there is no such file in {self.root / folder}")
@@ -80,7 +81,7 @@ class Folder:
                     f"{self.root}: {len(alike)} metadata files ({', '.join(alike)}); keep the one "
                     "that holds"
                 )
-            if not (self.root / name).resolve().is_relative_to(self.real_root):
+            if not self.is_inside(self.root / name):
                 raise InputError(
                     f"{self.root / name} is a link to a place outside {self.root}; put the file "
                     "itself there"
@@ -189,10 +190,14 @@ class Folder:
         A row may have composed or decomposed accents, and either slash.
         """
         name = row.file_name
-        if explain_bad_name(name) is not None:
+        if not isinstance(name, str):
             return None
-        for spelling in (name, name.replace("\\", "/")):
-            path = os.path.normpath(row.folder + spelling)
+        # A name that is listed is one, whatever it would mean elsewhere: "C: the sea.png".
+        paths = [row.folder + name]
+        if explain_bad_name(name) is None:
+            spellings = (name, name.replace("\\", "/"))
+            paths += [os.path.normpath(row.folder + spelling) for spelling in spellings]
+        for path in paths:
             if path in self.names:
                 return path
             if compose_accents(path) in self.names_by_nfc:
@@ -201,8 +206,13 @@ class Folder:
 
     def check_inside(self, path: Path, key: str, where: str) -> None:
         """Refuse a link that leads out of the folder."""
-        if not path.resolve().is_relative_to(self.real_root):
+        if not self.is_inside(path):
             raise BadRecord(key, f"{where}: {path.name} is a link to a place outside {self.root}")
+
+    def is_inside(self, path: Path) -> bool:
+        """Whether a file is in the folder, after all links; one that leads to itself is."""
+        # Not by ``Path.resolve``, which raises RuntimeError for a link that leads to itself.
+        return Path(os.path.realpath(path)).is_relative_to(self.real_root)
 
 
 def explain_bad_name(name: object) -> str | None:

@@ -15,12 +15,12 @@ from PIL import Image, ImageColor
 from limner.data.color import Color, find_scale, flatten_to_srgb, needs_conversion
 from limner.data.geometry import Geometry
 from limner.data.picture_file import (
-    ORIENTATION_TAG,
     Undecodable,
     check_memory,
     check_size,
     open_content,
     read_file,
+    read_orientation,
     translate_errors,
 )
 from limner.errors import InputError
@@ -174,7 +174,7 @@ def finish(picture: Image.Image, unpacked: np.ndarray | None, background: Color)
         for top, bottom in strips:
             strip = take_rows(picture, unpacked, top, bottom)
             pixels[top:bottom] = np.asarray(flatten_to_srgb(strip, background, scale))
-    turn = UPRIGHT.get(picture.getexif().get(ORIENTATION_TAG, 1))
+    turn = UPRIGHT.get(read_orientation(picture))
     return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
@@ -213,8 +213,8 @@ def convert_array(array: np.ndarray, max_pixels: int) -> Image.Image:
 def reduce_array(array: np.ndarray) -> np.ndarray:
     """Return numbers as uint8 where their range says what they mean.
 
-    Whole numbers of any type lie within 0 to 255, or else within 0 to 65535; others within 0 to 1;
-    and so do floats that are 0 and 1 only.
+    ``uint16`` has 16 bits, however dark the picture is. Other whole numbers lie within 0 to 255, or
+    else within 0 to 65535; fractions within 0 to 1; and so do floats that are 0 and 1 only.
 
     Raises:
         Undecodable: for all other numbers.
@@ -225,10 +225,11 @@ def reduce_array(array: np.ndarray) -> np.ndarray:
         return np.where(array, np.uint8(255), np.uint8(0))
     low, high = float(array.min()), float(array.max())
     is_float = array.dtype.kind == "f"
+    is_16_bit = array.dtype.kind == "u" and array.dtype.itemsize == 2
     if low >= 0 and high <= 1 and is_float:
         return np.rint(array.astype(np.float64) * 255).astype(np.uint8)
     if low >= 0 and high <= 65535 and not (is_float and np.any(array != np.rint(array))):
-        if high <= 255:
+        if high <= 255 and not is_16_bit:
             return array.astype(np.uint8)
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     raise Undecodable(
@@ -260,6 +261,8 @@ def crop(pixels: np.ndarray, geometry: Geometry, resample: str) -> np.ndarray:
     factors = pixels.shape[0] / geometry.height, pixels.shape[1] / geometry.width
     if resample in KERNELS and min(factors) >= 1 and 1 < max(factors) <= MAX_SHRINK:
         cropped = shrink_and_crop(pixels, geometry, KERNELS[resample])
+    elif RESAMPLE[resample] is Image.Resampling.NEAREST:
+        cropped = pick_and_crop(pixels, geometry)
     else:
         # The whole picture, not only the part that the crop needs: PIL keeps the borders of a part
         # in single precision, so that its bits could differ.
@@ -274,6 +277,22 @@ def crop(pixels: np.ndarray, geometry: Geometry, resample: str) -> np.ndarray:
         right = geometry.left + geometry.crop_width
         cropped = resized[geometry.top : bottom, geometry.left : right]
     return np.ascontiguousarray(cropped[:, ::-1] if geometry.flip else cropped)
+
+
+def pick_and_crop(pixels: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Resize pixels, uint8 [H, W, 3], to the nearest ones, as PIL does, and crop them."""
+    crop_height, crop_width = geometry.shape
+    rows = pick_nearest(pixels.shape[0], geometry.height)[geometry.top :][:crop_height]
+    columns = pick_nearest(pixels.shape[1], geometry.width)[geometry.left :][:crop_width]
+    return pixels[rows[:, None], columns]
+
+
+def pick_nearest(count: int, wanted: int) -> np.ndarray:
+    """Return which of ``count`` rows becomes each of the wanted ones, int64 [wanted]."""
+    steps = np.full(wanted, count / wanted)
+    steps[0] /= 2
+    # A running sum, as PIL has it: a product would be rounded otherwise.
+    return np.cumsum(steps).astype(np.int64).clip(max=count - 1)
 
 
 def shrink(pixels: np.ndarray, factor: int, mode: str = "RGB") -> np.ndarray:

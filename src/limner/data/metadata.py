@@ -60,7 +60,7 @@ def read_metadata(path: Path, shown: str, caption: str | None, most_rows: int) -
     }
     try:
         columns, rows = readers[path.suffix]()
-        check_columns(path, columns, caption)
+        check_columns(path, columns, wanted)
         return [
             Row(
                 f"{shown} {place}",
@@ -73,11 +73,12 @@ def read_metadata(path: Path, shown: str, caption: str | None, most_rows: int) -
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def check_columns(path: Path, columns: list[str], caption: str | None) -> None:
-    """Refuse a table that lacks a column, or has it twice."""
-    for setting, name in (("file_name", "file_name"), ("data.caption", caption)):
-        if name is None or not columns:
-            continue
+def check_columns(path: Path, columns: list[str], wanted: list[str]) -> None:
+    """Refuse a table that lacks one of the columns of file names and captions, or has it twice; an
+    empty one has no rows, and is refused for that."""
+    if not columns:
+        return
+    for setting, name in zip(("file_name", "data.caption"), wanted, strict=False):
         if columns.count(name) > 1:
             raise InputError(f"{path}: {columns.count(name)} columns are called {name!r}; keep one")
         if name not in columns:
@@ -172,8 +173,9 @@ def read_parquet(path: Path, wanted: list[str], most_rows: int) -> Table:
     """Read the wanted columns of a parquet file, in batches.
 
     Raises:
-        InputError: when there are more rows than ``most_rows``, or when a row group unpacks to
-            more than ``ROW_GROUP_BYTES``.
+        InputError: when a wanted column is not there once, when there are more rows than
+            ``most_rows``, or when those columns of a row group unpack to more than
+            ``ROW_GROUP_BYTES``.
     """
     try:
         import pyarrow
@@ -186,17 +188,19 @@ def read_parquet(path: Path, wanted: list[str], most_rows: int) -> Table:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         columns = list(file.schema_arrow.names)
-        read = [name for name in wanted if name in columns]
-        batch_rows = check_parquet(path, file, read, most_rows)
+        if not columns:
+            return Table([], [])
+        check_columns(path, columns, wanted)
+        batch_rows = check_parquet(path, file, wanted, most_rows)
         # Texts stay in their dictionary: a long one that many rows have is there once.
         leaves = [file.schema.column(i) for i in range(len(file.schema))]
         texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
         file = pyarrow.parquet.ParquetFile(path, read_dictionary=texts)
         rows = [
-            dict(zip(read, values, strict=True))
+            dict(zip(wanted, values, strict=True))
             # Lists of texts in a dictionary are read from one row group at a time only.
             for number in range(file.num_row_groups)
-            for batch in file.iter_batches(batch_rows, row_groups=[number], columns=read)
+            for batch in file.iter_batches(batch_rows, row_groups=[number], columns=wanted)
             for values in zip(*list_columns(batch), strict=True)
         ]
     except (pyarrow.ArrowException, ValueError) as error:
@@ -218,30 +222,33 @@ def check_parquet(path: Path, file: Any, read: list[str], most_rows: int) -> int
     most_in_row = 1
     for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
-        values = count_values(file, number, read)
-        if group.total_byte_size > ROW_GROUP_BYTES or values > ROW_GROUP_VALUES:
+        values, size = measure_columns(file, number, read)
+        if size > ROW_GROUP_BYTES or values > ROW_GROUP_VALUES:
             raise InputError(
-                f"{path}: a row group of {group.total_byte_size >> 20} MiB and {values} values; "
-                f"write row groups of at most {ROW_GROUP_BYTES >> 20} MiB and {ROW_GROUP_VALUES} "
-                "values"
+                f"{path}: a row group of {size >> 20} MiB and {values} values; write row groups of "
+                f"at most {ROW_GROUP_BYTES >> 20} MiB and {ROW_GROUP_VALUES} values"
             )
         most_in_row = max(most_in_row, values // max(1, group.num_rows))
     return max(1, BATCH_VALUES // most_in_row)
 
 
-def count_values(file: Any, number: int, read: list[str]) -> int:
-    """Return the most values that a column of a row group has: of lists, those in all of them."""
+def measure_columns(file: Any, number: int, read: list[str]) -> tuple[int, int]:
+    """Return the most values that a column of a row group has, of lists those in all of them, and
+    the bytes that the columns unpack to, which are at most those of the whole group."""
     group = file.metadata.row_group(number)
-    nested = [name for name in read if file.schema_arrow.field(name).type.num_fields]
-    if not nested:
-        return group.num_rows
+    nested = any(file.schema_arrow.field(name).type.num_fields for name in read)
+    if not nested and group.total_byte_size <= ROW_GROUP_BYTES:
+        return group.num_rows, group.total_byte_size
     # Of damaged lengths pyarrow's metadata end the process; reading a row tells them as an error.
-    next(file.iter_batches(1, row_groups=[number], columns=nested), None)
+    next(file.iter_batches(1, row_groups=[number], columns=read), None)
     paths = [file.schema.column(i).path for i in range(group.num_columns)]
-    read_chunks = [
-        i for i, path in enumerate(paths) if path.startswith(tuple(f"{name}." for name in nested))
+    chunks = [
+        group.column(i)
+        for i, path in enumerate(paths)
+        if path in read or path.startswith(tuple(f"{name}." for name in read))
     ]
-    return max(group.num_rows, *(group.column(i).num_values for i in read_chunks))
+    values = max([group.num_rows, *(chunk.num_values for chunk in chunks)])
+    return values, sum(chunk.total_uncompressed_size for chunk in chunks)
 
 
 def list_columns(batch: Any) -> list[list[Any]]:

@@ -1,6 +1,7 @@
 """The data sets of a recipe as one source, one after the other."""
 
 import bisect
+import os
 from dataclasses import fields, replace
 from itertools import accumulate
 from pathlib import Path
@@ -93,7 +94,7 @@ def describe_place(data_set: DataSetSettings) -> str:
     """Name a data set by all that tells it from others: place, configuration, files and split."""
     split = data_set.split if data_set.split != "train" else None
     if data_set.folder is not None:
-        folder = str(Path(data_set.folder).resolve())
+        folder = os.path.realpath(data_set.folder)
         return folder if split is None else f"{folder} ({split})"
     parts = (data_set.hub, data_set.hub_config, data_set.hub_revision, data_set.hub_files, split)
     return " ".join(part for part in parts if part)

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -27,6 +28,8 @@ ORIENTATION_TAG = 0x0112  # of EXIF; 1 is upright
 START_OF_SCAN = b"\xff\xda"
 SCANNED_PIXELS = 2**32  # of a JPEG, in all of its scans: 3 seconds
 PROFILE_BYTES = 2**24  # that a profile may unpack to; a larger one counts as none
+UNPACKED_BYTES = 2**26  # that all texts and profiles of a PNG may unpack to
+ZLIB_RATIO = 1032  # the most bytes that zlib makes of one
 
 
 class Undecodable(ValueError):
@@ -103,15 +106,26 @@ def read_header(content: bytes) -> Image.Image:
 
 
 def drop_long_chunks(content: bytes) -> tuple[bytes, bytes | None]:
-    """Return a PNG without texts and profile that Pillow would refuse it for, and that profile."""
+    """Return a PNG without texts and profile that Pillow would refuse it for, and that profile.
+
+    Raises:
+        Undecodable: when there are more chunks than ``SEGMENTS``, or more to unpack in them than
+            ``UNPACKED_BYTES``.
+    """
     kept, profile, start, at = [], None, 0, len(PNG_SIGNATURE)
+    left = UNPACKED_BYTES
     for _ in range(SEGMENTS):
         if at + 12 > len(content):
             break
         length, kind = struct.unpack_from(">I4s", content, at)
         end = at + 12 + length
         if kind in (b"iCCP", b"tEXt", b"zTXt", b"iTXt") and end <= len(content):
-            unpacked = unpack_chunk(kind, content[at + 8 : end - 4])
+            unpacked, count = unpack_chunk(kind, content[at + 8 : end - 4])
+            left -= count
+            if left < 0:
+                raise Undecodable(
+                    f"texts and profiles of more than {UNPACKED_BYTES >> 20} MiB: save it without"
+                )
             if unpacked is None or len(unpacked) > PNG_TEXT_BYTES:
                 kept.append(content[start:at])
                 start = end
@@ -125,26 +139,27 @@ def drop_long_chunks(content: bytes) -> tuple[bytes, bytes | None]:
     return b"".join([*kept, content[start:]]), profile
 
 
-def unpack_chunk(kind: bytes, data: bytes) -> bytes | None:
-    """Return a profile, or a text that tells how the picture is turned; None: it is not needed.
+def unpack_chunk(kind: bytes, data: bytes) -> tuple[bytes | None, int]:
+    """Return a profile, or a text that tells how the picture is turned, None where it is not
+    needed; and how many bytes were unpacked for it, at most.
 
     Of a damaged one nothing is left, so that Pillow says what is wrong with it.
     """
     name, _, rest = data.partition(b"\0")
     if kind != b"iCCP" and name not in PNG_TEXTS:
-        return None
+        return None, 0
     limit = PROFILE_BYTES if kind == b"iCCP" else PNG_TEXT_BYTES
     packed = kind in (b"iCCP", b"zTXt") or rest[:1] == b"\1"
     if kind == b"iTXt":
         # A flag, the method, then the language and the translated keyword, each with a NUL.
         rest = rest[1:2] + rest[2:].split(b"\0", 2)[-1]
     if not packed:
-        return rest if len(rest) <= limit else None
+        return (rest if len(rest) <= limit else None), 0
     try:
         unpacked = zlib.decompressobj().decompress(rest[1:], limit + 1)
     except zlib.error:
-        return b""
-    return unpacked if len(unpacked) <= limit else None
+        return b"", min(limit, len(rest) * ZLIB_RATIO)
+    return (unpacked if len(unpacked) <= limit else None), len(unpacked)
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -186,7 +201,7 @@ def count_jpeg_bytes(picture: Image.Image, content: bytes) -> int:
     coefficients, of 16 bits, where they are kept until the last of several scans."""
     components = len(picture.getbands())
     needed = 3 if components == 3 else components + 3
-    if is_turned(picture):
+    if read_orientation(picture) != 1:
         needed += 3
     first = find_first_scan(content)
     in_first = content[first + 4] if first + 4 < len(content) else 0
@@ -215,6 +230,14 @@ def find_first_scan(content: bytes) -> int:
     raise Undecodable(f"more than {SEGMENTS} headers")
 
 
-def is_turned(picture: Image.Image) -> bool:
-    """Whether a picture's EXIF says that its pixels are not stored upright."""
-    return picture.getexif().get(ORIENTATION_TAG, 1) != 1
+def read_orientation(picture: Image.Image) -> int:
+    """Return how a picture's pixels are stored, by its EXIF: 1, upright, to 8; 1 where there is
+    none, or none that can be read."""
+    try:
+        orientation: Any = picture.getexif().get(ORIENTATION_TAG)
+    except MemoryError:
+        raise
+    # Damaged EXIF can break its reader in any way.
+    except Exception:
+        return 1
+    return orientation if orientation in range(1, 9) else 1
