@@ -288,9 +288,9 @@ def test_check_says_of_the_data_what_training_says(sdxl, mixed, tmp_path):
     loop.run_training(run, report=said["train"].append, only_encode=True)
     *lines, table = said["check"]
     assert lines == said["train"][: len(lines)] and table.startswith("pictures    12 listed")
-    assert [line for line in lines if "links to folders are not followed: linked" in line]
-    assert [line for line in lines if "files that are no pictures are left out: notes.md" in line]
-    assert [line for line in lines if "of a row in metadata.jsonl: extra.png" in line]
+    assert [line for line in lines if "link to a folder is not followed: linked" in line]
+    assert [line for line in lines if "file that is no picture is left out: notes.md" in line]
+    assert [line for line in lines if "it has no row in metadata.jsonl: extra.png" in line]
     assert [line for line in lines if "tokens that the tokenizer gives on and are cut" in line]
     for line in said["train"][len(lines) :]:
         assert "are encoded" in line or "cache" in line

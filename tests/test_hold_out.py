@@ -69,10 +69,11 @@ def test_five_captions_for_each_picture(seed: int) -> None:
     assert {e.digest for e in training}.isdisjoint(e.digest for e in held_out)
     assert len(held_out) == 10
     before = draw(index, 10, seed)
-    moved = len(before[1] ^ rows_of(held_out))
+    exchanged = len(before[1] - rows_of(held_out))
+    are = "is" if exchanged == 1 else "are"
     assert told == [
-        f"{moved} records have changed sides, so that none is held out whose picture is trained "
-        "on, or one that looks like it; 10 are held out"
+        f"{exchanged} of the 10 records drawn {are} exchanged, so that none is held out whose "
+        "picture is trained on, or one that looks like it; 10 are held out"
     ]
 
 
@@ -81,7 +82,8 @@ def test_where_groups_do_not_make_the_number_it_is_told(asked: int, held: int) -
     index = make_index([i // 5 for i in range(20)])
     _, held_out, told = split(index, asked)
     assert len(held_out) == held and len({entry.digest for entry in held_out}) == held // 5
-    assert told[0].endswith(f"; {held} are held out, where {asked} are asked for")
+    are = "is" if asked == 1 else "are"
+    assert told[0].endswith(f"; {held} are held out, where {asked} {are} asked for")
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -93,6 +95,32 @@ def test_pictures_that_look_alike_stay_together(seed: int) -> None:
     together = {1, 2, 3, 30, 31, 32}
     assert together <= rows_of(training) or together <= rows_of(held_out)
     assert len(held_out) == 8
+
+
+def test_records_that_are_held_out_beside_those_drawn_are_told() -> None:
+    index = make_index([i // 5 for i in range(20)])
+    assert split(index, 1)[2] == [
+        "4 others are held out too, so that none is held out whose picture is trained on, or one "
+        "that looks like it; 5 are held out, where 1 is asked for"
+    ]
+
+
+@pytest.mark.parametrize("digests", [[0] * 5 + [1] * 5, [0] * 6 + [1] * 6])
+def test_half_of_the_data_is_not_held_out_unasked(digests: list[int]) -> None:
+    half = len(digests) // 2
+    index = make_index(digests)
+    with pytest.raises(InputError) as caught:
+        split(index, 2)
+    assert str(caught.value) == (
+        f"validation.hold_out: 2 of {2 * half} records are asked for, and the smallest group of "
+        f"pictures that are the same or look alike has {half}. Add others, hold out {half}, or "
+        "hold out none"
+    )
+    assert len(split(index, half)[1]) == half
+    assert len(split(index, 3)[1]) == half  # at most twice as many
+    # A run that was begun before goes on, whatever its pictures are.
+    assert len(split(index, 2, apart=False)[1]) == 2
+    assert len(split(make_index([7] * 6), 2, apart=False)[1]) == 2
 
 
 def test_flat_pictures_are_alike_by_content_only() -> None:

@@ -117,8 +117,8 @@ def test_empty_captions_and_repeated_pictures_are_told_in_a_line_each(tmp_path: 
     told.clear()
     build_index(Mine(source[0], source[5]), DataSettings(size=4), report=told.append)
     assert told == [
-        "1 of 2 records have several captions, one of which is drawn each time: one",
-        "1 of 2 records have an empty caption: one",
+        "1 of 2 records has several captions, one of which is drawn each time: one",
+        "1 of 2 records has an empty caption: one",
     ]
 
 

@@ -68,6 +68,80 @@ def test_splits_beside_train_are_left_out_and_told(tmp_path: Path, other: str) -
     assert captions == {f"{other}/b.png": "b"} and "not in" in told[0]
 
 
+@pytest.mark.parametrize(
+    ("split", "folder", "other"),
+    [
+        ("train", "Train", "Test"),
+        ("train", "TRAIN", "val"),
+        ("train", "training", "testing"),
+        ("train", "Training", "validation"),
+        ("test", "Test", "Train"),
+        ("test", "testing", "training"),
+        ("validation", "val", "train"),
+        ("Validation", "validation", "train"),
+        ("dev", "Valid", "test"),
+    ],
+)
+def test_a_split_is_found_as_it_is_usually_called(
+    tmp_path: Path, split: str, folder: str, other: str
+) -> None:
+    paint(tmp_path / folder / "a.png", "a"), paint(tmp_path / other / "b.png", "b")
+    captions, told = read(tmp_path, split=split)
+    assert captions == {f"{folder}/a.png": "a"}
+    assert told == [
+        f"{folder} is read, for data.split = {split!r}",
+        f"2 files are left out, since they are not in {folder}/, which is data.split: "
+        f"{other}/b.png, {other}/b.txt",
+    ]
+
+
+def test_a_split_that_could_be_several_folders_is_refused(tmp_path: Path) -> None:
+    paint(tmp_path / "valid/a.png", "a"), paint(tmp_path / "val/b.png", "b")
+    with pytest.raises(InputError) as caught:
+        read(tmp_path, split="validation")
+    assert str(caught.value) == (
+        f"data.split: {tmp_path} has val and valid, and 'validation' could be any of them; give "
+        "the name of one"
+    )
+    assert read(tmp_path, split="valid")[0] == {"valid/a.png": "a"}
+    with pytest.raises(InputError, match="has no folder 'test'"):
+        read(tmp_path, split="test")
+
+
+@pytest.mark.parametrize(
+    ("folders", "named"),
+    [
+        (("test", "validation"), "test, validation"),
+        (("Testing",), "Testing"),
+        (("val2017", "train2017"), "val2017"),
+        (("train_images", "test_images"), "test_images"),
+        (("images/train", "images/test", "images/val"), "images/test, images/val"),
+        (("train", "bus", "test"), "test"),
+    ],
+)
+def test_what_is_called_like_a_test_split_and_trained_on_is_told(
+    tmp_path: Path, folders: tuple[str, ...], named: str
+) -> None:
+    for folder in folders:
+        paint(tmp_path / folder / "a.png", folder)
+    captions, told = read(tmp_path)
+    assert sorted(captions.values()) == sorted(folders)
+    assert told[-1] == (
+        f"trained on too, though called like what is kept from training: {named}. To read one "
+        "part alone, set data.folder or data.split."
+    )
+    assert read(tmp_path, split=".") == (captions, [])
+
+
+def test_what_is_called_like_a_test_split_and_not_trained_on_is_not_told(tmp_path: Path) -> None:
+    for name in ("contest/0", "invalid/0", "devices/0", "a/b/test/0", "test0"):
+        paint(tmp_path / f"{name}.png", name)
+    assert read(tmp_path)[1] == []
+    paint(tmp_path / "test/0.png")
+    write_rows(tmp_path / "metadata.jsonl", ("contest/0.png", "x"))
+    assert not [line for line in read(tmp_path)[1] if "trained on" in line]
+
+
 def test_train_alone_is_a_split_and_nothing_is_told(tmp_path: Path) -> None:
     paint(tmp_path / "train/a.png", "a")
     assert read(tmp_path) == ({"train/a.png": "a"}, [])
@@ -94,7 +168,7 @@ def test_metadata_in_several_subfolders(tmp_path: Path, first: str) -> None:
         "more/deep/0.png": "more/deep",
     }
     assert told[-1] == (
-        "1 of 4 pictures are left out, because they have no row in a metadata file: more/alone.png"
+        "1 of 4 pictures is left out, because it has no row in a metadata file: more/alone.png"
     )
 
 
@@ -156,7 +230,7 @@ def test_pipes_and_sockets_are_told_and_never_opened(tmp_path: Path) -> None:
     assert captions == {"a.png": "a"}
     assert told == [
         "4 pipes, sockets and devices are left out: b.txt, c.png, metadata.jsonl, s",
-        "1 of 2 pictures are left out, because they have no .txt with their caption: b.png",
+        "1 of 2 pictures is left out, because it has no .txt with its caption: b.png",
     ]
 
 
@@ -175,7 +249,7 @@ def test_a_folder_that_cannot_be_listed_is_told(
     refused = "closed"
     captions, told = read(tmp_path)
     assert captions == {"a.png": "a"}
-    assert told == ["1 folders cannot be listed (Permission denied): closed"]
+    assert told == ["1 folder cannot be listed (Permission denied): closed"]
     refused = tmp_path.name
     with pytest.raises(InputError, match=rf"data\.folder: {tmp_path}: Permission denied"):
         read(tmp_path)
@@ -215,7 +289,7 @@ def test_what_keeps_all_pictures_away_is_told_before_the_refusal(tmp_path: Path)
     told: list[str] = []
     with pytest.raises(InputError, match="no pictures here"):
         Folder(DataSettings(folder=str(tmp_path / "data")), told.append)
-    assert told == [f"{tmp_path / 'data'}: 1 links to folders are not followed: linked"]
+    assert told == [f"{tmp_path / 'data'}: 1 link to a folder is not followed: linked"]
 
 
 def test_a_second_text_of_a_picture_is_told(tmp_path: Path) -> None:
@@ -224,7 +298,7 @@ def test_a_second_text_of_a_picture_is_told(tmp_path: Path) -> None:
     if len(os.listdir(tmp_path)) == 2:
         pytest.skip("this disk does not tell large letters from small")
     captions, told = read(tmp_path)
-    assert captions == {"a.png": "a"} and "1 texts are left out" in told[0] and "a.TXT" in told[0]
+    assert captions == {"a.png": "a"} and "1 text is left out" in told[0] and "a.TXT" in told[0]
 
 
 @pytest.mark.parametrize("name", ["Q: what.png", "a:b.png", "\\a.png", "C:/x.png", "sub/D:.png"])

@@ -132,9 +132,9 @@ def test_a_text_beside_each_picture(tmp_path: Path) -> None:
         ("sub/c.webp", ("drei Äpfel",)),
     ]
     assert told == [
-        f"{tmp_path}: 1 of 4 pictures are left out, because they have no .txt with their caption: "
+        f"{tmp_path}: 1 of 4 pictures is left out, because it has no .txt with its caption: "
         "alone.png",
-        f"{tmp_path}: 1 texts are left out, because no picture has the same name: README.txt",
+        f"{tmp_path}: 1 text is left out, because no picture has the same name: README.txt",
     ]
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
     assert bad(source, 1) == ("b.png", "b.txt cannot be read: it is not UTF-8 text")
@@ -156,7 +156,7 @@ def test_what_systems_leave_behind_is_no_picture(tmp_path: Path) -> None:
     assert len(source) == 1 and told == [
         f"{tmp_path}: 5 hidden files and folders are left out: ._a.png, .hidden.png, .thumbnails, "
         "__MACOSX, sub/Thumbs.db",
-        f"{tmp_path}: 1 files that are no pictures are left out: notes.pdf",
+        f"{tmp_path}: 1 file that is no picture is left out: notes.pdf",
     ]
 
 
@@ -345,7 +345,7 @@ def test_structural_faults_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no pictures here" in refused(tmp_path / "empty")
     paint(tmp_path / "bare" / "a.png")
-    assert "1 pictures, but no captions" in refused(
+    assert "1 picture, but no captions" in refused(
         tmp_path / "bare"
     ) and '{"file_name": "a.png", "text": "what it shows"}' in refused(tmp_path / "bare")
     write_jsonl(tmp_path / "bare" / "metadata.jsonl", [])

@@ -5,7 +5,7 @@ Every message gives the value, the expectation and the remedy.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 SHOWN = 500  # characters of a value in a message
 
@@ -111,3 +111,13 @@ def report_once(*kinds: type[LimnerError]) -> Iterator[None]:
 def shorten(text: str) -> str:
     """Return a text as a message shows it: of a long one, the beginning."""
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
+
+
+def say_count(count: int, one: str, several: str) -> str:
+    """Return a number with what is said of one, or of several or none: ``1 file is``."""
+    return f"{count} {one if count == 1 else several}"
+
+
+def join_first(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """Join the first names of many for a message; ``...`` where there are more."""
+    return separator.join([*names[:most], *["..."] * (len(names) > most)])

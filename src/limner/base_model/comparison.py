@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from limner.base_model.weight_files import check_length
-from limner.errors import InputError, LimnerError
+from limner.errors import InputError, LimnerError, join_first, say_count
 from limner.json_types import Plain
 from limner.storage.safetensors import StoredArray
 
@@ -119,7 +119,7 @@ def check_arrays(
         if array.dtype not in NUMBER_TYPES
     ]
     problems = [
-        f"{len(names)} {one if len(names) == 1 else several}: {list_some(sorted(names))}"
+        f"{say_count(len(names), one, several)}: {list_some(sorted(names))}"
         for names, one, several in (
             (missing, "array is missing", "arrays are missing"),
             (surplus, "array has no place in the model", "arrays have no place in the model"),
@@ -173,8 +173,7 @@ def explain_prefix(stored: Iterable[str], expected: Mapping[str, Any]) -> str:
 
 def list_some(names: list[str]) -> str:
     """Join the first names for a message."""
-    more = ", ..." if len(names) > MAX_LISTED else ""
-    return ", ".join(name[:120] for name in names[:MAX_LISTED]) + more
+    return join_first([name[:120] for name in names], MAX_LISTED)
 
 
 @contextlib.contextmanager

@@ -12,10 +12,11 @@ from limner.data.listing import (
     compose_accents,
     find_base,
     list_folder,
+    report_other_splits,
 )
 from limner.data.metadata import Row, read_metadata
 from limner.data.source import BadRecord, Record, read_captions
-from limner.errors import InputError
+from limner.errors import InputError, say_count
 from limner.protocols import Report
 
 CAPTION_FILE = 2**20  # characters
@@ -42,7 +43,10 @@ class Folder:
         self.files = Listing(self.root, [n for n in everything.files if n.startswith(self.prefix)])
         self.metadata = self.find_metadata(everything)
         self.rows = self.read_rows()
-        self.find_left_out(everything).report_left_out(report)
+        used = {name for row in self.rows if (name := self.find_file(row)) is not None}
+        if not self.prefix and os.path.normpath(config.split) != ".":
+            report_other_splits(self.root, used, report)
+        self.find_left_out(everything, used).report_left_out(report)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -150,37 +154,51 @@ class Folder:
             example = json.dumps(
                 {"file_name": pictures[0], self.caption: "what it shows"}, ensure_ascii=False
             )
+            count = say_count(len(pictures), "picture", "pictures")
             raise InputError(
-                f"{self.base}: {len(pictures)} pictures, but no captions; write "
+                f"{self.base}: {count}, but no captions; write "
                 f"metadata.jsonl with a line such as {example} for each, or a .txt beside each"
             )
         return rows
 
-    def find_left_out(self, everything: Listing) -> Listing:
-        """Return what is in the folder and in no record, by reason."""
+    def find_left_out(self, everything: Listing, used: set[str]) -> Listing:
+        """Return what is in the folder and in no record, by reason.
+
+        Args:
+            used: the files of all records.
+        """
         pictures, texts, metadata = self.files.pictures, self.files.texts, set(self.metadata)
-        used = {self.find_file(row) for row in self.rows}
         read = {row.where for row in self.rows if isinstance(row.captions, Path)}
+        unread, need = "left out, because no picture has the same name", ".txt with {} caption"
         if self.metadata:
             name = os.path.basename(self.metadata[0])
             need = f"row in {name if len(self.metadata) == 1 else 'a metadata file'}"
-            why = f"are not read, since {name} has the captions"
-        else:
-            need = ".txt with their caption"
-            why = "are left out, because no picture has the same name"
-            if self.caption is None:
-                why = "are not read, since data.caption is none"
+            unread = f"not read, since {name} has the captions"
+        elif self.caption is None:
+            unread = "not read, since data.caption is none"
         rest = set(self.files.files).difference(pictures, texts, metadata, used)
         left_out = Listing(self.root)
+        total = f"of {len(pictures)} pictures"
         left_out.leave_out(
-            f"of {len(pictures)} pictures are left out, because they have no {need}",
-            *(name for name in pictures if name not in used),
+            f"{total} is left out, because it has no {need.format('its')}",
+            f"{total} are left out, because they have no {need.format('their')}",
+            (name for name in pictures if name not in used),
         )
-        left_out.leave_out(f"texts {why}", *(n for n in texts if n not in read and n not in used))
-        left_out.leave_out("files that are no pictures are left out", *sorted(rest))
         left_out.leave_out(
-            f"files are left out, since they are not in {self.prefix}, which is data.split",
-            *(n for n in everything.files if not n.startswith(self.prefix) and n not in metadata),
+            f"text is {unread}",
+            f"texts are {unread}",
+            (name for name in texts if name not in read and name not in used),
+        )
+        left_out.leave_out(
+            "file that is no picture is left out",
+            "files that are no pictures are left out",
+            sorted(rest),
+        )
+        where = f"not in {self.prefix}, which is data.split"
+        left_out.leave_out(
+            f"file is left out, since it is {where}",
+            f"files are left out, since they are {where}",
+            (n for n in everything.files if not n.startswith(self.prefix) and n not in metadata),
         )
         return left_out
 

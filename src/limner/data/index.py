@@ -23,7 +23,7 @@ from limner.data.buckets import TooSmall
 from limner.data.picture_file import Undecodable
 from limner.data.similarity import FLAT
 from limner.data.source import BadRecord, Record, Source
-from limner.errors import DiskError, InputError, shorten
+from limner.errors import DiskError, InputError, join_first, say_count, shorten
 from limner.json_types import Plain, parse_json
 from limner.progress import open_progress
 from limner.protocols import Report
@@ -211,23 +211,23 @@ def report_flaws(index: Index, config: DataSettings, report: Report) -> None:
     total = len(index.entries) + len(index.skipped)
     if index.skipped and config.on_bad_record == "skip":
         reasons = [f"{key}: {reason}" for key, reason in index.skipped]
-        report(f"{len(reasons)} of {total} records are left out: {join_first_few(reasons)}")
+        said = say_count(len(reasons), f"of {total} records is", f"of {total} records are")
+        report(f"{said} left out: {join_first(reasons, 3, '; ')}")
     without_caption = index.without_caption if config.caption is not None else []
     near_duplicates = [entry for group in index.near_duplicates for entry in group[1:]]
-    for flaw, entries in (
-        ("have several captions, one of which is drawn each time", index.with_several_captions),
-        ("have an empty caption", without_caption),
-        ("repeat the picture of an earlier one", index.exact_duplicates),
-        ("look like an earlier one", near_duplicates),
+    several = "several captions, one of which is drawn each time"
+    for one, many, flaw, entries in (
+        ("has", "have", several, index.with_several_captions),
+        ("has", "have", "an empty caption", without_caption),
+        ("repeats", "repeat", "the picture of an earlier one", index.exact_duplicates),
+        ("looks", "look", "like an earlier one", near_duplicates),
     ):
         if entries:
-            keys = [entry.key for entry in entries]
-            report(f"{len(keys)} of {total} records {flaw}: {join_first_few(keys)}")
-
-
-def join_first_few(names: list[str]) -> str:
-    """Join the first three names."""
-    return "; ".join([*names[:3], *["..."] * (len(names) > 3)])
+            keys = join_first([entry.key for entry in entries], 3, "; ")
+            said = say_count(
+                len(entries), f"of {total} records {one}", f"of {total} records {many}"
+            )
+            report(f"{said} {flaw}: {keys}")
 
 
 def describe_bad_records(bad: tuple[BadEntry, ...], total: int, some_are_good: bool) -> str:

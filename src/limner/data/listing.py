@@ -1,11 +1,13 @@
 """What lies in a data folder: the files that records are made of, and all else with the reason."""
 
 import os
+import re
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from limner.errors import InputError
+from limner.errors import InputError, join_first, say_count
 from limner.protocols import Report
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -30,22 +32,19 @@ PICTURES = (
 )
 # Files and folders that archivers and file managers leave behind.
 IGNORED = frozenset(("__macosx", "thumbs.db", "desktop.ini"))
-# Names of subfolders that are parts of a data set, not kinds of pictures.
-SPLITS = frozenset(
-    [
-        "train",
-        "training",
-        "test",
-        "testing",
-        "val",
-        "valid",
-        "validation",
-        "dev",
-        "eval",
-        "evaluation",
-    ]
+# Names of subfolders that are parts of a data set, not kinds of pictures; those in a row mean the
+# same, as they do to the library datasets.
+SPLITS = (
+    ("train", "training"),
+    ("validation", "valid", "val", "dev"),
+    ("test", "testing", "eval", "evaluation"),
 )
-NAMED = 5  # files that a line names
+SPLIT_NAMES = frozenset(name for names in SPLITS for name in names)
+
+Reason = tuple[str, str]  # what is said of one file, and of several
+HIDDEN = "hidden file or folder is left out", "hidden files and folders are left out"
+LINK = "link to a folder is not followed", "links to folders are not followed"
+PIPE = "pipe, socket or device is left out", "pipes, sockets and devices are left out"
 
 
 @dataclass
@@ -54,7 +53,7 @@ class Listing:
 
     root: Path
     files: list[str] = field(default_factory=list)
-    left_out: dict[str, list[str]] = field(default_factory=dict)
+    left_out: dict[Reason, list[str]] = field(default_factory=dict)
 
     @property
     def pictures(self) -> list[str]:
@@ -71,16 +70,15 @@ class Listing:
         """Metadata files."""
         return [name for name in self.files if is_metadata(name)]
 
-    def leave_out(self, reason: str, *names: str) -> None:
-        """Note that files or folders are left out; a line begins with their number."""
-        if names:
-            self.left_out.setdefault(reason, []).extend(names)
+    def leave_out(self, one: str, several: str, names: Iterable[str]) -> None:
+        """Note that files or folders are left out, and what is said of one, or of several."""
+        if names := list(names):
+            self.left_out.setdefault((one, several), []).extend(names)
 
     def report_left_out(self, report: Report) -> None:
         """Say what is left out, in a line for each reason."""
         for reason, names in self.left_out.items():
-            named = ", ".join(names[:NAMED] + ["..."] * (len(names) > NAMED))
-            report(f"{self.root}: {len(names)} {reason}: {named}")
+            report(f"{self.root}: {say_count(len(names), *reason)}: {join_first(names)}")
 
 
 def is_picture(name: str) -> bool:
@@ -128,20 +126,21 @@ def list_folder(root: Path) -> Listing:
         except OSError as error:
             if not folder:
                 raise InputError(f"data.folder: {root}: {error.strerror}") from error
-            listing.leave_out(f"folders cannot be listed ({error.strerror})", folder)
+            why = f"cannot be listed ({error.strerror})"
+            listing.leave_out(f"folder {why}", f"folders {why}", [folder])
             continue
         for entry in found:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if is_ignored(entry.name):
-                listing.leave_out("hidden files and folders are left out", name)
+                listing.leave_out(*HIDDEN, [name])
             elif entry.is_dir(follow_symlinks=False):
                 folders.append(name)
             elif os.path.isdir(entry.path):
-                listing.leave_out("links to folders are not followed", name)
+                listing.leave_out(*LINK, [name])
             elif is_file(entry):
                 listing.files.append(name)
             else:
-                listing.leave_out("pipes, sockets and devices are left out", name)
+                listing.leave_out(*PIPE, [name])
     listing.files.sort()
     return listing
 
@@ -163,31 +162,76 @@ def find_base(listing: Listing, split: str, report: Report) -> str:
     called like splits; else it is a folder among others, and a line says so.
 
     Raises:
-        InputError: when the folder of the split is not there.
+        InputError: when the folder of the split is not there, or could be one of several.
     """
-    root, prefix = listing.root, f"{os.path.normpath(split)}/"
-    if prefix == "./":
+    root = listing.root
+    if os.path.normpath(split) == ".":
         return ""
-    if split != "train":
-        if not (root / split).is_dir():
-            raise InputError(
-                f"data.split: {root} has no folder {split!r}; make one, or leave data.split out"
-            )
-        return prefix
     used = [name for name in listing.files if is_picture(name) or is_metadata(name)]
-    if not any(name.startswith(prefix) for name in used):
+    folder = find_split(root, {name.split("/")[0] for name in used if "/" in name}, split)
+    if folder is None and split == "train":
         return ""
-    beside = {
-        name.split("/")[0]
-        for name in used
-        if name.split("/")[0].lower() not in SPLITS and ("/" in name or is_picture(name))
-    }
-    if not beside:
-        return prefix
-    names = sorted(beside)
-    report(
-        f"{root}: train is read as any other subfolder, since these lie beside it: "
-        f"{', '.join(names[:NAMED] + ['...'] * (len(names) > NAMED))}. To read it alone, set "
-        "data.folder to it."
-    )
-    return ""
+    if folder is None:
+        raise InputError(
+            f"data.split: {root} has no folder {split!r}; make one, or leave data.split out"
+        )
+    if split == "train":
+        beside = {
+            name.split("/")[0]
+            for name in used
+            if name.split("/")[0].lower() not in SPLIT_NAMES and ("/" in name or is_picture(name))
+        }
+        if beside:
+            report(
+                f"{root}: {folder} is read as any other subfolder, since these lie beside it: "
+                f"{join_first(sorted(beside))}. To read it alone, set data.folder to it."
+            )
+            return ""
+    if folder != os.path.normpath(split):
+        report(f"{root}: {folder} is read, for data.split = {split!r}")
+    return f"{folder}/"
+
+
+def find_split(root: Path, folders: set[str], split: str) -> str | None:
+    """Return the folder of a split: the one of its very name, else the one that is called so but
+    for small and large letters, or as splits of its kind are; None where there is none.
+
+    Args:
+        folders: those in the root that hold pictures or metadata.
+
+    Raises:
+        InputError: when it could be one of several.
+    """
+    exact = os.path.normpath(split)
+    if exact in folders:
+        return exact
+    kinds = [names for names in SPLITS if exact.lower() in names]
+    for meant in ((exact.lower(),), *kinds):
+        alike = sorted(folder for folder in folders if folder.lower() in meant)
+        if len(alike) > 1:
+            raise InputError(
+                f"data.split: {root} has {' and '.join(alike)}, and {split!r} could be any of "
+                "them; give the name of one"
+            )
+        if alike:
+            return alike[0]
+        if split != "train" and (root / split).is_dir():
+            return exact
+    return None
+
+
+def report_other_splits(root: Path, pictures: Iterable[str], report: Report) -> None:
+    """Say which folders, of the first two levels, are trained on though they are called like parts
+    of a data set that are kept from training: ``test``, ``images/val2017``."""
+    others = set()
+    for picture in pictures:
+        parts = picture.split("/")[:-1][:2]
+        for depth, part in enumerate(parts, 1):
+            words = re.split("[^a-z]+", part.lower())
+            if any(word in SPLIT_NAMES.difference(SPLITS[0]) for word in words):
+                others.add("/".join(parts[:depth]))
+    if others:
+        report(
+            f"{root}: trained on too, though called like what is kept from training: "
+            f"{join_first(sorted(others))}. To read one part alone, set data.folder or data.split."
+        )
