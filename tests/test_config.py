@@ -295,6 +295,7 @@ def test_config_is_frozen() -> None:
         (["train.steps=0"], "train.steps: 0 is not above 0"),
         (["optim.learning_rate=-1e-4"], "optim.learning_rate: -0.0001 is not above 0"),
         (["checkpoint.keep=0"], "checkpoint.keep: 0 is not above 0"),
+        (["engine.patience=1.0"], "engine.patience: 1.0 is below 5"),
         (["optim.warmup=-1"], "optim.warmup: -1 is below 0"),
         (["objective.noise_offset=-0.1"], "objective.noise_offset: -0.1 is below 0"),
         (["objective.dream=-1"], "objective.dream: -1.0 is below 0"),

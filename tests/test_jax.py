@@ -891,6 +891,26 @@ def together(folder: Path, jobs: list[Config]) -> list[subprocess.Popen[str]]:
     return [started(folder / f"p{rank}", jobs, LIMNER_RANK=str(rank), **how) for rank in (0, 1)]
 
 
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [
+        ("[::1]:1234", "::1"),
+        ("[fe80::1%eth0]:1", "fe80::1%eth0"),
+        ("host.example:8", "host.example"),
+        ("10.0.0.1:80", "10.0.0.1"),
+        ("", "localhost"),
+    ],
+)
+def test_the_host_of_the_first_process_is_as_sockets_take_it(
+    address: str, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from limner.engines.jax import processes
+
+    monkeypatch.setenv("LIMNER_COORDINATOR", address)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    assert processes.initialize() == host
+
+
 @pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_eight_devices_two_processes_and_back(again: bool, pictures: Path, tmp_path: Path) -> None:
     """Of a UNet of one level, which compiles sooner.

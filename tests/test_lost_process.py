@@ -145,7 +145,7 @@ def test_a_run_ends_when_a_process_dies_and_goes_on_afterwards(
         "data": {"folder": str(pictures), "size": 32, "threads": 1},
         "train": {"steps": 5000, "batch_size": 2, "seed": 1},
         "checkpoint": {"every": 2, "keep": 1},
-        "engine": {"device": "cpu", "patience": ranks.PATIENCE},
+        "engine": {"device": "cpu", "patience": 5.0},
     }
     pair = ranks.start(ctx, tmp_path, "torch", ranks.train, raw)
     wait_for(run / "checkpoint-2" / "MANIFEST.json")

@@ -1,14 +1,22 @@
 """What the processes of a run do together, over texts that any engine can carry."""
 
+import json
 import queue
+import selectors
+import socket
+import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from limner.engines import watch
 from limner.engines.process import Processes
 from limner.errors import DiskError, LimnerError
+from limner.training.monitor import Monitor
 
 
 class Threads(Processes):
@@ -98,3 +106,93 @@ def test_sums_are_made_in_the_order_of_ranks() -> None:
     assert (values[0] + values[1]) + values[2] == 0.0
     sums = together(3, lambda process: process.total([values[process.rank], 0.1, float("inf")]))
     assert sums == [[0.0, 0.1 + 0.1 + 0.1, float("inf")]] * 3
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_stop_ends_a_validation_at_the_same_batch_in_all(told: int) -> None:
+    """The losses of a batch may be one program of all processes: none may wait for the others."""
+    stops = [SimpleNamespace(asked=False) for _ in range(2)]
+
+    def validate(process: Processes) -> Any:
+        seen: list[int] = []
+
+        def give_losses(state: object, batch: int, *, average: bool) -> np.ndarray:
+            process.barrier()
+            seen.append(batch)
+            # One hears of it before the next batch, the other not before the end.
+            if process.rank == told and batch == 1:
+                stops[told].asked = True
+            return np.ones(2)
+
+        def give_batches(*_: object) -> Iterator[tuple[int, int]]:
+            yield from ((2, number) for number in range(4))
+
+        setup = SimpleNamespace(
+            process=process,
+            stop=stops[process.rank],
+            stream=SimpleNamespace(validation_batches=give_batches),
+            engine=SimpleNamespace(losses=give_losses),
+            config=SimpleNamespace(validation=SimpleNamespace(timesteps=1)),
+            validation_entries=(),
+            checkpoint=None,
+        )
+        return Monitor(setup, 0, None).validate(None, 1), seen  # type: ignore[arg-type]
+
+    assert together(2, validate) == [(False, [0, 1])] * 2
+
+
+@pytest.mark.parametrize(
+    ("turn", "verdict"), [(1_000.0, None), (0.5, "process 1 has not answered")]
+)
+def test_only_a_process_that_was_not_stopped_itself_may_judge(
+    turn: float, verdict: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are suspended and go on together: none has heard of the others, and none is lost."""
+    now, turns = [100.0], [0]
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(watch, "keep_alive", lambda connection: None)
+    here, there = socket.socketpair()
+    link = watch.Link(1, "process 1", here)
+
+    class Selector(selectors.DefaultSelector):
+        def select(self, timeout: float | None = None) -> Any:
+            if timeout:
+                turns[0] += 1
+                now[0] += turn if turns[0] == 1 or turn < 1 else 0.5
+                if turns[0] == 30:
+                    there.sendall(b'{"left": null}\n')
+                    there.close()
+            return super().select(0)
+
+    lost: list[str] = []
+    one = watch.Watch.__new__(watch.Watch)
+    one.links, one.patience, one.departure = [link], 12.0 if turn < 1 else 30.0, 6.0
+    one.verdict, one.left, one.decided = None, False, threading.Event()
+    one.on_stop, one.on_loss = lambda: None, lambda error: lost.append(str(error))
+    one.selector = Selector()
+    one.selector.register(here, selectors.EVENT_READ, link)
+    one.run()
+    assert [text[: len(verdict or "")] for text in lost] == ([] if verdict is None else [verdict])
+    for end in (here, there):
+        end.close()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [None, b"", b"\n", b"[1, 2]\n", b"\xff\n", b"[" * 999 + b"\n", b'["t\xc3\xa9", 1, ""]\n'],
+)
+def test_a_stranger_costs_a_run_no_watch(sent: bytes | None) -> None:
+    """Not one whose connection is reset, either."""
+    with watch.open_server("127.0.0.1") as server:
+        stranger = socket.create_connection(server.getsockname())
+        if sent is None:
+            reset = struct.pack("ii", 1, 0)
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        else:
+            stranger.sendall(sent)
+        stranger.close()
+        with socket.create_connection(server.getsockname()) as friend:
+            friend.sendall(json.dumps(["token", 1, "(here)"]).encode() + b"\n")
+            [link] = watch.accept_all(server, "token", 1)
+            assert link.name == "process 1 (here)"
+            link.connection.close()

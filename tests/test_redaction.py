@@ -104,6 +104,22 @@ def test_lines_errors_and_what_is_printed(capsys: pytest.CaptureFixture[str]) ->
     assert err.splitlines() == [*lines, "from Python [redacted]"]
 
 
+def test_a_traceback_of_a_defect(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is printed before the streams that know of secrets are gone."""
+
+    def fail() -> None:
+        raise RuntimeError(f"no {KEY} for https://me:{PASSWORD}@mirror, {TOKEN}")
+
+    def lack() -> None:
+        raise ModuleNotFoundError(f"no {TOKEN}", name="nobody_knows_it")
+
+    for action, kind in ((fail, "RuntimeError"), (lack, "ModuleNotFoundError")):
+        assert run_guarded(action) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("Traceback") and f"{kind}: no [redacted]" in said
+        assert not any(secret in said for secret in SECRETS)
+
+
 def test_the_status(tmp_path: Path) -> None:
     write_status(RunFolder(tmp_path), RunStatus("failed", 1, 2, error=f"no {TOKEN}"))
     assert json.loads((tmp_path / "status.json").read_text())["error"] == "no [redacted]"

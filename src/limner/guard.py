@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 
@@ -35,13 +36,22 @@ def run_explained(action: Callable[[], object]) -> int:
     except ModuleNotFoundError as error:
         message = explain_missing((error.name or "").split(".")[0])
         if message is None:
-            raise
+            return print_defect()
         print(f"limner: {message}", file=sys.stderr)
         return InputError.code
     except KeyboardInterrupt:
         print("limner: stopped by hand", file=sys.stderr)
         return 130
+    except Exception:
+        return print_defect()
     return 0
+
+
+def print_defect() -> int:
+    """Print the traceback of a defect of the program, and return its exit code; Python's own would
+    come after the last stream that knows of secrets."""
+    print(traceback.format_exc(), end="", file=sys.stderr)
+    return LimnerError.code
 
 
 def explain_missing(package: str) -> str | None:

@@ -12,6 +12,7 @@ from limner.config.declare import (
     BELOW_1,
     BOTH_BELOW_1,
     DECAY,
+    PATIENCE,
     PIXELS,
     PROBABILITY,
     SEED,
@@ -467,7 +468,7 @@ class EngineSettings:
         "that another process may be silent, as when it is suspended, before the run ends; what a "
         "process computes or waits for does not count",
         unit="seconds",
-        range=ABOVE_0,
+        range=PATIENCE,
         resume="free",
         shared=True,
     )

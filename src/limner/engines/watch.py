@@ -122,22 +122,36 @@ class Watch:
     def run(self) -> None:
         """Beat, listen and judge, until all others have left or the run must end."""
         beaten = 0.0
+        judged = time.monotonic()
         while not self.is_over():
             if not self.left and time.monotonic() - beaten >= BEAT:
                 beaten = time.monotonic()
                 for link in self.links:
                     link.send()
-            # All that has come is read before anyone is judged: this process may have been stopped.
+            # All that has come is read before anyone is judged.
             ready = self.selector.select(BEAT)
             while ready:
                 for key, _ in ready:
                     self.listen(key.data)
                 ready = self.selector.select(0)
+            self.excuse_others(judged)
+            judged = time.monotonic()
             verdicts = [link.judge(self.patience, self.departure) for link in self.links]
             verdict = next((one for one in (self.verdict, *verdicts) if one is not None), None)
             if verdict is not None and not self.left:
                 self.decide(verdict)
                 return
+
+    def excuse_others(self, judged: float) -> None:
+        """Count no silence of the others during which this process was stopped, perhaps with all.
+
+        Args:
+            judged: when the others were last judged, in monotonic seconds.
+        """
+        now = time.monotonic()
+        if now - judged > 3 * BEAT:
+            for link in self.links:
+                link.heard = now
 
     def is_over(self) -> bool:
         """Whether nothing is left to be heard, and nobody to be judged."""
@@ -245,7 +259,8 @@ def accept_all(server: socket.socket, token: str, count: int) -> list[Link]:
         server.settimeout(max(0.1, deadline - time.monotonic()))
         connection, _ = server.accept()
         connection.settimeout(max(0.1, deadline - time.monotonic()))
-        with contextlib.suppress(ValueError, TypeError, TimeoutError):
+        # Strangers send anything, or nothing; the system may reset their connections.
+        with contextlib.suppress(ValueError, TypeError, RecursionError, OSError):
             given, rank, name = json.loads(read_line(connection))
             if secrets.compare_digest(given, token):
                 links[rank] = Link(rank, f"process {rank} {name}", connection)

@@ -212,8 +212,9 @@ class Monitor:
             process.world_size,
         )
         for rows, batch in batches:
-            if setup.stop.asked:
-                break
+            # All leave at the same batch: the losses may be one program of all processes.
+            if process.any(setup.stop.asked):
+                return False
             losses = setup.engine.losses(state, batch, average=True)[:rows]
             loss += math.fsum(losses.tolist())
             count += rows

@@ -209,10 +209,14 @@ def initialize() -> str:
             ) from error
     elif os.environ.get("LIMNER_CLUSTER"):
         join()
-    return os.environ.get("LIMNER_COORDINATOR", "").rpartition(":")[0] or find_coordinator()
+    return get_host(os.environ.get("LIMNER_COORDINATOR", "")) or find_coordinator()
 
 
 def find_coordinator() -> str:
     """Return the host of the first process, where JAX has found it."""
-    address = distributed.global_state.coordinator_address or "localhost:0"
+    return get_host(distributed.global_state.coordinator_address or "localhost:0")
+
+
+def get_host(address: str) -> str:
+    """Return the host of ``host:port``, as a socket takes it: an IPv6 address without brackets."""
     return address.rpartition(":")[0].strip("[]")
