@@ -1,12 +1,14 @@
 """One curve on any number of processes: the same losses, the same records, going on with more or
 fewer of them, and one stop for all."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -340,13 +342,19 @@ def test_one_process_speaks_for_all(seen: Seen) -> None:
             assert (mine[2], others[2]) == (False, True), f"told twice: {mine[1]}"
 
 
-def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("around", [0, 1, 2])
+def test_a_signal_that_comes_twice_at_once_is_one_request(
+    around: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a later one is none, however many contexts are open around this one: a command's."""
     now = [0.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     inherited = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a job in the background begins with Ctrl-C ignored
-    with Stop() as stop:
+    with contextlib.ExitStack() as stack:
+        outer = [stack.enter_context(Stop()) for _ in range(around)]
+        stop = stack.enter_context(Stop())
         stop.save_first = True
         assert not stop.asked
         for now[0] in (
@@ -359,8 +367,30 @@ def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch: pytest.Mo
         now[0] = 110.0
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+        assert not any(one.asked for one in outer)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_a_process_whose_main_thread_hears_none(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is in a call of C, so that no handler in Python runs; steps are unsaved."""
+    now, codes = [100.0], []
+    heard, ended = threading.Event(), threading.Event()
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals, "QUIT_SECONDS", 0.0)
+    monkeypatch.setattr(signals.os, "_exit", lambda code: [codes.append(code), ended.set()])
+    with Stop() as stop:
+        stop.save_first = stop.unsaved = True
+        stop.tell_others = heard.set
+        stop.writer.send(bytes([number]))
+        assert heard.wait(10) and not codes
+        now[0] = 110.0
+        stop.writer.send(bytes([number]))
+        assert ended.wait(10)
+    assert codes == [code] and "without saving" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("mine", [True, False])

@@ -16,6 +16,8 @@ from limner.errors import LimnerError, Stopped
 REPEAT_SECONDS = 3
 # Seconds that a run without unsaved steps has to end in good order.
 PROMPT_SECONDS = 10.0
+# Seconds that a run which is told to stop a second time has to end in Python.
+QUIT_SECONDS = 1.0
 BEFORE_TRAINING = (
     "stopped before training began; what was encoded is kept. Run the same command again to go on."
 )
@@ -32,9 +34,10 @@ class Stop:
     """A request to stop, made by a signal while this context is open.
 
     The first signal raises ``Stopped`` at once, or is a request once ``save_first`` is set. A later
-    one does what it would do without this context. Python handles a signal only when the main
-    thread comes back to it: where that waits for a process, a compiler or an import, and no step
-    is unsaved, a thread ends the run.
+    one does what it would do without this context, or any other that is open around it. Python
+    handles a signal only when the main thread comes back to it: where that waits for a process, a
+    compiler or an import, a thread ends the run, after the first signal if no step is unsaved, and
+    after a later one in any case.
     """
 
     def __init__(self) -> None:
@@ -83,15 +86,20 @@ class Stop:
             )
             os.write(2, message)
         elif time.monotonic() - self.asked_at > REPEAT_SECONDS:
-            signal.signal(number, self.previous_handlers[number])
+            signal.signal(number, find_handler(number, self.previous_handlers[number]))
             signal.raise_signal(number)
 
     def hear_signals(self) -> None:
         """Hear of signals while the main thread cannot, and of other processes' signals."""
+        first: float | None = None  # when the first signal was heard
         with self.reader:
             while numbers := self.reader.recv(64):
-                if any(number in numbers for number in NUMBERS):
+                told = [number for number in NUMBERS if number in numbers]
+                if told and first is None:
+                    first = time.monotonic()
                     self.hurry()
+                elif told and first is not None and time.monotonic() - first > REPEAT_SECONDS:
+                    self.quit(told[0])
 
     def hear_others(self) -> None:
         """Ask this process's run to stop, as another process of it was told to."""
@@ -118,7 +126,21 @@ class Stop:
                 )
             )
 
+    def quit(self, number: int) -> None:
+        """End this process with the code of a signal, unless it ends by itself in a moment."""
+        if not self.closed.wait(QUIT_SECONDS):
+            os.write(2, b"\nlimner: stopped by hand, without saving\n")
+            os._exit(128 + number)
+
     def check(self) -> None:
         """Raise ``Stopped`` when a stop was asked for while nothing has been trained."""
         if self.asked:
             raise Stopped(BEFORE_TRAINING)
+
+
+def find_handler(number: int, handler: Any) -> Any:
+    """Return what handled a signal before the outermost ``Stop`` was open."""
+    stop = getattr(handler, "__self__", None)
+    return (
+        find_handler(number, stop.previous_handlers[number]) if isinstance(stop, Stop) else handler
+    )
