@@ -14,6 +14,7 @@ import pytest
 
 from limner.errors import DiskError, IntegrityError
 from limner.features.store import DAY, DiskStore, MemoryStore, name_shard
+from limner.storage import atomic
 
 
 def rows(keys: list[str]) -> dict[str, np.ndarray]:
@@ -228,12 +229,14 @@ def test_death_at_every_call_leaves_what_was_there(tmp_path: Path) -> None:
 
 def test_leavings_of_the_dead_go_after_a_day(tmp_path: Path) -> None:
     filled(tmp_path, (0,))
-    old, new = tmp_path / ".x.1.tmp", tmp_path / ".x.2.tmp"
-    for path in (old, new):
+    old, new = (atomic.name_temporary(tmp_path / name, "tmp") for name in "xy")
+    foreign = tmp_path / ".draft.tmp"
+    for path in (old, new, foreign):
         path.write_text("")
-    os.utime(old, (time.time() - 2 * DAY,) * 2)
+    for path in (old, foreign):
+        os.utime(path, (time.time() - 2 * DAY,) * 2)
     assert_holds(DiskStore(tmp_path), 0)
-    assert new.exists() and not old.exists()
+    assert new.exists() and foreign.exists() and not old.exists()
 
 
 def test_no_file_stays_open(tmp_path: Path) -> None:

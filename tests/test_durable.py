@@ -109,8 +109,9 @@ def test_death_at_every_call_loses_nothing(tmp_path: Path) -> None:
 
 def test_what_was_set_aside_is_put_back(tmp_path: Path) -> None:
     """The state between the two renames of ``replace``, made by hand."""
-    made(tmp_path / "checkpoint-1.5 x", "old").rename(tmp_path / ".checkpoint-1.5 x.77.old")
-    (tmp_path / ".checkpoint-1.5 x.77.tmp").mkdir()
+    final = tmp_path / "checkpoint-1.5 x"
+    made(final, "old").rename(atomic.name_temporary(final, "old"))
+    atomic.name_temporary(final, "tmp").mkdir()
     atomic.sweep(tmp_path)
     atomic.verify(tmp_path / "checkpoint-1.5 x")
     assert names(tmp_path) == ["checkpoint-1.5 x"]
@@ -118,13 +119,36 @@ def test_what_was_set_aside_is_put_back(tmp_path: Path) -> None:
 
 def test_sweep_takes_leavings_only(tmp_path: Path) -> None:
     made(tmp_path / "final")
-    for name in (".final.1.tmp", ".final.2.del", ".final.3.old"):
-        (tmp_path / name / "inner").mkdir(parents=True)
-    (tmp_path / ".metrics.jsonl.4.tmp").write_text("half")
-    (tmp_path / "mine.tmp").write_text("keep")
-    (tmp_path / ".git").mkdir()
+    for kind in ("tmp", "del", "old"):
+        (atomic.name_temporary(tmp_path / "final", kind) / "inner").mkdir(parents=True)
+    atomic.name_temporary(tmp_path / "metrics.jsonl", "tmp").write_text("half")
     atomic.sweep(tmp_path)
-    assert names(tmp_path) == [".git", "final", "mine.tmp"]
+    assert names(tmp_path) == ["final"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mine.tmp",
+        ".git",
+        ".zshrc.old",
+        ".draft.tmp",
+        ".backup.2024.old",
+        ".notes.1.tmp",
+        ".data.limner-.del",
+        ".photos.limner-2024.old",
+        "x.limner-0123456789abcdef.tmp",
+        ".x.limner-0123456789abcdef.tmp.png",
+    ],
+)
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_sweep_leaves_what_is_the_users(name: str, is_folder: bool, tmp_path: Path) -> None:
+    """A run's folder may be one with other things in it."""
+    inner = tmp_path / name / "inner" if is_folder else tmp_path / name
+    inner.parent.mkdir(exist_ok=True)
+    inner.write_text("keep")
+    atomic.sweep(tmp_path)
+    assert names(tmp_path) == [name] and inner.read_text() == "keep"
 
 
 def test_write_text_is_whole_or_the_old(tmp_path: Path) -> None:
@@ -271,9 +295,9 @@ def test_a_sweep_that_the_disk_refuses_is_said_in_words(
 ) -> None:
     """What a dead run has left: a folder set aside with and without its successor, a file."""
     made(tmp_path / "final", "new")
-    made(tmp_path / ".final.1.old", "old")
-    made(tmp_path / ".other.1.old", "other")
-    (tmp_path / ".metrics.jsonl.4.tmp").touch()
+    made(atomic.name_temporary(tmp_path / "final", "old"), "old")
+    made(atomic.name_temporary(tmp_path / "other", "old"), "other")
+    atomic.name_temporary(tmp_path / "metrics.jsonl", "tmp").touch()
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))

@@ -2,6 +2,7 @@
 only it is pushed."""
 
 import ast
+import contextlib
 import errno
 import itertools
 import json
@@ -12,6 +13,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +373,58 @@ def test_when_the_disk_refuses_the_result_that_was_there_is_whole(
             write(1, 4)
     assert refused > 5 and result.is_result_whole(tmp_path, 8)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def fill(folder: Path, step: int, *more: str) -> dict[str, Any]:
+    """A small result; no pipeline would take it."""
+    for name in ("unet/weights", "vae/weights", "model_index.json", *more):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{name} of {step}")
+    return result.seal_result(folder, "full", step)
+
+
+def interrupt(count: list[int], n: int, before: bool, real: Any) -> Any:
+    """A function with Ctrl-C before or after its n-th call."""
+
+    def call(*given: Any) -> Any:
+        count[0] += 1
+        if count[0] == n and before:
+            raise KeyboardInterrupt
+        done = real(*given)
+        if count[0] == n:
+            raise KeyboardInterrupt
+        return done
+
+    return call
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_interrupted_at_any_call_a_result_is_the_old_or_the_new(
+    first: bool, before: bool, exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-C as by anything else; on systems that exchange two names in one step, or do not."""
+    for n in itertools.count(1):
+        run, count = tmp_path / f"run{n}", [0]
+        run.mkdir()
+        if not first:
+            fill(run, 4, "old/weights")
+        old = digests(run)
+        files = fill(run / ".stage", 8, "new/weights")
+        wrap = partial(interrupt, count, n, before)
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(os, "rename", wrap(os.rename))
+            patch.setattr(os, "replace", wrap(os.replace))
+            patch.setattr(atomic, "sync", wrap(atomic.sync))
+            exchange = wrap(atomic.exchange) if exchanges else lambda one, other: False
+            patch.setattr(atomic, "exchange", exchange)
+            result.install_result(run / ".stage", run, files)
+        if not result.is_result_whole(run, 8):
+            assert digests(run) == old and (first or result.is_result_whole(run, 4))
+        if count[0] < n:
+            break
+    assert n > 6 and result.is_result_whole(run, 8)
 
 
 @pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.soak)])

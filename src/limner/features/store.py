@@ -150,7 +150,8 @@ class DiskStore:
         """Remove the temporary files of writers that were killed at least a day ago."""
         with contextlib.suppress(OSError):
             for file in self.folder.glob(".*.tmp"):
-                if time.time() - file.stat().st_mtime > DAY:
+                known = atomic.TEMPORARY.fullmatch(file.name)
+                if known is not None and time.time() - file.stat().st_mtime > DAY:
                     file.unlink()
 
     def refresh(self) -> None:

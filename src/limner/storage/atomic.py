@@ -5,6 +5,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -21,6 +22,9 @@ from limner.json_types import read_object
 MANIFEST = "MANIFEST.json"
 LOCK_FILE = ".lock"
 HOLDER_FILE = ".lock-holder"
+# Names of what is not whole yet (tmp), not needed any more (old) or to be deleted (del). A folder
+# of the user's may hold any other.
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.limner-[0-9a-f]{16}\.(?P<kind>tmp|old|del)")
 # Errors of the disk, or of the place that the user chose; all others are defects of the program.
 REFUSALS = (
     errno.ENOSPC,
@@ -98,6 +102,17 @@ def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
         ) from error
 
 
+def name_temporary(path: Path, kind: str, mark: str | None = None) -> Path:
+    """Return a name beside ``path`` that ``sweep`` knows.
+
+    Args:
+        kind: tmp, old or del, see ``TEMPORARY``.
+        mark: 16 hexadecimal digits; by default those of this process.
+    """
+    mark = mark or f"{os.getpid():016x}"
+    return path.with_name(f".{path.name}.limner-{mark}.{kind}")
+
+
 @contextlib.contextmanager
 def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
     """Yield a temporary path in the same folder; a file written to it then replaces ``path``.
@@ -112,7 +127,7 @@ def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
         DiskError: when the disk refuses.
     """
     # Random, as threads, and hosts with a shared disk, may write the same file at once.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = name_temporary(path, "tmp", secrets.token_hex(8))
     with disk_errors(path, needed):
         try:
             yield temporary
@@ -142,7 +157,7 @@ def write_folder(final: Path, *, manifest: bool = True) -> Iterator[Path]:
     Args:
         manifest: whether to write the manifest that ``verify`` reads.
     """
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    temporary = name_temporary(final, "tmp")
     with disk_errors(final):
         make_folder(final.parent)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -164,7 +179,7 @@ def replace_folder(whole: Path, final: Path) -> None:
         sync(final.parent)
         shutil.rmtree(whole, ignore_errors=True)
         return
-    aside = final.with_name(f".{final.name}.{os.getpid()}.old")
+    aside = name_temporary(final, "old")
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
         os.rename(final, aside)
@@ -263,7 +278,7 @@ def verify_file(path: Path, size: int, digest: str) -> None:
 def remove_folder(path: Path) -> None:
     """Remove a folder; a death before the end leaves nothing that looks whole."""
     if path.exists():
-        doomed = path.with_name(f".{path.name}.{os.getpid()}.del")
+        doomed = name_temporary(path, "del")
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -278,14 +293,16 @@ def sweep(root: Path) -> None:
         DiskError: when the disk refuses.
     """
     with disk_errors(root):
-        for aside in root.glob(".*.old"):
-            final = root / aside.name[1:].rsplit(".", 2)[0]
-            if final.exists():
-                shutil.rmtree(aside)
-            else:
-                os.rename(aside, final)
-        for left in (*root.glob(".*.tmp"), *root.glob(".*.del")):
-            if left.is_dir():
+        for left in sorted(root.glob(".*")):
+            known = TEMPORARY.fullmatch(left.name)
+            if known is None:
+                continue
+            final = root / known["name"]
+            if known["kind"] == "old" and not final.exists():
+                os.rename(left, final)
+            elif known["kind"] == "old":
+                shutil.rmtree(left)
+            elif left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)

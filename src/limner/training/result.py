@@ -179,7 +179,7 @@ def staging(run: Path, kind: str, step: int) -> Iterator[Path]:
 
     Until it is complete, and when the block raises, the earlier result stays as it is.
     """
-    stage = run / f".result.{os.getpid()}.tmp"
+    stage = atomic.name_temporary(run / "result", "tmp")
     with atomic.disk_errors(run):
         shutil.rmtree(stage, ignore_errors=True)
         atomic.make_folder(stage)
@@ -195,11 +195,11 @@ def staging(run: Path, kind: str, step: int) -> Iterator[Path]:
 def install_result(stage: Path, run: Path, files: Mapping[str, FileRecord]) -> None:
     """Let what is new take the place of what is old, one name after another, ``result.json`` last.
 
-    When the disk refuses, what was done is undone.
+    When the disk refuses, or the run is interrupted, what was done is undone.
     """
     names = sorted({name.split("/")[0] for name in files}, key=lambda name: name == INDEX)
     changed = [name for name in names if not is_same(stage / name, run / name, files)]
-    done: list[str] = []
+    moved: dict[str, int] = {}  # name -> inode of what is new
     old = stage / f"old-{RESULT_FILE}"
     try:
         # A mixture of two results must not look whole.
@@ -207,16 +207,17 @@ def install_result(stage: Path, run: Path, files: Mapping[str, FileRecord]) -> N
             os.rename(run / RESULT_FILE, old)
             atomic.sync(run)
         for name in changed:
+            moved[name] = (stage / name).stat().st_ino
             swap(stage / name, run / name)
-            done.append(name)
         atomic.sync(run)
         os.replace(stage / RESULT_FILE, run / RESULT_FILE)
         atomic.sync(run)
-    except OSError:
-        for name in reversed(done):
-            swap(run / name, stage / name)
-        if old.exists():
-            os.replace(old, run / RESULT_FILE)
+    except BaseException:
+        if (stage / RESULT_FILE).exists():  # else the new result is whole
+            for name in reversed(moved):
+                swap_back(stage / name, run / name, moved[name])
+            if old.exists():
+                os.replace(old, run / RESULT_FILE)
         raise
 
 
@@ -225,10 +226,30 @@ def swap(new: Path, final: Path) -> None:
     if not final.exists():
         os.rename(new, final)
     elif not atomic.exchange(new, final):
-        aside = new.with_name(f"{new.name}.old")
+        aside = name_aside(new)
         os.rename(final, aside)
         os.rename(new, final)
         os.rename(aside, new)
+
+
+def swap_back(new: Path, final: Path, inode: int) -> None:
+    """Undo a swap, wherever it was interrupted.
+
+    Args:
+        inode: of what was ``new`` before the swap.
+    """
+    if final.exists() and final.stat().st_ino == inode:
+        if new.exists():
+            swap(new, final)
+        else:
+            os.rename(final, new)
+    if name_aside(new).exists() and not final.exists():
+        os.rename(name_aside(new), final)
+
+
+def name_aside(new: Path) -> Path:
+    """Return where what had a name is while another takes it, and the system cannot exchange."""
+    return new.with_name(f"{new.name}.old")
 
 
 def is_same(new: Path, present: Path, files: Mapping[str, FileRecord]) -> bool:
