@@ -2,6 +2,7 @@
 diffusers draws are the same."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from limner.config import toml
 from limner.config.schema import Config
 from limner.errors import InputError, IntegrityError
 from limner.protocols import ModelSource
+from limner.storage.layout import LORA_FILE
 from limner.training import loop
 
 pytestmark = pytest.mark.frameworks
@@ -198,6 +200,35 @@ def test_what_cannot_be_drawn_is_said_in_one_message(runs, tmp_path, capsys, arg
     assert cli.main([a.format(run=runs["full"], empty=tmp_path) for a in arguments]) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "change"),
+    [
+        ("lora", "result.json", None),
+        ("lora", "result.json", lambda content: content[:-9]),
+        ("lora", LORA_FILE, lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+        ("full", "result.json", None),
+        ("full", "vae/config.json", None),
+        ("full", "unet/config.json", lambda content: content + b"\n"),
+    ],
+)
+def test_a_result_of_a_run_that_is_not_whole_is_not_drawn_with(
+    runs, tmp_path, capsys, kind, file, change
+):
+    """As when its writing was cut short: files of two results would draw something."""
+    run = Path(shutil.copytree(runs[kind], tmp_path / "run"))
+    assert generate.find_sources(str(run), None)[0].family == "sd"
+    content = (run / file).read_bytes()
+    (run / file).unlink()
+    if change is not None:
+        (run / file).write_bytes(change(content))
+    words = ["generate", str(run), "x", "--device=cpu", f"--output={tmp_path}"]
+    assert cli.main(words) == 7
+    said = capsys.readouterr().err
+    assert f"{run}: the result of this run is not whole" in said and "training command" in said
+    (run / "config.json").unlink()
+    assert generate.find_sources(str(run), "base/of-it")[0].family is None
 
 
 def test_a_lora_without_its_base_asks_for_it(runs, tmp_path):

@@ -53,9 +53,45 @@ def test_variables_are_known_by_their_names(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("MY_TOKEN", "AWS_SECRET_ACCESS_KEY", "SERVICE_API_KEY", "DB_PASSWORD"):
         monkeypatch.setenv(name, f"value-of-{name}")
         assert redact_text(f"x value-of-{name} y") == "x [redacted] y"
-    for name in ("HF_TOKEN_PATH", "TOKENIZERS_PARALLELISM", "PASSWORD_STORE_DIR"):
+    harmless = ("TOKENIZER_NAME", "MAX_TOKENS", "SECRETARY", "PASSWORDLESS_LOGIN", "MY_API_KEYS")
+    places = ("HF_TOKEN_PATH", "TOKENIZERS_PARALLELISM", "PASSWORD_STORE_DIR")
+    for name in (*harmless, *places):
         monkeypatch.setenv(name, f"value-of-{name}")
         assert redact_text(f"value-of-{name}") == f"value-of-{name}"
+
+
+@pytest.mark.parametrize("variable", ["DB_PASSWORD", "HF_TOKEN", "MY_SECRET"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"model": {"base": "postgres/model"}},
+        {"data": {"folder": "/data/postgres"}},
+        {"run": "postgres"},
+        {"export": {"hub": "me/postgres"}},
+        {"model": {"revision": "postgres"}},
+        {"adapter": {"kind": "lora", "targets": ["to_q", "postgres"]}},
+    ],
+)
+def test_what_is_read_back_is_the_same_whatever_the_environment_holds(
+    raw: dict[str, Any], variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name is no secret because a variable has the same value: a run would not be found again, or
+    not go on."""
+    config = toml.build(Config, raw)
+    without = toml.to_saved(config)
+    monkeypatch.setenv(variable, "postgres")
+    assert toml.to_saved(config) == without == toml.to_plain(config)
+
+
+def test_names_that_are_secrets_by_their_form_are_not_kept() -> None:
+    raw = {
+        "model": {"base": f"https://me:{PASSWORD}@hub/model", "cache_dir": f"/{TOKEN}/cache"},
+        "preview": {"prompts": [f"a {KEY}", f"a {TOKEN}"]},
+    }
+    saved = toml.to_saved(toml.build(Config, raw))
+    assert saved["model"]["base"] == "https://me:[redacted]@hub/model"
+    assert saved["model"]["cache_dir"] == "/[redacted]/cache"
+    assert saved["preview"]["prompts"] == ["a [redacted]"] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Tokens and passwords are in nothing that is written: no file, no tracker, no message."""
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -8,29 +9,35 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
-SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+# Whole words: MAX_TOKENS and TOKENIZER_NAME are no secrets.
+SECRET_KEY = re.compile(r"(?<![A-Z0-9])(token|secret|password|api_?key)(?![A-Z0-9])", re.IGNORECASE)
 SECRET_TEXT = re.compile(r"hf_[A-Za-z0-9]{20,}|wandb_v1_[A-Za-z0-9_]{20,}")
 URL_PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s/@]+(?=@)")
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")
-# Variables whose name has such a word, and that say where a secret lies, or how many.
-PLACES = ("PATH", "DIR", "FILE", "PARALLELISM")
+# Variables whose name has such a word, and that say where a secret lies.
+PLACES = ("PATH", "DIR", "FILE")
 HIDDEN = "[redacted]"
 SHORTEST = 8  # characters; a shorter secret could be part of any word
 
 
-def redact(value: Any) -> Any:
+def redact(value: Any, *, environment: bool = True) -> Any:
     """Return the same plain value without secrets.
 
     A secret is recognised by the name of its key, by its form, or because the environment holds it.
+
+    Args:
+        environment: False for what is read back: a name in it may be as a variable's value, and
+            must not depend on who reads it.
     """
+    again = functools.partial(redact, environment=environment)
     if isinstance(value, Mapping):
         return {
-            redact(key): HIDDEN if is_secret(key, item) else redact(item)
+            again(key): HIDDEN if is_secret(key, item) else again(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [redact(item) for item in value]
-    return redact_text(value) if isinstance(value, str) else value
+        return [again(item) for item in value]
+    return redact_text(value, environment=environment) if isinstance(value, str) else value
 
 
 def is_secret(key: object, value: object) -> bool:
@@ -38,9 +45,9 @@ def is_secret(key: object, value: object) -> bool:
     return bool(SECRET_KEY.search(str(key))) and value not in (None, "", True, False)
 
 
-def redact_text(text: str) -> str:
-    """Return a text without the tokens and passwords that it contains."""
-    for secret in list_secrets():
+def redact_text(text: str, *, environment: bool = True) -> str:
+    """Return a text without the tokens and passwords that it contains; see ``redact``."""
+    for secret in list_secrets() if environment else ():
         if text == secret:
             text = HIDDEN
         elif len(secret) >= SHORTEST:

@@ -24,6 +24,7 @@ from limner.protocols import ModelSource
 from limner.storage import atomic
 from limner.storage.layout import LORA_FILE
 from limner.storage.run_folder import RunFolder
+from limner.training.result import check_result_of_run
 
 MOST = 100_000  # pictures, steps, or pictures at once
 # The sections of a run's settings that its pictures depend on.
@@ -256,6 +257,7 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
     path_exists("the model", model)
     folder = Path(model)
     run = read_run(folder)
+    check_result_of_run(folder)
     if not folder.exists():
         check_hub_name(model, "model", "a run's folder, a folder in the diffusers layout")
     if not folder.is_dir() or (folder / INDEX).exists():

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from limner.config.schema import SETTINGS, Config
 from limner.errors import InputError, shorten
 from limner.json_types import Plain
+from limner.redaction import redact
 
 MAX_RECIPE = 1_000_000  # characters
 
@@ -261,6 +262,17 @@ def apply_overrides(raw: Plain, overrides: Iterable[str]) -> Plain:
 def to_plain(value: Any) -> Plain:
     """A config as JSON knows it: what is saved with the run, and what ``build`` takes back."""
     return json.loads(json.dumps(dataclasses.asdict(value)))
+
+
+def to_saved(config: Config) -> Plain:
+    """A config as it is kept with a run and read back: without secrets.
+
+    A name or a place is as it was given, whatever the environment holds: only its form makes it a
+    secret. A prompt may be anything.
+    """
+    plain: Plain = redact(to_plain(config), environment=False)
+    plain["preview"]["prompts"] = redact(plain["preview"]["prompts"])
+    return plain
 
 
 def flatten(raw: Plain, where: str = "") -> Plain:

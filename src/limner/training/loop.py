@@ -19,7 +19,6 @@ from limner.diffusion import schedules
 from limner.errors import NonFiniteError, Stopped, is_first_on_host, report_once
 from limner.progress import print_line
 from limner.protocols import ProcessGroup, Report, State
-from limner.redaction import redact
 from limner.storage import atomic, layout
 from limner.storage.run_folder import RunFolder
 from limner.training.announce import announce_run
@@ -120,7 +119,7 @@ def run_in_group(
 
 def write_config(setup: Setup) -> None:
     """Keep the resolved config, without secrets, in the run's folder."""
-    plain = redact(toml.to_plain(setup.config))
+    plain = toml.to_saved(setup.config)
     atomic.write_text(RunFolder(setup.folder).config, json.dumps(plain, indent=1))
 
 

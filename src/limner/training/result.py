@@ -21,7 +21,7 @@ from limner.engines.adapters import get_alpha
 from limner.errors import IntegrityError
 from limner.families.family import Family
 from limner.json_types import parse_json, read_object
-from limner.redaction import redact_text
+from limner.redaction import redact, redact_text
 from limner.storage import atomic, layout, safetensors
 from limner.storage.checkpoint import Checkpoint
 from limner.storage.layout import LORA_FILE, WEIGHTS_FILE
@@ -65,15 +65,15 @@ def write_result(
         else:
             write_full(base, family, run, arrays, prediction_type, checkpoint.step)
     card = write_model_card(
-        toml.to_plain(config),
+        toml.to_saved(config),
         base,
         family,
         checkpoint.step,
-        prompts=config.preview.prompts,
+        prompts=redact(config.preview.prompts),
         repo=config.export.hub,
         grid=RunFolder(run).grid.is_file(),
     )
-    atomic.write_text(RunFolder(run).card, redact_text(card))
+    atomic.write_text(RunFolder(run).card, redact_text(card, environment=False))
 
 
 def write_full(
@@ -146,6 +146,32 @@ def is_result_whole(run: Path, step: int | None = None) -> bool:
         return all(is_unchanged(run / name, file) for name, file in result["files"].items())
     except (OSError, IntegrityError):
         return False
+
+
+def check_result_of_run(folder: Path) -> None:
+    """Refuse the result of a run that is not whole; nothing is known of another folder's files.
+
+    Raises:
+        IntegrityError: for a run's folder with files of a result that are not as they were written,
+            as when the writing of a result was cut short.
+    """
+    has_result = (folder / INDEX).exists() or (folder / LORA_FILE).exists()
+    if has_result and is_run(folder) and not is_result_whole(folder):
+        raise IntegrityError(
+            f"{folder}: the result of this run is not whole: {RESULT_FILE} is missing, or a file "
+            "is not as it was written. Run the training command again: a finished run only writes "
+            "its result anew. To draw with these files as they are, move them without the run's "
+            "config.json, and give the base of a LoRA with --base."
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a run has kept its settings in a folder."""
+    try:
+        settings = read_object(RunFolder(folder).config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return "run" in settings and "train" in settings
 
 
 def is_unchanged(path: Path, file: FileRecord) -> bool:

@@ -26,7 +26,7 @@ def make_run_state(
 ) -> RunState:
     """What a checkpoint remembers of its run, besides arrays."""
     return RunState(
-        config=redact(toml.to_plain(config)),
+        config=toml.to_saved(config),
         seed=plan.seed,
         batch_size=plan.batch_size,
         world_size=plan.world_size,
@@ -103,7 +103,9 @@ def list_changed_settings(saved: RunState, now: RunState) -> dict[str, str]:
 
     One that did not exist when the run began had its default, which means what was done before.
     """
-    before = toml.flatten(toml.to_plain(Config())) | toml.flatten(redact(saved.config))
+    before = toml.flatten(toml.to_plain(Config())) | toml.flatten(
+        redact(saved.config, environment=False)
+    )
     after = toml.flatten(now.config)
     return {
         name: f"{name}: was {before.get(name)!r}, now {after.get(name)!r}"
