@@ -291,7 +291,11 @@ def test_check_says_of_the_data_what_training_says(sdxl, mixed, tmp_path):
     assert [line for line in lines if "link to a folder is not followed: linked" in line]
     assert [line for line in lines if "file that is no picture is left out: notes.md" in line]
     assert [line for line in lines if "it has no row in metadata.jsonl: extra.png" in line]
-    assert [line for line in lines if "tokens that the tokenizer gives on and are cut" in line]
+    assert [
+        line
+        for line in lines
+        if "cut, with more than the 77 tokens that the tokenizer gives on: " in line
+    ]
     for line in said["train"][len(lines) :]:
         assert "are encoded" in line or "cache" in line
 

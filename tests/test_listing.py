@@ -12,7 +12,7 @@ from PIL import Image
 from limner.config.schema import DataSettings
 from limner.data.folder import Folder
 from limner.data.source import BadRecord
-from limner.errors import InputError
+from limner.errors import InputError, join_first, say_count
 
 
 def paint(path: Path, text: str | None = None) -> None:
@@ -350,3 +350,15 @@ def test_a_name_that_is_not_utf8_is_escaped(tmp_path: Path) -> None:
         os.rename(os.fsencode(tmp_path) + b"/x" + end, os.fsencode(tmp_path) + b"/caf\xe9" + end)
     captions, _ = read(tmp_path)
     assert captions == {"caf\\xe9.png": "x"}
+
+
+def test_one_is_and_several_are() -> None:
+    said = [say_count(count, "text is", "texts are") for count in (0, 1, 2)]
+    assert said == ["0 texts are", "1 text is", "2 texts are"]
+    names = list("abcdef")
+    assert [join_first(names), join_first(names[:5]), join_first([])] == [
+        "a, b, c, d, e, ...",
+        "a, b, c, d, e",
+        "",
+    ]
+    assert join_first(names, 2, "; ") == "a; b; ..."

@@ -152,11 +152,11 @@ OTHERS = {
     ),
     "a width that does not fit": (
         lambda arrays: arrays | {f"{TO_Q}.lora_A.weight": np.ones((2, 65), np.float32)},
-        f"1 arrays ({TO_Q}.lora_A.weight) have no place",
+        f"1 array ({TO_Q}.lora_A.weight) has no place",
     ),
     "another rank in one half": (
         lambda arrays: arrays | {f"{TO_Q}.lora_B.weight": np.ones((64, 3), np.float32)},
-        f"1 arrays ({TO_Q}.lora_B.weight) have no place",
+        f"1 array ({TO_Q}.lora_B.weight) has no place",
     ),
     "half of a layer": (
         lambda arrays: {k: v for k, v in arrays.items() if k != f"{TO_Q}.lora_B.weight"},
@@ -164,11 +164,11 @@ OTHERS = {
     ),
     "an array of its own beside them": (
         lambda arrays: arrays | {f"{TO_Q}.dora_scale": np.ones(64, np.float32)},
-        f"1 arrays ({TO_Q}.dora_scale) have no place",
+        f"1 array ({TO_Q}.dora_scale) has no place",
     ),
     "a textual inversion beside them": (
         lambda arrays: arrays | {"bundle_emb.cat.string_to_param.*": np.ones(64, np.float32)},
-        "1 arrays (bundle_emb.cat.string_to_param.*) have no place",
+        "1 array (bundle_emb.cat.string_to_param.*) has no place",
     ),
     "the second encoder of another family": (
         lambda arrays: (
@@ -183,7 +183,7 @@ OTHERS = {
     "nothing": (lambda arrays: {}, "it holds no arrays"),
     "not a number": (
         lambda arrays: arrays | {f"{TO_Q}.lora_A.weight": np.full((2, 64), np.nan, np.float32)},
-        f"1 arrays ({TO_Q}.lora_A.weight) hold numbers that are not finite",
+        f"1 array ({TO_Q}.lora_A.weight) holds numbers that are not finite",
     ),
 }
 

@@ -246,7 +246,7 @@ def test_a_bucket_that_cannot_fill_a_batch_is_told(base, tmp_path):
         )
     )
     assert (
-        "1 of 2 buckets have fewer pictures than a batch of 4 (48x24: 2); 2 rows of every epoch's "
+        "1 of 2 buckets has fewer pictures than a batch of 4 (48x24: 2); 2 rows of every epoch's "
         "batches are empty for it, and nothing is repeated" in said
     )
 

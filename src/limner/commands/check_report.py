@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from limner.errors import say_count
 from limner.features.caption_lengths import TruncatedCaption
 
 NAMED = 5  # records that the table names; the JSON file has all
@@ -143,9 +144,9 @@ def format_pictures(report: PictureReport) -> list[str]:
         *lines,
         f"sizes       {sizes['smallest']} to {sizes['largest']}, median {sizes['median']} "
         "(by area)",
-        f"same        {len(same)} pictures are there several times"
+        f"same        {say_count(len(same), 'picture is', 'pictures are')} there several times"
         + first_few(" = ".join(keys) for keys in same),
-        f"alike       {len(alike)} groups of pictures look alike"
+        f"alike       {say_count(len(alike), 'group', 'groups')} of pictures that look alike"
         + first_few(" ~ ".join(keys[:4]) for keys in alike),
     ]
 
@@ -167,12 +168,13 @@ def format_captions(report: CaptionReport) -> list[str]:
     ]
     if report.repeated:
         often = [f"{one.times} times: {one.caption[:80]}" for one in report.repeated]
-        lines.append(f"repeated    {len(often)} captions{first_few(often)}")
+        count = say_count(len(often), "caption", "captions")
+        lines.append(f"repeated    {count}{first_few(often)}")
     for name, tokens in report.tokens.items():
         cut = first_few(f"{one.key}: {one.tokens} tokens" for one in tokens.cut)
         lines.append(
             f"{name:<12}{tokens.shortest} to {tokens.longest} tokens, median {tokens.median}; "
-            f"{len(tokens.cut)} have more than {tokens.limit} and are cut{cut}"
+            f"{say_count(len(tokens.cut), 'has', 'have')} more than {tokens.limit}, cut there{cut}"
         )
     return lines
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from limner.engines.adapters import Shape
-from limner.errors import InputError
+from limner.errors import InputError, join_first, say_count
 from limner.storage import safetensors
 
 Arrays = dict[str, np.ndarray]
@@ -43,8 +43,8 @@ def read_lora_file(path: Path) -> tuple[Arrays, dict[str, Any]]:
     broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if broken:
         raise InputError(
-            f"{path}: {list_names(broken)} hold numbers that are not finite. Take an earlier "
-            "checkpoint, or fetch the file again."
+            f"{path}: {list_names(broken, 'holds', 'hold')} numbers that are not finite. Take an "
+            "earlier checkpoint, or fetch the file again."
         )
     return arrays, read_settings(path, header.metadata)
 
@@ -105,10 +105,10 @@ def fits_layer(name: str, arrays: Arrays, shapes: Mapping[str, Shape]) -> bool:
     return False
 
 
-def list_names(names: Sequence[str]) -> str:
-    """Return how many arrays there are, and the first names."""
-    more = ", ..." if len(names) > MAX_LISTED else ""
-    return f"{len(names)} arrays ({', '.join(names[:MAX_LISTED])}{more})"
+def list_names(names: Sequence[str], one: str, several: str) -> str:
+    """Return how many arrays there are, the first names, and the verb for one or for several."""
+    named = join_first(names, MAX_LISTED)
+    return say_count(len(names), f"array ({named}) {one}", f"arrays ({named}) {several}")
 
 
 def explain_unused(path: Path, names: Sequence[str], place: str, hint: str = "") -> str:
@@ -119,7 +119,7 @@ def explain_unused(path: Path, names: Sequence[str], place: str, hint: str = "")
         hint: what they may be, in place of the usual guess.
     """
     guess = hint or "Was it trained on another model, or is it of another kind?"
-    return f"{path}: {list_names(names)} have no place in {place}. {guess}"
+    return f"{path}: {list_names(names, 'has', 'have')} no place in {place}. {guess}"
 
 
 def guess_prefix(names: Iterable[str], components: Iterable[str]) -> str:

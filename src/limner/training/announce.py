@@ -1,6 +1,7 @@
 """What is said when a training begins: what learns, from what, how long, on what, and where."""
 
 import limner
+from limner.errors import say_count
 from limner.training.setup import Setup
 
 PRECISIONS = {"no": "float32", "fp16": "fp16 autocast", "bf16": "bf16 autocast"}
@@ -31,8 +32,8 @@ def describe_run(setup: Setup, trained: int) -> list[str]:
     cores = f" x {process.device_count} devices" if process.device_count > 1 else ""
     return [
         f"model: {setup.base.name} ({setup.family.name}); {what} learns, {trained:,} numbers",
-        f"data: {len(setup.stream.entries)} records to train on{held_out}; one epoch is "
-        f"{plan.steps_per_epoch:g} steps",
+        f"data: {say_count(len(setup.stream.entries), 'record', 'records')} to train on{held_out}; "
+        f"one epoch is {plan.steps_per_epoch:g} step{'' if plan.steps_per_epoch == 1 else 's'}",
         f"steps: {plan.steps:,} of {plan.batch_size} examples (micro-batches of "
         f"{plan.micro_batch_size}{cores} x {plan.accumulation_steps}{processes}), "
         f"{epochs:.3g} epochs; a checkpoint every {config.checkpoint.every}",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from limner.config.schema import Config, TrainSettings
 from limner.data.order import Order
-from limner.errors import InputError
+from limner.errors import InputError, say_count
 from limner.json_types import Plain
 from limner.storage.run_state import RunState
 
@@ -93,8 +93,9 @@ def count_held_out(hold_out: float, records: int) -> int:
     count = int(hold_out) if hold_out >= 1 or hold_out == 0 else max(1, round(hold_out * records))
     if count >= records:
         raise InputError(
-            f"validation.hold_out: {count} records are held out of {records}, so that none is left "
-            "to train on. Hold out fewer, or a share: validation.hold_out=0.1"
+            f"validation.hold_out: {say_count(count, 'record is', 'records are')} held out of "
+            f"{records}, so that none is left to train on. Hold out fewer, or a share: "
+            "validation.hold_out=0.1"
         )
     return count
 

@@ -6,7 +6,7 @@ Each process encodes its share, and any of them may be stopped and started again
 from functools import partial
 from pathlib import Path
 
-from limner.errors import InputError, LimnerError, Stopped
+from limner.errors import InputError, LimnerError, Stopped, say_count
 from limner.features.caches import cache_folder
 from limner.features.caption_lengths import find_truncated_captions
 from limner.features.encoder import ImageRequest
@@ -33,10 +33,13 @@ def encode_only(setup: Setup) -> Path:
     anew = ""
     if endless:
         anew = (
-            f"; {endless} pictures are cropped anew each time and encoded in every step "
+            f"; {say_count(endless, 'picture is', 'pictures are')} cropped anew each time and "
+            "encoded in every step "
             "(data.crop_variants makes an end of that)"
         )
-    setup.report(f"{folder}: {len(pictures)} pictures and {count} captions are encoded{anew}")
+    what = say_count(len(pictures), "picture", "pictures")
+    what += f" and {say_count(count, 'caption', 'captions')}"
+    setup.report(f"{folder}: {what} are encoded{anew}")
     return folder
 
 
@@ -111,9 +114,10 @@ def report_truncated_captions(setup: Setup) -> None:
         long = find_truncated_captions(pairs, partial(one.count_tokens, encoders), limit)
         if long:
             named = ", ".join(f"{cut.key} ({cut.tokens})" for cut in long[:10])
+            captions = say_count(len(long), "caption is", "captions are")
             setup.report(
-                f"{len(long)} captions have more than the {limit} tokens that the {one.tokenizer} "
-                f"gives on and are cut: {named}"
+                f"{captions} cut, with more than the {limit} tokens that the {one.tokenizer} gives "
+                f"on: {named}"
             )
 
 

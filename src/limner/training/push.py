@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limner.base_model.hub import endpoint, hub_errors
-from limner.errors import HubError, InputError, IntegrityError
+from limner.errors import HubError, InputError, IntegrityError, say_count
 from limner.json_types import parse_json
 from limner.storage import atomic
 from limner.storage.run_folder import CARD_FILE, GRID_FILE, RunFolder
@@ -58,7 +58,8 @@ def push_result(
     with hub_errors(repo_id, then=f"The result in {run} is complete. To push it again: {command}"):
         api, token = connect(repo_id)
         repository = create_repository(api, repo_id, private, token)
-        report(f"pushing {len(names)} files to {repository}: {', '.join(names)}")
+        files = say_count(len(names), "file", "files")
+        report(f"pushing {files} to {repository}: {', '.join(names)}")
         api.create_commit(
             repository,
             [CommitOperationAdd(path_in_repo=name, path_or_fileobj=run / name) for name in names],

@@ -9,6 +9,7 @@ from limner.data import buckets, mixture
 from limner.data.index import Entry, Index, build_index, write_skipped
 from limner.data.order import Order
 from limner.data.source import Source
+from limner.errors import join_first, say_count
 from limner.features import caches
 from limner.protocols import ProcessGroup, Report
 from limner.storage.run_folder import RunFolder
@@ -100,11 +101,12 @@ def report_small_buckets(order: Order, batch_size: int, report: Report) -> None:
     small = [row for row in order.count_batches() if row[1] < batch_size]
     if not small:
         return
-    names = [f"{width}x{height}: {records}" for (height, width), records, *_ in small[:5]]
-    named = ", ".join(names) + (", ..." if len(small) > 5 else "")
+    names = [f"{width}x{height}: {records}" for (height, width), records, *_ in small]
+    total, part = f"of {len(order.shapes)} buckets", "of every epoch's batches"
     padding = sum(rows for *_, rows in small)
     report(
-        f"{len(small)} of {len(order.shapes)} buckets have fewer pictures than a batch of "
-        f"{batch_size} ({named}); {padding} rows of every epoch's batches are empty for it, and "
-        "nothing is repeated"
+        f"{say_count(len(small), f'{total} has', f'{total} have')} fewer pictures than a batch of "
+        f"{batch_size} ({join_first(names)}); "
+        f"{say_count(padding, f'row {part} is', f'rows {part} are')} empty for it, and nothing is "
+        "repeated"
     )

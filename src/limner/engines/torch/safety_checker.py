@@ -6,6 +6,7 @@ from typing import Any
 
 from limner.base_model.weight_files import has_usable_weights, list_files
 from limner.engines.torch.encoders import TorchEncoders
+from limner.errors import join_first, say_count
 from limner.json_types import Plain
 from limner.protocols import Report
 
@@ -51,8 +52,10 @@ def report_blackened(
     pictures = zip(prompts, seeds, flags, strict=True)
     black = [f"{prompt!r} (seed {seed})" for prompt, seed, is_black in pictures if is_black]
     if black:
+        total = f"of {len(flags)} pictures"
         report(
-            f"{len(black)} of {len(flags)} pictures are black, because the base's safety checker "
-            f"found them unsafe: {', '.join(black[:5])}. Without it: --no-safety-checker, or "
+            f"{say_count(len(black), f'{total} is', f'{total} are')} black, because the base's "
+            f"safety checker found {'it' if len(black) == 1 else 'them'} unsafe: "
+            f"{join_first(black)}. Without it: --no-safety-checker, or "
             "preview.safety_checker=false for previews"
         )
