@@ -206,6 +206,23 @@ def test_a_place_that_is_not_there_is_told_before_a_framework_is_imported(
     assert said.startswith(f"limner: {message}") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["model_index.json", "unet", "pytorch_lora_weights.safetensors"])
+def test_a_folder_with_somebody_s_model_is_no_run_s(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A result would replace it: bad input never loses data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").mkdir()
+    (tmp_path / "r.toml").write_text(GOOD.replace('"b"', '"f"'))
+    (tmp_path / name).write_text("mine")
+    assert cli.main(["train", "r.toml", "run=."]) == 2
+    assert capsys.readouterr().err == (
+        f"limner: run: . holds {name}, which no run has written there, and a result would replace "
+        "it. Choose another folder.\n"
+    )
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from limner import engines
-from limner.base_model.base import BaseModel
+from limner.base_model.base import INDEX, BaseModel
 from limner.base_model.find import check_base_name
 from limner.base_model.open import open_base
 from limner.config.rules import check_config
@@ -22,18 +22,34 @@ from limner.protocols import ProcessGroup, Report
 from limner.storage import atomic
 from limner.storage import checkpoint as checkpoints
 from limner.storage.checkpoint import Checkpoint
+from limner.storage.layout import LORA_FILE
 from limner.training import push, sinks
 from limner.training.batch_plan import draw_seed
+from limner.training.result import is_run
 
 
 def check_places(config: Config, *, own_records: bool = False) -> None:
-    """Refuse a base or pictures that are not there, before a framework is imported."""
+    """Refuse a base or pictures that are not there, and a run's folder with a model in it, before a
+    framework is imported."""
     check_base_name(config.model)
+    check_run_folder(Path(config.run), get_family(config))
     if own_records:
         return
     for folder in (config.data.folder, *(one.folder for one in config.data.sets)):
         if folder is not None:
             check_folder(Path(folder))
+
+
+def check_run_folder(folder: Path, family: Family) -> None:
+    """Refuse a folder with a model that no run has written there: a result would replace it."""
+    if is_run(folder) or checkpoints.list_checkpoints(folder):
+        return
+    for name in (INDEX, LORA_FILE, *family.components):
+        if (folder / name).exists():
+            raise InputError(
+                f"run: {folder} holds {name}, which no run has written there, and a result would "
+                "replace it. Choose another folder."
+            )
 
 
 def resolve(config: Config, *, own_records: bool = False) -> tuple[Config, Family]:
