@@ -304,7 +304,7 @@ def test_loras_of_others(base: Path, tmp_path: Path) -> None:
         {a: down, b: up, f"unet.{stem}.lora_magnitude_vector": normal(64)},
         {conv.format("A"): normal(2, 32, 3, 3), conv.format("B"): normal(32, 2, 1, 1)},
     ):
-        with pytest.raises(InputError, match="have no place in the unet"):
+        with pytest.raises(InputError, match="ha(s|ve) no place in the unet"):
             opened_with(arrays)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match="not a whole safetensors file"):
