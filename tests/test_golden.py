@@ -7,11 +7,11 @@ The numbers lie in ``golden/losses.json``. They change only on purpose:
 import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from golden import runs
+from haste import compiled_in_haste
 
 import limner
 
@@ -51,18 +51,6 @@ def test_losses_are_the_recorded_ones(name: str, inputs: Path, tmp_path: Path) -
 def test_every_run_is_recorded() -> None:
     """No recorded run is left out, and none is missing."""
     assert list(json.loads(RECORDED.read_text())) == list(runs.RUNS)
-
-
-@contextlib.contextmanager
-def compiled_in_haste() -> Iterator[None]:
-    """Without most of XLA's optimizations: compiled in half the time, and to the same tolerance."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def read_losses(metrics: Path) -> dict[str, list[float]]:

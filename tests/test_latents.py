@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from haste import compiled_in_haste
 
 from limner.base_model.open import open_base
 from limner.config.schema import ModelSettings
@@ -54,7 +55,8 @@ def test_both_engines_draw_what_the_stock_pipeline_draws(sdxl: Path, tmp_path: P
         for kind in ("torch", "jax"):
             pipeline = open_pipeline(str(base), None, None, DrawSettings(engine=kind))
             call = {"steps": 1, "guidance_scale": 1.0, "size": 32}
-            [picture] = engines.draw_pictures(pipeline, ["a"], [0], **call)
+            with compiled_in_haste():
+                [picture] = engines.draw_pictures(pipeline, ["a"], [0], **call)
             pictures[name, kind] = picture.astype(int)
     for name in ("with", "without"):
         assert np.abs(pictures[name, "torch"] - pictures[name, "jax"]).max() <= 1, name

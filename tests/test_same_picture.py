@@ -1,6 +1,7 @@
 """A preview, ``limner generate`` and the model card's own code draw the same picture, whatever the
 settings; and no setting that a run's weights depend on is left out of these runs."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from haste import compiled_in_haste
 from hub_server import Hub
 
 import limner
+from limner.commands.generate import DrawSettings, open_pipeline
 from limner.config import toml
 from limner.config.schema import SETTINGS, Config
 from limner.data.contact_sheet import read_picture
@@ -218,7 +221,10 @@ def draw_by_card(run: Path, places: dict[str, Path]) -> np.ndarray:
     return (np.stack(pictures) * 255).round().astype(int)
 
 
-@pytest.mark.parametrize("name", RUNS)
+LONG = {"jax": pytest.mark.soak}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=LONG.get(name, ())) for name in RUNS])
 def test_preview_and_generate_draw_the_same(
     name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,13 +233,14 @@ def test_preview_and_generate_draw_the_same(
         settings["data.folder"] = "{pictures}"
     settings = put_fixtures(settings, request)
     run = tmp_path / "run"
-    train(settings, run)
-    shown = read_previews(run)
-    assert np.abs(shown[0] - shown[1]).max() > 10  # a picture, not a grey square
     engine = settings.get("engine.kind", "torch")
-    # The run is found from anywhere, and so are the parts that it was trained with.
-    monkeypatch.chdir(tmp_path)
-    drawn = generate(Path("run"), tmp_path / "drawn", engine=engine)
+    with compiled_in_haste() if engine == "jax" else contextlib.nullcontext():
+        train(settings, run)
+        shown = read_previews(run)
+        assert np.abs(shown[0] - shown[1]).max() > 10  # a picture, not a grey square
+        # The run is found from anywhere, and so are the parts that it was trained with.
+        monkeypatch.chdir(tmp_path)
+        drawn = generate(Path("run"), tmp_path / "drawn", engine=engine)
     assert np.abs(drawn - shown).max() <= 1
     precision = settings.get("engine.precision", "no")
     if engine == "torch" and precision == "no" and "prior" not in settings["model.base"]:
@@ -241,6 +248,20 @@ def test_preview_and_generate_draw_the_same(
         places = {"this/folder": run, "the/base/model": base}
         places["the/autoencoder"] = Path(settings.get("model.vae", "none"))
         assert np.abs(draw_by_card(run, places) - shown).max() <= 1
+
+
+def test_jax_opens_what_a_run_was_trained_with(
+    base: Path, vae: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """The parts only; what it draws with them is compared by ``make soak``."""
+    settings = {**LORA, "objective.predict": "v_prediction", "engine.precision": "bf16"}
+    settings |= {"model.base": str(base), "model.vae": str(vae), "data.folder": str(pictures)}
+    train(settings, tmp_path / "run")
+    drawing = DrawSettings(engine="jax", device="cpu")
+    pipeline = open_pipeline(str(tmp_path / "run"), None, None, drawing)
+    assert pipeline.prediction_type == "v_prediction"
+    assert pipeline.base.component_folder("vae") == vae
+    assert (np.dtype(pipeline.half).name, pipeline.text_dtype) == ("bfloat16", np.float32)
 
 
 def test_no_setting_of_the_weights_is_left_out() -> None:
@@ -399,6 +420,7 @@ def test_a_safety_checker_of_an_old_base_or_without_its_processor(
 def test_jax_says_that_it_has_no_safety_checker(
     checked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert generate(checked, tmp_path / "drawn", engine="jax").any()
+    with compiled_in_haste():
+        assert generate(checked, tmp_path / "drawn", engine="jax").any()
     told = f"{checked}: JAX has no safety checker; pictures are drawn without this base's"
     assert told in capsys.readouterr().err
