@@ -39,7 +39,16 @@ PREFIXES = (
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT")
 FRAMEWORKS = ("torch", "jax", "diffusers", "transformers", "accelerate", "peft")
 MODELS = {"base", "sd", "sd_fp16", "sdxl", "sd3", "kandinsky"}  # fixtures, below
-LONG = ("test_jax", "test_guide", "test_resume", "test_golden", "test_world_size", "test_kandinsky")
+LONG = (
+    "test_jax",
+    "test_guide",
+    "test_resume",
+    "test_golden",
+    "test_world_size",
+    "test_kandinsky",
+    "test_same_picture",
+    "test_lost_process",
+)
 WHOLE_FILE = re.compile(r"^pytestmark = (\[\s*)?pytest\.mark\.frameworks\b", re.MULTILINE)
 
 

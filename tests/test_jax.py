@@ -1122,7 +1122,7 @@ def test_half_and_sharded_weights_are_read(base: Path, sd_fp16: Path) -> None:
     assert max(np.abs(ours[name] - plain[name]).max() for name in ours) < 1e-2
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.soak)])
 def test_the_old_pipeline_draws_what_the_stock_one_draws(
     family: str, base: Path, sdxl: Path
 ) -> None:

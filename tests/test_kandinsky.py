@@ -887,9 +887,11 @@ def test_the_card_says_how_the_stages_go_together(result):
 @pytest.mark.parametrize(
     ("name", "processes"),
     [
-        ("decoder", 2),
         ("lora_prior", 2),
-        *(pytest.param(name, 2, marks=pytest.mark.soak) for name in ("prior", "lora_decoder")),
+        *(
+            pytest.param(name, 2, marks=pytest.mark.soak)
+            for name in ("prior", "decoder", "lora_decoder")
+        ),
         *(
             pytest.param(name, 1, marks=pytest.mark.soak)
             for name in ("prior", "decoder", "lora_prior", "lora_decoder")
