@@ -19,6 +19,7 @@ from limner.commands.generate import DrawSettings, open_pipeline
 from limner.config import toml
 from limner.config.schema import SETTINGS, Config
 from limner.data.contact_sheet import read_picture
+from limner.errors import InputError
 from limner.training import loop
 
 pytestmark = [
@@ -297,6 +298,21 @@ def test_revisions_of_a_repository(
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
         assert np.abs(generate(run, tmp_path / "drawn") - shown).max() <= 1
     assert 'revision="old"' in card and 'subfolder="unet", revision="ema"' in card
+
+
+def test_a_base_that_has_changed_is_compared_before_a_lora_is_drawn_on_it(
+    base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Arrays that the network has no place for are not left out in silence."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = Path(shutil.copytree(base, tmp_path / "base"))
+    train({**LORA, "model.base": str(folder), "data.folder": str(pictures)}, tmp_path / "run")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    surplus = load_file(weights) | {"more.weight": np.zeros(2, np.float32)}
+    save_file(surplus, weights, {"format": "pt"})
+    with pytest.raises(InputError, match=r"unet: 1 array has no place in the model: more\.weight"):
+        generate(tmp_path / "run", tmp_path / "drawn")
 
 
 def test_a_base_is_found_from_another_directory(

@@ -25,7 +25,7 @@ from limner.base_model.weight_files import (
     parse_variant,
 )
 from limner.config import toml
-from limner.config.schema import ModelSettings
+from limner.config.schema import Config, ModelSettings
 from limner.errors import InputError
 from limner.families import FAMILIES
 from limner.families.family import Family, Stage
@@ -162,9 +162,10 @@ def resolve_run(model: ModelSettings) -> tuple[ModelSettings, Path | None, str |
     if not is_lora or not config.is_file():
         return model, None, None
     run = read_json(config)
-    trained = toml.build(ModelSettings, run.get("model", {}))
-    predict = run.get("objective", {}).get("predict")
-    return replace(trained, other_stage=None), folder.absolute(), predict
+    sections = {name: run.get(name) or {} for name in ("model", "objective")}
+    trained: Config = toml.build(Config, sections)
+    settings = replace(trained.model, other_stage=None)
+    return settings, folder.absolute(), trained.objective.predict
 
 
 def extra_components(base: BaseModel, family: Family) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, TypedDict, cast
 import numpy as np
 
 from limner.base_model.base import INDEX, BaseModel
+from limner.base_model.configs import list_components
 from limner.base_model.weight_files import has_usable_weights, has_weights, list_files
 from limner.config import toml
 from limner.config.schema import AdapterSettings, Config
@@ -302,15 +303,6 @@ def seal_result(stage: Path, kind: str, step: int) -> dict[str, FileRecord]:
     text = json.dumps(result, indent=1)
     (stage / RESULT_FILE).write_text(text, encoding="utf-8")
     return files
-
-
-def list_components(index: Mapping[str, object]) -> list[str]:
-    """List the components that a ``model_index.json`` names and that exist."""
-    return [
-        name
-        for name, entry in index.items()
-        if not name.startswith("_") and isinstance(entry, list) and entry[1] is not None
-    ]
 
 
 def is_copyable(base: BaseModel, name: str) -> bool:

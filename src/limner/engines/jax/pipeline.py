@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from limner.base_model.base import BaseModel
+from limner.base_model.configs import list_components
 from limner.base_model.open import open_base, read_pipeline_class
 from limner.diffusion.sampler_settings import list_served
 from limner.diffusion.starting_noise import draw_starting_noise
@@ -345,7 +346,7 @@ def open_pipeline(
 
 def report_unchecked(base: BaseModel, report: Report) -> None:
     """Say that nothing looks at the pictures, where the base has a network that would."""
-    if (base.configs.model_index.get("safety_checker") or [None, None])[1] is not None:
+    if "safety_checker" in list_components(base.configs.model_index):
         report(f"{base.name}: JAX has no safety checker; pictures are drawn without this base's")
 
 

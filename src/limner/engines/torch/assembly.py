@@ -16,6 +16,7 @@ from limner.engines.torch.loading import make_scheduler
 from limner.engines.torch.lora_file import load_lora
 from limner.engines.torch.safety_checker import has_safety_checker, load_safety_checker
 from limner.engines.torch.two_stages import add_other_stage
+from limner.engines.torch.weights import check_base
 from limner.families import FAMILIES
 from limner.families.family import Family
 from limner.json_types import Plain
@@ -79,6 +80,7 @@ def open_lora_run(weights: ModelSource, *, as_previews: bool, safety_checker: bo
     assert weights.family is not None
     family = FAMILIES[weights.family]
     base = open_base(weights.to_settings(family.name), family)
+    check_base(base, family)
     half = find_half_dtype(torch, weights.precision) if as_previews else None
     encoders = TorchEncoders(base, torch.device("cpu"))
     nets = {}

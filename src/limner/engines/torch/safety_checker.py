@@ -1,29 +1,29 @@
 """The safety checker that some bases have: it blackens the pictures that it finds unsafe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from limner.base_model.configs import list_components
 from limner.base_model.weight_files import has_usable_weights, list_files
 from limner.engines.torch.encoders import TorchEncoders
+from limner.engines.torch.weights import check_component
 from limner.errors import join_first, say_count
 from limner.json_types import Plain
 from limner.protocols import Report
 
 
-def has_safety_checker(
-    index: Mapping[str, Any], folder: Path, variant: str | None, report: Report
-) -> bool:
+def has_safety_checker(index: Plain, folder: Path, variant: str | None, report: Report) -> bool:
     """Return whether a model has a safety checker that can be loaded, and say why it cannot.
 
     Args:
         index: the model's model_index.json.
         folder: of the model.
     """
-    if (index.get("safety_checker") or [None, None])[1] is None:
+    components = list_components(index)
+    if "safety_checker" not in components:
         return False
     folder = folder / "safety_checker"
-    if (index.get("feature_extractor") or [None, None])[1] is None:
+    if "feature_extractor" not in components:
         report(f"{folder}: pictures are drawn without it: the base has no feature_extractor for it")
         return False
     if has_usable_weights("safety_checker", list_files(folder), variant):
@@ -36,8 +36,14 @@ def has_safety_checker(
 
 
 def load_safety_checker(encoders: TorchEncoders) -> Plain:
-    """Return what a stock pipeline takes to check its pictures."""
-    names = ("safety_checker", "feature_extractor")
+    """Return what a stock pipeline takes to check its pictures.
+
+    Raises:
+        InputError: when the checker's arrays are not those of its config.
+    """
+    base, name = encoders.base, "safety_checker"
+    check_component(base.component_folder(name), *base.component_class(name), base.variant)
+    names = (name, "feature_extractor")
     return {name: encoders.component(name) for name in names} | {"requires_safety_checker": True}
 
 
