@@ -1,6 +1,5 @@
 """Read a LoRA file, for either engine, and say what of it does not fit."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from limner.engines.adapters import Shape
 from limner.errors import InputError, join_first, say_count
+from limner.json_types import read_object
 from limner.storage import safetensors
 
 Arrays = dict[str, np.ndarray]
@@ -56,15 +56,12 @@ def read_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         InputError: when they are no settings by name, or have a rank or alpha that is no number.
     """
     try:
-        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        if not isinstance(settings, dict):
-            raise ValueError("no settings by name")
+        settings = read_object(metadata.get("lora_adapter_metadata", "{}"))
         for name, value in settings.items():
             check_number(name, value)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else error
+    except ValueError as error:
         raise InputError(
-            f"{path}: lora_adapter_metadata in its header cannot be read ({reason}). Fetch or copy "
+            f"{path}: lora_adapter_metadata in its header cannot be read ({error}). Fetch or copy "
             "it again."
         ) from error
     return settings

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from limner.errors import LimnerError, LostProcess, from_message, to_message
+from limner.json_types import parse_json
 
 BEAT = 1.0  # seconds between two beats
 MEETING = 30.0  # seconds in which all connections must be there
@@ -260,8 +261,8 @@ def accept_all(server: socket.socket, token: str, count: int) -> list[Link]:
         connection, _ = server.accept()
         connection.settimeout(max(0.1, deadline - time.monotonic()))
         # Strangers send anything, or nothing; the system may reset their connections.
-        with contextlib.suppress(ValueError, TypeError, RecursionError, OSError):
-            given, rank, name = json.loads(read_line(connection))
+        with contextlib.suppress(ValueError, TypeError, OSError):
+            given, rank, name = parse_json(read_line(connection).decode())
             if secrets.compare_digest(given, token):
                 links[rank] = Link(rank, f"process {rank} {name}", connection)
                 continue

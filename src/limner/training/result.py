@@ -170,7 +170,7 @@ def is_run(folder: Path) -> bool:
     """Return whether a run has kept its settings in a folder."""
     try:
         settings = read_object(RunFolder(folder).config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return False
     return "run" in settings and "train" in settings
 
