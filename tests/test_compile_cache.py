@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -408,3 +409,29 @@ def test_an_entry_that_others_may_write_is_made_again(size: int, mode: int, tmp_
     entry.chmod(mode)
     assert cache.get("program") is None and not entry.exists()
     assert len(lines) == 1 and "is made again: others than its owner may write it" in lines[0]
+
+
+class PathOfEtils(type(Path())):  # type: ignore[misc]
+    """What JAX takes for its paths where etils is installed: less than Python's own."""
+
+    @property
+    def chmod(self) -> Any:
+        raise AttributeError("etils' paths have no chmod")
+
+    def stat(self, **options: Any) -> SimpleNamespace:
+        status = super().stat(**options)
+        return SimpleNamespace(st_size=status.st_size, st_mode=status.st_mode)
+
+
+@pytest.mark.parametrize("size", [compile_cache.MAX_BYTES, -1])
+def test_paths_of_etils_serve_as_well(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax._src.lru_cache.pathlib, "Path", PathOfEtils)
+    sealed_cache.install(str(tmp_path), size)
+    cache = sealed_cache.find_installed()
+    assert cache is not None and isinstance(cache.path, PathOfEtils)
+    cache.put("program", b"code")
+    assert cache.get("program") == b"code"
+    [entry] = tmp_path.glob("*-cache")
+    assert entry.stat().st_mode & 0o777 == 0o600

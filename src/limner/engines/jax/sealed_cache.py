@@ -29,12 +29,14 @@ class SealedCache(LRUCache):
 
     def __init__(self, folder: str, max_bytes: int):
         super().__init__(folder, max_size=max_bytes)
+        # JAX's own ``path`` is one of etils where that is installed, without chmod or an owner.
+        self.folder = Path(folder)
         self.report: Report = write_to_stderr
 
     def get(self, key: str) -> bytes | None:
         """Return an entry, or None where there is none, or one that was removed for its digest."""
         name = make_name(key)
-        reason = find_stranger(self.path / f"{name}-cache")
+        reason = find_stranger(self.folder / f"{name}-cache")
         if reason is not None:
             self.remove(key, reason)
             return None
@@ -54,13 +56,13 @@ class SealedCache(LRUCache):
         if self.eviction_enabled:
             super().put(name, sealed)
             with contextlib.suppress(FileNotFoundError):  # too large, or removed already
-                (self.path / f"{name}-cache").chmod(0o600)
+                (self.folder / f"{name}-cache").chmod(0o600)
             return
         # Nobody locks such a folder: other processes must not read half an entry.
-        part = self.path / f"{name}-{secrets.token_hex(8)}-part"
+        part = self.folder / f"{name}-{secrets.token_hex(8)}-part"
         part.write_bytes(sealed)
         part.chmod(0o600)
-        part.rename(self.path / f"{name}-cache")
+        part.rename(self.folder / f"{name}-cache")
 
     def remove(self, key: str, reason: str) -> None:
         """Remove an entry, so that it is made again, and say so in a line."""
@@ -68,8 +70,8 @@ class SealedCache(LRUCache):
         # A folder is locked if its size is limited.
         with self.lock if self.eviction_enabled else contextlib.nullcontext():
             for suffix in ("cache", "atime"):
-                (self.path / f"{name}-{suffix}").unlink(missing_ok=True)
-        path = self.path / f"{name}-cache"
+                (self.folder / f"{name}-{suffix}").unlink(missing_ok=True)
+        path = self.folder / f"{name}-cache"
         self.report(f"compiled program {path} is made again: {reason}")
 
 
