@@ -1,7 +1,6 @@
 """A process that dies, leaves or is stopped is named by the others, whatever they wait in, and all
 end with a code of their own."""
 
-import os
 import signal
 import time
 from multiprocessing.context import ForkServerContext
@@ -46,7 +45,7 @@ def test_a_dead_process_is_named(
     pair = ranks.start(ctx, tmp_path, engine, ranks.wait_in, where, victim)
     wait_for(tmp_path / "met-0", tmp_path / "met-1")
     dead, other = pair[victim], pair[1 - victim]
-    os.kill(dead.pid or 0, signal.SIGKILL)
+    worker.send_signal(dead, signal.SIGKILL)
     other.join(15)
     said = ranks.said(tmp_path, 1 - victim)
     assert other.exitcode == 3, said
@@ -68,7 +67,7 @@ def test_a_stopped_process_is_named_within_patience(
     pair = ranks.start(ctx, tmp_path, engine, ranks.wait_in, where, victim)
     wait_for(tmp_path / "met-0", tmp_path / "met-1")
     stopped, other = pair[victim], pair[1 - victim]
-    os.kill(stopped.pid or 0, signal.SIGSTOP)
+    worker.send_signal(stopped, signal.SIGSTOP)
     try:
         other.join(ranks.PATIENCE + 10)
         said = ranks.said(tmp_path, 1 - victim)
@@ -76,7 +75,7 @@ def test_a_stopped_process_is_named_within_patience(
         assert f"limner: process {victim} (process {stopped.pid} on " in said
         assert "has not answered for 4 seconds (engine.patience)" in said
     finally:
-        os.kill(stopped.pid or 0, signal.SIGCONT)
+        worker.send_signal(stopped, signal.SIGCONT)
     stopped.join(20)
     assert stopped.exitcode == 3, "once it goes on, it finds that the others have left"
     assert "Traceback" not in said + ranks.said(tmp_path, victim)
@@ -88,10 +87,10 @@ def test_a_process_that_goes_on_within_patience_costs_nothing(
 ) -> None:
     pair = ranks.start(ctx, tmp_path, engine, ranks.pass_barriers, 40)
     wait_for(tmp_path / "met-0", tmp_path / "met-1")
-    os.kill(pair[1].pid or 0, signal.SIGSTOP)
+    worker.send_signal(pair[1], signal.SIGSTOP)
     pair[0].join(ranks.PATIENCE / 2)
     assert pair[0].exitcode is None, "it waits"
-    os.kill(pair[1].pid or 0, signal.SIGCONT)
+    worker.send_signal(pair[1], signal.SIGCONT)
     for rank, process in enumerate(pair):
         process.join(20)
         assert (process.exitcode, ranks.said(tmp_path, rank)) == (0, "")
@@ -112,7 +111,7 @@ def test_a_signal_to_one_process_before_training_ends_all(
     pair = ranks.start(ctx, tmp_path, engine, ranks.wait_in, where, 1)
     wait_for(tmp_path / "met-0", tmp_path / "met-1")
     began = time.monotonic()
-    os.kill(pair[told].pid or 0, signal.SIGTERM)
+    worker.send_signal(pair[told], signal.SIGTERM)
     for process in pair:
         process.join(25)
     said = [ranks.said(tmp_path, rank) for rank in (0, 1)]
@@ -149,7 +148,7 @@ def test_a_run_ends_when_a_process_dies_and_goes_on_afterwards(
     }
     pair = ranks.start(ctx, tmp_path, "torch", ranks.train, raw)
     wait_for(run / "checkpoint-2" / "MANIFEST.json")
-    os.kill(pair[victim].pid or 0, signal.SIGKILL)
+    worker.send_signal(pair[victim], signal.SIGKILL)
     other = pair[1 - victim]
     other.join(30)
     said = ranks.said(tmp_path, 1 - victim)

@@ -2,10 +2,12 @@
 after exactly as many steps."""
 
 import json
-import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,14 +185,21 @@ def test_killed_runs_end_with_the_same_bits(
             aimed = odds.random() < 0.5  # half in the middle of a write, half at any moment
             process = worker.start(processes, cfg, int(odds.integers(0, 40)) if aimed else None)
             process.join(None if aimed else float(odds.random()) * span)
-            if process.exitcode is None:
-                os.kill(process.pid, signal.SIGKILL)
-                process.join()
+            worker.send_signal(process, signal.SIGKILL)
+            process.join()
             if process.exitcode == 0:
                 break
             assert process.exitcode == -signal.SIGKILL
             kills += 1
         assert outcome(Path(cfg["run"])) == want
+
+
+def test_a_signal_to_a_process_that_has_ended_is_none() -> None:
+    """The server of forks has taken note of its end, and has not told its exit code yet."""
+    ended = subprocess.Popen([sys.executable, "-IS", "-c", ""])
+    ended.wait()
+    process: Any = SimpleNamespace(pid=ended.pid, exitcode=None)
+    worker.send_signal(process, signal.SIGCONT)
 
 
 def test_a_stop_saves_and_the_run_goes_on_to_the_same_bits(processes, base, pictures, tmp_path):
@@ -206,7 +215,7 @@ def test_a_stop_saves_and_the_run_goes_on_to_the_same_bits(processes, base, pict
     metrics = Path(stopped["run"]) / "metrics.jsonl"
     while process.is_alive() and not any("loss" in row for row in sinks.read_metrics(metrics)):
         process.join(0.01)
-    os.kill(process.pid, signal.SIGTERM)
+    worker.send_signal(process, signal.SIGTERM)
     process.join()
     assert process.exitcode == 3
     [saved] = checkpoint.list_checkpoints(Path(stopped["run"]))

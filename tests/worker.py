@@ -1,6 +1,7 @@
 """A training run in a process of its own, which can be told to die in the middle of the n-th write
 to the disk."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -37,6 +38,15 @@ def start(
     process = ctx.Process(target=run, args=(raw, die_at_write))
     process.start()
     return process
+
+
+def send_signal(process: ForkServerProcess, number: signal.Signals) -> None:
+    """Send a signal to a process that may have ended: once the server of forks has taken note of
+    that it has no id, a moment before its exit code is here."""
+    if process.exitcode is None:
+        assert process.pid, "0 would be all processes of the tests"
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
 
 def run(raw: dict[str, Any], die_at_write: int | None) -> None:
