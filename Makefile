@@ -1,4 +1,4 @@
-# make install | quick | test | lint | demo | demo ENGINE=jax | check-jax | soak. Python 3.11+ and make are all that must be there.
+# make install | quick | test | test-gpu | lint | demo | demo ENGINE=jax | check-jax | soak. Python 3.11+ and make are all that must be there.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -17,6 +17,10 @@ quick: install
 # The quick tests first, then all others: conftest.py chooses the order of the files, not xdist.
 test: quick
 	$(BIN)/python -m pytest -m "frameworks and not soak" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Where there is a GPU: the laws that hold there, with their tolerances.
+test-gpu: install
+	$(BIN)/python -m pytest --cuda tests/test_cuda.py
 
 lint: install
 	$(BIN)/ruff check .
@@ -45,4 +49,4 @@ soak: install
 	$(BIN)/python -m pytest tests/test_broken_bases.py -m soak
 	$(BIN)/python -m pytest tests/test_fuzz.py -m soak --numprocesses 2
 
-.PHONY: install quick test lint demo check-jax soak
+.PHONY: install quick test test-gpu lint demo check-jax soak

@@ -155,6 +155,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kills", type=int, default=10, help="how many times the resume tests kill a run (10)"
     )
     parser.addoption(
+        "--cuda", action="store_true", help="let tests see the GPUs, on which other laws hold"
+    )
+    parser.addoption(
         "--quick",
         action="store_true",
         help="only the tests that import no framework; they fail where one is imported",
@@ -162,7 +165,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """With ``--quick``, a test or a file of tests that imports a framework fails."""
+    """With ``--quick``, a test or a file of tests that imports a framework fails.
+
+    Without ``--cuda`` all tests run on the CPU.
+    """
+    if not config.option.cuda:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if config.option.quick:
         config.option.markexpr = "not frameworks and not soak"
         advice = "mark it with pytest.mark.frameworks, or do without"

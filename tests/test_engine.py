@@ -3,6 +3,7 @@ promises: nothing non-finite, nothing moved by looking."""
 
 import copy
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from diffusers.training_utils import EMAModel, compute_dream_and_update_latents,
 
 from limner.base_model.open import open_base
 from limner.config import toml
-from limner.config.schema import Config
+from limner.config.schema import Config, EngineSettings
 from limner.diffusion import make_objective
+from limner.engines.torch import arithmetic, initial_state, optimizer
 from limner.engines.torch.engine import TorchEngine, TorchState
-from limner.engines.torch.processes import TorchProcessGroup
+from limner.engines.torch.processes import TorchProcessGroup, join_processes
 from limner.errors import InputError, IntegrityError
 from limner.families.sd import SD
 from limner.protocols import Batch, NonFiniteStep
@@ -340,6 +342,90 @@ def test_lora_starts_from_the_base_and_from_the_same_values_everywhere(sd):
     assert module.scaling["default"] == 3.0
     with pytest.raises(InputError, match="no module named to_x"):
         make(sd, adapter={"kind": "lora", "targets": ["to_x"]}).init_state(0)
+
+
+class EightBit(torch.optim.Optimizer):
+    """What bitsandbytes' AdamW keeps of a parameter, in a simple optimizer: a number of 8 bits for
+    each number, a largest one for each block of 256, a table, and a count."""
+
+    def __init__(self, parameters, lr, **others):
+        super().__init__(parameters, {"lr": lr})
+        assert all(len(p) >= 4096 for p in self.param_groups[0]["params"]), "moments of 32 bits"
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            memory = self.state[p] or {
+                "step": 0,
+                "state1": torch.zeros(len(p), dtype=torch.uint8),
+                "absmax1": torch.zeros(len(p) // 256),
+                "qmap1": torch.linspace(-1, 1, 256),
+            }
+            old = memory["qmap1"][memory["state1"].long()].view(-1, 256)
+            moment = 0.9 * old * memory["absmax1"][:, None] + p.grad.view(-1, 256)
+            largest = moment.abs().amax(1)
+            share = (moment / largest.clamp(min=1e-30)[:, None] + 1) * 127.5
+            p -= self.param_groups[0]["lr"] * moment.sign().flatten()
+            self.state[p] = {
+                "step": memory["step"] + 1,
+                "state1": share.round().to(torch.uint8).flatten(),
+                "absmax1": largest,
+                "qmap1": memory["qmap1"],
+            }
+
+
+def test_an_optimizer_of_8_bits_in_pieces_is_the_one_in_one_piece(sd, monkeypatch):
+    """Of the weights, the checkpoint, and a run that goes on from the other's checkpoint."""
+    for module in (initial_state, optimizer):
+        monkeypatch.setattr(module, "load_adamw8bit", lambda: EightBit)
+    engine = make(sd, optim={"kind": "adamw8bit"})
+    whole = engine.init_state(0)
+    numbers = whole.parameters.flat.numel()
+    losses = steps(engine, whole, 2)
+    middle = dict(engine.snapshot(whole))
+    for most in (numbers // 3 // 256 * 256, numbers - 256):
+        monkeypatch.setattr(optimizer, "ADAMW8BIT_MOST", most)
+        pieces = engine.init_state(0)
+        lengths = [len(p) for p in pieces.optimizer.param_groups[0]["params"]]
+        assert 1 < len(lengths) <= 4 and sum(lengths) == numbers and max(lengths) <= most
+        assert steps(engine, pieces, 2) == losses
+        assert same(weights(engine, pieces), weights(engine, whole))
+        resumed = engine.restore(engine.init_state(1), middle.__getitem__)
+        assert steps(engine, resumed, 2, first=2) == steps(engine, pieces, 2, first=2)
+        assert same(weights(engine, resumed), weights(engine, pieces))
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_float32_is_as_the_recipe_says_whatever_was_said_before(sd, tf32):
+    arithmetic.set_precision_of_float32(not tf32)
+    make(sd, engine={"tf32": tf32})
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
+
+
+def test_kernels_repeat_their_bits_where_that_is_asked_for(monkeypatch):
+    """On a GPU; the flags can be set without one."""
+    try:
+        for device, wanted, repeatable in (
+            ("cuda", True, True),
+            ("cuda", False, False),
+            ("cpu", True, False),
+        ):
+            arithmetic.choose_kernels(torch.device(device), wanted)
+            assert torch.are_deterministic_algorithms_enabled() == repeatable
+            assert torch.backends.cudnn.deterministic == repeatable
+    finally:
+        arithmetic.choose_kernels(torch.device("cpu"), False)
+    for chosen in (None, ":16:8", ":0:0"):
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        if chosen is not None:
+            monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", chosen)
+        settings = EngineSettings(device="cpu", deterministic=True)
+        if chosen == ":0:0":
+            with pytest.raises(InputError, match=r"engine\.deterministic: .* is ':0:0'"):
+                join_processes(settings)
+        else:
+            join_processes(settings).close()
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (chosen or ":4096:8")
 
 
 def test_what_cannot_run_is_refused_or_said(sd):

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Left out: tests (they run beside this one), script (needs a checkout of diffusers and
 # torchvision), compile (minutes for a first step on two cores, and a C++ compiler).
-SECTIONS = ("env", "runs", "syncs", "big", "jaxruns", "sd", "sdxl", "jax")
+SECTIONS = ("env", "runs", "syncs", "big", "jaxruns", "sd", "sdxl", "jax", "repeat")
 CANNOT = {  # the only rows that may say error here, and why
     "import torchvision.transforms": "only diffusers' script needs it",
     "syncs full bf16 adamw8bit": "bitsandbytes' optimizers run on CUDA devices only",
@@ -48,10 +48,11 @@ def test_the_section_ends_well(rows, section):
 @pytest.mark.soak
 def test_a_killed_run_ends_with_the_same_bits(rows):
     """As an undisturbed one; and JAX's curve is PyTorch's."""
-    killed = rows["runs", "run no-full-killed"]
+    killed = rows["runs", "run no-full-repeat-killed"]
     assert killed["exit"] == 0
     assert 4 <= killed["killed_at"] < 8
-    assert rows["runs", "compare no-full-killed"]["same_bits"] is True
+    assert rows["runs", "compare no-full-repeat-killed"]["same_bits"] is True
+    assert rows["jaxruns", "compare jax-no-full-repeat-again"]["same_bits"] is True
     jax = rows["jaxruns", "run jax-no-full"]
     assert jax["exit"] == rows["jaxruns", "run jax-bf16-lora"]["exit"] == 0
     assert jax["from_torch"] < 1e-5

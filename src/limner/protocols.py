@@ -40,6 +40,7 @@ class ModelSource:
     text_encoders: bool = False  # whether the LoRA is on them too
     precision: str = "no"  # in which its previews were drawn
     half_vae: bool = False  # whether the autoencoder was in half precision, too
+    tf32: bool = False  # whether float32 was computed in TF32
 
     def to_settings(self, family: str) -> ModelSettings:
         """Return the settings of the run that opened this base."""

@@ -236,6 +236,7 @@ def read_run(folder: Path) -> ModelSource:
         trained_revision=model.trained_revision,
         vae=model.vae,
         half_vae=model.vae is not None,
+        tf32=settings.engine.tf32,
         other_stage=model.other_stage,
         prediction_type=settings.objective.predict,
         text_encoders=settings.adapter.text_encoders,

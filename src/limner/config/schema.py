@@ -439,7 +439,10 @@ class EngineSettings:
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass (arXiv:1604.06174)", resume="free"
     )
-    tf32: bool = setting(False, "let float32 products be computed in TF32")
+    tf32: bool = setting(False, "let products and convolutions of float32 be computed in TF32")
+    deterministic: bool = setting(
+        False, "on a GPU: only kernels that repeat their bits", resume="free", shared=True
+    )
     attention: Literal["sdpa", "math", "xformers"] = setting(
         "sdpa", "math: plain products, faster for small pictures on a CPU", resume="free"
     )

@@ -51,13 +51,15 @@ def open_stores(
             )
         return MemoryStore(), MemoryStore() if caches_text else None
     # All that the last bits of features depend on, besides the encoders' bytes.
-    arithmetic = [
+    arithmetic: list[object] = [
         family.name,
         config.engine.kind,
         config.engine.tf32,
         data.cache_dtype,
         *process.arithmetic_versions(),
     ]
+    if config.engine.deterministic:
+        arithmetic.append("deterministic")
 
     def open_store(kind: str, settings: list[object], components: tuple[str, ...]) -> DiskStore:
         weights = process.first(partial(base.fingerprint, *components))

@@ -106,11 +106,23 @@ def join_processes(settings: EngineSettings) -> JaxProcessGroup:
 
 def prepare_host(settings: EngineSettings) -> None:
     """Set what JAX reads when it starts: one heap on a CPU, and where compiled programs lie."""
+    if settings.deterministic:
+        exclude_nondeterministic_kernels()
     asks_for_cpu = "cpu" in (settings.device, os.environ.get("JAX_PLATFORMS"))
     has_accelerator = any(map(find_spec, ("jax_plugins", "libtpu")))
     if asks_for_cpu or not has_accelerator:
         share_heap()
     enable(settings.compile_cache)
+
+
+def exclude_nondeterministic_kernels() -> None:
+    """Have XLA compile for GPUs only what leaves the same bits each time, before it starts.
+
+    That leaves no choice among kernels by their measured speed either.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_deterministic_ops" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
 
 def check_mesh(settings: EngineSettings, devices: list[Any]) -> None:

@@ -17,6 +17,7 @@ from limner.engines.dropout import add_keys
 from limner.engines.state import find_half_dtype
 from limner.engines.torch import pipeline
 from limner.engines.torch import state as states
+from limner.engines.torch.arithmetic import choose_kernels, set_precision_of_float32
 from limner.engines.torch.assembly import build_from_components
 from limner.engines.torch.encoders import TorchEncoders, TrainableTextEncoders
 from limner.engines.torch.initial_state import Networks, make_state, refuse_settings
@@ -66,9 +67,8 @@ class TorchEngine:
             and "safety_checker" in family.pipeline_options(base.configs)
             and has_safety_checker(base.configs.model_index, base.folder, base.variant, report)
         )
-        if config.engine.tf32:
-            torch.backends.cuda.matmul.allow_tf32 = True
-            torch.backends.cudnn.allow_tf32 = True
+        set_precision_of_float32(config.engine.tf32)
+        choose_kernels(self.device, config.engine.deterministic)
 
     def get_encoders(self) -> TorchEncoders:
         """See ``protocols.Engine``."""

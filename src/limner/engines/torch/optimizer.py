@@ -1,5 +1,6 @@
 """AdamW on the flat buffer: gradient norm, clipping and update, without a wait for the device."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,6 +9,9 @@ from limner.config.schema import OptimizerSettings
 from limner.engines.torch.flat_parameters import ALIGN
 from limner.engines.torch.state import TorchState
 from limner.errors import InputError
+
+# bitsandbytes 0.50 counts in 32 bits: above 2**31 - 1 numbers it ends the process.
+ADAMW8BIT_MOST = 1 << 30
 
 
 def make_optimizer(settings: OptimizerSettings, flat: torch.nn.Parameter) -> torch.optim.Optimizer:
@@ -23,9 +27,25 @@ def make_optimizer(settings: OptimizerSettings, flat: torch.nn.Parameter) -> tor
         "weight_decay": settings.weight_decay,
     }
     if settings.kind == "adamw8bit":
-        return load_adamw8bit()([flat], **numbers)
+        return load_adamw8bit()(split_for_adamw8bit(flat, ADAMW8BIT_MOST), **numbers)
     has_kernel = flat.device.type in ("cpu", "cuda", "xpu", "mps")
     return torch.optim.AdamW([flat], fused=has_kernel, **numbers)
+
+
+def split_for_adamw8bit(flat: torch.nn.Parameter, most: int) -> list[torch.nn.Parameter]:
+    """Return the buffer in pieces of at most ``most`` numbers, each with its part of the gradient.
+
+    They are whole blocks, so that moments are what they would be in one piece.
+    """
+    assert flat.grad is not None
+    # All about equally long: fewer than 4096 numbers get moments of 32 bits.
+    count = math.ceil(flat.numel() / most)
+    size = math.ceil(flat.numel() / count / ALIGN) * ALIGN
+    pieces = []
+    for weights, gradient in zip(flat.data.split(size), flat.grad.split(size), strict=True):
+        pieces.append(torch.nn.Parameter(weights))
+        pieces[-1].grad = gradient
+    return pieces
 
 
 def load_adamw8bit() -> Any:

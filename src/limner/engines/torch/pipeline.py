@@ -8,6 +8,7 @@ import torch
 
 from limner.diffusion.sampler_settings import SCHEDULERS
 from limner.engines.state import find_dtype
+from limner.engines.torch.arithmetic import set_precision_of_float32
 from limner.engines.torch.assembly import compute_as_previews, open_lora_run
 from limner.engines.torch.loading import load_pipeline
 from limner.engines.torch.processes import choose_device
@@ -39,6 +40,7 @@ def open_pipeline(
         InputError: when the scheduler is unknown or the model cannot be loaded.
     """
     silence_progress_bars()
+    set_precision_of_float32(weights.tf32)
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise InputError(f"scheduler: {scheduler!r} is not one of {', '.join(SCHEDULERS)}")
     place = choose_device(device, {}, "--device")

@@ -17,6 +17,7 @@ from accelerate.utils import is_torch_xla_available
 from limner.config.schema import EngineSettings
 from limner.engines.process import PATIENCE, Processes
 from limner.engines.state import PRECISIONS, find_dtype
+from limner.engines.torch.arithmetic import prepare_cublas
 from limner.errors import InputError, LimnerError
 
 # torchrun and accelerate; then three kinds of MPI.
@@ -124,7 +125,9 @@ class TorchProcessGroup(Processes):
 
     def arithmetic_versions(self) -> list[str]:
         """Return what the last bits of the encoders' output depend on, besides their weights."""
-        return [self.device.type, metadata.version("torch")]
+        # Earlier builds encoded in TF32 on CUDA, whatever engine.tf32 said.
+        honest = ["float32 as asked"] if self.device.type == "cuda" else []
+        return [self.device.type, metadata.version("torch"), *honest]
 
     def leave_group(self) -> None:
         """Leave the process group, so that another can be joined."""
@@ -136,6 +139,8 @@ class TorchProcessGroup(Processes):
 
 def join_processes(settings: EngineSettings) -> TorchProcessGroup:
     """Join the processes of this run."""
+    if settings.deterministic:
+        prepare_cublas()
     return TorchProcessGroup(settings.device, settings.precision, patience=settings.patience)
 
 

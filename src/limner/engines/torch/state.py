@@ -15,6 +15,8 @@ from limner.errors import IntegrityError
 from limner.protocols import Arrays
 
 SWAP_PIECE = 1 << 24  # numbers that are held twice while weights and average change places
+# bitsandbytes' tables of the values of 8 bits, alike for all pieces of a buffer.
+SHARED_MEMORY = ("qmap1", "qmap2")
 
 
 @dataclass
@@ -72,7 +74,7 @@ def read_optimizer(state: TorchState) -> Arrays:
     flat = state.parameters.flat
     moments: dict[str, Arrays] = {}
     others: Arrays = {}
-    for name, value in state.optimizer.state[flat].items():
+    for name, value in join_memory(state.optimizer).items():
         if not isinstance(value, torch.Tensor):
             others[name] = np.asarray(value)
         elif value.is_floating_point() and value.numel() == flat.numel():
@@ -100,12 +102,45 @@ def write_optimizer(state: TorchState, group: Arrays) -> None:
         # PyTorch's AdamW counts steps in a tensor; the 8-bit one in a plain number.
         counts_in_tensor = isinstance(state.optimizer, torch.optim.AdamW) and name == "step"
         if counts_in_tensor or array.ndim:
-            memory[name] = torch.tensor(array, device=flat.device)
+            memory[name] = torch.tensor(array)
         else:
             memory[name] = array.item()
     if not memory:
         raise IntegrityError("the checkpoint's optimizer: it is empty")
-    state.optimizer.state[flat] = memory
+    cut_memory(state.optimizer, memory)
+
+
+def join_memory(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what an optimizer remembers of the buffer; of several pieces, joined on the host."""
+    first, *others = (optimizer.state[piece] for piece in optimizer.param_groups[0]["params"])
+    joined = dict(first)
+    for name, value in first.items():
+        if others and is_cut(name, value):
+            joined[name] = torch.cat([memory[name].cpu() for memory in (first, *others)])
+    return joined
+
+
+def cut_memory(optimizer: torch.optim.Optimizer, memory: dict[str, Any]) -> None:
+    """Give each piece of the buffer its part of a memory; the inverse of ``join_memory``."""
+    pieces = optimizer.param_groups[0]["params"]
+    total = sum(piece.numel() for piece in pieces)
+    start = 0
+    for piece in pieces:
+        part = dict(memory)
+        for name, value in memory.items():
+            if is_cut(name, value):
+                # One value for each number, or for each block of numbers.
+                first, last = (n * len(value) // total for n in (start, start + piece.numel()))
+                part[name] = value[first:last]
+            if isinstance(value, torch.Tensor):
+                part[name] = part[name].to(piece.device)
+        optimizer.state[piece] = part
+        start += piece.numel()
+
+
+def is_cut(name: str, value: Any) -> bool:
+    """Whether each piece of the buffer has a part of this value; else all have the same."""
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and name not in SHARED_MEMORY
 
 
 @contextlib.contextmanager
