@@ -711,10 +711,21 @@ def test_previews_are_compiled_once(pictures: Path, tmp_path: Path) -> None:
     def heard(event: str, seconds: float, **how: Any) -> None:
         compiles.append(event) if event.endswith("backend_compile_duration") else None
 
-    def drawn() -> np.ndarray:
+    asked: list[int] = []
+
+    def drawn(stop_after: int = 100) -> np.ndarray:
+        """A stop is heard after each step of the sampler."""
+        asked.clear()
+
+        def check_stop() -> None:
+            asked.append(1)
+            if len(asked) > stop_after:
+                raise InputError("stopped")
+
         [picture] = engine.draw_previews(
-            state, ["a red circle"], [0], steps=2, guidance_scale=5.0, size=32
+            state, ["a red circle"], [0], check_stop, steps=2, guidance_scale=5.0, size=32
         )
+        assert len(asked) == 3  # PNDM asks the network once more
         return picture.astype(float)
 
     jax.monitoring.register_event_duration_secs_listener(heard)
@@ -723,6 +734,9 @@ def test_previews_are_compiled_once(pictures: Path, tmp_path: Path) -> None:
     count = len(compiles)
     other = drawn()
     assert count > first > 2 and len(compiles) == count and np.abs(one - other).max() > 5
+    with pytest.raises(InputError, match="stopped"):
+        drawn(stop_after=0)
+    assert len(asked) == 1
     words = {
         name: jax.numpy.asarray(a)
         for name, a in weights.read_component(engine.base, "text_encoder").items()

@@ -71,28 +71,48 @@ class Denoiser:
             noise: standard normal, [n, channels, h, w].
             features: of the prompts; if guided, those of the negative prompts come first.
         """
-        net = Params(arrays, scale=self.scale)
-        called = self.family.network
         timesteps, coefficients = table
 
         def step(outputs: Array, row: tuple[Array, Array, Array]) -> tuple[Array, None]:
-            i, t, weights = row
-            x = jnp.tensordot(weights, outputs, 1)
-            both = jnp.concatenate([x, x]) if guided else x
-            inputs = called.enter(both.astype(self.dtype), jnp.full(len(both), t), features)
-            prediction = unet(net, self.config, inputs, kernel=self.kernel)
-            output = called.leave(prediction, x).astype(jnp.float32)
-            if guided:
-                # Equation 6 of arXiv:2207.12598.
-                without, output = jnp.split(output, 2)
-                output = without + guidance_scale * (output - without)
-            return outputs.at[i + 1].set(output), None
+            return self.step(arrays, outputs, row, features, guidance_scale, guided), None
 
-        # The starting noise is row 0, the network's output of step i row i + 1.
-        outputs = jnp.zeros((len(coefficients), *noise.shape)).at[0].set(noise)
         rows = (jnp.arange(len(timesteps)), timesteps, coefficients[:-1])
-        outputs, _ = jax.lax.scan(step, outputs, rows)
+        outputs, _ = jax.lax.scan(step, make_outputs(len(coefficients), noise), rows)
         return jnp.tensordot(coefficients[-1], outputs, 1)
+
+    def step(
+        self,
+        arrays: dict[str, Array],
+        outputs: Array,
+        row: tuple[Array, Array, Array],
+        features: dict[str, Array],
+        guidance_scale: Array,
+        guided: bool,
+    ) -> Array:
+        """Return the outputs with one more; see ``sample``.
+
+        Args:
+            outputs: the starting noise is row 0, the network's output of step i row i + 1.
+            row: of the sampler's table: the step's number, timestep and coefficients.
+        """
+        net = Params(arrays, scale=self.scale)
+        called = self.family.network
+        i, t, weights = row
+        x = jnp.tensordot(weights, outputs, 1)
+        both = jnp.concatenate([x, x]) if guided else x
+        inputs = called.enter(both.astype(self.dtype), jnp.full(len(both), t), features)
+        prediction = unet(net, self.config, inputs, kernel=self.kernel)
+        output = called.leave(prediction, x).astype(jnp.float32)
+        if guided:
+            # Equation 6 of arXiv:2207.12598.
+            without, output = jnp.split(output, 2)
+            output = without + guidance_scale * (output - without)
+        return outputs.at[i + 1].set(output)
+
+
+def make_outputs(rows: int, noise: Array) -> Array:
+    """Return the outputs of a sampler that has made no step; see ``Denoiser.step``."""
+    return jnp.zeros((rows, *noise.shape)).at[0].set(noise)
 
 
 @dataclass
@@ -162,13 +182,12 @@ class Pipeline(NumpyFeatures):
 
         Args:
             negative: the negative prompt of all pictures.
-            check_stop: called before each batch; what it raises ends the drawing.
+            check_stop: called after each step of the sampler; what it raises ends the drawing.
         """
         side = latent_side(self.base, call["size"])
         shape = (self.base.configs["unet"].get("in_channels", 4), side, side)
         pictures: list[np.ndarray] = []
         for start in range(0, len(prompts), batch):
-            check_stop()
             part = list(prompts[start : start + batch])
             noise = [
                 draw_starting_noise(shape, seed, self.noise_dtype).astype(np.float32)
@@ -179,7 +198,9 @@ class Pipeline(NumpyFeatures):
                 # The last batch is filled up, so that only one shape is compiled.
                 part += part[-1:] * (batch - count)
                 noise += noise[-1:] * (batch - count)
-            drawn = self.draw_from_noise(part, np.stack(noise), negative=negative, **call)
+            drawn = self.draw_from_noise(
+                part, np.stack(noise), negative=negative, check_stop=check_stop, **call
+            )
             pictures += drawn[:count]
         return pictures
 
@@ -192,6 +213,7 @@ class Pipeline(NumpyFeatures):
         guidance_scale: float | None,
         size: int | None,
         negative: str | None = None,
+        check_stop: Callable[[], None] = lambda: None,
     ) -> list[np.ndarray]:
         """Draw one picture per prompt from the starting noise; see ``draw``.
 
@@ -208,7 +230,7 @@ class Pipeline(NumpyFeatures):
             features = {
                 name: np.concatenate([against[name], array]) for name, array in features.items()
             }
-        latents = self.denoise(noise, features, steps, guidance_scale, pixels)
+        latents = self.denoise(noise, features, steps, guidance_scale, pixels, check_stop)
         decoded = self.encoders.decode("vae", decode_latents(latents, self.base.configs))
         images = np.clip(decoded / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
         return [(image * 255).round().astype(np.uint8) for image in images]
@@ -220,11 +242,13 @@ class Pipeline(NumpyFeatures):
         steps: int,
         guidance_scale: float,
         size: int,
+        check_stop: Callable[[], None],
     ) -> np.ndarray:
         """Sample clean latents, float32 [n, channels, h, w]; see ``Denoiser.sample``.
 
         Args:
             size: pixels a side, which XL is conditioned on.
+            check_stop: called after each step.
         """
         table = make_base_table(
             self.base,
@@ -242,16 +266,26 @@ class Pipeline(NumpyFeatures):
         if net.scale not in self.compiled:
             config, dtype = self.base.configs[component], self.half or jnp.float32
             denoiser = Denoiser(self.family, config, dtype, self.kernel, net.scale)
-            self.compiled[net.scale] = jax.jit(denoiser.sample, static_argnames="guided")
-        with jax.default_matmul_precision("highest" if self.half is None else None):
-            latents = self.compiled[net.scale](
-                net.arrays,
-                (table.timesteps, table.coefficients),
-                noise,
-                features,
-                np.float32(guidance_scale),
-                guided=guidance_scale > 1,
+            self.compiled[net.scale] = jax.jit(
+                denoiser.step, static_argnames="guided", donate_argnames="outputs"
             )
+        features = jax.tree.map(jnp.asarray, features)
+        scale, guided = np.float32(guidance_scale), guidance_scale > 1
+        outputs = make_outputs(len(table.coefficients), jnp.asarray(noise))
+        with jax.default_matmul_precision("highest" if self.half is None else None):
+            for row in zip(
+                np.arange(len(table.timesteps)),
+                table.timesteps,
+                table.coefficients[:-1],
+                strict=True,
+            ):
+                outputs = self.compiled[net.scale](
+                    net.arrays, outputs, row, features, scale, guided=guided
+                )
+                # Unless the device is waited for, all steps are under way when a stop is heard.
+                outputs.block_until_ready()
+                check_stop()
+            latents = jnp.tensordot(table.coefficients[-1], outputs, 1)
         return np.asarray(latents, np.float32)
 
 
