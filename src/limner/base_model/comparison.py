@@ -21,8 +21,17 @@ UNUSED = re.compile(r"(.*\.)?position_ids")
 UNUSED_OF_CLASS = {"T5EncoderModel": re.compile(r"(decoder|lm_head)\..*")}
 # Halves and bfloat16 are widened when they are read. What is smaller lacks its scales.
 NUMBER_TYPES = ("F64", "F32", "F16", "BF16")
+# Settings that say which layers are special, or from which one on.
+PLACES = ("dual_attention_layers", "max_window_layers")
 FEWEST = 64  # layers that are built, however few arrays there are
 TYPES = ", ".join(NUMBER_TYPES)
+# What is said of one array, and of several, by the kind of difference.
+WORDS = {
+    "missing": ("array is missing", "arrays are missing"),
+    "surplus": ("array has no place in the model", "arrays have no place in the model"),
+    "misshapen": ("array does not fit its config", "arrays do not fit its config"),
+    "mistyped": (f"array is no number of {TYPES}", f"arrays are no numbers of {TYPES}"),
+}
 REMEDY = "Is it the model that its config says? Fetch or copy it again."
 
 
@@ -32,6 +41,18 @@ class ExpectedArrays:
 
     shapes: Mapping[str, Shape]
     tied: tuple[tuple[str, ...], ...] = ()
+    integers: frozenset[str] = frozenset()  # and others that are no floats
+    unused: tuple[str, ...] = ()  # expressions for names in its files that it leaves out
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The names of arrays that are not as a config asks for, with what to say of each."""
+
+    missing: list[str]
+    surplus: list[str]
+    misshapen: list[str]
+    mistyped: list[str]
 
 
 def read_stored(paths: Iterable[Path]) -> dict[str, tuple[Path, StoredArray]]:
@@ -67,7 +88,7 @@ def check_counts(config_file: Path, config: Plain, arrays: int) -> None:
         numbers = flatten(value)
         count = len(numbers)
         # These are the numbers of layers, not how many there are.
-        if "layers" in name and name != "dual_attention_layers":
+        if "layers" in name and name not in PLACES:
             layers = sum(one for one in numbers if type(one) is int and one > 0)
             count = max(count, layers * levels if type(value) is int else layers)
         if count > max(arrays, FEWEST):
@@ -96,13 +117,12 @@ def check_arrays(
         InputError: listing what is missing, unknown, or of another shape or type.
     """
     shapes = expected.shapes
-    unused = UNUSED_OF_CLASS.get(class_name)
     arrays, surplus = {}, []
     for stored_name, array in stored.items():
         name = to_model_name(stored_name, shapes)
         if name in shapes and name not in arrays:
             arrays[name] = array
-        elif not (UNUSED.fullmatch(name) or (unused and unused.fullmatch(name))):
+        elif not is_unused(name, class_name, expected):
             surplus.append(stored_name)
     held = arrays.keys() | {
         name for group in expected.tied if any(one in arrays for one in group) for name in group
@@ -116,20 +136,35 @@ def check_arrays(
     mistyped = [
         f"{name} is {array.dtype}"
         for name, array in arrays.items()
-        if array.dtype not in NUMBER_TYPES
+        if array.dtype not in NUMBER_TYPES and name not in expected.integers
     ]
+    hint = explain_prefix(stored, shapes) if missing else ""
+    refuse_differences(folder, Differences(missing, surplus, misshapen, mistyped), hint)
+
+
+def is_unused(name: str, class_name: str, expected: ExpectedArrays) -> bool:
+    """Return whether a model leaves out an array of its files, though its library wrote them."""
+    unused_of_class = UNUSED_OF_CLASS.get(class_name)
+    if UNUSED.fullmatch(name) or (unused_of_class and unused_of_class.fullmatch(name)):
+        return True
+    return any(re.search(pattern, name) for pattern in expected.unused)
+
+
+def refuse_differences(folder: Path, differences: Differences, hint: str = "") -> None:
+    """Refuse a component whose arrays differ from what its config asks for.
+
+    Args:
+        hint: what they may have in common.
+
+    Raises:
+        InputError: listing them.
+    """
     problems = [
-        f"{say_count(len(names), one, several)}: {list_some(sorted(names))}"
-        for names, one, several in (
-            (missing, "array is missing", "arrays are missing"),
-            (surplus, "array has no place in the model", "arrays have no place in the model"),
-            (misshapen, "array does not fit its config", "arrays do not fit its config"),
-            (mistyped, f"array is no number of {TYPES}", f"arrays are no numbers of {TYPES}"),
-        )
-        if names
+        f"{say_count(len(names), *words)}: {list_some(sorted(names))}"
+        for kind, words in WORDS.items()
+        if (names := getattr(differences, kind))
     ]
     if problems:
-        hint = explain_prefix(stored, shapes) if missing else ""
         raise InputError(f"{folder}: {'; '.join(problems)}. {hint}{REMEDY}")
 
 

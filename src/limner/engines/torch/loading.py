@@ -71,7 +71,7 @@ def load_class(
     """
     try:
         folder = find_folder(weights)
-        check_pipeline(folder, weights.variant)
+        check_pipeline(folder, weights.variant, print_line)
         without = leave_out_checker(folder, weights.variant, safety_checker)
         # diffusers refuses a variant of which a folder has nothing, as a run's own result.
         variant = weights.variant if any(folder.glob(f"*/*.{weights.variant}*")) else None

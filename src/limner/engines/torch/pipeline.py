@@ -113,12 +113,10 @@ def draw_pictures(
         generators = [
             torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]
         ]
-        output = pipeline(
-            part,
-            negative_prompt=None if negative is None else [negative] * len(part),
-            generator=generators,
-            **settings,
-        )
+        # Not None where there is none: some pipelines' own is an empty text.
+        if negative is not None:
+            settings["negative_prompt"] = [negative] * len(part)
+        output = pipeline(part, generator=generators, **settings)
         pictures += [(picture * 255).round().astype(np.uint8) for picture in output.images]
         # None: of a pipeline that checks nothing.
         black += getattr(output, "nsfw_content_detected", None) or [False] * len(part)

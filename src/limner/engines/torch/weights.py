@@ -1,20 +1,27 @@
 """Compare the files of a base with PyTorch's models before a weight is read, and load them."""
 
+import contextlib
 import inspect
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from limner.base_model.base import INDEX, BaseModel
 from limner.base_model.comparison import (
+    NUMBER_TYPES,
+    Differences,
     ExpectedArrays,
     check_arrays,
     check_counts,
     explain_faults,
+    explain_prefix,
     list_some,
     read_stored,
+    refuse_differences,
 )
 from limner.base_model.configs import list_components, list_components_with_weights
 from limner.base_model.json_files import read_json
@@ -28,6 +35,8 @@ from limner.errors import InputError
 from limner.families import FAMILIES
 from limner.families.family import Family
 from limner.json_types import Plain
+from limner.protocols import Report
+from limner.storage.safetensors import StoredArray
 
 KNOWN_CLASSES = {
     "StableDiffusionSafetyChecker",
@@ -52,18 +61,19 @@ def check_base(base: BaseModel, family: Family) -> None:
         check_base(base.other_stage, FAMILIES[family.other_stage])
 
 
-def check_pipeline(folder: Path, variant: str | None) -> None:
-    """Compare the networks of a pipeline's folder with their configs, those of classes that a
-    family has.
+def check_pipeline(folder: Path, variant: str | None, report: Report) -> None:
+    """Compare the networks of a pipeline's folder with their configs, and say which are not.
 
     Raises:
         InputError: naming the folder and what differs.
     """
     for name, (library, class_name) in list_components(read_json(folder / INDEX)).items():
         component = folder / name
-        # Other classes may be saved under names that their libraries alone know.
-        is_known = class_name in KNOWN_CLASSES
-        if is_known and has_usable_weights(name, list_files(component), variant):
+        if not has_usable_weights(name, list_files(component), variant):
+            continue
+        if "quantization_config" in read_json(component / "config.json"):
+            report(f"{component}: it is quantized: its arrays are not compared with its config")
+        else:
             check_component(component, library, class_name, variant)
 
 
@@ -81,9 +91,69 @@ def check_component(folder: Path, library: str, class_name: str, variant: str | 
     }
     check_counts(config_file, config, len(stored))
     cls = find_class(library, class_name)
+    if class_name not in KNOWN_CLASSES and is_of_transformers(cls):
+        check_in_transformers(folder, cls, config, stored)
+        return
     with explain_faults(f"{config_file}: no {class_name} can be made of it"):
         net = build_model(cls, config)
     check_arrays(folder, class_name, stored, list_expected(net))
+
+
+def check_in_transformers(
+    folder: Path, cls: Any, config: Plain, stored: Mapping[str, StoredArray]
+) -> None:
+    """Let transformers compare the arrays of a class: it knows those that it saves under other
+    names, or joins when it reads them. No weight is read.
+
+    Other heads, or halves, than those of the class are left out, as transformers does.
+
+    Raises:
+        InputError: listing what differs.
+    """
+    silence_progress_bars()
+    config_file = folder / "config.json"
+    with explain_faults(f"{config_file}: no {cls.__name__} can be made of it"), hide_warnings():
+        net, report = cls.from_pretrained(
+            None,
+            config=cls.config_class.from_dict(config),
+            state_dict={
+                name: torch.empty(array.shape, device="meta") for name, array in stored.items()
+            },
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    expected = list_expected(net)
+    parts = {name.partition(".")[0] for name in expected.shapes}
+    differences = Differences(
+        missing=list(report["missing_keys"]),
+        surplus=[name for name in report["unexpected_keys"] if name.partition(".")[0] in parts],
+        misshapen=[
+            f"{name} is {list(shape)}, {list(wanted)} is expected"
+            for name, shape, wanted in report["mismatched_keys"]
+        ],
+        mistyped=[
+            f"{name} is {array.dtype}"
+            for name, array in stored.items()
+            if array.dtype not in NUMBER_TYPES
+            and name in expected.shapes.keys() - expected.integers
+        ],
+    )
+    hint = explain_prefix(stored, expected.shapes) if differences.missing else ""
+    refuse_differences(folder, differences, hint)
+
+
+@contextlib.contextmanager
+def hide_warnings() -> Iterator[None]:
+    """Let transformers say nothing."""
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def find_class(library: str, class_name: str) -> Any:
@@ -96,10 +166,10 @@ def find_class(library: str, class_name: str) -> Any:
     import transformers
 
     places: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
-    if library == "stable_diffusion":
-        from diffusers.pipelines import stable_diffusion
-
-        places[library] = stable_diffusion
+    if library not in places:
+        # A pipeline has its own folder in diffusers, with the classes that it alone is made of.
+        of_pipeline = getattr(diffusers.pipelines, library, None)
+        places[library] = of_pipeline if isinstance(of_pipeline, ModuleType) else None
     # As diffusers does with bases of before transformers 4.26.
     class_name = {"CLIPFeatureExtractor": "CLIPImageProcessor"}.get(class_name, class_name)
     cls = getattr(places.get(library), class_name, None)
@@ -114,12 +184,17 @@ def find_class(library: str, class_name: str) -> Any:
 def build_model(cls: Any, config: Plain) -> torch.nn.Module:
     """Build a network of diffusers or transformers on the meta device, without memory for it."""
     with torch.device("meta"):
-        if hasattr(cls, "config_class") and cls.config_class is not None:
+        if is_of_transformers(cls):
             net: torch.nn.Module = cls(cls.config_class.from_dict(config))
             return net
         check_types(cls, config)
         net = cls.from_config(config)
         return net
+
+
+def is_of_transformers(cls: Any) -> bool:
+    """Return whether a class is a network of transformers; the others are of diffusers."""
+    return getattr(cls, "config_class", None) is not None
 
 
 def build_on_meta(base: BaseModel) -> torch.nn.Module:
@@ -149,12 +224,18 @@ def check_types(cls: Any, config: Plain) -> None:
 
 def list_expected(net: torch.nn.Module) -> ExpectedArrays:
     """Return the arrays that a network is loaded from."""
-    shapes = {}
+    arrays = net.state_dict(keep_vars=True)
     names = defaultdict(list)
-    for name, array in net.state_dict(keep_vars=True).items():
-        shapes[name] = tuple(array.shape)
+    for name, array in arrays.items():
         names[id(array)].append(name)
-    return ExpectedArrays(shapes, tuple(tuple(group) for group in names.values() if group[1:]))
+    # Of diffusers' classes; transformers has read its own.
+    unused = getattr(net, "_keys_to_ignore_on_load_unexpected", None)
+    return ExpectedArrays(
+        shapes={name: tuple(array.shape) for name, array in arrays.items()},
+        tied=tuple(tuple(group) for group in names.values() if group[1:]),
+        integers=frozenset(name for name, one in arrays.items() if not one.is_floating_point()),
+        unused=() if is_of_transformers(net) else tuple(unused or ()),
+    )
 
 
 def load_component(base: BaseModel, name: str) -> Any:
