@@ -19,12 +19,21 @@ def free_port() -> int:
 
 
 def start(
-    ctx: ForkServerContext, folder: Path, engine: str, action: Callable[..., None], *given: Any
+    ctx: ForkServerContext,
+    folder: Path,
+    engine: str,
+    action: Callable[..., None],
+    *given: Any,
+    ranks: tuple[str, ...] = ("0", "1"),
 ) -> list[ForkServerProcess]:
     """Two processes that do an action with the folder, the engine and what else is given; what they
-    say lies in the folder."""
+    say lies in the folder.
+
+    Args:
+        ranks: of those that are started.
+    """
     port, processes = str(free_port()), []
-    for rank in ("0", "1"):
+    for rank in ranks:
         environment = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
         if engine == "torch":
             environment |= {"RANK": rank, "WORLD_SIZE": "2"}
@@ -89,6 +98,17 @@ def wait_in(folder: Path, engine: str, where: str, victim: int) -> None:
             process.barrier()
         else:
             time.sleep(60)
+
+
+def meet_alone(folder: Path, engine: str) -> None:
+    """Wait for the other process, which does not come."""
+    from limner import engines
+    from limner.config.schema import EngineSettings
+    from limner.engines import process
+
+    process.MEETING = 1.0
+    (folder / f"met-{os.environ.get('LOCAL_RANK')}").touch()
+    engines.join_processes(EngineSettings(kind=engine, device="cpu", patience=PATIENCE))  # type: ignore[arg-type]
 
 
 def said(folder: Path, rank: int) -> str:

@@ -54,6 +54,27 @@ def test_a_dead_process_is_named(
 
 
 @pytest.mark.parametrize(
+    ("engine", "rank"),
+    [
+        ("torch", "0"),
+        pytest.param("torch", "1", marks=pytest.mark.soak),
+        pytest.param("jax", "0", marks=pytest.mark.soak),
+        ("jax", "1"),
+    ],
+)
+def test_one_that_never_comes_is_not_waited_for_longer_than_patience(
+    engine: str, rank: str, ctx: ForkServerContext, tmp_path: Path
+) -> None:
+    [process] = ranks.start(ctx, tmp_path, engine, ranks.meet_alone, ranks=(rank,))
+    wait_for(tmp_path / f"met-{rank}")
+    process.join(ranks.PATIENCE + 15)
+    said = ranks.said(tmp_path, int(rank))
+    assert process.exitcode == 3, said
+    assert "limner: the 2 processes of this run have not met within 4 seconds" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
     ("engine", "where", "victim"),
     [
         pytest.param("torch", "barrier", 0, marks=pytest.mark.soak),

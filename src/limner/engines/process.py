@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import NoReturn, Self, TypeVar
 
 from limner.engines.watch import Watch, connect
-from limner.errors import LimnerError, from_message, to_message
+from limner.errors import LimnerError, LostProcess, from_message, to_message
 from limner.protocols import ProcessGroup
 
 T = TypeVar("T")
@@ -23,6 +23,8 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 # Seconds that a process of several may take to end once it has an error: then it ends at once.
 DEPARTURE = 12.0
+# Seconds that the others have at least to begin: to start Python and import PyTorch or JAX.
+MEETING = 60.0
 
 
 class Processes(ProcessGroup):
@@ -39,6 +41,31 @@ class Processes(ProcessGroup):
         self.on_end: Callable[[LimnerError], None] = lambda error: None
         self.ending = threading.Event()
         self.saving = threading.RLock()
+
+    @contextlib.contextmanager
+    def meeting_in_time(self, count: int, patience: float) -> Iterator[None]:
+        """End this process unless it has met the others inside, within ``patience``.
+
+        Args:
+            count: processes of the run, 0 for an unknown number above 1; one meets nobody.
+        """
+        if count == 1:
+            yield
+            return
+        limit = max(patience, MEETING)
+        number = f"the {count}" if count else "the"
+        late = LostProcess(
+            f"{number} processes of this run have not met within {limit:g} seconds "
+            "(engine.patience): one was not started, has died or is stopped, or cannot reach the "
+            "first one's host. Run the same command again, with all processes."
+        )
+        timer = threading.Timer(limit, self.end, [late])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def start_watch(self, host: str, patience: float) -> None:
         """Watch the other processes; all call it.

@@ -49,7 +49,10 @@ class JaxProcessGroup(Processes):
         super().__init__()
         self.precision = settings.precision or "no"
         prepare_host(settings)
-        host = initialize()
+        count = int(os.environ.get("LIMNER_PROCESSES", "1"))
+        is_cluster = count == 1 and os.environ.get("LIMNER_CLUSTER")
+        with self.meeting_in_time(0 if is_cluster else count, settings.patience):
+            host = initialize()
         devices = choose_devices(settings.device)[: settings.devices]
         check_mesh(settings, devices)
         self.rank = jax.process_index()
@@ -196,9 +199,10 @@ def initialize() -> str:
         return find_coordinator()
     # It would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
-    # The processes watch each other by themselves.
+    # The processes watch each other by themselves, and the clock while they meet.
     join = functools.partial(
         jax.distributed.initialize,
+        initialization_timeout=PATIENCE.days * 86400,
         heartbeat_timeout_seconds=PATIENCE.days * 86400,
         shutdown_timeout_seconds=10,
     )

@@ -84,10 +84,11 @@ class TorchProcessGroup(Processes):
             self.precision = choose_precision(precision, environment)
             self.device = choose_device(device, environment)
             probe_precision(self.device, self.precision)
-            state = join_group(self.device)
+            requested = requested_world_size(environment, read_parent_command())
+            with self.meeting_in_time(requested, patience):
+                state = join_group(self.device)
             self.rank = state.process_index
             self.world_size = state.num_processes
-            requested = requested_world_size(environment, read_parent_command())
             refuse_other_world_size(requested, self.world_size, self.device)
         except LimnerError as error:
             # All processes find the same: the first one of each host reports it.
