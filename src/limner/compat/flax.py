@@ -259,8 +259,9 @@ class FlaxStableDiffusionPipeline:
         import jax.numpy as jnp
 
         from limner.engines.jax import vae
+        from limner.engines.jax.denoiser import Denoiser
         from limner.engines.jax.nn import Params
-        from limner.engines.jax.pipeline import Denoiser, latent_factor
+        from limner.engines.jax.pipeline import latent_factor
 
         configs = self.base.configs
         features = self.encode_prompts(params, inputs.ids)

@@ -17,13 +17,13 @@ from limner.diffusion.sampler_settings import list_served
 from limner.diffusion.starting_noise import draw_starting_noise
 from limner.engines.jax import vae
 from limner.engines.jax.attention import Array, Kernel, choose_kernel
+from limner.engines.jax.denoiser import Denoiser, make_outputs
 from limner.engines.jax.encoders import JaxEncoders
 from limner.engines.jax.lora_file import read_lora
 from limner.engines.jax.nn import Params
 from limner.engines.jax.processes import choose_devices, local_device
 from limner.engines.jax.sampler import make_base_table
 from limner.engines.jax.settings import complete
-from limner.engines.jax.unet import unet
 from limner.engines.jax.weights import check_base, read_component, serves
 from limner.engines.state import find_half_dtype
 from limner.errors import InputError
@@ -38,81 +38,6 @@ from limner.storage.layout import LORA_FILE
 
 OLD_SAMPLE_SIZE = 64  # latents a side of Stable Diffusion 1.x, where diffusers wrote another
 GUIDANCE_SCALES = {"sd": 7.5, "sdxl": 5.0}  # of the stock pipelines
-
-
-@dataclass(frozen=True)
-class Denoiser:
-    """A UNet that clean latents are sampled with.
-
-    Args:
-        scale: alpha / rank of its LoRA.
-        dtype: the type of its activations.
-    """
-
-    family: Family
-    config: dict[str, Any]
-    dtype: Any
-    kernel: Kernel | None = None
-    scale: float = 1.0
-
-    def sample(
-        self,
-        arrays: dict[str, Array],
-        table: tuple[Array, Array],
-        noise: Array,
-        features: dict[str, Array],
-        guidance_scale: Array,
-        guided: bool,
-    ) -> Array:
-        """Sample clean latents, float32 [n, channels, h, w], in one scan over a sampler's table.
-
-        Args:
-            table: timesteps and coefficients; see ``diffusion.samplers``.
-            noise: standard normal, [n, channels, h, w].
-            features: of the prompts; if guided, those of the negative prompts come first.
-        """
-        timesteps, coefficients = table
-
-        def step(outputs: Array, row: tuple[Array, Array, Array]) -> tuple[Array, None]:
-            return self.step(arrays, outputs, row, features, guidance_scale, guided), None
-
-        rows = (jnp.arange(len(timesteps)), timesteps, coefficients[:-1])
-        outputs, _ = jax.lax.scan(step, make_outputs(len(coefficients), noise), rows)
-        return jnp.tensordot(coefficients[-1], outputs, 1)
-
-    def step(
-        self,
-        arrays: dict[str, Array],
-        outputs: Array,
-        row: tuple[Array, Array, Array],
-        features: dict[str, Array],
-        guidance_scale: Array,
-        guided: bool,
-    ) -> Array:
-        """Return the outputs with one more; see ``sample``.
-
-        Args:
-            outputs: the starting noise is row 0, the network's output of step i row i + 1.
-            row: of the sampler's table: the step's number, timestep and coefficients.
-        """
-        net = Params(arrays, scale=self.scale)
-        called = self.family.network
-        i, t, weights = row
-        x = jnp.tensordot(weights, outputs, 1)
-        both = jnp.concatenate([x, x]) if guided else x
-        inputs = called.enter(both.astype(self.dtype), jnp.full(len(both), t), features)
-        prediction = unet(net, self.config, inputs, kernel=self.kernel)
-        output = called.leave(prediction, x).astype(jnp.float32)
-        if guided:
-            # Equation 6 of arXiv:2207.12598.
-            without, output = jnp.split(output, 2)
-            output = without + guidance_scale * (output - without)
-        return outputs.at[i + 1].set(output)
-
-
-def make_outputs(rows: int, noise: Array) -> Array:
-    """Return the outputs of a sampler that has made no step; see ``Denoiser.step``."""
-    return jnp.zeros((rows, *noise.shape)).at[0].set(noise)
 
 
 @dataclass
@@ -257,18 +182,11 @@ class Pipeline(NumpyFeatures):
             name=self.scheduler,
             prediction_type=self.prediction_type,
         )
-        component = self.family.network.component
-        net = self.nets[component]
+        net = self.nets[self.family.network.component]
         rows = len(next(iter(features.values())))
         size_and_crop = np.array([size, size, 0, 0, size, size], np.float32)
         features = features | {"size_and_crop": np.tile(size_and_crop, (rows, 1))}
-        # One program serves all arrays, which it must not hold: previews change them.
-        if net.scale not in self.compiled:
-            config, dtype = self.base.configs[component], self.half or jnp.float32
-            denoiser = Denoiser(self.family, config, dtype, self.kernel, net.scale)
-            self.compiled[net.scale] = jax.jit(
-                denoiser.step, static_argnames="guided", donate_argnames="outputs"
-            )
+        step = self.make_step(net.scale)
         features = jax.tree.map(jnp.asarray, features)
         scale, guided = np.float32(guidance_scale), guidance_scale > 1
         outputs = make_outputs(len(table.coefficients), jnp.asarray(noise))
@@ -279,14 +197,29 @@ class Pipeline(NumpyFeatures):
                 table.coefficients[:-1],
                 strict=True,
             ):
-                outputs = self.compiled[net.scale](
-                    net.arrays, outputs, row, features, scale, guided=guided
-                )
+                outputs = step(net.arrays, outputs, row, features, scale, guided=guided)
                 # Unless the device is waited for, all steps are under way when a stop is heard.
                 outputs.block_until_ready()
                 check_stop()
             latents = jnp.tensordot(table.coefficients[-1], outputs, 1)
         return np.asarray(latents, np.float32)
+
+    def make_step(self, scale: float) -> Any:
+        """Return the compiled step of a sampler; see ``Denoiser.step``.
+
+        One program serves all arrays, which it must not hold: previews change them.
+
+        Args:
+            scale: alpha / rank of the network's LoRA.
+        """
+        if scale not in self.compiled:
+            config = self.base.configs[self.family.network.component]
+            dtype = self.half or jnp.float32
+            denoiser = Denoiser(self.family, config, dtype, self.kernel, scale)
+            self.compiled[scale] = jax.jit(
+                denoiser.step, static_argnames="guided", donate_argnames="outputs"
+            )
+        return self.compiled[scale]
 
 
 def latent_factor(base: BaseModel) -> int:
