@@ -33,6 +33,24 @@ VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
+# MOVQ_CONFIG in diffusers' scripts/convert_kandinsky_to_diffusers.py.
+MOVQ = {
+    "block_out_channels": [128, 256, 256, 512],
+    "down_block_types": [*["DownEncoderBlock2D"] * 3, "AttnDownEncoderBlock2D"],
+    "up_block_types": ["AttnUpDecoderBlock2D", *["UpDecoderBlock2D"] * 3],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "num_vq_embeddings": 16384,
+    "vq_embed_dim": 4,
+    "norm_type": "spatial",
+}
+# Where the UNet of Stable Diffusion 2.x is not that of 1.5: v2-inference.yaml of Stability's
+# repository, under diffusers' names.
+UNET_2 = {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
 T5 = {
     "d_model": 4096,
     "d_kv": 64,
@@ -69,6 +87,7 @@ PUBLISHED: list[tuple[str, str, dict[str, Any]]] = [
     ("transformers", "CLIPVisionModelWithProjection", BIG_VISION),
     ("transformers", "T5EncoderModel", T5),
     ("diffusers", "AutoencoderKL", VAE),
+    ("diffusers", "VQModel", MOVQ),
     (
         "diffusers",
         "AutoencoderKL",
@@ -85,6 +104,8 @@ def list_published() -> list[tuple[str, str, dict[str, Any]]]:
         assert configs is not None
         config = configs[family.network.component]
         networks.append(("diffusers", config["_class_name"], config))
+        if family.name == "sd":
+            networks.append(("diffusers", config["_class_name"], config | UNET_2))
     return [*PUBLISHED, *networks]
 
 

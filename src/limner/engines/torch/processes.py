@@ -126,9 +126,11 @@ class TorchProcessGroup(Processes):
 
     def arithmetic_versions(self) -> list[str]:
         """Return what the last bits of the encoders' output depend on, besides their weights."""
-        # Earlier builds encoded in TF32 on CUDA, whatever engine.tf32 said.
-        honest = ["float32 as asked"] if self.device.type == "cuda" else []
-        return [self.device.type, metadata.version("torch"), *honest]
+        versions = [self.device.type, metadata.version("torch")]
+        if self.device.type == "cuda":
+            # Earlier builds encoded in TF32, whatever engine.tf32 said.
+            versions.append("float32 as asked")
+        return versions
 
     def leave_group(self) -> None:
         """Leave the process group, so that another can be joined."""
