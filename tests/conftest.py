@@ -41,6 +41,8 @@ FRAMEWORKS = ("torch", "jax", "diffusers", "transformers", "accelerate", "peft")
 MODELS = {"base", "sd", "sd_fp16", "sdxl", "sd3", "kandinsky"}  # fixtures, below
 LONG = (
     "test_jax",
+    "test_jax_training",
+    "test_jax_processes",
     "test_guide",
     "test_resume",
     "test_golden",

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from haste import compiled_in_haste
 
 from limner.base_model.open import open_base
@@ -43,12 +44,12 @@ def test_what_is_trained_on_is_what_is_decoded(vae: dict[str, Any]) -> None:
 
 
 @pytest.mark.frameworks
-def test_both_engines_draw_what_the_stock_pipeline_draws(sdxl: Path, tmp_path: Path) -> None:
+def test_both_engines_draw_what_the_stock_pipeline_draws(tmp_path: Path) -> None:
     """Pictures with statistics equal between the engines, and are others than without them."""
     from limner import engines
     from limner.commands.generate import DrawSettings, open_pipeline
 
-    base = Path(shutil.copytree(sdxl, tmp_path / "base"))
+    base = tiny.stable_diffusion_xl(tmp_path / "base", shallow=True)
     pictures = {}
     for name, changes in (("with", STATISTICS), ("without", dict.fromkeys(STATISTICS))):
         edit(base / "vae" / "config.json", **changes)

@@ -52,12 +52,14 @@ def stable_diffusion(
     dropout: float = 0.0,
     shard: str | None = None,
     channels: tuple[int, ...] = (32, 64),
+    attention: bool = True,
 ) -> Path:
     """Write a Stable Diffusion folder in the diffusers layout, all parameters random, and return
     it.
 
     Args:
-        channels: of the UNet's levels; the last one looks at the caption.
+        attention: whether the last of the UNet's levels looks at the caption, not only the middle.
+        channels: of the UNet's levels.
         dtype: torch type of the weights; None: float32.
         variant: infix of the weight files, e.g. ``fp16``.
         scheduler: replaces single entries of the scheduler's config, e.g.
@@ -71,10 +73,11 @@ def stable_diffusion(
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        plain = len(channels) - 1
+        looking = 1 if attention else 0
+        plain = len(channels) - looking
         blocks = {
-            "down_block_types": ("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",),
-            "up_block_types": ("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain,
+            "down_block_types": ("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",) * looking,
+            "up_block_types": ("CrossAttnUpBlock2D",) * looking + ("UpBlock2D",) * plain,
         }
         unet = UNet2DConditionModel(
             sample_size=SIZE // 2,
@@ -144,9 +147,15 @@ def stable_diffusion_xl(
     latent_channels: int = 4,
     force_zeros: bool = True,
     prediction_type: str = "epsilon",
+    shallow: bool = False,
 ) -> Path:
     """Write a Stable Diffusion XL folder in the diffusers layout, all parameters random, and return
-    it; widths of the two text encoders differ."""
+    it; widths of the two text encoders differ.
+
+    Args:
+        shallow: whether the UNet has one level, not two, and looks at the caption in its middle
+            alone, and the text encoders two layers, not three.
+    """
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -159,7 +168,7 @@ def stable_diffusion_xl(
         special = {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1}
         shape = {
             "intermediate_size": 64,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 2 if shallow else 3,
             "num_attention_heads": 4,
             "max_position_embeddings": 77,
         }
@@ -182,18 +191,18 @@ def stable_diffusion_xl(
         unet = UNet2DConditionModel(
             sample_size=SIZE // 2,
             in_channels=4,
-            block_out_channels=(32, 64),
+            block_out_channels=(64,) if shallow else (32, 64),
             norm_num_groups=8,
             layers_per_block=1,
-            attention_head_dim=(4, 8),
+            attention_head_dim=(8,) if shallow else (4, 8),
             cross_attention_dim=80,
-            transformer_layers_per_block=(1, 2),
+            transformer_layers_per_block=(2,) if shallow else (1, 2),
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=40 + 6 * 8,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D")[: 1 if shallow else 2],
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")[1 if shallow else 0 :],
         )
         coder = {
             "down_block_types": ("DownEncoderBlock2D",) * 2,
