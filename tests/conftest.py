@@ -49,6 +49,8 @@ LONG = (
     "test_world_size",
     "test_kandinsky",
     "test_same_picture",
+    "test_bench",
+    "test_compile_cache",
     "test_lost_process",
 )
 WHOLE_FILE = re.compile(r"^pytestmark = (\[\s*)?pytest\.mark\.frameworks\b", re.MULTILINE)

@@ -152,3 +152,33 @@ def train(folder: Path, engine: str, raw: dict[str, Any]) -> None:
     from limner.training import loop
 
     loop.run_training(toml.build(Config, raw), report=lambda line: None)
+
+
+def train_all(folder: Path, engine: str, jobs: list[dict[str, Any]]) -> int:
+    """One run after the other in one world; how each ended lies in the folder: class of the fault
+    or "done", message, whether another process says it, exit code, lines told. Returns the last
+    exit code."""
+    import json
+
+    from limner import engines
+    from limner.config import toml
+    from limner.config.schema import Config
+    from limner.engines.torch.processes import TorchProcessGroup
+    from limner.errors import LimnerError
+    from limner.training import loop
+
+    joined = TorchProcessGroup("cpu")
+    # A pair that has parted does not meet again.
+    leave, joined.close = joined.close, lambda error: None  # type: ignore[method-assign]
+    engines.join_processes = lambda settings: joined
+    ends: list[list[Any]] = []
+    for raw in jobs:
+        lines: list[str] = []
+        try:
+            loop.run_training(toml.build(Config, raw), report=lines.append)
+            ends.append(["done", "", False, 0, lines])
+        except LimnerError as fault:
+            ends.append([type(fault).__name__, str(fault), fault.reported, fault.code, lines])
+    (folder / f"ends-{joined.rank}.json").write_text(json.dumps(ends))
+    leave()
+    return int(ends[-1][3])

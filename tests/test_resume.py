@@ -2,6 +2,7 @@
 after exactly as many steps."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,15 +203,21 @@ def test_a_signal_to_a_process_that_has_ended_is_none() -> None:
     worker.send_signal(process, signal.SIGCONT)
 
 
-def test_a_stop_saves_and_the_run_goes_on_to_the_same_bits(processes, base, pictures, tmp_path):
-    whole, stopped = (
-        settings(base, pictures, tmp_path / name, "full") for name in ("whole", "stopped")
-    )
-    for cfg in (whole, stopped):
-        cfg["checkpoint"] = {"every": 100}
-    process = worker.start(processes, whole)
+@pytest.fixture(scope="module")
+def plain(processes, base, pictures, tmp_path_factory) -> Path:
+    """A run that nobody disturbed; only read it."""
+    cfg = settings(base, pictures, tmp_path_factory.mktemp("plain"), "full")
+    process = worker.start(processes, cfg)
     process.join()
     assert process.exitcode == 0
+    return Path(cfg["run"])
+
+
+def test_a_stop_saves_and_the_run_goes_on_to_the_same_bits(
+    processes, base, pictures, tmp_path, plain
+):
+    stopped = settings(base, pictures, tmp_path / "stopped", "full")
+    stopped["checkpoint"] = {"every": 100}
     process = worker.start(processes, stopped)
     metrics = Path(stopped["run"]) / "metrics.jsonl"
     while process.is_alive() and not any("loss" in row for row in sinks.read_metrics(metrics)):
@@ -223,7 +230,7 @@ def test_a_stop_saves_and_the_run_goes_on_to_the_same_bits(processes, base, pict
     process = worker.start(processes, stopped)
     process.join()
     assert process.exitcode == 0
-    one, other = outcome(Path(whole["run"])), outcome(Path(stopped["run"]))
+    one, other = outcome(plain), outcome(Path(stopped["run"]))
     assert {**one, "there": 0} == {**other, "there": 0}
 
 
@@ -248,12 +255,11 @@ def test_finished_is_finished_and_more_steps_go_on(processes, base, pictures, tm
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
-    processes, base, pictures, tmp_path, capfd
+    processes, base, pictures, tmp_path, capfd, plain
 ):
     whole = settings(base, pictures, tmp_path / "whole", "full")
-    process = worker.start(processes, whole)
-    process.join()
-    want = outcome(Path(whole["run"]))
+    shutil.copytree(plain, whole["run"])
+    want = outcome(plain)
     newest = Path(whole["run"]) / f"checkpoint-{STEPS}"
     weights = newest / "unet" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -267,15 +273,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
     process.join()
     assert process.exitcode == 0
     assert outcome(Path(whole["run"])) == want
-
-
-@pytest.fixture(scope="module")
-def plain(processes, base, pictures, tmp_path_factory) -> dict[str, str]:
-    """The files of a run that nobody disturbed."""
-    cfg = settings(base, pictures, tmp_path_factory.mktemp("plain"), "full")
-    process = worker.start(processes, cfg)
-    process.join()
-    return outcome(Path(cfg["run"]))["files"]
 
 
 @pytest.mark.parametrize(
@@ -295,18 +292,16 @@ def test_looking_saving_and_caching_move_no_bit(processes, base, pictures, tmp_p
     process = worker.start(processes, cfg)
     process.join()
     assert process.exitcode == 0
-    assert outcome(Path(cfg["run"]))["files"] == plain
+    assert outcome(Path(cfg["run"]))["files"] == outcome(plain)["files"]
 
 
-def test_an_average_moves_no_trained_weight(processes, base, pictures, tmp_path):
-    files = []
-    for name, average in (("with", 0.9), ("without", None)):
-        cfg = settings(base, pictures, tmp_path / name, "full")
-        cfg["optim"]["ema"] = average
-        process = worker.start(processes, cfg)
-        process.join()
-        assert process.exitcode == 0
-        files.append(outcome(Path(cfg["run"]))["files"])
+def test_an_average_moves_no_trained_weight(processes, base, pictures, tmp_path, plain):
+    cfg = settings(base, pictures, tmp_path, "full")
+    cfg["optim"]["ema"] = None
+    process = worker.start(processes, cfg)
+    process.join()
+    assert process.exitcode == 0
+    files = [outcome(run)["files"] for run in (plain, Path(cfg["run"]))]
     assert "unet_ema/diffusion_pytorch_model.safetensors" in files[0].keys() - files[1].keys()
     for name in ("unet/diffusion_pytorch_model.safetensors", "optimizer.safetensors"):
         assert files[0][name] == files[1][name]

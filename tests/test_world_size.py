@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import tiny
+import worker
 
 from limner.config import toml
 from limner.config.schema import Config
@@ -34,35 +36,15 @@ STEPS = 24
 STOPPED_AT_LEAST = 3
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
-# One process of a pair: trains what it is told to, one run after the other in one world, and writes
-# down how each ended.
+# One process of a pair that a launcher starts.
 WORKER = """
 import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from limner import engines
-from limner.config.schema import Config
-from limner.config.toml import build
-from limner.engines.torch.processes import TorchProcessGroup
-from limner.errors import LimnerError
-from limner.training import loop
-
+import ranks
 jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-joined = TorchProcessGroup("cpu")
-leave, joined.close = joined.close, lambda error: None  # a pair that has parted does not meet again
-engines.join_processes = lambda settings: joined
-ends = []
-for raw in jobs:
-    lines = []
-    try:
-        loop.run_training(build(Config, raw), report=lines.append)
-        ends.append(["done", "", False, 0, lines])
-    except LimnerError as fault:
-        ends.append([type(fault).__name__, str(fault), fault.reported, fault.code, lines])
-(out / f"ends-{joined.rank}.json").write_text(json.dumps(ends))
-leave()
-sys.exit(ends[-1][3])
+sys.exit(ranks.train_all(out, "torch", jobs))
 """
 
 
@@ -98,7 +80,8 @@ def alone(raw: dict[str, Any]) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(processes.__file__).parents[3])}
+    places = Path(processes.__file__).parents[3], Path(__file__).parent
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
 
 
 def begin_pair(folder: Path, jobs: list[dict[str, Any]]) -> subprocess.Popen[str]:
@@ -160,7 +143,7 @@ def seen(
     pictures: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Seen:
-    """All the runs; two launches of two processes, the rest in this one."""
+    """All the runs: one launch of two processes, two that begin warm, the rest in this one."""
     runs = tmp_path_factory.mktemp("runs")
     lora = ("adapter.kind=lora", "adapter.rank=2", "adapter.dropout=0.2")
     ema = ("optim.ema=0.9", "checkpoint.every=100")
@@ -225,14 +208,16 @@ def seen(
         job("odd", "train.batch_size=3"),
         job("busy", "data.caption=txet"),
     ]
-    second = begin_pair(runs / "second", jobs)
+    (runs / "second").mkdir()
+    second = ranks.start(worker.context(), runs / "second", "torch", ranks.train_all, jobs)
     alone(job("lora-1", *lora))
     alone(job("buckets-1", *buckets))
     alone(job("prior-1", *prior))
     alone(job("decoder-1", *decoder))
     alone(job("flow-1", *flow))
-    second.wait(120)
-    assert (runs / "second" / "ends-0.json").exists(), (runs / "second" / "log.txt").read_text()
+    for process in second:
+        process.join(120)
+    assert (runs / "second" / "ends-0.json").exists(), ranks.said(runs / "second", 0)
     alone(job("changing"))
     return Seen(runs, stopped, ends(runs / "first"), ends(runs / "second"))
 
