@@ -33,7 +33,7 @@ from limner.storage.run_folder import RunFolder
 
 # The version of the list of decoded pictures, and the decoder: when either changes, pictures are
 # decoded anew.
-_DECODER = f"3, Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}"
+_DECODER = f"4, Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}"
 
 
 class PictureFacts(NamedTuple):

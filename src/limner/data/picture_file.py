@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import stat
 import struct
 import zlib
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MEMORY = 7 * 2**27  # bytes that one picture may take, its file included: 896 MiB
@@ -24,9 +25,25 @@ BYTES_OF_DECODER = {"WEBP": 16, "AVIF": 16, "TIFF": 6}
 PNG_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 PNG_TEXT_BYTES = 2**20  # that a text or profile may unpack to for Pillow
 SEGMENTS = 2**19  # of a file, each of which Pillow looks at
+READS = (
+    3 * 2**20
+)  # that Pillow may make of a file, by block of a GIF and by run of a BMP: 2 seconds
+HEADER_BYTES = 2**25  # of a JPEG before its first scan; a sixteenth of it of tables and EXIF
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"MM\0+", b"II+\0")
+TIFF_NUMBERS = 2**18  # in a tag of a TIFF, as of its strips; Pillow makes a list of them
+TIFF_BYTES = (1, 2, 6, 7)  # types of tags of bytes, of which it makes none
+TIFF_LAYERS = 8  # that the strips of a TIFF may make, one over the other: one for each band
 ORIENTATION_TAG = 0x0112  # of EXIF; 1 is upright
-START_OF_SCAN = b"\xff\xda"
+START_OF_SCAN, END_OF_PICTURE = b"\xff\xda", b"\xff\xd9"
+MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # of a JPEG, none of those within a scan
+TABLES = (b"\xff\xc4", b"\xff\xdb")
+EXIF = b"Exif\0\0"
 SCANNED_PIXELS = 2**32  # of a JPEG, in all of its scans: 3 seconds
+SCANS = 2**12  # of a JPEG; 2,688 would bring one bit of one coefficient each
+RUN_PIXELS = 2**24  # of a BMP in runs, which Pillow unpacks in Python: 2 seconds
+# Bytes of a file beyond 8 for a pixel, which none needs: for further frames, previews, a film.
+ROOM = 2**28
+PNG_ROOM = 2**25  # of the first frame of a PNG: zlib may take 2.5 seconds for so many of nothing
 PROFILE_BYTES = 2**24  # that a profile may unpack to; a larger one counts as none
 UNPACKED_BYTES = 2**26  # that all texts and profiles of a PNG may unpack to
 ZLIB_RATIO = 1032  # the most bytes that zlib makes of one
@@ -34,6 +51,28 @@ ZLIB_RATIO = 1032  # the most bytes that zlib makes of one
 
 class Undecodable(ValueError):
     """A picture that cannot be used; the message is the reason, without the picture's name."""
+
+
+class CountedFile(io.BytesIO):
+    """The bytes of a picture's file, of which so many may be read, in so many calls."""
+
+    bytes_left = 2**63
+    reads_left = READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read some bytes.
+
+        Raises:
+            Undecodable: when that was too often, or too much.
+        """
+        data = super().read(size)
+        self.reads_left -= 1
+        self.bytes_left -= len(data)
+        if self.reads_left < 0:
+            raise Undecodable(f"more than {READS} blocks or runs: save it as PNG")
+        if self.bytes_left < 0:
+            raise Undecodable("its data are far longer than its pixels need: save it again")
+        return data
 
 
 @contextmanager
@@ -72,20 +111,24 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
 
 
-def open_content(content: bytes) -> Image.Image:
+def open_content(content: bytes) -> ImageFile.ImageFile:
     """Open the bytes of a picture's file by its header; its pixels stay packed."""
     profile = None
     if content.startswith(JPEG_SIGNATURE):
         find_first_scan(content)
     if content.startswith(PNG_SIGNATURE):
         content, profile = drop_long_chunks(content)
+    if content.startswith(b"RIFF"):
+        count_webp_chunks(content)
+    if content[:4] in TIFF_SIGNATURES:
+        check_tiff_tags(content)
     picture = read_header(content)
     if profile is not None:
         picture.info["icc_profile"] = profile
     return picture
 
 
-def read_header(content: bytes) -> Image.Image:
+def read_header(content: bytes) -> ImageFile.ImageFile:
     """Open a picture by the first format that knows its first bytes."""
     # Not by ``Image.open``, which warns about, or refuses, sizes by one limit for the whole
     # process. The limit here is ``max_pixels``.
@@ -101,7 +144,7 @@ def read_header(content: bytes) -> Image.Image:
         if isinstance(accepted, str):
             raise Undecodable(f"{name} pictures need a Pillow that was built with {name}")
         if accepted:
-            return factory(io.BytesIO(content), "")
+            return factory(CountedFile(content), "")
     raise Undecodable(f"not a picture in a known format ({', '.join(FORMATS)})")
 
 
@@ -162,6 +205,55 @@ def unpack_chunk(kind: bytes, data: bytes) -> tuple[bytes | None, int]:
     return (unpacked if len(unpacked) <= limit else None), len(unpacked)
 
 
+def count_webp_chunks(content: bytes) -> None:
+    """Refuse a WebP of more chunks than ``SEGMENTS``, those in its frames included."""
+    at = 12
+    for _ in range(SEGMENTS):
+        if at + 8 > len(content):
+            return
+        kind, length = struct.unpack_from("<4sI", content, at)
+        # A frame is a header of 16 bytes, and chunks.
+        at += 8 + (16 if kind == b"ANMF" else length + length % 2)
+    raise Undecodable(f"more than {SEGMENTS} chunks")
+
+
+def check_tiff_tags(content: bytes) -> None:
+    """Refuse a TIFF of more tags, or with more numbers in one of them, than ``TIFF_NUMBERS``."""
+    order = "<" if content.startswith(b"II") else ">"
+    if content[2:3] != b"+":
+        check_tag_table(content, f"{order}4xL", f"{order}H", f"{order}HHL4x")
+    # Of a big-endian BigTIFF, Pillow reads the first way and libtiff the second.
+    if b"+" in content[2:4]:
+        check_tag_table(content, f"{order}8xQ", f"{order}Q", f"{order}HHQ8x")
+
+
+def check_tag_table(content: bytes, header: str, number: str, entry: str) -> None:
+    """Refuse too many tags, or numbers in one.
+
+    Args:
+        header: how the place of the table is read from the file's beginning.
+        number: how the number of tags is read there.
+        entry: how a tag is read, its type, and how many numbers it has.
+    """
+    try:
+        (at,) = struct.unpack_from(header, content)
+        (count,) = struct.unpack_from(number, content, at)
+    except (struct.error, OverflowError):
+        return  # Pillow says what is wrong with it
+    if count > TIFF_NUMBERS:
+        raise Undecodable(f"{count} tags, {TIFF_NUMBERS} at most are read: save it as PNG")
+    at += struct.calcsize(number)
+    size = struct.calcsize(entry)
+    table = content[at : at + count * size]
+    for tag, kind, numbers in struct.iter_unpack(entry, table[: len(table) // size * size]):
+        # What is longer than the file is skipped, as damage.
+        if TIFF_NUMBERS < numbers < len(content) and kind not in TIFF_BYTES:
+            raise Undecodable(
+                f"{numbers} numbers in its tag {tag}, {TIFF_NUMBERS} at most are read: save it as "
+                "PNG"
+            )
+
+
 def check_size(width: int, height: int, max_pixels: int) -> None:
     """Refuse a picture that is too large, or empty."""
     if width * height > max_pixels:
@@ -173,18 +265,13 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         raise Undecodable(f"{width}x{height} pixels: an empty picture")
 
 
-def check_memory(picture: Image.Image, content: bytes) -> None:
+def check_memory(picture: ImageFile.ImageFile, content: bytes) -> None:
     """Refuse a picture that would take more than ``MEMORY``, its file included, or more time than
     any that was meant to be seen."""
     pixels = picture.width * picture.height
+    check_work(picture, content)
     if picture.format in ("JPEG", "MPO"):
         bytes_per_pixel = count_jpeg_bytes(picture, content)
-        scans = content.count(START_OF_SCAN, find_first_scan(content))
-        if scans * pixels > SCANNED_PIXELS:
-            raise Undecodable(
-                f"{scans} scans of {picture.width}x{picture.height} pixels: save it as an ordinary "
-                "JPEG"
-            )
     else:
         bytes_per_pixel = BYTES_OF_MODE.get(picture.mode, 4) + 3
         bytes_per_pixel += BYTES_OF_DECODER.get(picture.format or "", 0)
@@ -194,6 +281,45 @@ def check_memory(picture: Image.Image, content: bytes) -> None:
             f"{picture.width}x{picture.height} pixels take {needed >> 20} MiB while they are "
             f"unpacked, and {MEMORY >> 20} at most are allowed: make the picture smaller"
         )
+
+
+def check_work(picture: ImageFile.ImageFile, content: bytes) -> None:
+    """Refuse a picture whose file asks for more time than its pixels do."""
+    pixels = picture.width * picture.height
+    size = f"{picture.width}x{picture.height} pixels"
+    if picture.format in ("JPEG", "MPO"):
+        check_scans(content, pixels, size)
+    if picture.format == "TIFF":
+        check_layers(picture, pixels, size)
+    # A TIFF may have pages and layers without end.
+    elif len(content) > 8 * pixels + ROOM:
+        raise Undecodable(
+            f"a file of {len(content) >> 20} MiB for {size}, {8 * pixels + ROOM >> 20} at most are "
+            "read: save the picture alone"
+        )
+    if picture.format == "PNG" and isinstance(picture.fp, CountedFile):
+        picture.fp.bytes_left = 8 * pixels + PNG_ROOM
+    if pixels > RUN_PIXELS and any(codec == "bmp_rle" for codec, *_ in picture.tile):
+        raise Undecodable(f"{size} in runs, {RUN_PIXELS} at most are read: save it as PNG")
+
+
+def check_scans(content: bytes, pixels: int, size: str) -> None:
+    """Refuse a JPEG of so many scans that they take long."""
+    most = min(SCANS, SCANNED_PIXELS // pixels)
+    scans = content.count(START_OF_SCAN, find_first_scan(content))
+    # The first count is fast, and too large where pictures or a film follow.
+    if scans > most:
+        scans = count_scans(content)
+    if scans > most:
+        raise Undecodable(f"{scans} scans of {size}: save it as an ordinary JPEG")
+
+
+def check_layers(picture: ImageFile.ImageFile, pixels: int, size: str) -> None:
+    """Refuse a TIFF whose strips or tiles lie over one another again and again."""
+    parts = [extents for _, extents, *_ in picture.tile if extents is not None]
+    covered = sum((right - left) * (bottom - top) for left, top, right, bottom in parts)
+    if covered > TIFF_LAYERS * pixels:
+        raise Undecodable(f"strips for {covered // pixels} pictures of {size}: save it again")
 
 
 def count_jpeg_bytes(picture: Image.Image, content: bytes) -> int:
@@ -214,10 +340,16 @@ def find_first_scan(content: bytes) -> int:
     """Return where a JPEG's first scan begins, after its headers; its end, where there is none.
 
     Raises:
-        Undecodable: when there are more headers, or stray bytes between them, than ``SEGMENTS``.
+        Undecodable: when there are more headers, or stray bytes between them, than ``SEGMENTS``, or
+            more bytes of them than ``HEADER_BYTES``.
     """
-    at = 2
+    at, left = 2, HEADER_BYTES
     for _ in range(SEGMENTS):
+        if left < 0:
+            raise Undecodable(
+                f"headers of more than {HEADER_BYTES >> 20} MiB, or {HEADER_BYTES >> 24} of tables "
+                "and EXIF: save it without"
+            )
         marker = content[at : at + 2]
         if marker == START_OF_SCAN:
             return at
@@ -226,8 +358,24 @@ def find_first_scan(content: bytes) -> int:
         if marker[0] != 0xFF or marker[1] in (0, 0xFF):
             at += 1
         else:
-            at += 2 + int.from_bytes(content[at + 2 : at + 4])
+            length = int.from_bytes(content[at + 2 : at + 4])
+            # Pillow takes long over these.
+            is_slow = marker in TABLES or content[at + 4 : at + 10] == EXIF
+            left -= length * (16 if is_slow else 1)
+            at += 2 + length
     raise Undecodable(f"more than {SEGMENTS} headers")
+
+
+def count_scans(content: bytes) -> int:
+    """Return the scans of a JPEG, without what the pictures and films behind its end have."""
+    scans, at = 0, find_first_scan(content)
+    for _ in range(SEGMENTS):
+        found = MARKER.search(content, at)
+        if found is None or found[0] == END_OF_PICTURE:
+            return scans
+        scans += found[0] == START_OF_SCAN
+        at = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
+    return SEGMENTS
 
 
 def read_orientation(picture: Image.Image) -> int:
