@@ -117,13 +117,7 @@ def check_arrays(
         InputError: listing what is missing, unknown, or of another shape or type.
     """
     shapes = expected.shapes
-    arrays, surplus = {}, []
-    for stored_name, array in stored.items():
-        name = to_model_name(stored_name, shapes)
-        if name in shapes and name not in arrays:
-            arrays[name] = array
-        elif not is_unused(name, class_name, expected):
-            surplus.append(stored_name)
+    arrays, surplus = assign_arrays(class_name, stored, expected)
     held = arrays.keys() | {
         name for group in expected.tied if any(one in arrays for one in group) for name in group
     }
@@ -140,6 +134,22 @@ def check_arrays(
     ]
     hint = explain_prefix(stored, shapes) if missing else ""
     refuse_differences(folder, Differences(missing, surplus, misshapen, mistyped), hint)
+
+
+def assign_arrays(
+    class_name: str, stored: Mapping[str, StoredArray], expected: ExpectedArrays
+) -> tuple[dict[str, StoredArray], list[str]]:
+    """Return the arrays of a component by the model's names, and the names in its files of those
+    that have no place in the model."""
+    arrays: dict[str, StoredArray] = {}
+    surplus = []
+    for stored_name, array in stored.items():
+        name = to_model_name(stored_name, expected.shapes)
+        if name in expected.shapes and name not in arrays:
+            arrays[name] = array
+        elif not is_unused(name, class_name, expected):
+            surplus.append(stored_name)
+    return arrays, surplus
 
 
 def is_unused(name: str, class_name: str, expected: ExpectedArrays) -> bool:

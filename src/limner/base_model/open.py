@@ -196,15 +196,7 @@ def fetch_weights(
     base: BaseModel, model: ModelSettings, components: Iterable[str], family: Family
 ) -> None:
     """Fetch the weights of components; a missing one is refused before the first is fetched."""
-    components = list(components)
-    trained_folder = base.component_folder(base.trained_component).parent
-    wanted: dict[Path, list[str]] = {}  # folder of a commit -> its files
-    for folder in dict.fromkeys((base.folder, trained_folder)):
-        names = list_repository_files(model, folder)
-        wanted[folder] = []
-        for component in components:
-            if base.component_folder(component).parent == folder:
-                wanted[folder] += choose_repository_files(base, component, names, family)
+    wanted = choose_fetched_files(base, model, list(components), family)
     paths = [Path(name) for files in wanted.values() for name in files]
     # Of two stages the variant may be the other one's, and is looked for when both are here.
     if base.variant is not None and family.stage is None:
@@ -213,6 +205,21 @@ def fetch_weights(
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             fetch_files(model, folder.name, missing, tqdm)
+
+
+def choose_fetched_files(
+    base: BaseModel, model: ModelSettings, components: list[str], family: Family
+) -> dict[Path, list[str]]:
+    """Choose the weight files of components, by the folder of their repository's commit."""
+    trained_folder = base.component_folder(base.trained_component).parent
+    wanted: dict[Path, list[str]] = {}
+    for folder in dict.fromkeys((base.folder, trained_folder)):
+        names = list_repository_files(model, folder)
+        wanted[folder] = []
+        for component in components:
+            if base.component_folder(component).parent == folder:
+                wanted[folder] += choose_repository_files(base, component, names, family)
+    return wanted
 
 
 def choose_repository_files(

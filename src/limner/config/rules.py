@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from limner.config.declare import MOST, PIXELS, SEED
+from limner.config.declare import MOST, PIXELS, SEED, Range
 from limner.config.schema import SETTINGS, BucketSettings, Config, DataSetSettings
 from limner.errors import InputError, shorten
 
@@ -39,17 +39,23 @@ def check_ranges(config: Config) -> Iterator[str]:
         name = re.sub(r"\[\d+\]", "", place)
         declaration = SETTINGS[name].declaration
         range_ = declaration.range
-        most = MOST if range_ is None else range_.most
-        counts = isinstance(value, int) and range_ is not SEED
-        counts = counts or (isinstance(value, float) and most < MOST)
+        most = find_most(value, range_)
         if range_ is not None and place == name and not range_.contains(value):
             yield f"{place}: {value} {range_.refusal}"
-        elif counts and abs(value) > most:
+        elif most is not None and abs(value) > most:
             yield f"{place}: {shorten(repr(value))} is more than the {most:,} that are possible"
         elif isinstance(value, str):
             fault = find_fault(value, is_path=declaration.path)
             if fault is not None:
                 yield f"{place}: {shorten(repr(value))} {fault}"
+
+
+def find_most(value: Any, range_: Range | None) -> float | None:
+    """Return the largest number that anybody needs in a setting; None where there is none."""
+    most = MOST if range_ is None else range_.most
+    if isinstance(value, int):
+        return None if range_ is SEED else most
+    return most if isinstance(value, float) and most < MOST else None
 
 
 def list_values(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:

@@ -226,9 +226,9 @@ def reduce_array(array: np.ndarray) -> np.ndarray:
     low, high = float(array.min()), float(array.max())
     is_float = array.dtype.kind == "f"
     is_16_bit = array.dtype.kind == "u" and array.dtype.itemsize == 2
-    if low >= 0 and high <= 1 and is_float:
+    if is_float and 0 <= low <= high <= 1:
         return np.rint(array.astype(np.float64) * 255).astype(np.uint8)
-    if low >= 0 and high <= 65535 and not (is_float and np.any(array != np.rint(array))):
+    if 0 <= low <= high <= 65535 and not (is_float and np.any(array != np.rint(array))):
         if high <= 255 and not is_16_bit:
             return array.astype(np.uint8)
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)

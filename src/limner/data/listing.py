@@ -169,27 +169,29 @@ def find_base(listing: Listing, split: str, report: Report) -> str:
         return ""
     used = [name for name in listing.files if is_picture(name) or is_metadata(name)]
     folder = find_split(root, {name.split("/")[0] for name in used if "/" in name}, split)
-    if folder is None and split == "train":
-        return ""
     if folder is None:
+        if split == "train":
+            return ""
         raise InputError(
             f"data.split: {root} has no folder {split!r}; make one, or leave data.split out"
         )
     if split == "train":
-        beside = {
-            name.split("/")[0]
-            for name in used
-            if name.split("/")[0].lower() not in SPLIT_NAMES and ("/" in name or is_picture(name))
-        }
+        beside = list_other_folders(used)
         if beside:
             report(
                 f"{root}: {folder} is read as any other subfolder, since these lie beside it: "
-                f"{join_first(sorted(beside))}. To read it alone, set data.folder to it."
+                f"{join_first(beside)}. To read it alone, set data.folder to it."
             )
             return ""
     if folder != os.path.normpath(split):
         report(f"{root}: {folder} is read, for data.split = {split!r}")
     return f"{folder}/"
+
+
+def list_other_folders(used: Iterable[str]) -> list[str]:
+    """Return the folders in the root that are not called like splits, and its own pictures."""
+    tops = {name.split("/")[0] for name in used if "/" in name or is_picture(name)}
+    return sorted(top for top in tops if top.lower() not in SPLIT_NAMES)
 
 
 def find_split(root: Path, folders: set[str], split: str) -> str | None:

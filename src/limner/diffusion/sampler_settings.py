@@ -137,25 +137,34 @@ def settle_settings(config: Plain, name: str | None) -> Plain:
             given[key] = values[given[key]]
     served = SERVED_SETTINGS[class_name]
     settings = served | UNSERVED_DEFAULTS.get(class_name, {}) | DEFAULTS[class_name] | given
-    unsupported = [
-        f"{key} is {settings[key]!r:.80}" + ("" if key in given else ", where its config says none")
-        for key, value in served.items()
-        if settings[key] != value
-    ]
-    choices = dict(CHOICES)
-    if class_name not in SAMPLE_SCHEDULERS:
-        choices["prediction_type"] = choices["prediction_type"][:2]
-    unsupported += [
-        f"{key} is {settings[key]!r:.80}, and none of {', '.join(values)}"
-        for key, values in choices.items()
-        if settings[key] not in values
-    ]
+    unsupported = list_unsupported(class_name, settings, given)
     if unsupported:
         raise InputError(
             f"scheduler: of a {class_name} with {'; '.join(unsupported)} there is no table here; "
             f"choose one of {', '.join(list_served())} by name, or --engine torch"
         )
     return settings | {"_class_name": class_name}
+
+
+def list_unsupported(class_name: str, settings: Plain, given: Plain) -> list[str]:
+    """Say which settings of a sampler there is no code for.
+
+    Args:
+        given: those that its config has.
+    """
+    problems = [
+        f"{key} is {settings[key]!r:.80}" + ("" if key in given else ", where its config says none")
+        for key, value in SERVED_SETTINGS[class_name].items()
+        if settings[key] != value
+    ]
+    choices = dict(CHOICES)
+    if class_name not in SAMPLE_SCHEDULERS:
+        choices["prediction_type"] = choices["prediction_type"][:2]
+    return problems + [
+        f"{key} is {settings[key]!r:.80}, and none of {', '.join(values)}"
+        for key, values in choices.items()
+        if settings[key] not in values
+    ]
 
 
 def list_served() -> list[str]:

@@ -137,11 +137,15 @@ class Watch:
                 ready = self.selector.select(0)
             self.excuse_others(judged)
             judged = time.monotonic()
-            verdicts = [link.judge(self.patience, self.departure) for link in self.links]
-            verdict = next((one for one in (self.verdict, *verdicts) if one is not None), None)
+            verdict = self.judge_all()
             if verdict is not None and not self.left:
                 self.decide(verdict)
                 return
+
+    def judge_all(self) -> LimnerError | None:
+        """Return why this process must end: what another has said, else the first one lost."""
+        verdicts = [link.judge(self.patience, self.departure) for link in self.links]
+        return next((one for one in (self.verdict, *verdicts) if one is not None), None)
 
     def excuse_others(self, judged: float) -> None:
         """Count no silence of the others during which this process was stopped, perhaps with all.

@@ -93,9 +93,7 @@ def check_statistics(configs: BaseConfigs) -> list[str]:
     problems = [
         f"vae: {name} is {str(value)[:80]}, {channels} finite numbers are expected"
         for name, value in given.items()
-        if not isinstance(value, list | tuple)
-        or len(value) != channels
-        or not all(type(one) in (int, float) and -1e9 < one < 1e9 for one in value)
+        if not is_per_channel(value, channels)
     ]
     if len(given) == 1:
         problems.append(
@@ -105,6 +103,13 @@ def check_statistics(configs: BaseConfigs) -> list[str]:
     if not problems and not all(one > 0 for one in given.get("latents_std") or ()):
         problems.append("vae: latents_std is not above 0 everywhere")
     return problems
+
+
+def is_per_channel(value: object, channels: object) -> bool:
+    """Return whether a setting is a finite number for each channel."""
+    if not isinstance(value, list | tuple) or len(value) != channels:
+        return False
+    return all(type(one) in (int, float) and -1e9 < one < 1e9 for one in value)
 
 
 def check_added_embedding(configs: BaseConfigs) -> list[str]:

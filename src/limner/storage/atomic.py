@@ -254,12 +254,18 @@ def check_entries(files: object) -> None:
     if not isinstance(files, dict) or not files:
         raise ValueError("names no files")
     for name, entry in files.items():
-        parts = name.split("/")
-        if "\0" in name or "\\" in name or not all(parts) or ".." in parts or len(name) > 4_000:
+        if not is_inside(name):
             raise ValueError("names a file elsewhere")
         sound = isinstance(entry, dict) and entry.keys() == {"size", "xxh3_128"}
         if not sound or type(entry["size"]) is not int or not isinstance(entry["xxh3_128"], str):
             raise ValueError("describes a file in another way")
+
+
+def is_inside(name: str) -> bool:
+    """Return whether a file's name in a manifest leads to a place below its folder."""
+    parts = name.split("/")
+    is_plain = "\0" not in name and "\\" not in name and len(name) <= 4_000
+    return is_plain and all(parts) and ".." not in parts
 
 
 def verify_file(path: Path, size: int, digest: str) -> None:

@@ -5,6 +5,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from limner.errors import InputError, IntegrityError
 from limner.json_types import Plain
@@ -67,9 +68,7 @@ class RunState:
 def find_other_types(state: RunState) -> Iterator[str]:
     """The fields whose values are not of their declared type, as far as JSON tells them apart."""
     for one in dataclasses.fields(state):
-        kind, value = typing.get_origin(one.type) or one.type, getattr(state, one.name)
-        wanted = (list, tuple) if kind is tuple else kind
-        if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool):  # type: ignore[arg-type]
+        if not is_of_kind(getattr(state, one.name), typing.get_origin(one.type) or one.type):
             yield one.name
     if isinstance(state.config, dict):
         for section in ("data", "model", "checkpoint"):
@@ -78,3 +77,9 @@ def find_other_types(state: RunState) -> Iterator[str]:
     losses = state.unlogged_losses
     if isinstance(losses, list) and not all(isinstance(loss, int | float) for loss in losses):
         yield "unlogged_losses"
+
+
+def is_of_kind(value: object, kind: Any) -> bool:
+    """Return whether a value is of a class; JSON has lists for tuples, and true is no number."""
+    wanted = (list, tuple) if kind is tuple else kind
+    return isinstance(value, wanted) and isinstance(value, bool) == (kind is bool)

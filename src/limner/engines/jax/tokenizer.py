@@ -81,26 +81,35 @@ def read_special_tokens(
         comes before the named ones in the order of their ids, and what comes after.
     """
     settings = {name: value for name, value in config.items() if is_token(name)}
-    added: dict[int, AddedToken] = {}
     extra = list_extra_tokens(config)
     if "added_tokens_decoder" in config:
-        for index, token in config["added_tokens_decoder"].items():
-            added[int(index)] = AddedToken(**token)
+        records = config["added_tokens_decoder"].items()
+        added = {int(index): AddedToken(**record) for index, record in records}
     else:
         special = read_json(folder / "special_tokens_map.json")
         settings |= {k: to_token(v, special=True) for k, v in special.items() if is_token(k)}
         extra += list_extra_tokens(special) if not extra or EXTRA_TOKENS in special else []
         # As in transformers, records of tokenizer_config.json do not count here.
         texts = {str(value) for value in settings.values() if not isinstance(value, dict)}
-        texts |= {str(token) for token in extra}
-        for text, index in read_json(folder / "added_tokens.json").items():
-            added[index] = AddedToken(text, normalized=text not in texts, special=text in texts)
-        for token in read_json(folder / "tokenizer.json").get("added_tokens", []):
-            added[token["id"]] = AddedToken(**{k: v for k, v in token.items() if k != "id"})
-    by_text = {str(token): token for token in added.values()}
+        added = read_added_tokens(folder, texts | {str(token) for token in extra})
     named = DEFAULT_TOKENS | {name: to_token(value) for name, value in settings.items()}
+    by_text = {str(token): token for token in added.values()}
     named = {name: by_text.get(str(token), token) for name, token in named.items()}
     return named, [[added[index] for index in sorted(added)], extra]
+
+
+def read_added_tokens(folder: Path, special: set[str]) -> dict[int, AddedToken]:
+    """Read the tokens that added_tokens.json and tokenizer.json add, by their ids.
+
+    Args:
+        special: the texts of those that are special.
+    """
+    added = {}
+    for text, index in read_json(folder / "added_tokens.json").items():
+        added[index] = AddedToken(text, normalized=text not in special, special=text in special)
+    for record in read_json(folder / "tokenizer.json").get("added_tokens", []):
+        added[record["id"]] = AddedToken(**{k: v for k, v in record.items() if k != "id"})
+    return added
 
 
 def is_token(name: str) -> bool:
@@ -166,12 +175,7 @@ def add_tokens(
     tokenizer: Tokenizer, named: dict[str, Token | None], others: list[list[Token]]
 ) -> None:
     """Let the special tokens stand for themselves, in the order of transformers: the last wins."""
-    before, after = others
-    tokens = list(before)
-    texts = {str(token) for token in tokens}
-    for token in (*named.values(), *after):
-        if token is not None and str(token) not in texts and token not in tokens:
-            tokens.append(token)
+    tokens = order_tokens(named, others)
     names = {str(token) for token in named.values() if token is not None}
     for i, token in enumerate(tokens):
         if isinstance(token, str):
@@ -181,6 +185,17 @@ def add_tokens(
     tokenizer.add_tokens(tokens)
     start, end = (find_token(tokenizer, str(named[name])) for name in ("bos_token", "eos_token"))
     tokenizer.post_processor = processors.RobertaProcessing(end, start, False, False)
+
+
+def order_tokens(named: dict[str, Token | None], others: list[list[Token]]) -> list[Token]:
+    """Return each token once, in the order of transformers."""
+    before, after = others
+    tokens = list(before)
+    texts = {str(token) for token in tokens}
+    for token in (*named.values(), *after):
+        if token is not None and str(token) not in texts and token not in tokens:
+            tokens.append(token)
+    return tokens
 
 
 def find_token(tokenizer: Tokenizer, text: str) -> tuple[str, int]:

@@ -140,12 +140,7 @@ def compare_with_networks(arrays: Arrays, nets: Nets) -> tuple[list[str], list[s
     Returns:
         The file's names that are in no network, and the networks' names that are in no file.
     """
-    added = {
-        f"{name}.{parameter_name}": parameter
-        for name, net in nets.items()
-        for parameter_name, parameter in net.named_parameters()
-        if any(part in parameter_name for part in ADAPTER_PARTS)
-    }
+    added = list_added_parameters(nets)
     # The networks' values may have been rounded to the type that pictures are drawn in.
     dtype = min((p.dtype for net in nets.values() for p in net.parameters()), key=get_bits)
     # What a file has no values for stays on the meta device, or is drawn at random.
@@ -159,6 +154,16 @@ def compare_with_networks(arrays: Arrays, nets: Nets) -> tuple[list[str], list[s
         if surplus[key] < 0 and not name.endswith(".alpha"):
             unused.append(name)
     return unused, [name for name, key in digests.items() if surplus[key] > 0]
+
+
+def list_added_parameters(nets: Nets) -> dict[str, torch.nn.Parameter]:
+    """Return what lies beside the weights of networks, by their names and its own."""
+    return {
+        f"{name}.{parameter_name}": parameter
+        for name, net in nets.items()
+        for parameter_name, parameter in net.named_parameters()
+        if any(part in parameter_name for part in ADAPTER_PARTS)
+    }
 
 
 def get_bits(dtype: torch.dtype) -> int:
