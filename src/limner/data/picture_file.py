@@ -25,9 +25,8 @@ BYTES_OF_DECODER = {"WEBP": 16, "AVIF": 16, "TIFF": 6}
 PNG_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 PNG_TEXT_BYTES = 2**20  # that a text or profile may unpack to for Pillow
 SEGMENTS = 2**19  # of a file, each of which Pillow looks at
-READS = (
-    3 * 2**20
-)  # that Pillow may make of a file, by block of a GIF and by run of a BMP: 2 seconds
+# That Pillow may make of a file, by block of a GIF and by run of a BMP: 2 seconds.
+READS = 3 * 2**20
 HEADER_BYTES = 2**25  # of a JPEG before its first scan; a sixteenth of it of tables and EXIF
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"MM\0+", b"II+\0")
 TIFF_NUMBERS = 2**18  # in a tag of a TIFF, as of its strips; Pillow makes a list of them
