@@ -501,7 +501,7 @@ def compare_run(place: Path, name: str) -> None:
     like = name.removesuffix("-again").removesuffix("-killed")
     if like == name:
         like = "cpu-lora" if "lora" in name else "cpu"
-    if name == like:
+    if name == like or not (place / like).exists():
         return
     cut = [run for run in (name, like) if not (place / run / "result.json").exists()]
     if cut:
