@@ -47,6 +47,6 @@ soak: install
 	$(BIN)/python -m pytest tests/test_gpu_check.py -m soak
 	$(BIN)/python -m pytest tests/test_fuzz_settings.py tests/test_lost_process.py tests/test_exit_codes.py tests/test_export.py tests/test_same_picture.py -m soak
 	$(BIN)/python -m pytest tests/test_broken_bases.py -m soak
-	$(BIN)/python -m pytest tests/test_fuzz.py -m soak --numprocesses 2
+	$(BIN)/python -m pytest tests/test_fuzz.py tests/test_hostile.py -m soak --numprocesses 2
 
 .PHONY: install quick test test-gpu lint demo check-jax soak
