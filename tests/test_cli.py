@@ -301,3 +301,19 @@ def test_the_package_brings_all_its_parts_along() -> None:
             if p.is_file()
         }
         assert taken == wanted and wanted
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"),
+    [("| true", 0), (">&-", 0), ("2>&-", 0), ("> /dev/full", 5)],
+)
+def test_output_that_cannot_be_written(redirection: str, code: int, recipe: Path) -> None:
+    """A reader that has gone is nobody's fault; a disk that is full is told."""
+    bundled = ROOT / "src/limner/bundled"
+    words = [sys.executable, "-m", "limner", "show", recipe, f"model.base={bundled}/model"]
+    limner = shlex.join(map(str, [*words, f"data.folder={bundled}/pictures"]))
+    command = ["bash", "-o", "pipefail", "-c", f"{limner} {redirection}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=recipe.parent)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    wanted = "limner: the output could not be written: No space left on device"
+    assert done.stderr.strip() == (wanted if code else "")

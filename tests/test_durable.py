@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -413,3 +414,17 @@ def test_user_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("LIMNER_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert atomic.user_cache_folder() == tmp_path / "limner"
+
+
+def test_a_device_stays_one_and_a_link_leads_where_it_led(tmp_path: Path) -> None:
+    pipe, file, link = (tmp_path / name for name in ("pipe", "file", "link"))
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    atomic.write_text(pipe, "one")
+    assert os.read(reader, 9) == b"one" and stat.S_ISFIFO(pipe.stat().st_mode)
+    os.close(reader)
+    file.write_text("old")
+    link.symlink_to(file)
+    atomic.write_text(link, "new")
+    assert link.is_symlink() and file.read_text() == "new" and not file.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]

@@ -42,6 +42,12 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
         ("http://host:80/a@b c://d", "http://host:80/a@b c://d"),
         (f"{KEY}\n{KEY}", "[redacted]\n[redacted]"),
         ("wandb_v1_" + "x" * 30, "[redacted]"),
+        ("https://a:b@c@d/e@f", "https://a:[redacted]@d/e@f"),
+        ("hf_oauth_" + "eyJ.x-Y_" * 4, "[redacted]"),
+        ("api_org_" + "x" * 34, "[redacted]"),
+        ("https://a/b?x=1&token=c0ffee&y", "https://a/b?x=1&token=[redacted]&y"),
+        ("Bearer " + "x" * 30, "Bearer [redacted]"),
+        ("a Bearer standing with a flag", "a Bearer standing with a flag"),
         ("a word", "a word"),
     ],
 )

@@ -1,6 +1,8 @@
 """What a run does around its loop: where it goes on from, what it refuses, what it leaves."""
 
+import errno
 import json
+import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,6 +232,26 @@ def test_a_signal_while_looking_stops_at_once_and_later_is_a_request(capfd):
         signal.raise_signal(signal.SIGTERM)
         assert stop.asked
     assert "stopping as soon as the state is saved" in capfd.readouterr().err
+
+
+def test_a_closed_terminal_is_a_stop_too_but_not_under_nohup(monkeypatch):
+    """Whose last words nobody reads."""
+
+    def refuse(descriptor: int, message: bytes) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "write", refuse)
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, asked in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            signal.signal(signal.SIGHUP, handler)
+            with Stop() as stop:
+                stop.save_first = True
+                signal.raise_signal(signal.SIGHUP)
+                assert stop.asked == asked
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_bucket_that_cannot_fill_a_batch_is_told(base, tmp_path):

@@ -29,6 +29,7 @@ def run_explained(action: Callable[[], object]) -> int:
     """Run an action; see ``run_guarded``."""
     try:
         action()
+        sys.stdout.flush()
     except LimnerError as error:
         if not error.reported:
             print(f"limner: {error}", file=sys.stderr)

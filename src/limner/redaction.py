@@ -1,6 +1,7 @@
 """Tokens and passwords are in nothing that is written: no file, no tracker, no message."""
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -9,14 +10,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
+from limner.errors import DiskError
+
 # Whole words: MAX_TOKENS and TOKENIZER_NAME are no secrets.
 SECRET_KEY = re.compile(r"(?<![A-Z0-9])(token|secret|password|api_?key)(?![A-Z0-9])", re.IGNORECASE)
-SECRET_TEXT = re.compile(r"hf_[A-Za-z0-9]{20,}|wandb_v1_[A-Za-z0-9_]{20,}")
-URL_PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s/@]+(?=@)")
+SECRET_TEXT = re.compile(
+    r"hf_[A-Za-z0-9]{20,}|hf_(?:oauth|jwt)_[\w.-]{20,}|api_org_[A-Za-z0-9]{20,}"
+    r"|wandb_v1_[A-Za-z0-9_]{20,}"
+    r"|(?<=\bBearer )[\w.~+/-]{20,}=*|(?<=[?&]token=)[^\s&#\"']+"
+)
+URL_PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s/]+(?=@)")
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")
 # Variables whose name has such a word, and that say where a secret lies.
 PLACES = ("PATH", "DIR", "FILE")
 HIDDEN = "[redacted]"
+NO_READER = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
 SHORTEST = 8  # characters; a shorter secret could be part of any word
 
 
@@ -67,15 +75,44 @@ def list_secrets() -> list[str]:
 
 
 class RedactedStream:
-    """A text stream that writes no secret."""
+    """A text stream that writes no secret, and that nobody has to read.
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+    Where a terminal was closed, or the program at the other end of a pipe has ended, what is
+    written is lost, and nothing else is.
+
+    Args:
+        is_essential: whether any other failure, as of a full disk, is an error.
+    """
+
+    def __init__(self, stream: TextIO, is_essential: bool = False):
+        self.stream, self.is_essential = stream, is_essential
 
     def write(self, text: str) -> int:
         """Write a text without its secrets."""
-        self.stream.write(redact_text(text))
+        with self.losing_text():
+            self.stream.write(redact_text(text))
         return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        with self.losing_text():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def losing_text(self) -> Iterator[None]:
+        """Lose what cannot be written inside, and all after it.
+
+        Raises:
+            DiskError: where the stream is essential, and has a reader.
+        """
+        try:
+            yield
+        except OSError as error:
+            # Else Python tries again when the process ends, and changes its exit code.
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+            if self.is_essential and error.errno not in NO_READER:
+                raise DiskError(f"the output could not be written: {error.strerror}") from error
 
     def writelines(self, lines: Iterable[str]) -> None:
         """Write several texts."""
@@ -86,13 +123,29 @@ class RedactedStream:
         return getattr(self.stream, name)
 
 
+def open_descriptors() -> None:
+    """Open standard input, output and error that were closed, on nothing.
+
+    Else the next file that is opened would take their place, and what libraries say.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
 @contextlib.contextmanager
 def redacted_output() -> Iterator[None]:
     """While the block lasts, no secret is written to standard output and standard error."""
+    open_descriptors()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (
-        stream if isinstance(stream, RedactedStream) else RedactedStream(stream)
-        for stream in before
+        stream
+        if isinstance(stream, RedactedStream)
+        # Python has None for one that was closed when it began.
+        else RedactedStream(stream or open(os.devnull, "w"), is_output)  # noqa: SIM115
+        for stream, is_output in zip(before, (True, False), strict=True)
     )
     try:
         yield

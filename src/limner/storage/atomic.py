@@ -9,7 +9,9 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,7 +120,7 @@ def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
     """Yield a temporary path in the same folder; a file written to it then replaces ``path``.
 
     A reader sees the old file or the new one, never a part. When the block raises, ``path`` is
-    untouched.
+    untouched. What a link leads to is replaced, not the link; a device or pipe is written to.
 
     Args:
         needed: see ``disk_errors``.
@@ -126,16 +128,32 @@ def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
     Raises:
         DiskError: when the disk refuses.
     """
+    if is_device(path):
+        with tempfile.TemporaryDirectory() as folder, disk_errors(path, needed):
+            yield Path(folder) / path.name
+            with path.open("wb") as device, (Path(folder) / path.name).open("rb") as file:
+                shutil.copyfileobj(file, device)
+        return
+    target = Path(os.path.realpath(path))
     # Random, as threads, and hosts with a shared disk, may write the same file at once.
-    temporary = name_temporary(path, "tmp", secrets.token_hex(8))
+    temporary = name_temporary(target, "tmp", secrets.token_hex(8))
     with disk_errors(path, needed):
         try:
             yield temporary
             sync(temporary)
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-        sync(path.parent)
+        sync(target.parent)
+
+
+def is_device(path: Path) -> bool:
+    """Whether a path is there, and is neither a file nor a folder."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,5 +1,7 @@
-"""Turn SIGTERM and Ctrl-C into a request to stop, so that a run ends with a checkpoint."""
+"""Turn SIGTERM, Ctrl-C and the end of a terminal into a request to stop, which ends a run with a
+checkpoint."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -21,7 +23,7 @@ QUIT_SECONDS = 1.0
 BEFORE_TRAINING = (
     "stopped before training began; what was encoded is kept. Run the same command again to go on."
 )
-NUMBERS = (signal.SIGTERM, signal.SIGINT)
+NUMBERS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 def end_process(error: LimnerError) -> None:
@@ -61,6 +63,9 @@ class Stop:
             )
             threading.Thread(target=self.hear_signals, name="stop", daemon=True).start()
             for number in NUMBERS:
+                # A closed terminal stops a run, but not one that nohup has started.
+                if number not in (signal.SIGTERM, signal.SIGINT) and is_ignored(number):
+                    continue
                 self.previous_handlers[number] = signal.signal(number, self.handle_signal)
         return self
 
@@ -84,7 +89,7 @@ class Stop:
                 b"\nlimner: stopping as soon as the state is saved; press Ctrl-C again "
                 b"to quit without saving\n"
             )
-            os.write(2, message)
+            write_to_terminal(message)
         elif time.monotonic() - self.asked_at > REPEAT_SECONDS:
             signal.signal(number, find_handler(number, self.previous_handlers[number]))
             signal.raise_signal(number)
@@ -129,13 +134,24 @@ class Stop:
     def quit(self, number: int) -> None:
         """End this process with the code of a signal, unless it ends by itself in a moment."""
         if not self.closed.wait(QUIT_SECONDS):
-            os.write(2, b"\nlimner: stopped by hand, without saving\n")
+            write_to_terminal(b"\nlimner: stopped by hand, without saving\n")
             os._exit(128 + number)
 
     def check(self) -> None:
         """Raise ``Stopped`` when a stop was asked for while nothing has been trained."""
         if self.asked:
             raise Stopped(BEFORE_TRAINING)
+
+
+def is_ignored(number: int) -> bool:
+    """Whether a signal was to be ignored when this process began."""
+    return signal.getsignal(number) is signal.SIG_IGN
+
+
+def write_to_terminal(message: bytes) -> None:
+    """Write to standard error, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        os.write(2, message)
 
 
 def find_handler(number: int, handler: Any) -> Any:
