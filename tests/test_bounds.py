@@ -13,7 +13,7 @@ from limner import cli
 from limner.config import toml
 from limner.config.rules import check_config
 from limner.config.schema import SETTINGS, Config
-from limner.data.index import read_decoded_pictures
+from limner.data.known_pictures import read_decoded_pictures
 from limner.data.order import Order
 from limner.errors import InputError, IntegrityError
 from limner.json_types import parse_json

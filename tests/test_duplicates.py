@@ -1,14 +1,13 @@
 """Pictures that look alike are found by a few bits of difference, without comparing all with all,
-and flat ones look like nothing."""
+and flat ones look like those of the same pixels."""
 
 import io
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from limner.data import similarity
-from limner.data.similarity import FLAT
 
 
 def scene(seed: int, size: tuple[int, int] = (180, 240)) -> Image.Image:
@@ -23,6 +22,10 @@ def jpeg(picture: Image.Image) -> Image.Image:
     return Image.open(stream)
 
 
+def look(picture: Image.Image) -> int:
+    return similarity.perceptual_hashes(picture)[0]
+
+
 CHANGES = {
     "as it is": lambda p: p,
     "another format": jpeg,
@@ -34,19 +37,40 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_copy_is_found_and_others_are_not(name: str) -> None:
-    hashes = [similarity.perceptual_hash(scene(i)) for i in range(30)] + [
-        similarity.perceptual_hash(CHANGES[name](scene(i))) for i in range(30)
+    hashes = [look(scene(i)) for i in range(30)] + [
+        look(CHANGES[name](scene(i))) for i in range(30)
     ]
     found = similarity.group_similar(hashes)
     assert len(found) >= 29 and all(group == [group[0], group[0] + 30] for group in found)
 
 
-def test_flat_pictures_are_in_no_group() -> None:
-    flat = [
-        similarity.perceptual_hash(Image.new("RGB", (90, 70), colour))
-        for colour in ("white", "black", "red")
-    ]
-    assert flat == [FLAT] * 3 and similarity.group_similar(flat) == []
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_mirror_image_is_found_where_mirrors_are_alike(name: str) -> None:
+    pictures = [scene(i) for i in range(30)]
+    pictures += [ImageOps.mirror(CHANGES[name](scene(i))) for i in range(30)]
+    hashes, mirrored = zip(*map(similarity.perceptual_hashes, pictures), strict=True)
+    assert similarity.group_similar(hashes) == []
+    found = similarity.group_similar(hashes, mirrored)
+    assert len(found) >= 29 and all(group == [group[0], group[0] + 30] for group in found)
+
+
+def draw_line(column: int) -> Image.Image:
+    """A sheet that is all but empty."""
+    sheet = Image.new("RGB", (512, 512), "white")
+    ImageDraw.Draw(sheet).line((column, 100, column, 130), fill="black", width=3)
+    return sheet
+
+
+def test_flat_pictures_are_alike_by_their_pixels_only() -> None:
+    flat = [Image.new("RGB", (90, 70), colour) for colour in ("white", "black", "red")]
+    flat += [Image.new("RGB", (70, 90), "white"), *(draw_line(20 + 50 * i) for i in range(5))]
+    assert similarity.group_similar([look(picture) for picture in flat]) == []
+    twice = [look(picture) for picture in [*flat, *flat]]
+    assert similarity.group_similar(twice) == [[i, i + 9] for i in range(9)]
+    pair = [similarity.perceptual_hashes(p) for p in (flat[-1], ImageOps.mirror(flat[-1]))]
+    hashes, mirrored = zip(*pair, strict=True)
+    assert similarity.group_similar(hashes) == []
+    assert similarity.group_similar(hashes, mirrored) == [[0, 1]]
 
 
 @pytest.mark.parametrize("distance", [0, 1, 4, 7])
@@ -71,10 +95,10 @@ def test_groups_are_those_of_comparing_all_with_all(distance: int) -> None:
         seen |= group
         if len(group) > 1:
             wanted.append(sorted(group))
-    assert similarity.group_similar(hashes, distance) == sorted(wanted) and len(wanted) > 5
+    assert similarity.group_similar(hashes, distance=distance) == sorted(wanted) and len(wanted) > 5
 
 
 def test_a_bucket_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(similarity, "BLOCK", 3)
     hashes = [(1 << 40) + i for i in range(1, 16)]  # all equal in most bands
-    assert similarity.group_similar(hashes, 4) == [list(range(15))]
+    assert similarity.group_similar(hashes, distance=4) == [list(range(15))]

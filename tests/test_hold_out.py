@@ -3,17 +3,19 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 
 from limner import rng
 from limner.config import toml
-from limner.config.schema import Config
+from limner.config.schema import Config, DataSettings
 from limner.data.folder import Folder
-from limner.data.index import Entry, Index
+from limner.data.index import Entry, Index, build_index
 from limner.errors import InputError
 from limner.storage.run_state import RunState
 from limner.training.batch_plan import make_plan
@@ -123,9 +125,62 @@ def test_half_of_the_data_is_not_held_out_unasked(digests: list[int]) -> None:
     assert len(split(make_index([7] * 6), 2, apart=False)[1]) == 2
 
 
-def test_flat_pictures_are_alike_by_content_only() -> None:
-    index = make_index(list(range(12)), dict.fromkeys(range(12), 0))
-    assert split(index, 3)[2] == []
+def look_at(folder: Path, **settings: Any) -> tuple[Index, list[str]]:
+    told: list[str] = []
+    config = DataSettings(folder=str(folder), caption=None, size=16, **settings)
+    return build_index(Folder(config, told.append), config, report=told.append), told
+
+
+def test_flat_pictures_are_alike_by_their_pixels_only(tmp_path: Path) -> None:
+    """Of 8 sheets with a line each, every one is there in two files of other bytes."""
+    for number in range(8):
+        sheet = Image.new("RGB", (512, 512), "white")
+        ImageDraw.Draw(sheet).line((20 + 50 * number, 100, 20 + 50 * number, 130), "black", 3)
+        sheet.save(tmp_path / f"{number}.png")
+        sheet.save(tmp_path / f"{number} again.png", compress_level=1)
+    index, told = look_at(tmp_path)
+    assert len(told) == 1 and told[0].startswith("8 of 16 records look like an earlier one")
+    assert index.near_duplicates == [list(index.entries[i : i + 2]) for i in range(0, 16, 2)]
+    for seed in range(5):
+        training, held_out, _ = split(index, 4, seed)
+        assert {e.key[0] for e in training}.isdisjoint(e.key[0] for e in held_out)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_mirror_images_stay_together_where_pictures_are_mirrored(tmp_path: Path, flip: bool):
+    for number in range(8):
+        small = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
+        picture = Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC)
+        picture.save(tmp_path / f"{number}.png")
+        ImageOps.mirror(picture).save(tmp_path / f"{number} mirrored.png")
+    index, told = look_at(tmp_path, flip=flip)
+    assert [line[:37] for line in told] == ["8 of 16 records look like an earlier "] * flip
+    both = [split(index, 4, seed)[:2] for seed in range(5)]
+    shared = [{e.key[0] for e in one} & {e.key[0] for e in other} for one, other in both]
+    assert any(shared) != flip
+
+
+def test_what_was_seen_on_another_background_is_looked_at_again(tmp_path: Path) -> None:
+    """Black drawings on nothing, each in two files: on black they are all the same."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(6):
+        pixels = np.zeros((64, 64, 4), np.uint8)
+        inked = np.random.default_rng(number).random((8, 8)) > 0.5
+        pixels[..., 3] = np.kron(inked, np.full((8, 8), 255))
+        for again in range(2):
+            path = tmp_path / "pictures" / f"{number}-{again}.png"
+            Image.fromarray(pixels).save(path, compress_level=1 + again)
+    config = DataSettings(folder=str(tmp_path / "pictures"), caption=None, size=16)
+    source = Folder(config, lambda line: None)
+
+    def look(background: str, known: Path | None) -> Index:
+        settings = replace(config, background=background)
+        return build_index(source, settings, cache_file=known, report=lambda line: None)
+
+    alone = {colour: look(colour, None) for colour in ("black", "white")}
+    assert [len(index.near_duplicates) for index in alone.values()] == [1, 6]
+    for colour in ("black", "white", "black"):
+        assert look(colour, tmp_path / "known.json") == alone[colour]
 
 
 def test_pictures_that_are_all_alike_are_refused() -> None:

@@ -9,12 +9,14 @@ import pytest
 from PIL import Image
 
 from limner.config.schema import DataSettings
-from limner.data import image
+from limner.data import image, similarity
 from limner.data.index import Entry, Index, build_index, check_resized_size, write_skipped
 from limner.data.picture_file import Undecodable
 from limner.data.source import BadRecord, Record
 from limner.errors import InputError
 from limner.features.caption_lengths import find_truncated_captions
+
+AS_USUAL: Any = {"background": "white", "max_pixels": 10_000}
 
 
 class Mine:
@@ -301,7 +303,11 @@ def test_a_damaged_memory_is_as_good_as_none(tmp_path: Path, damage: bytes) -> N
     known.write_bytes(damage)
     assert seen(source, known=known, damaged=b"digest" not in damage) == first
     assert json.loads(known.read_text())["pictures"] == {
-        first.entries[0].digest: [5, 9, first.entries[0].perceptual_hash]
+        f"{first.entries[0].digest} white": [
+            *(5, 9),
+            *similarity.perceptual_hashes(image.decode(tmp_path / "a.png", **AS_USUAL)),
+            False,
+        ]
     }
     known.write_text(known.read_text().replace("[5, 9,", "[5, 8,"))
     assert seen(source, known=known) == first
@@ -321,9 +327,29 @@ def test_the_memory_of_another_decoder_is_not_trusted(
     )
     seen(source, known=known)
     assert calls == []
-    monkeypatch.setattr("limner.data.index._DECODER", "1, Pillow 0.0")
+    monkeypatch.setattr("limner.data.known_pictures._DECODER", "1, Pillow 0.0")
     seen(source, known=known)
     assert calls == [tmp_path / "a.png"]
+
+
+def test_further_frames_and_pages_are_told(tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    frames = [Image.fromarray(draws.integers(0, 256, (9, 9, 3), np.uint8)) for _ in range(3)]
+    for name in ("a.gif", "b.tif", "c.webp", "d.png", "e.avif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    # A second picture in a JPEG is a preview, a map of light or the other eye's view.
+    frames[0].save(tmp_path / "f.jpg", "MPO", save_all=True, append_images=frames[1:])
+    for name in ("g.gif", "h.tif", "i.webp", "j.png", "k.avif"):
+        frames[0].save(tmp_path / name)
+    source = Mine(*(Record(path.name, path, ("x",)) for path in sorted(tmp_path.iterdir())))
+    config = DataSettings(size=4)
+    for _ in range(2):  # decoded, and then known
+        told: list[str] = []
+        build_index(source, config, cache_file=tmp_path / "known", report=told.append)
+        assert [line for line in told if "frames" in line] == [
+            "5 of 11 records have further frames or pages, of which none but the first is used: "
+            "a.gif; b.tif; c.webp; ..."
+        ]
 
 
 def test_a_memory_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image, ImageColor
 from limner.data.color import Color, find_scale, flatten_to_srgb, needs_conversion
 from limner.data.geometry import Geometry
 from limner.data.picture_file import (
+    JPEG_SIGNATURE,
     Undecodable,
     check_memory,
     check_size,
@@ -236,6 +237,21 @@ def reduce_array(array: np.ndarray) -> np.ndarray:
         f"an array must be uint8, or hold 0 to 1 or whole numbers of 0 to 255 or 65535; this is "
         f"{array.dtype} of {low:g} to {high:g}"
     )
+
+
+def has_further_frames(picture: Path | bytes) -> bool:
+    """Whether a picture that decodes is the first of several frames or pages of its file."""
+    try:
+        content = read_file(picture) if isinstance(picture, Path) else picture
+        # What follows a JPEG in its file is a preview, a map or the other eye's view.
+        if content.startswith(JPEG_SIGNATURE):
+            return False
+        return bool(getattr(open_content(content), "is_animated", False))
+    except MemoryError:
+        raise
+    # What follows can be damaged in any way; it is not used.
+    except Exception:
+        return False
 
 
 def load_views(

@@ -6,45 +6,33 @@ Bad data is thus refused, by name, before any weight is loaded.
 import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import PIL
 import xxhash
 
 from limner import rng
 from limner.config.schema import DataSettings
 from limner.data import buckets, geometry, image, similarity
 from limner.data.buckets import TooSmall
+from limner.data.known_pictures import (
+    DecodedPictures,
+    PictureFacts,
+    read_decoded_pictures,
+    write_decoded_pictures,
+)
 from limner.data.picture_file import Undecodable
-from limner.data.similarity import FLAT
 from limner.data.source import BadRecord, Record, Source
-from limner.errors import DiskError, InputError, join_first, say_count, shorten
-from limner.json_types import Plain, parse_json
+from limner.errors import InputError, join_first, say_count
+from limner.json_types import Plain
 from limner.progress import open_progress
 from limner.protocols import Report
 from limner.redaction import redact
 from limner.storage import atomic
 from limner.storage.run_folder import RunFolder
 
-# The version of the list of decoded pictures, and the decoder: when either changes, pictures are
-# decoded anew.
-_DECODER = f"4, Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}"
-
-
-class PictureFacts(NamedTuple):
-    """The size and hash of a decoded picture; a row in the list of decoded pictures."""
-
-    height: int  # upright
-    width: int
-    perceptual_hash: int
-
-
-DecodedPictures = dict[str, PictureFacts]  # by digest of the content
 BadEntry = tuple[str, str]  # key and reason
 
 
@@ -58,7 +46,9 @@ class Entry:
     digest: str  # of the picture's content
     height: int  # upright
     width: int
-    perceptual_hash: int = FLAT
+    perceptual_hash: int = 0
+    mirrored_hash: int | None = None  # None where pictures are not mirrored
+    further_frames: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -103,11 +93,13 @@ class Index:
 
     @cached_property
     def near_duplicates(self) -> list[list[Entry]]:
-        """Groups of records whose pictures look alike and differ in content."""
+        """Groups of records whose pictures look alike, mirrored ones too where the run mirrors
+        them, and differ in content."""
         # The first record of each content stands for all of them.
         first_of_content = {entry.digest: entry for entry in reversed(self.entries)}
         distinct = sorted(first_of_content.values(), key=lambda entry: entry.row)
-        groups = similarity.group_similar([entry.perceptual_hash for entry in distinct])
+        mirrored = [entry.mirrored_hash for entry in distinct if entry.mirrored_hash is not None]
+        groups = similarity.group_similar([entry.perceptual_hash for entry in distinct], mirrored)
         return [[distinct[number] for number in group] for group in groups]
 
     def group_alike(self) -> list[int]:
@@ -124,6 +116,11 @@ class Index:
     def with_several_captions(self) -> list[Entry]:
         """Records that have more than one caption."""
         return [entry for entry in self.entries if len(entry.captions) > 1]
+
+    @property
+    def with_further_frames(self) -> list[Entry]:
+        """Records whose picture is the first of several in its file."""
+        return [entry for entry in self.entries if entry.further_frames]
 
     def captions(self) -> Iterator[tuple[str, str]]:
         """Yield every caption as (key of its record, caption)."""
@@ -216,8 +213,10 @@ def report_flaws(index: Index, config: DataSettings, report: Report) -> None:
     without_caption = index.without_caption if config.caption is not None else []
     near_duplicates = [entry for group in index.near_duplicates for entry in group[1:]]
     several = "several captions, one of which is drawn each time"
+    further = "further frames or pages, of which none but the first is used"
     for one, many, flaw, entries in (
         ("has", "have", several, index.with_several_captions),
+        ("has", "have", further, index.with_further_frames),
         ("has", "have", "an empty caption", without_caption),
         ("repeats", "repeat", "the picture of an earlier one", index.exact_duplicates),
         ("looks", "look", "like an earlier one", near_duplicates),
@@ -264,7 +263,8 @@ def inspect_record(
         raise BadRecord(record.key, str(error)) from error
     except MemoryError as error:
         raise InputError(explain_want_of_memory(record.key)) from error
-    return Entry(row, record.key, record.captions, digest, *facts)
+    entry = Entry(row, record.key, record.captions, digest, *facts)
+    return entry if config.flip else replace(entry, mirrored_hash=None)
 
 
 def explain_want_of_memory(key: str) -> str:
@@ -305,13 +305,14 @@ def measure_picture(
         # The size is width first, as it has been in digests from the first.
         content = f"{pixels.shape[1::-1]}".encode() + pixels.tobytes()
         return xxhash.xxh3_128(content).hexdigest(), read_facts(pixels)
-    # The bytes of a file decode alike each time, so their digest is enough.
+    # The bytes of a file decode alike each time on one background.
     digest = digest_file_content(picture)
-    facts = decoded.get(digest)
+    name = f"{digest} {config.background}"
+    facts = decoded.get(name)
     # A picture that is larger than this recipe allows is refused by decoding it again.
     if facts is None or not 0 < facts.height * facts.width <= config.max_pixels:
-        facts = read_facts(decode(picture, config))
-        decoded[digest] = facts
+        facts = read_facts(decode(picture, config), image.has_further_frames(picture))
+        decoded[name] = facts
     return digest, facts
 
 
@@ -320,10 +321,10 @@ def decode(picture: image.Picture, config: DataSettings) -> np.ndarray:
     return image.decode(picture, background=config.background, max_pixels=config.max_pixels)
 
 
-def read_facts(pixels: np.ndarray) -> PictureFacts:
+def read_facts(pixels: np.ndarray, further_frames: bool = False) -> PictureFacts:
     """Return the facts of a decoded picture, uint8 [H, W, 3]."""
     height, width, _ = pixels.shape
-    return PictureFacts(height, width, similarity.perceptual_hash(pixels))
+    return PictureFacts(height, width, *similarity.perceptual_hashes(pixels), further_frames)
 
 
 def digest_file_content(picture: Path | bytes) -> str:
@@ -340,40 +341,6 @@ def digest_file_content(picture: Path | bytes) -> str:
         return atomic.digest_file(picture)
     except OSError as error:
         raise Undecodable(f"cannot be read: {error.strerror or error}") from error
-
-
-def read_decoded_pictures(cache_file: Path | None, report: Report) -> DecodedPictures:
-    """Read the list of decoded pictures.
-
-    A file that is missing or of another decoder is as good as empty; so is a damaged one, and a
-    line says so.
-    """
-    if cache_file is None or not cache_file.exists():
-        return {}
-    try:
-        content = parse_json(cache_file.read_text(encoding="utf-8"))
-        pictures = content["pictures"]
-        if content["digest"] != atomic.digest_json([_DECODER, pictures]):
-            return {}
-        return {digest: PictureFacts(*facts) for digest, facts in pictures.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        report(f"{cache_file} is damaged and is ignored ({shorten(reason)}); it is made again")
-        return {}
-
-
-def write_decoded_pictures(cache_file: Path, decoded: DecodedPictures, report: Report) -> None:
-    """Write the list of decoded pictures, with those that other runs have added."""
-    # What is damaged was said when it was first read.
-    pictures = read_decoded_pictures(cache_file, lambda line: None) | decoded
-    content = {"digest": atomic.digest_json([_DECODER, pictures]), "pictures": pictures}
-    try:
-        atomic.write_text(cache_file, json.dumps(content))
-    except (DiskError, OSError) as error:
-        report(
-            f"{cache_file}: cannot be written, so the pictures will be decoded again next time "
-            f"({error})"
-        )
 
 
 def write_skipped(run: Path, skipped: Iterable[BadEntry]) -> None:

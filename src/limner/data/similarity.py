@@ -4,39 +4,59 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import xxhash
 from PIL import Image
 
 from limner.data import image
 
 DISTANCE = 4  # bits; docs/log.md tells which pictures it groups, rightly and wrongly
-FLAT = 0  # the hash of a picture without detail, which is like no other
+FLAT = 2  # the deviation of grey, of 255, below which a picture is without detail
+MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
 BLOCK = 4096  # hashes that are compared at once with all others of an equal band
 
 
-def perceptual_hash(picture: Image.Image | np.ndarray) -> int:
-    """Return the 64-bit perceptual hash of a picture, of PIL or uint8 [H, W, 3]; ``FLAT`` for one
-    without detail.
+def perceptual_hashes(picture: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Return the 64-bit perceptual hashes of a picture, of PIL or uint8 [H, W, 3], and of its
+    mirror image.
 
-    It is pHash of ImageHash: the signs of the low frequencies of a 32x32 grey picture.
+    They are pHash of ImageHash: the signs of the low frequencies of a 32x32 grey picture. In a
+    picture without detail those would be of noise: its hashes are digests of its pixels.
     """
-    import imagehash
-
     # Lanczos over all pixels of a large picture would be slow.
     pixels = np.asarray(picture)
-    pixels = image.shrink(pixels, min(pixels.shape[:2]) // 64, "L")
-    grey = Image.fromarray(pixels).resize((32, 32), Image.Resampling.LANCZOS)
-    if float(np.asarray(grey, np.float32).std()) < 2:
-        return FLAT
+    shrunk = image.shrink(pixels, min(pixels.shape[:2]) // 64, "L")
+    grey = Image.fromarray(shrunk).resize((32, 32), Image.Resampling.LANCZOS)
+    if float(np.asarray(grey, np.float32).std()) < FLAT:
+        return digest_pixels(pixels), digest_pixels(pixels[:, ::-1])
+    return read_frequencies(grey), read_frequencies(grey.transpose(MIRROR))
+
+
+def digest_pixels(pixels: np.ndarray) -> int:
+    """Return a 64-bit digest of a picture's shape and pixels."""
+    return xxhash.xxh3_64_intdigest(f"{pixels.shape}".encode() + pixels.tobytes())
+
+
+def read_frequencies(grey: Image.Image) -> int:
+    """Return the pHash of a grey picture."""
+    import imagehash
+
     bits = imagehash.phash(grey).hash.reshape(-1)
     return int(np.packbits(bits).view(">u8")[0])
 
 
-def group_similar(hashes: Sequence[int], distance: int = DISTANCE) -> list[list[int]]:
+def group_similar(
+    hashes: Sequence[int], mirrored: Sequence[int] = (), distance: int = DISTANCE
+) -> list[list[int]]:
     """Return groups of pictures that look alike, directly or through others, as numbers in order.
 
-    Pictures without detail are in no group.
+    Args:
+        mirrored: the hashes of their mirror images, where a picture is like its own; else none.
     """
-    values, value_numbers = np.unique(np.array(hashes, np.uint64), return_inverse=True)
+    count = len(hashes)
+    values, value_numbers = np.unique(
+        np.array([*hashes, *mirrored], np.uint64), return_inverse=True
+    )
+    value_numbers = value_numbers.reshape(-1)
     # A forest over the values: a root is its own parent, and all below it form one group.
     parents = list(range(len(values)))
 
@@ -46,13 +66,13 @@ def group_similar(hashes: Sequence[int], distance: int = DISTANCE) -> list[list[
             number = parents[number]
         return number
 
-    for one, other in find_near_pairs(values, distance):
+    own_mirrors = zip(value_numbers[:count], value_numbers[count:], strict=False)
+    for one, other in itertools.chain(find_near_pairs(values, distance), own_mirrors):
         roots = find_root(one), find_root(other)
         parents[max(roots)] = min(roots)
     groups: dict[int, list[int]] = {}
-    for picture, number in enumerate(value_numbers.reshape(-1)):
-        if values[number] != FLAT:
-            groups.setdefault(find_root(int(number)), []).append(picture)
+    for picture, number in enumerate(value_numbers[:count]):
+        groups.setdefault(find_root(int(number)), []).append(picture)
     return sorted(group for group in groups.values() if len(group) > 1)
 
 
