@@ -193,6 +193,12 @@ def test_the_command_reads_prompts_and_writes_a_grid(runs, tmp_path, capsys):
         (["generate", "{run}", "red", "--seed", str(2**70)], "is not within 0 to 2**63 - 1"),
         (["generate", "{run}", "red", "--seed=-1"], "seed: -1 is not within 0"),
         (["generate", "{run}", "red", "--grid", "g.nope"], "--grid: g.nope is of no format"),
+        (
+            ["generate", "{run}", "red", "--steps", "1001"],
+            "1001 are more than the scheduler's 1000",
+        ),
+        (["generate", "{run}", "red", "--steps", "1001", "--scheduler=ddim"], "take fewer"),
+        (["generate", "{run}", "red", "--steps", "1001", "--engine=jax"], "take fewer"),
         (["generate", "{run}", "red", "--steps", str(10**9)], "at least 1 and at most 100000"),
     ],
 )
@@ -200,6 +206,37 @@ def test_what_cannot_be_drawn_is_said_in_one_message(runs, tmp_path, capsys, arg
     assert cli.main([a.format(run=runs["full"], empty=tmp_path) for a in arguments]) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("kind", ["torch", "jax"])
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_more_preview_steps_than_timesteps_are_refused_before_training(
+    base, pictures, tmp_path, capsys, command, kind
+):
+    ddim = Path(shutil.copytree(base, tmp_path / "base"))
+    for file in (ddim / "model_index.json", ddim / "scheduler" / "scheduler_config.json"):
+        file.write_text(file.read_text().replace("PNDMScheduler", "DDIMScheduler"))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'run = "{tmp_path}/run"\nmodel.base = "{ddim}"\nengine.kind = "{kind}"\n'
+        f'data = {{ folder = "{pictures}", size = 32 }}\ntrain = {{ steps = 1, batch_size = 1 }}\n'
+        'preview = { prompts = ["red"], steps = 1001 }\n'
+    )
+    assert cli.main([command, str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert "preview.steps: 1001 are more than the scheduler's 1000 timesteps" in said
+    assert "Traceback" not in said and not list(tmp_path.glob("run/checkpoint*"))
+
+
+def test_steps_of_an_open_pipeline_are_looked_at_before_it_draws(runs):
+    """As of a model that was fetched."""
+    from limner.engines.torch import pipeline
+
+    made = pipeline.open_pipeline(
+        ModelSource(str(runs["full"])), None, scheduler="ddim", precision="no", device="cpu"
+    )
+    with pytest.raises(InputError, match="steps: 1000 are more than the scheduler's 1000"):
+        pipeline.draw_pictures(made, ["red"], [0], steps=1000, guidance_scale=2.0, size=None)
 
 
 @pytest.mark.parametrize(

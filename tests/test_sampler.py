@@ -278,6 +278,35 @@ def test_every_setting_is_served_as_stock_or_refused(pipeline: str, class_name: 
     assert drawn > len(full) + 5
 
 
+@pytest.mark.frameworks
+@pytest.mark.parametrize("spacing", [*SPACINGS, None])
+@pytest.mark.parametrize("class_name", [*DEFAULTS, "DDPMScheduler", "HeunDiscreteScheduler"])
+def test_steps_are_refused_where_the_stock_scheduler_fails(
+    class_name: str, spacing: str | None
+) -> None:
+    """Drawn with 20 timesteps: what is served is finite, what is refused is above 18."""
+    import diffusers
+    import torch
+
+    config = {"num_train_timesteps": 20, "clip_sample": False, "skip_prk_steps": True}
+    config |= {} if spacing is None else {"timestep_spacing": spacing}
+    for steps, offset in itertools.product((1, 7, 10, 18, 19, 20, 21, 40), (0, 1)):
+        settings = config | {"steps_offset": offset}
+        try:
+            samplers.check_steps(steps, class_name, settings)
+        except InputError:
+            assert steps > 18
+            continue
+        scheduler = getattr(diffusers, class_name).from_config(settings)
+        scheduler.set_timesteps(steps)
+        assert max(scheduler.timesteps) < 20
+        x = torch.ones(1, 4, 2, 2)
+        for t in scheduler.timesteps:
+            x = scheduler.step(x / 2, t, x).prev_sample
+        assert steps <= 20 and x.isfinite().all()
+    samplers.check_steps(10_000, "FlowMatchEulerDiscreteScheduler", config)
+
+
 def test_steps_that_are_no_timesteps_are_refused() -> None:
     """Stock schedulers end in an index that is out of bounds."""
     config = BASE | {"_class_name": "DDIMScheduler", "clip_sample": False}

@@ -14,9 +14,14 @@ from limner import engines
 from limner.base_model.base import INDEX
 from limner.base_model.find import path_exists
 from limner.base_model.hub import check_hub_name
+from limner.base_model.json_files import read_json
 from limner.config import toml
 from limner.config.schema import Config
 from limner.data.contact_sheet import draw_contact_sheet
+from limner.diffusion.base_schedulers import GAUSSIAN
+from limner.diffusion.result_scheduler import adapt_scheduler
+from limner.diffusion.sampler_settings import SCHEDULERS, adapt_to_pipeline
+from limner.diffusion.samplers import check_steps
 from limner.errors import InputError, IntegrityError
 from limner.families import get_family
 from limner.json_types import parse_json
@@ -26,6 +31,7 @@ from limner.storage.layout import LORA_FILE
 from limner.storage.run_folder import RunFolder
 from limner.training.result import check_result_of_run
 
+SCHEDULER = Path("scheduler", "scheduler_config.json")
 MOST = 100_000  # pictures, steps, or pictures at once
 # The sections of a run's settings that its pictures depend on.
 SECTIONS = ("model", "objective", "adapter", "engine")
@@ -134,6 +140,7 @@ def open_pipeline(
     if other_source is not None and other_source.family is None:
         # No run of its own: it is read as the run read it.
         other_source = replace(other_source, variant=source.variant, cache_dir=source.cache_dir)
+    check_sampler(source, settings)
     return engines.open_pipeline(
         source,
         other_source,
@@ -143,6 +150,26 @@ def open_pipeline(
         device=settings.device,
         safety_checker=settings.safety_checker,
     )
+
+
+def check_sampler(source: ModelSource, settings: DrawSettings) -> None:
+    """Refuse more steps than the scheduler of a model that is here has timesteps; one that is to be
+    fetched is looked at when it is open.
+
+    Raises:
+        InputError: see ``samplers.check_steps``.
+    """
+    folder, name = Path(source.model), settings.scheduler
+    if not (folder / SCHEDULER).is_file() or not (folder / INDEX).is_file():
+        return
+    scheduler, index = read_json(folder / SCHEDULER), read_json(folder / INDEX)
+    class_name = str(scheduler.get("_class_name"))
+    if class_name not in GAUSSIAN:
+        return
+    scheduler = adapt_scheduler(scheduler, class_name, source.prediction_type)
+    scheduler = adapt_to_pipeline(scheduler, str(index.get("_class_name")), name)
+    class_name, changes = SCHEDULERS.get(name or "", (scheduler["_class_name"], {}))
+    check_steps(settings.steps, class_name, scheduler | changes)
 
 
 def draw(pipeline: Any, prompts: Sequence[str], settings: DrawSettings) -> list[Drawing]:

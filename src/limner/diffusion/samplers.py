@@ -5,11 +5,13 @@ all outputs so far. Row k of a table holds the weights of step k: the first for 
 (unit variance), the others for the outputs of steps 0, 1, ...; the last row is the finished sample.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from limner.diffusion.base_schedulers import GAUSSIAN
 from limner.diffusion.noise_schedule import make_betas
 from limner.diffusion.result_scheduler import adapt_scheduler
 from limner.diffusion.sampler_algorithms import (
@@ -30,6 +32,23 @@ SAMPLERS = {
     "PNDMScheduler": sample_pndm,
     "UniPCMultistepScheduler": sample_unipc,
 }
+
+# Classes whose timesteps are leading where their config does not say; those of all others are
+# evenly spaced from end to end.
+LEADING = (
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+)
+# Classes that space one timestep more than they take, unless they are trailing.
+ONE_MORE = (
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,7 @@ def make_table(
     schedule = SamplerSchedule(
         make_sampler_alphas_bar(settings), settings["prediction_type"], settings
     )
-    check_steps(steps, schedule)
+    check_steps(steps, sampler, settings)
     # PNDM calls the network twice at its second timestep.
     calls = steps + 1 if sampler == "PNDMScheduler" and steps > 1 else steps
     # Unit vectors take the place of the noise and of the outputs: all that the sampler computes
@@ -77,24 +96,31 @@ def make_table(
     return SamplerTable(np.array(timesteps, np.float32), np.array([*inputs, sample], np.float32))
 
 
-def check_steps(steps: int, schedule: SamplerSchedule) -> None:
-    """Refuse steps that are no timesteps of the noise schedule, as stock schedulers do.
+def check_steps(
+    steps: int, class_name: str, config: Mapping[str, Any], name: str = "steps"
+) -> None:
+    """Refuse steps that are no timesteps of the noise schedule, with which stock schedulers end in
+    an error or in numbers that are not finite. A flow has no end of them.
+
+    Args:
+        config: of the scheduler, as the pipeline takes it.
+        name: of the setting in the message.
 
     Raises:
         InputError: saying how many there may be.
     """
-    count = len(schedule.alphas_bar)
-    offset = read_whole_number(schedule.config, "steps_offset", 0)
+    if class_name not in GAUSSIAN or class_name == "UnCLIPScheduler":
+        return
+    count = read_whole_number(config, "num_train_timesteps", 1000)
+    offset = read_whole_number(config, "steps_offset", 0)
+    spacing = config.get("timestep_spacing", "leading" if class_name in LEADING else "linspace")
+    spaced = steps + 1 if class_name in ONE_MORE and spacing != "trailing" else steps
     # Leading timesteps are multiples of a whole number, and begin at the offset.
-    spaced = schedule.config["timestep_spacing"] == "leading"
-    if spaced and steps <= count:
-        fits = (steps - 1) * (count // steps) + offset < count
-    else:
-        fits = steps <= count
-    if not fits:
+    first = offset if spacing == "leading" else 0
+    if spaced > count or (first and (spaced - 1) * (count // spaced) + first >= count):
         raise InputError(
-            f"steps: {steps} are more than the scheduler's {count} timesteps, of which the first "
-            f"is {offset if spaced else 0}; take fewer"
+            f"{name}: {steps} are more than the scheduler's {count} timesteps, of which the first "
+            f"is {first}; take fewer"
         )
 
 

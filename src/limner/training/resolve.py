@@ -15,8 +15,11 @@ from limner.data.source import Source
 from limner.diffusion import make_objective
 from limner.diffusion.base_schedulers import describe_doubts
 from limner.diffusion.objective import Objective
+from limner.diffusion.result_scheduler import adapt_scheduler
+from limner.diffusion.sampler_settings import adapt_to_pipeline
+from limner.diffusion.samplers import check_steps
 from limner.errors import InputError, IntegrityError
-from limner.families import get_family
+from limner.families import FAMILIES, get_family
 from limner.families.family import Family
 from limner.protocols import ProcessGroup, Report
 from limner.storage import atomic
@@ -104,6 +107,7 @@ def settle(
     objective = make_objective(base.configs["scheduler"], config.objective)
     for doubt in describe_doubts(base.configs["scheduler"], objective.prediction_type):
         report(doubt)
+    check_preview_steps(config, base, family, objective.prediction_type)
     sinks.require_packages(config.log.to)
     if not read_only:
         config = settle_repository(config, process)
@@ -134,6 +138,25 @@ def check_sizes(data: DataSettings, family: Family, base: BaseModel) -> None:
                 f"{name}: {pixels} pixels are no multiple of {multiple}, which family "
                 f"{family.name!r} needs; choose {max(1, round(pixels / multiple)) * multiple}"
             )
+
+
+def check_preview_steps(
+    config: Config, base: BaseModel, family: Family, prediction_type: str | None
+) -> None:
+    """Refuse more steps for previews than the scheduler that draws them has timesteps."""
+    if not config.preview.prompts and not config.preview.captions:
+        return
+    pipeline = family.pipeline
+    if family.stage is not None and family.stage.prefix:
+        # The decoder draws, and it is the other stage.
+        if base.other_stage is None:
+            return
+        base, pipeline = base.other_stage, FAMILIES[family.stage.other_stage].pipeline
+        prediction_type = base.prediction_type
+    class_name = base.component_class("scheduler")[1]
+    scheduler = adapt_scheduler(base.configs["scheduler"], class_name, prediction_type)
+    scheduler = adapt_to_pipeline(scheduler, pipeline, None)
+    check_steps(config.preview.steps, scheduler["_class_name"], scheduler, "preview.steps")
 
 
 def find_checkpoint(config: Config, process: ProcessGroup, report: Report) -> Checkpoint | None:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from limner.diffusion.sampler_settings import SCHEDULERS
+from limner.diffusion.samplers import check_steps
 from limner.engines.state import find_dtype
 from limner.engines.torch.arithmetic import set_precision_of_float32
 from limner.engines.torch.assembly import compute_as_previews, open_lora_run
@@ -98,9 +99,13 @@ def draw_pictures(
         batch: pictures at a time.
         report: told of pictures that the safety checker has blackened.
         check_stop: called after each step of the sampler; what it raises ends the drawing.
-    """
-    pipeline.set_progress_bar_config(disable=True)
 
+    Raises:
+        InputError: for more steps than the scheduler has timesteps.
+    """
+    scheduler = pipeline.scheduler
+    check_steps(call["steps"], type(scheduler).__name__, scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
     settings = name_settings(**call)
     if check_stop is not None:
         # The sampler's next step takes what this returns in the place of what it has: nothing.
