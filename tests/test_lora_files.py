@@ -255,6 +255,51 @@ def test_what_other_trainers_write_is_used(base: Path, tmp_path: Path) -> None:
             open_pipeline(base, tmp_path, "torch")
 
 
+ALPHAS: dict[str, Callable[[int], tuple[int, float | None]]] = {
+    "alphas": lambda place: (4, place % 4 + 1),
+    "ranks and alphas": lambda place: (place % 3 + 1, (place % 3 + 1) / 2),
+    "ranks without alphas": lambda place: (place % 3 + 1, None),
+    "some without": lambda place: (4, None if place % 2 else 1),
+}
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("kind", ALPHAS)
+def test_every_layer_has_its_own_alpha(
+    base: Path, tmp_path: Path, kind: str, precision: str
+) -> None:
+    """In kohya's layout, where layers may differ in rank and alpha; without one it is the rank."""
+    draws, arrays, expected = np.random.default_rng(0), {}, {}
+    trained = make_arrays(base, "sd", AdapterSettings("lora", 4, text_encoders=True))
+    downs = sorted(name for name in trained if "lora_A" in name)
+    for place, name in enumerate(downs):
+        rank, alpha = ALPHAS[kind](place)
+        layer = name.removesuffix(".lora_A.weight")
+        component, _, rest = layer.partition(".")
+        stem = f"lora_{ {'unet': 'unet', 'text_encoder': 'te'}[component] }_"
+        stem += rest.replace(".", "_")
+        for half, shape in (
+            ("down", (rank, trained[name].shape[1])),
+            ("up", (len(trained[f"{layer}.lora_B.weight"]), rank)),
+        ):
+            arrays[f"{stem}.lora_{half}.weight"] = draws.normal(0, 1, shape).astype(np.float32)
+        if alpha is not None:
+            arrays[f"{stem}.alpha"] = np.array(alpha, np.float32)
+        expected[layer.replace(".text_model.", ".")] = 1 if alpha is None else alpha / rank
+    save_file(arrays, tmp_path / LORA_FILE, metadata={"format": "pt"})
+    pipeline = engines.open_pipeline(
+        ModelSource(str(base), tmp_path), None, scheduler=None, precision=precision, device=None
+    )
+    scales = {
+        f"{component}.{name}": scale
+        for component in ("unet", "text_encoder")
+        for name, module in getattr(pipeline, component).named_modules()
+        if hasattr(module, "lora_A")
+        for scale in module.scaling.values()
+    }
+    assert len(expected) > 20 and scales == expected
+
+
 FAMILIES_OF_LORAS = {
     "sd3": ("transformer", ["attn.to_q", "attn.add_q_proj"]),
     "prior": ("prior", ["to_q", "to_k"]),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ RENAMED_PARTS = (
     (".down.weight", ".lora_A.weight"),
     (".up.weight", ".lora_B.weight"),
 )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a file adds to one layer: scale * up @ down."""
+
+    down: np.ndarray  # [rank, in], for a convolution [rank, in, height, width]
+    up: np.ndarray  # [out, rank], for a convolution [out, rank, 1, 1]
+    scale: float  # alpha / rank, 1 without an alpha
 
 
 def read_lora_file(path: Path) -> tuple[Arrays, dict[str, Any]]:
@@ -81,6 +91,26 @@ def rename_lora_array(name: str) -> str:
     for old, new in RENAMED_PARTS:
         name = name.replace(old, new)
     return name
+
+
+def list_layers(arrays: Arrays) -> dict[str, Layer]:
+    """Return what a file has both halves of, by the layers' names in it."""
+    downs: Arrays = {}
+    ups: Arrays = {}
+    for name, array in arrays.items():
+        # kohya's trainer has an underscore for the dot.
+        today = rename_lora_array(name.replace(".lora_down.", ".lora_A.")).replace(
+            ".lora_up.", ".lora_B."
+        )
+        for half, found in ((".lora_A.weight", downs), (".lora_B.weight", ups)):
+            if today.endswith(half):
+                found[today.removesuffix(half)] = array
+    layers = {}
+    for name in downs.keys() & ups.keys():
+        alpha = arrays.get(f"{name}.alpha")
+        scale = 1.0 if alpha is None else float(alpha.reshape(-1)[0]) / len(downs[name])
+        layers[name] = Layer(downs[name], ups[name], scale)
+    return layers
 
 
 def fits_layer(name: str, arrays: Arrays, shapes: Mapping[str, Shape]) -> bool:

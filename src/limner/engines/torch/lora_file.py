@@ -17,6 +17,7 @@ from limner.engines.lora_file import (
     explain_unused,
     fits_layer,
     guess_prefix,
+    list_layers,
     read_lora_file,
     rename_lora_array,
 )
@@ -40,7 +41,7 @@ def load_lora(pipeline: Any, folder: Path) -> None:
             lacks its other half.
     """
     path = folder / LORA_FILE
-    arrays, _ = read_lora_file(path)
+    arrays, settings = read_lora_file(path)
     nets = list_networks(pipeline)
     hint = guess_prefix(arrays, [name for name in nets if name in ADAPTED_COMPONENTS])
     shapes = {name: list_shapes(net) for name, net in nets.items()}
@@ -65,6 +66,10 @@ def load_lora(pipeline: Any, folder: Path) -> None:
             f"{path}: the other half of some arrays is missing; {len(missing)} in the networks "
             f"have no value ({', '.join(missing[:3])}). Fetch or copy it again."
         )
+    # What a header says of a component, diffusers reads whole.
+    described = {name.partition(".")[0] for name in settings}
+    bare = {name: net for name, net in nets.items() if name not in described}
+    set_scales(path, arrays, bare, get_rounding(nets))
 
 
 @contextmanager
@@ -141,8 +146,7 @@ def compare_with_networks(arrays: Arrays, nets: Nets) -> tuple[list[str], list[s
         The file's names that are in no network, and the networks' names that are in no file.
     """
     added = list_added_parameters(nets)
-    # The networks' values may have been rounded to the type that pictures are drawn in.
-    dtype = min((p.dtype for net in nets.values() for p in net.parameters()), key=get_bits)
+    dtype = get_rounding(nets)
     # What a file has no values for stays on the meta device, or is drawn at random.
     digests = {name: None if p.is_meta else digest(p, dtype) for name, p in added.items()}
     surplus = Counter(digests.values())
@@ -164,6 +168,47 @@ def list_added_parameters(nets: Nets) -> dict[str, torch.nn.Parameter]:
         for parameter_name, parameter in net.named_parameters()
         if any(part in parameter_name for part in ADAPTER_PARTS)
     }
+
+
+def set_scales(path: Path, arrays: Arrays, nets: Nets, dtype: torch.dtype) -> None:
+    """Give every layer the alpha / rank that the file has for it, 1 where it has no alpha.
+
+    diffusers 0.42 reads alphas that differ by names that no layer has, and then gives all layers
+    one alpha. Layers are found by content, as the file may have any trainer's names.
+
+    Args:
+        nets: those of which the file's header says nothing.
+        dtype: what values were rounded to.
+
+    Raises:
+        InputError: for layers that are alike but for their alphas.
+    """
+    scales: dict[tuple[bytes, bytes], float] = {}
+    names: dict[tuple[bytes, bytes], str] = {}
+    for name, layer in list_layers(arrays).items():
+        key = (
+            digest(torch.from_numpy(layer.down), dtype),
+            digest(torch.from_numpy(layer.up), dtype),
+        )
+        if layer.up.any() and scales.get(key, layer.scale) != layer.scale:
+            raise InputError(
+                f"{path}: {names[key]} and {name} have the same arrays and different alphas, so "
+                "that it cannot be told which is whose. Write alpha / rank into the arrays."
+            )
+        scales[key], names[key] = layer.scale, name
+    for module in [module for net in nets.values() for module in net.modules()]:
+        downs, ups = (getattr(module, half, None) for half in ("lora_A", "lora_B"))
+        if downs is None or ups is None:
+            continue
+        scaling: dict[str, float] = module.scaling  # type: ignore[assignment]
+        for adapter in downs.keys() & ups.keys():
+            key = digest(downs[adapter].weight, dtype), digest(ups[adapter].weight, dtype)
+            scaling[adapter] = scales.get(key, scaling[adapter])
+
+
+def get_rounding(nets: Nets) -> torch.dtype:
+    """Return what values may have been rounded to: the type that pictures are drawn in."""
+    return min((p.dtype for net in nets.values() for p in net.parameters()), key=get_bits)
 
 
 def get_bits(dtype: torch.dtype) -> int:
