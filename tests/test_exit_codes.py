@@ -14,7 +14,11 @@ import pytest
 
 import limner
 from limner import cli
+from limner.errors import InputError, Stopped
+from limner.guard import run_guarded
 from limner.storage import atomic
+from limner.storage.run_folder import RunFolder, read_status
+from limner.training.status import keep_status
 
 pytestmark = pytest.mark.frameworks
 
@@ -117,6 +121,26 @@ def test_3(after: float, recipe: Path, tmp_path: Path) -> None:
     said = process.communicate(timeout=20)[1]
     assert process.returncode == 3, said
     assert "limner: stopped" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ModuleNotFoundError, InputError])
+def test_a_stop_that_a_library_makes_an_error_of_its_own_of(
+    kind: type[Exception], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As diffusers and transformers do with whatever ends one of their imports."""
+    folder = RunFolder(tmp_path)
+
+    def import_something() -> None:
+        with keep_status(folder, 0, 9, writes=True):
+            try:
+                raise Stopped("stopped before training began")
+            except Stopped as error:
+                raise kind("Failed to import diffusers.loaders.peft") from error
+
+    assert run_guarded(import_something) == 3
+    assert capsys.readouterr().err == "limner: stopped before training began\n"
+    status = read_status(folder)
+    assert status is not None and status.state == "stopped"
 
 
 def imports(process: subprocess.Popen[str], library: str) -> bool:

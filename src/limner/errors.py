@@ -36,6 +36,17 @@ class LostProcess(Stopped):
     from its newest checkpoint."""
 
 
+def find_stop(error: BaseException | None) -> Stopped | None:
+    """Return the stop that an error was made of, if any.
+
+    A signal may come while diffusers or transformers imports something; they then raise an error of
+    their own from whatever ended the import.
+    """
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__cause__
+    return error
+
+
 class NonFiniteError(LimnerError):
     """A loss or gradient that is infinite or NaN; weights, EMA and checkpoints are unharmed."""
 

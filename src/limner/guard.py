@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from limner.errors import InputError, LimnerError
+from limner.errors import InputError, LimnerError, find_stop
 from limner.redaction import redacted_output
 
 
@@ -30,22 +30,26 @@ def run_explained(action: Callable[[], object]) -> int:
     try:
         action()
         sys.stdout.flush()
-    except LimnerError as error:
-        if not error.reported:
-            print(f"limner: {error}", file=sys.stderr)
-        return error.code
-    except ModuleNotFoundError as error:
-        message = explain_missing((error.name or "").split(".")[0])
-        if message is None:
-            return print_defect()
-        print(f"limner: {message}", file=sys.stderr)
-        return InputError.code
     except KeyboardInterrupt:
         print("limner: stopped by hand", file=sys.stderr)
         return 130
-    except Exception:
-        return print_defect()
+    except Exception as error:
+        return explain_error(find_stop(error) or error)
     return 0
+
+
+def explain_error(error: Exception) -> int:
+    """Print what is to be said of an error, and return its exit code."""
+    if isinstance(error, LimnerError):
+        if not error.reported:
+            print(f"limner: {error}", file=sys.stderr)
+        return error.code
+    if isinstance(error, ModuleNotFoundError):
+        message = explain_missing((error.name or "").split(".")[0])
+        if message is not None:
+            print(f"limner: {message}", file=sys.stderr)
+            return InputError.code
+    return print_defect()
 
 
 def print_defect() -> int:

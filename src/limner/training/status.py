@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 
-from limner.errors import DiskError, LostProcess, Stopped
+from limner.errors import DiskError, LostProcess, Stopped, find_stop
 from limner.storage.run_folder import RunFolder, RunStatus, write_status
 
 
@@ -23,6 +23,7 @@ class StatusFile:
 
     def write_end(self, error: BaseException) -> None:
         """Say how the run has ended."""
+        error = find_stop(error) or error
         if isinstance(error, Stopped) and not isinstance(error, LostProcess):
             self.update(state="stopped")
         elif isinstance(error, KeyboardInterrupt):
