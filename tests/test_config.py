@@ -268,6 +268,11 @@ def test_config_is_frozen() -> None:
             "give exactly one of data.folder, data.hub and data.sets; data.folder=none takes the "
             "recipe's away",
         ),
+        (
+            ["data.folder=mine", "run=./mine/"],
+            "run: ./mine/ is the folder of the pictures, and previews would be trained on; give "
+            "another folder",
+        ),
         (["data.folder=none"], "give exactly one of data.folder, data.hub and data.sets"),
         (["train.steps=none"], "give exactly one of train.steps and train.epochs"),
         (["train.epochs=2"], "give exactly one of train.steps and train.epochs"),

@@ -13,6 +13,7 @@ from limner.config.schema import DataSettings
 from limner.data.folder import Folder
 from limner.data.source import BadRecord
 from limner.errors import InputError, join_first, say_count
+from limner.storage.run_folder import RunFolder
 
 
 def paint(path: Path, text: str | None = None) -> None:
@@ -362,3 +363,90 @@ def test_one_is_and_several_are() -> None:
         "",
     ]
     assert join_first(names, 2, "; ") == "a; b; ..."
+
+
+def test_folders_of_runs_are_no_data(tmp_path: Path) -> None:
+    """A run below its pictures would be trained on its own previews when it goes on."""
+    paint(tmp_path / "a.png")
+    folder = RunFolder(tmp_path / "runs/one")
+    paint(folder.previews_of_step(2) / "0.png")
+    paint(tmp_path / "runs/two/b.png")
+    folder.config.write_text("{}")
+    (tmp_path / "runs/two/config.json").write_text("{}")
+    assert set(read(tmp_path, caption=None)[0]) == {
+        "a.png",
+        "runs/one/previews/step-000002/0.png",
+        "runs/two/b.png",
+    }
+    folder.status.write_text("{}")
+    captions, told = read(tmp_path, caption=None)
+    assert set(captions) == {"a.png", "runs/two/b.png"}
+    assert told[0] == "1 folder of a run is left out: runs/one"
+
+
+def test_what_metadata_names_is_used_and_told(tmp_path: Path) -> None:
+    paint(tmp_path / ".x/a.png"), paint(tmp_path / ".y/b.png"), paint(tmp_path / "real/c.png")
+    (tmp_path / "link").symlink_to("real")
+    write_rows(tmp_path / "metadata.jsonl", (".x/a.png", "a"), ("link/c.png", "c"))
+    captions, told = read(tmp_path)
+    assert captions == {".x/a.png": "a", "link/c.png": "c"}
+    assert told[:3] == [
+        "2 hidden files and folders are left out: .x, .y",
+        "1 link to a folder is not followed: link",
+        "2 files in what is left out are used all the same, since metadata names them: .x/a.png, "
+        "link/c.png",
+    ]
+    write_rows(tmp_path / "metadata.jsonl", ("real/c.png", "c"))
+    assert not [line for line in read(tmp_path)[1] if "all the same" in line]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("Metadata.JSONL", "metadata.jsonl"),
+        ("metadata.jsonl.txt", "metadata.jsonl"),
+        ("METADATA.csv", "metadata.csv"),
+        ("metadata.parquet (1)", "metadata.parquet"),
+    ],
+)
+def test_metadata_by_another_name_is_told(tmp_path: Path, name: str, meant: str) -> None:
+    paint(tmp_path / "a.png")
+    write_rows(tmp_path / name, ("a.png", "a"))
+    with pytest.raises(InputError) as caught:
+        read(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: 1 picture, but no captions; {name} is not read by that name: if it holds "
+        f"the captions, call it {meant}"
+    )
+
+
+FORGED = "a\nlimner: all good\x1b[2J\u2028\u202e.png"
+ESCAPED = r"a\nlimner: all good\x1b[2J\u2028\u202e.png"
+
+
+def test_names_forge_no_message(tmp_path: Path) -> None:
+    paint(tmp_path / FORGED), paint(tmp_path / "b.png", "b")
+    paint(tmp_path / f"x{FORGED}", "x"), paint(tmp_path / "\N{GRINNING FACE}.png", "face")
+    captions, told = read(tmp_path)
+    assert set(captions) == {"b.png", f"x{ESCAPED}", "\N{GRINNING FACE}.png"}
+    assert told == [
+        f"1 of 4 pictures is left out, because it has no .txt with its caption: {ESCAPED}"
+    ]
+    (tmp_path / f"x{FORGED}").unlink(), (tmp_path / f"x{FORGED}").symlink_to("nowhere")
+    with pytest.raises(BadRecord) as caught:
+        read(tmp_path)
+    assert str(caught.value).startswith(f"x{ESCAPED}: x{ESCAPED[:-4]}.txt: there is no such file")
+
+
+def test_names_forge_no_error(tmp_path: Path) -> None:
+    paint(tmp_path / FORGED)
+    with pytest.raises(InputError) as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value) and "\u202e" not in str(caught.value)
+    write_rows(tmp_path / "metadata.jsonl", (FORGED, "a"))
+    (tmp_path / "c\nd").mkdir()
+    write_rows(tmp_path / "c\nd" / "metadata.jsonl", (f"no{FORGED}", "a"))
+    with pytest.raises(BadRecord) as missing:
+        read(tmp_path)
+    assert "\n" not in str(missing.value) and r"c\nd/metadata.jsonl" in str(missing.value)
+    assert join_first([FORGED, "b"], 1) == f"{ESCAPED}, ..."

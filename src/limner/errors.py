@@ -5,9 +5,13 @@ Every message gives the value, the expectation and the remedy.
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 
 SHOWN = 500  # characters of a value in a message
+# Control characters, and those that end a line or turn the direction of writing: a file's name that
+# holds them could forge a message.
+CONTROLS = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069]")
 
 
 class LimnerError(Exception):
@@ -131,4 +135,15 @@ def say_count(count: int, one: str, several: str) -> str:
 
 def join_first(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
     """Join the first names of many for a message; ``...`` where there are more."""
-    return separator.join([*names[:most], *["..."] * (len(names) > most)])
+    shown = [make_printable(name) for name in names[:most]]
+    return separator.join([*shown, *["..."] * (len(names) > most)])
+
+
+def make_printable(name: str) -> str:
+    """Return a name in which control characters, and bytes that are not UTF-8, are written as
+    ``\\n`` and ``\\xff``."""
+    try:
+        name = os.fsencode(name).decode(errors="backslashreplace")
+    except UnicodeEncodeError:
+        name = name.encode(errors="backslashreplace").decode()
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), name)

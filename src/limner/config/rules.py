@@ -104,6 +104,12 @@ def check_sources(config: Config, own_records: bool) -> Iterator[str]:
             "data: give exactly one of data.folder, data.hub and data.sets; data.folder=none "
             "takes the recipe's away"
         )
+    for folder in (data.folder, *(one.folder for one in data.sets)):
+        if folder is not None and os.path.abspath(folder) == os.path.abspath(config.run):
+            yield (
+                f"run: {config.run} is the folder of the pictures, and previews would be trained "
+                "on; give another folder"
+            )
     if data.crop_variants is not None and data.crop != "random":
         yield (
             'data.crop_variants: only a random crop comes in several; set data.crop="random" or '

@@ -16,7 +16,7 @@ from limner.data.listing import (
 )
 from limner.data.metadata import Row, read_metadata
 from limner.data.source import BadRecord, Record, read_captions
-from limner.errors import InputError, say_count
+from limner.errors import InputError, join_first, make_printable, say_count
 from limner.protocols import Report
 
 CAPTION_FILE = 2**20  # characters
@@ -44,6 +44,7 @@ class Folder:
         self.metadata = self.find_metadata(everything)
         self.rows = self.read_rows()
         used = {name for row in self.rows if (name := self.find_file(row)) is not None}
+        self.report_unlisted(report)
         if not self.prefix and os.path.normpath(config.split) != ".":
             report_other_splits(self.root, used, report)
         self.find_left_out(everything, used).report_left_out(report)
@@ -82,7 +83,7 @@ class Folder:
             alike = [other for other in alike if other in names]
             if len(alike) > 1:
                 raise InputError(
-                    f"{self.root}: {len(alike)} metadata files ({', '.join(alike)}); keep the one "
+                    f"{self.root}: {len(alike)} metadata files ({join_first(alike)}); keep the one "
                     "that holds"
                 )
             if not self.is_inside(self.root / name):
@@ -116,14 +117,15 @@ class Folder:
         files: dict[str, str] = {}  # the metadata file of each picture
         most_rows = 10_000 + 1_000 * len(self.names)
         for metadata in self.metadata:
-            shown = metadata.removeprefix(self.prefix)
+            shown = make_printable(metadata.removeprefix(self.prefix))
             folder = metadata[: metadata.rfind("/") + 1]
             for row in read_metadata(self.root / metadata, shown, self.caption, most_rows):
                 row = Row(*row[:3], folder)
                 picture = self.find_file(row)
                 if picture is not None and files.setdefault(picture, metadata) != metadata:
                     raise InputError(
-                        f"{self.root}: {picture} has rows in {files[picture]} and in {metadata}; "
+                        f"{self.root}: {make_printable(picture)} has rows in "
+                        f"{make_printable(files[picture])} and in {make_printable(metadata)}; "
                         "keep those that hold"
                     )
                 if picture is None or picture.startswith(self.prefix):
@@ -151,15 +153,44 @@ class Folder:
             if text is not None:
                 rows.append(Row(text, name, self.root / text))
         if not rows:
-            example = json.dumps(
-                {"file_name": pictures[0], self.caption: "what it shows"}, ensure_ascii=False
-            )
-            count = say_count(len(pictures), "picture", "pictures")
-            raise InputError(
-                f"{self.base}: {count}, but no captions; write "
-                f"metadata.jsonl with a line such as {example} for each, or a .txt beside each"
-            )
+            raise InputError(self.explain_missing_captions())
         return rows
+
+    def explain_missing_captions(self) -> str:
+        """Return the message for pictures without captions."""
+        pictures = self.files.pictures
+        count = f"{self.base}: {say_count(len(pictures), 'picture', 'pictures')}, but no captions"
+        for name in self.files.files:
+            meant = find_meant(os.path.basename(name))
+            if meant is not None:
+                return (
+                    f"{count}; {make_printable(name)} is not read by that name: if it holds the "
+                    f"captions, call it {meant}"
+                )
+        example = json.dumps(
+            {"file_name": pictures[0], self.caption: "what it shows"}, ensure_ascii=False
+        )
+        return (
+            f"{count}; write metadata.jsonl with a line such as {make_printable(example)} for "
+            "each, or a .txt beside each"
+        )
+
+    def report_unlisted(self, report: Report) -> None:
+        """Say which files are used because metadata names them, though what they lie in was told
+        as left out."""
+        paths = {
+            row.folder + os.path.normpath(row.file_name)
+            for row in self.rows
+            if explain_bad_name(row.file_name) is None and self.find_file(row) is None
+        }
+        files = [path for path in sorted(paths) if os.path.isfile(self.root / path)]
+        used = Listing(self.root)
+        used.leave_out(
+            "file in what is left out is used all the same, since metadata names it",
+            "files in what is left out are used all the same, since metadata names them",
+            (path for path in files if self.is_inside(self.root / path)),
+        )
+        used.report_left_out(report)
 
     def find_left_out(self, everything: Listing, used: set[str]) -> Listing:
         """Return what is in the folder and in no record, by reason.
@@ -231,6 +262,13 @@ class Folder:
         """Whether a file is in the folder, after all links; one that leads to itself is."""
         # Not by ``Path.resolve``, which raises RuntimeError for a link that leads to itself.
         return Path(os.path.realpath(path)).is_relative_to(self.real_root)
+
+
+def find_meant(name: str) -> str | None:
+    """Return the metadata file that a file is meant to be, which is called ``Metadata.JSONL`` or
+    ``metadata.csv.txt``; None where it is another."""
+    lower = name.lower()
+    return next((meant for meant in METADATA_FILES if lower.startswith(meant)), None)
 
 
 def explain_bad_name(name: object) -> str | None:

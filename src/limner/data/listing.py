@@ -9,6 +9,7 @@ from pathlib import Path
 
 from limner.errors import InputError, join_first, say_count
 from limner.protocols import Report
+from limner.storage.run_folder import RunFolder
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PICTURES = (
@@ -44,6 +45,8 @@ SPLIT_NAMES = frozenset(name for names in SPLITS for name in names)
 Reason = tuple[str, str]  # what is said of one file, and of several
 HIDDEN = "hidden file or folder is left out", "hidden files and folders are left out"
 LINK = "link to a folder is not followed", "links to folders are not followed"
+RUN = "folder of a run is left out", "folders of runs are left out"
+RUN_FILES = frozenset((RunFolder(Path()).config.name, RunFolder(Path()).status.name))
 PIPE = "pipe, socket or device is left out", "pipes, sockets and devices are left out"
 
 
@@ -128,6 +131,10 @@ def list_folder(root: Path) -> Listing:
                 raise InputError(f"data.folder: {root}: {error.strerror}") from error
             why = f"cannot be listed ({error.strerror})"
             listing.leave_out(f"folder {why}", f"folders {why}", [folder])
+            continue
+        # Its previews would be trained on when the command is run again.
+        if folder and RUN_FILES.issubset(entry.name for entry in found):
+            listing.leave_out(*RUN, [folder])
             continue
         for entry in found:
             name = f"{folder}/{entry.name}" if folder else entry.name

@@ -1,7 +1,6 @@
 """The interface of data sources: records, or ``BadRecord`` for one that cannot be used."""
 
 import difflib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from limner.data.image import Picture
-from limner.errors import InputError
+from limner.errors import InputError, make_printable
 
 LONGEST_CAPTION = 2**16  # characters
 
@@ -19,7 +18,7 @@ class BadRecord(Exception):
     """A record that cannot be used; raised by ``source[i]``."""
 
     def __init__(self, key: str, reason: str):
-        key = make_printable(key)
+        key, reason = make_printable(key), make_printable(reason)
         super().__init__(f"{key}: {reason}")
         self.key = key
         self.reason = reason
@@ -96,14 +95,6 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def make_printable(name: str) -> str:
-    """Return a name in which bytes that are not UTF-8 are written as ``\\xff``."""
-    try:
-        return os.fsencode(name).decode(errors="backslashreplace")
-    except UnicodeEncodeError:
-        return name.encode(errors="backslashreplace").decode()
 
 
 def explain_missing_column(
