@@ -125,7 +125,8 @@ RECIPES: dict[str, Callable[[Path], Any]] = {
     "not a regular file": make_pipe,
     "Is a directory": Path.mkdir,
     "more than 1,000,000 characters": lambda path: path.write_text("# " + "x" * 2_000_000),
-    "not a TOML file: 'utf-8'": lambda path: path.write_bytes(b"\xff\xfe"),
+    "not a TOML file: it is not UTF-8": lambda path: path.write_text("x=1", encoding="utf-16"),
+    "as UTF-16 does; save it as UTF-8": lambda path: path.write_text("x=1", encoding="utf-16-le"),
     "No such file": lambda path: None,
 }
 
@@ -138,6 +139,40 @@ def test_what_a_recipe_may_be(
     assert cli.main(["show", str(tmp_path / "recipe.toml")]) == 2
     said = capsys.readouterr().err
     assert wanted in said and said.count("\n") == 1
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("train.steps = 2", encoding="utf-8-sig")
+    assert toml.load_recipe(recipe).train.steps == 2
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "-1.0", "1e308"])
+def test_guidance_has_an_end(word: str, tmp_path: Path) -> None:
+    said = refuse(tmp_path, f"preview.guidance_scale={word}")
+    assert "preview.guidance_scale" in said
+
+
+@pytest.mark.parametrize(
+    "words", [["check", "--json"], ["check", "--sheet"], ["bench", "--json"], ["demo", "--output"]]
+)
+def test_files_that_cannot_be_written_are_refused_at_once(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the recipe's base is looked for."""
+    command, option = words
+    folder, recipe = tmp_path / "a.png", tmp_path / "recipe.toml"
+    folder.mkdir()
+    recipe.touch()
+    given = [] if command == "demo" else [str(recipe)]
+    assert cli.main([command, *given, option, str(folder)]) == 2
+    assert f"{option}: {folder} is a folder; give" in capsys.readouterr().err
+    if option != "--json":
+        assert cli.main([command, *given, option, str(tmp_path / "b.psd")]) == 2
+        assert "call it b.png" in capsys.readouterr().err
+    recipe.write_text("")
+    assert cli.main([command, *given, option, str(recipe / "x.png")]) == 2
+    assert f"{option}: {recipe} is a file; give a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a\0b.toml", "x" * 300 + ".toml", "x/" * 3000 + "y.toml"])

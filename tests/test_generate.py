@@ -193,6 +193,16 @@ def test_the_command_reads_prompts_and_writes_a_grid(runs, tmp_path, capsys):
         (["generate", "{run}", "red", "--seed", str(2**70)], "is not within 0 to 2**63 - 1"),
         (["generate", "{run}", "red", "--seed=-1"], "seed: -1 is not within 0"),
         (["generate", "{run}", "red", "--grid", "g.nope"], "--grid: g.nope is of no format"),
+        (["generate", "{run}", "red", "--grid", "g.psd"], "--grid: g.psd is of no format"),
+        (["generate", "{run}", "red", "--grid", "{empty}"], "--grid"),
+        (["generate", "{run}", "red", "--output", "{empty}/file"], "file is a file; give a folder"),
+        (["generate", "{run}", "red", "--output", "{empty}/file/a"], "file is a file"),
+        (["generate", "{run}", "red", "--guidance-scale", "nan"], "nan is not within 0 to 1,000"),
+        (["generate", "{run}", "red", "--guidance-scale", "inf"], "inf is not within 0 to 1,000"),
+        (["generate", "{run}", "red", "--guidance-scale=-1"], "-1.0 is not within 0 to 1,000"),
+        (["generate", "{run}", "red", "--size", "1000000000000000"], "more than the 16,384"),
+        (["generate", "{run}", "--prompt-file", "/dev/null"], "not a regular file"),
+        (["generate", "{run}", "--prompt-file", "{empty}/utf16"], "save it as UTF-8"),
         (
             ["generate", "{run}", "red", "--steps", "1001"],
             "1001 are more than the scheduler's 1000",
@@ -203,9 +213,21 @@ def test_the_command_reads_prompts_and_writes_a_grid(runs, tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_drawn_is_said_in_one_message(runs, tmp_path, capsys, arguments, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "utf16").write_text("red", encoding="utf-16")
     assert cli.main([a.format(run=runs["full"], empty=tmp_path) for a in arguments]) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+def test_a_file_of_prompts_is_read_as_captions_are(tmp_path):
+    """A byte order mark is no part of a prompt, and only a newline ends one."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa red\u2028circle\r\n\r\n blue\x0bsquare \n".encode())
+    assert generate.read_prompts(file) == ["a red\u2028circle", "blue\x0bsquare"]
+    file.write_text("x" * 2_000_000)
+    with pytest.raises(InputError, match="more than 1,000,000 characters"):
+        generate.read_prompts(file)
 
 
 @pytest.mark.parametrize("kind", ["torch", "jax"])

@@ -35,7 +35,7 @@ from limner.protocols import (
     Report,
     State,
 )
-from limner.storage import atomic
+from limner.storage import atomic, outputs
 from limner.training.batch_plan import BatchPlan, make_plan
 from limner.training.resolve import resolve
 from limner.training.stream import Stream
@@ -93,6 +93,7 @@ def run_bench(
     Raises:
         InputError: for a recipe that ``train`` would refuse too, or fewer than one step.
     """
+    outputs.check_output_file("--json", json_file)
     if steps < 1:
         raise InputError(f"--steps: {steps} is not above 0")
     config, family = resolve(config, own_records=True)

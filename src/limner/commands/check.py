@@ -41,7 +41,7 @@ from limner.features.caption_lengths import find_truncated_captions
 from limner.features.encoder import count_row_bytes
 from limner.features.random_features import StandInEncoders, make_image_features
 from limner.protocols import Features, Report
-from limner.storage import atomic
+from limner.storage import atomic, outputs
 from limner.training.encode import report_truncated_captions
 from limner.training.resolve import check_places
 from limner.training.setup import Setup, prepare
@@ -65,6 +65,8 @@ def run_check(
         InputError: after the table, when training would refuse this recipe's records; before it,
             for what keeps the table from being made.
     """
+    outputs.check_output_file("--json", json_file)
+    outputs.check_output_picture("--sheet", sheet)
     check_config(config)
     check_places(config)
     with contextlib.closing(engines.join_processes(config.engine, to_check=True)) as process:
@@ -254,7 +256,7 @@ def draw_sheet(setup: Setup, target: Path) -> None:
         top += tile[1] + BELOW
     with atomic.disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(target, format="PNG")
+        sheet.save(target)
 
 
 def fit_tile(shape: Shape) -> tuple[int, int]:

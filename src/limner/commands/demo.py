@@ -11,7 +11,7 @@ from limner.config import toml
 from limner.config.schema import Config
 from limner.data import contact_sheet
 from limner.protocols import ModelSource
-from limner.storage import atomic
+from limner.storage import atomic, outputs
 from limner.storage.layout import LORA_FILE
 from limner.storage.run_folder import RunFolder
 from limner.training import loop, sinks
@@ -35,6 +35,7 @@ def run_demo(
         folder: the run's folder, in which an earlier demo is resumed; None: one in ``runs``.
         output: the picture.
     """
+    outputs.check_output_picture("--output", output)
     folder = folder or choose_run_folder(engine)
     loop.run_training(load_demo_recipe(folder, engine, overrides))
     before, after = read_validation_losses(folder)

@@ -16,6 +16,7 @@ from limner.base_model.find import path_exists
 from limner.base_model.hub import check_hub_name
 from limner.base_model.json_files import read_json
 from limner.config import toml
+from limner.config.declare import GUIDANCE, PIXELS
 from limner.config.schema import Config
 from limner.data.contact_sheet import draw_contact_sheet
 from limner.diffusion.base_schedulers import GAUSSIAN
@@ -26,7 +27,7 @@ from limner.errors import InputError, IntegrityError
 from limner.families import get_family
 from limner.json_types import parse_json
 from limner.protocols import ModelSource
-from limner.storage import atomic
+from limner.storage import atomic, outputs
 from limner.storage.layout import LORA_FILE
 from limner.storage.run_folder import RunFolder
 from limner.training.result import check_result_of_run
@@ -97,8 +98,8 @@ def run_generate(
             "--prompt-file FILE"
         )
     check_settings(settings)
-    if grid is not None and grid.suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"--grid: {grid} is of no format that pictures have; call it .png")
+    outputs.check_output_folder("--output", output)
+    outputs.check_output_picture("--grid", grid)
     # A shell's word that is no UTF-8 has lone surrogates, which tokenizers do not take.
     prompts = [prompt.encode("utf-8", "replace").decode() for prompt in prompts]
     pipeline = open_pipeline(model, base, other_stage, settings)
@@ -122,8 +123,13 @@ def check_settings(settings: DrawSettings) -> None:
         raise InputError(f"seed: {settings.seed} is not within 0 to 2**63 - 1")
     size = settings.size
     if size is not None and (size < 8 or size % 8):
-        nearest = max(1, round(size / 8)) * 8
+        nearest = min(max(1, round(size / 8)) * 8, PIXELS.most)
         raise InputError(f"size: {size} pixels are no multiple of 8; choose {nearest}")
+    if size is not None and size > PIXELS.most:
+        raise InputError(f"size: {size} is more than the {PIXELS.most:,} pixels that are possible")
+    scale = settings.guidance_scale
+    if scale is not None and not GUIDANCE.contains(scale):
+        raise InputError(f"guidance scale: {scale} {GUIDANCE.refusal}")
 
 
 def open_pipeline(
@@ -217,10 +223,12 @@ def read_prompts(path: Path) -> list[str]:
         InputError: when the file cannot be read as text.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        # Not by ``splitlines``, for which a line ends at marks too that prompts may hold.
+        lines = toml.read_small_file(path).split("\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
-            f"{path}: cannot be read as a text file with one prompt per line: {error}"
+            f"{path}: cannot be read as a text file with one prompt per line: {reason}"
         ) from error
     return [line.strip() for line in lines if line.strip()]
 

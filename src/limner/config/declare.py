@@ -27,6 +27,8 @@ BOTH_BELOW_1 = Range(
     lambda pair: all(0 <= value < 1 for value in pair),
     "are not both within 0 to below 1",
 )
+# Not a number is outside, too.
+GUIDANCE = Range("0 to 1,000", lambda value: 0 <= value <= 1000, "is not within 0 to 1,000")
 # A process that is busy may be silent for some beats of the watch.
 PATIENCE = Range("at least 5", lambda value: value >= 5, "is below 5")
 SEED = Range("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "is not within 0 to 2**63 - 1")

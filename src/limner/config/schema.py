@@ -12,6 +12,7 @@ from limner.config.declare import (
     BELOW_1,
     BOTH_BELOW_1,
     DECAY,
+    GUIDANCE,
     PATIENCE,
     PIXELS,
     PROBABILITY,
@@ -525,7 +526,9 @@ class PreviewSettings:
         None, "in place of every", unit="epochs", range=up_to(1_000_000), resume="free"
     )
     steps: int = setting(25, "of the sampler", range=up_to(10_000), resume="free")
-    guidance_scale: float = setting(7.5, "of classifier-free guidance", resume="free")
+    guidance_scale: float = setting(
+        7.5, "of classifier-free guidance", range=GUIDANCE, resume="free"
+    )
     safety_checker: bool = setting(
         True, "blacken what the base's safety checker finds unsafe, where it has one", resume="free"
     )

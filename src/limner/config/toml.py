@@ -45,7 +45,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def read_small_file(path: Path) -> str:
-    """Read a text file of up to a megabyte.
+    """Read a text file of up to a megabyte, without the byte order mark of some editors.
 
     Raises:
         OSError: when it cannot be read, and for what is no file, such as a pipe.
@@ -54,8 +54,13 @@ def read_small_file(path: Path) -> str:
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(errno.EINVAL, "not a regular file")
-    with open(path, encoding="utf-8") as file:
-        text = file.read(MAX_RECIPE + 1)
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(MAX_RECIPE + 1)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError("it holds NUL characters, as UTF-16 does; save it as UTF-8")
     if len(text) > MAX_RECIPE:
         raise ValueError(f"more than {MAX_RECIPE:,} characters")
     return text
