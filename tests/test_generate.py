@@ -220,6 +220,30 @@ def test_what_cannot_be_drawn_is_said_in_one_message(runs, tmp_path, capsys, arg
     assert message in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize("engine", ["torch", "jax"])
+def test_pictures_are_written_batch_by_batch_and_what_they_replace_is_told(
+    base, tmp_path, capsys, monkeypatch, engine
+):
+    """What ends the drawing loses the batches that follow only."""
+    settings = {"steps": 1, "engine": engine, "batch_size": 1, "device": "cpu", "size": 32}
+    written = generate.write_drawings
+
+    def fail(drawings, paths):
+        if len(list(tmp_path.iterdir())) == 2:
+            raise KeyboardInterrupt
+        written(drawings, paths)
+
+    monkeypatch.setattr(generate, "write_drawings", fail)
+    with pytest.raises(KeyboardInterrupt):
+        limner.generate(base, ["red", "blue", "green"], output=tmp_path, **settings)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["000-red-0.png", "001-blue-0.png"]
+    monkeypatch.setattr(generate, "write_drawings", written)
+    assert "replaced" not in str(capsys.readouterr())
+    limner.generate(base, ["red"], output=tmp_path, **settings)
+    assert "1 older file of the same number, prompt and seed replaced" in str(capsys.readouterr())
+
+
 def test_a_file_of_prompts_is_read_as_captions_are(tmp_path):
     """A byte order mark is no part of a prompt, and only a newline ends one."""
     file = tmp_path / "prompts.txt"

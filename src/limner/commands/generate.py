@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from limner.diffusion.base_schedulers import GAUSSIAN
 from limner.diffusion.result_scheduler import adapt_scheduler
 from limner.diffusion.sampler_settings import SCHEDULERS, adapt_to_pipeline
 from limner.diffusion.samplers import check_steps
-from limner.errors import InputError, IntegrityError
+from limner.errors import InputError, IntegrityError, say_count
 from limner.families import get_family
 from limner.json_types import parse_json
+from limner.progress import print_line
 from limner.protocols import ModelSource
 from limner.storage import atomic, outputs
 from limner.storage.layout import LORA_FILE
@@ -103,10 +104,9 @@ def run_generate(
     # A shell's word that is no UTF-8 has lone surrogates, which tokenizers do not take.
     prompts = [prompt.encode("utf-8", "replace").decode() for prompt in prompts]
     pipeline = open_pipeline(model, base, other_stage, settings)
-    drawings = draw(pipeline, prompts, settings)
-    with atomic.disk_errors(output):
-        paths = write_drawings(drawings, output)
-        if grid is not None:
+    drawings, paths = draw_into(pipeline, prompts, settings, output)
+    if grid is not None:
+        with atomic.disk_errors(grid):
             write_grid(drawings, settings.count, grid)
     return paths
 
@@ -178,11 +178,28 @@ def check_sampler(source: ModelSource, settings: DrawSettings) -> None:
     check_steps(settings.steps, class_name, scheduler | changes)
 
 
-def draw(pipeline: Any, prompts: Sequence[str], settings: DrawSettings) -> list[Drawing]:
-    """Draw ``settings.count`` pictures of each prompt, prompt by prompt."""
+def draw(
+    pipeline: Any,
+    prompts: Sequence[str],
+    settings: DrawSettings,
+    keep: Callable[[list[Drawing]], None] = lambda drawings: None,
+) -> list[Drawing]:
+    """Draw ``settings.count`` pictures of each prompt, prompt by prompt.
+
+    Args:
+        keep: called with the drawings of each batch, as soon as there are any.
+    """
     captions = [prompt for prompt in prompts for _ in range(settings.count)]
     seeds = [settings.seed + k for _ in prompts for k in range(settings.count)]
-    pictures = engines.draw_pictures(
+    drawings: list[Drawing] = []
+
+    def add(pictures: list[np.ndarray]) -> None:
+        start = len(drawings)
+        pairs = zip(captions[start:], seeds[start:], pictures, strict=False)
+        drawings.extend(Drawing(*one) for one in pairs)
+        keep(drawings[start:])
+
+    engines.draw_pictures(
         pipeline,
         captions,
         seeds,
@@ -191,19 +208,46 @@ def draw(pipeline: Any, prompts: Sequence[str], settings: DrawSettings) -> list[
         size=settings.size,
         negative=settings.negative_prompt,
         batch=settings.batch_size,
+        keep=add,
     )
-    return [Drawing(*one) for one in zip(captions, seeds, pictures, strict=True)]
+    return drawings
 
 
-def write_drawings(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
-    """Write PNG files named by number, prompt and seed, and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for number, drawing in enumerate(drawings):
-        path = folder / f"{number:03d}-{to_file_name(drawing.prompt)}-{drawing.seed}.png"
-        Image.fromarray(drawing.picture).save(path)
-        paths.append(path)
-    return paths
+def draw_into(
+    pipeline: Any, prompts: Sequence[str], settings: DrawSettings, folder: Path
+) -> tuple[list[Drawing], list[Path]]:
+    """Draw as ``draw`` does, and write the files of each batch when it is drawn; say how many of
+    them have replaced older ones."""
+    paths: list[Path] = []
+    replaced: list[Path] = []
+
+    def keep(drawings: list[Drawing]) -> None:
+        names = [folder / name_drawing(len(paths) + i, one) for i, one in enumerate(drawings)]
+        replaced.extend(name for name in names if name.exists())
+        write_drawings(drawings, names)
+        paths.extend(names)
+
+    drawings = draw(pipeline, prompts, settings, keep)
+    if replaced:
+        print_line(
+            f"{folder}: {say_count(len(replaced), 'older file', 'older files')} of the same "
+            "number, prompt and seed replaced; --output chooses another folder"
+        )
+    return drawings, paths
+
+
+def name_drawing(number: int, drawing: Drawing) -> str:
+    """Return the name of a PNG file, of number, prompt and seed."""
+    return f"{number:03d}-{to_file_name(drawing.prompt)}-{drawing.seed}.png"
+
+
+def write_drawings(drawings: Sequence[Drawing], paths: Sequence[Path]) -> None:
+    """Write PNG files, each whole or absent."""
+    for drawing, path in zip(drawings, paths, strict=True):
+        with atomic.disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.replacing(path) as temporary:
+            Image.fromarray(drawing.picture).save(temporary, format="PNG")
 
 
 def write_grid(drawings: Sequence[Drawing], count: int, path: Path) -> None:

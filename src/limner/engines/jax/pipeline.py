@@ -98,6 +98,7 @@ class Pipeline(NumpyFeatures):
         negative: str | None = None,
         batch: int = 4,
         check_stop: Callable[[], None] = lambda: None,
+        keep: Callable[[list[np.ndarray]], None] = lambda pictures: None,
         **call: Unpack[DrawCall],
     ) -> list[np.ndarray]:
         """Draw one picture per prompt and seed, uint8 [size, size, 3].
@@ -108,6 +109,7 @@ class Pipeline(NumpyFeatures):
         Args:
             negative: the negative prompt of all pictures.
             check_stop: called after each step of the sampler; what it raises ends the drawing.
+            keep: called with the pictures of each batch, as soon as they are drawn.
         """
         side = latent_side(self.base, call["size"])
         shape = (self.base.configs["unet"].get("in_channels", 4), side, side)
@@ -126,6 +128,7 @@ class Pipeline(NumpyFeatures):
             drawn = self.draw_from_noise(
                 part, np.stack(noise), negative=negative, check_stop=check_stop, **call
             )
+            keep(drawn[:count])
             pictures += drawn[:count]
         return pictures
 

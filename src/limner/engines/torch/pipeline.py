@@ -81,7 +81,7 @@ def set_scheduler(pipeline: Any, name: str) -> None:
         decoder.scheduler = scheduler
 
 
-def draw_pictures(
+def draw_pictures(  # noqa: PLR0913 - what is drawn, and who is told, most by keyword
     pipeline: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -90,6 +90,7 @@ def draw_pictures(
     batch: int = 4,
     report: Report = print_line,
     check_stop: Callable[[], None] | None = None,
+    keep: Callable[[list[np.ndarray]], None] = lambda pictures: None,
     **call: Unpack[DrawCall],
 ) -> list[np.ndarray]:
     """Draw one picture per prompt and seed, uint8 [size, size, 3].
@@ -99,6 +100,7 @@ def draw_pictures(
         batch: pictures at a time.
         report: told of pictures that the safety checker has blackened.
         check_stop: called after each step of the sampler; what it raises ends the drawing.
+        keep: called with the pictures of each batch, as soon as they are drawn.
 
     Raises:
         InputError: for more steps than the scheduler has timesteps.
@@ -122,7 +124,9 @@ def draw_pictures(
         if negative is not None:
             settings["negative_prompt"] = [negative] * len(part)
         output = pipeline(part, generator=generators, **settings)
-        pictures += [(picture * 255).round().astype(np.uint8) for picture in output.images]
+        drawn = [(picture * 255).round().astype(np.uint8) for picture in output.images]
+        keep(drawn)
+        pictures += drawn
         # None: of a pipeline that checks nothing.
         black += getattr(output, "nsfw_content_detected", None) or [False] * len(part)
     report_blackened(prompts, seeds, black, report)
