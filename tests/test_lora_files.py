@@ -204,6 +204,92 @@ def test_a_lora_of_which_an_array_has_no_place_is_refused(
     assert "lora" not in capfd.readouterr().err.lower()
 
 
+KOHYA = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+ONE = np.ones((2, 2), np.float32)
+TARGETS = {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": ["to_q"]}
+# Arrays beside a LoRA's, the settings in the header, and what is said in both engines.
+UNREAD: dict[str, tuple[Arrays, dict[str, Any], str]] = {
+    "alpha 0": ({f"{KOHYA}.alpha": np.float32(0)}, {}, f"{KOHYA}.alpha is 0, one number above 0"),
+    "alpha below": ({f"{KOHYA}.alpha": np.float32(-4)}, {}, f"{KOHYA}.alpha is -4, one number"),
+    "two alphas": ({f"{KOHYA}.alpha": ONE[0]}, {}, f"{KOHYA}.alpha is 2 numbers, one number"),
+    "alpha of a pattern": (
+        {},
+        TARGETS | {"unet.alpha_pattern": {"to_q": 0}},
+        "unet.alpha_pattern of 'to_q' is 0, a number above 0",
+    ),
+    "rank of a pattern": (
+        {},
+        TARGETS | {"unet.rank_pattern": {"to_q": -1}},
+        "unet.rank_pattern of 'to_q' is -1, a number above 0",
+    ),
+    "int8": ({f"{TO_Q}.lora_A.weight": ONE.astype(np.int8)}, {}, "is of dtype I8; F64, F32"),
+    "no component": ({}, {"r": 4, "lora_alpha": 8}, "says nothing of unet, it has lora_alpha, r."),
+    "another component": ({}, {"transformer.r": 4}, "says nothing of unet, it has transformer.r."),
+    "no targets": ({}, {"unet.r": 2, "unet.lora_alpha": 2}, "says no target_modules of unet"),
+    "a setting of no LoRA": ({}, TARGETS | {"unet.nosuch": 8}, "has unet.nosuch, which is no"),
+    "LoHa": ({f"{KOHYA}.hada_w1_a": ONE}, {}, "of another kind of adapter: LoHa"),
+    "LoKr": ({f"{KOHYA}.lokr_w1": ONE}, {}, "of another kind of adapter: LoKr in kohya's"),
+    "differences": ({"lora_unet_conv_in.diff": ONE}, {}, "full differences of weights"),
+    "Tucker": ({f"{KOHYA}.lora_mid.weight": ONE}, {}, "LoCon with a third factor"),
+    "alphas of peft's": ({f"{TO_Q}.alpha": np.float32(1)}, {}, "alphas beside names of peft's"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_what_neither_engine_reads_is_named(base: Path, tmp_path: Path, kind: str) -> None:
+    """In the same words, without a guess at another model."""
+    more, settings, message = UNREAD[kind]
+    arrays = make_arrays(base, "sd", AdapterSettings("lora", 2)) | more
+    header = {"lora_adapter_metadata": json.dumps(settings)} if settings else {}
+    save_file(
+        {name: np.asarray(array) for name, array in arrays.items()},
+        tmp_path / LORA_FILE,
+        metadata={"format": "pt", **header},
+    )
+    texts = set()
+    for engine in ("torch", "jax"):
+        with pytest.raises(InputError) as refusal:
+            open_pipeline(base, tmp_path, engine)
+        texts.add(str(refusal.value))
+    (text,) = texts
+    assert message in text and "another model" not in text and len(text) < 700
+
+
+def test_numbers_of_8_bits_are_named(base: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file as save_tensors
+
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        arrays = make_arrays(base, "sd", AdapterSettings("lora", 2))
+        tensors = {name: torch.from_numpy(array).to(dtype) for name, array in arrays.items()}
+        save_tensors(tensors, tmp_path / LORA_FILE, metadata={"format": "pt"})
+        for engine in ("torch", "jax"):
+            with pytest.raises(InputError, match=r"of dtype F8_E.*Save it as float16"):
+                open_pipeline(base, tmp_path, engine)
+
+
+@pytest.mark.parametrize("engine", ["torch", "jax"])
+def test_a_lora_of_zeros_is_told(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
+) -> None:
+    arrays = make_arrays(base, "sd", AdapterSettings("lora", 2))
+    zeros = {name: array * ("lora_A" in name) for name, array in arrays.items()}
+    for written, told in ((arrays, 0), (zeros, 1)):
+        save_file(written, tmp_path / LORA_FILE, metadata={"format": "pt"})
+        open_pipeline(base, tmp_path, engine)
+        assert capsys.readouterr().err.count("it changes nothing") == told
+
+
+def test_settings_of_a_header_are_those_of_peft() -> None:
+    from dataclasses import fields
+
+    from peft import LoraConfig
+
+    from limner.engines.lora_file import LORA_SETTINGS
+
+    assert {field.name for field in fields(LoraConfig)} <= set(LORA_SETTINGS.split())
+
+
 def add_adapters(network: Any, component: str, targets: list[str], **settings: Any) -> Arrays:
     """The arrays of a network's adapters as peft writes them, none of them zeros."""
     from peft import LoraConfig
@@ -232,7 +318,8 @@ def test_what_other_trainers_write_is_used(base: Path, tmp_path: Path) -> None:
         arrays = add_adapters(open_unet(), "unet", targets, **settings)
         write(arrays)
         open_pipeline(base, tmp_path, "torch")
-        with pytest.raises(InputError, match="linear layers of it are expected"):
+        reason = "it is DoRA" if settings.get("use_dora") else "linear layers of it are expected"
+        with pytest.raises(InputError, match=reason):
             open_pipeline(base, tmp_path, "jax")
     plain = add_adapters(open_unet(), "unet", ["to_q", "to_k", "to_out.0"])
     kohya = {

@@ -19,6 +19,8 @@ from limner.families.family import Family
 
 # Settings of an adapter that there is no code for.
 UNSUPPORTED = ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
+# Arrays of adapters that there is no code for, by a part of their names.
+UNSUPPORTED_KINDS = {".lokr_": "LoKr", ".lora_magnitude_vector": "DoRA"}
 # peft's values of what a header with other settings of a component leaves out.
 PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
 
@@ -84,6 +86,11 @@ def read_lora(path: Path, family: Family) -> Lora:
             there is no code for.
     """
     stored, settings = read_lora_file(path)
+    for part, kind in UNSUPPORTED_KINDS.items():
+        if any(part in name for name in stored):
+            raise InputError(
+                f"{path}: it is {kind}, which the JAX engine has no code for. Use --engine torch."
+            )
     arrays = {rename_lora_array(name): array for name, array in stored.items()}
     for name, value in settings.items():
         if value and name.rpartition(".")[2] in UNSUPPORTED:
