@@ -322,6 +322,12 @@ def test_a_lora_without_its_base_asks_for_it(runs, tmp_path):
         limner.generate(str(tmp_path), ["red"])
 
 
+def test_of_a_lora_file_its_folder_is_asked_for(tmp_path, capsys):
+    (tmp_path / LORA_FILE).write_bytes(b"")
+    assert cli.main(["generate", str(tmp_path / LORA_FILE), "a red apple"]) == 2
+    assert f"limner generate {tmp_path} --base BASE" in capsys.readouterr().err
+
+
 def test_a_lora_takes_its_base_from_where_the_run_kept_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     run = tmp_path / "run"

@@ -336,6 +336,11 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
     model = os.path.expanduser(model)
     path_exists("the model", model)
     folder = Path(model)
+    if folder.is_file():
+        raise InputError(
+            f"{model}: a file; a folder is expected. Of a LoRA give the folder that holds it as "
+            f"{LORA_FILE}: limner generate {folder.parent} --base BASE"
+        )
     run = read_run(folder)
     check_result_of_run(folder)
     if not folder.exists():
