@@ -204,6 +204,15 @@ def test_a_lora_of_which_an_array_has_no_place_is_refused(
     assert "lora" not in capfd.readouterr().err.lower()
 
 
+@pytest.mark.parametrize("engine", ["torch", "jax"])
+def test_names_without_text_model_are_used(base: Path, tmp_path: Path, engine: str) -> None:
+    arrays = make_arrays(base, "sd", AdapterSettings("lora", 2, text_encoders=True))
+    short = {name.replace(".text_model.", "."): array for name, array in arrays.items()}
+    assert short.keys() != arrays.keys()
+    save_file(short, tmp_path / LORA_FILE, metadata={"format": "pt"})
+    open_pipeline(base, tmp_path, engine)
+
+
 KOHYA = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
 ONE = np.ones((2, 2), np.float32)
 TARGETS = {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": ["to_q"]}

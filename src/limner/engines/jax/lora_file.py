@@ -100,6 +100,9 @@ def read_lora(path: Path, family: Family) -> Lora:
     components: dict[str, Arrays] = {}
     for name, array in arrays.items():
         component, _, rest = name.partition(".")
+        # As transformers has named a CLIP text encoder's layers since 5.6.
+        if component.startswith("text_encoder") and rest.startswith("encoder."):
+            rest = f"text_model.{rest}"
         components.setdefault(component, {})[rest] = array
     strange = [name for name in stored if name.partition(".")[0] not in family.lora_targets]
     if strange:
