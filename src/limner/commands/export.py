@@ -20,6 +20,7 @@ from limner.storage import atomic, checkpoint
 from limner.storage.run_folder import RunFolder
 from limner.training.push import push_result
 from limner.training.result import copy_component, read_result, write_result
+from limner.training.resume import check_base_of_checkpoint
 
 LORA_REFUSAL = "a LoRA is no folder of weights; limner generate puts it on its base"
 
@@ -73,7 +74,7 @@ def export_run(
     """Write the result of a run's newest whole checkpoint, and push it where ``push_to`` is given.
 
     Raises:
-        InputError: when the folder holds no checkpoint.
+        InputError: when the folder holds no checkpoint, or its base is not what it was.
         IntegrityError: when no checkpoint is whole.
     """
     if not checkpoint.list_checkpoints(run):
@@ -91,6 +92,8 @@ def export_run(
         config = replace(config, export=replace(config.export, hub=push_to or config.export.hub))
         family = FAMILIES[config.model.family]
         base = open_base(config.model, family, for_generation=False)
+        digest = base.fingerprint(*family.feature_components)
+        check_base_of_checkpoint(newest, digest, config.model.base)
         engines.check_base(config.engine.kind, base, family, report)
         objective = make_objective(base.configs["scheduler"], config.objective)
         write_result(newest, config, base, family, objective.prediction_type)

@@ -128,18 +128,46 @@ def list_changed_inputs(saved: RunState, now: RunState) -> list[str]:
             f"the data set: was {before}, now {after}, and the pictures or captions are not the "
             "same"
         )
-    if saved.base_digest != now.base_digest:
-        before, after = (state.config["model"]["base"] for state in (saved, now))
-        lines.append(
-            f"the base model: was {before}, now {after}, and the weights or configuration are not "
-            "the same"
-        )
+    lines += list_changed_base(saved, now.base_digest, now.config["model"]["base"])
     if saved.random_digest != now.random_digest:
         lines.append(
             f"random numbers: numpy {saved.numpy_version} drew others than numpy "
             f"{now.numpy_version} does; install numpy {saved.numpy_version}"
         )
     return lines
+
+
+def list_changed_base(saved: RunState, digest: str, name: str) -> list[str]:
+    """A line about a base that is another than the checkpoint's; none where it is the same.
+
+    Args:
+        digest: of the base now; see ``BaseModel.fingerprint``.
+        name: of the base now.
+    """
+    if saved.base_digest == digest:
+        return []
+    return [
+        f"the base model: was {saved.config['model']['base']}, now {name}, and the weights or "
+        "configuration are not the same"
+    ]
+
+
+def check_base_of_checkpoint(checkpoint: Checkpoint, digest: str, name: str) -> None:
+    """Refuse to make a result of a checkpoint and of parts that it was not trained with.
+
+    Args:
+        digest: of the base now; see ``BaseModel.fingerprint``.
+        name: of the base now.
+
+    Raises:
+        InputError: when the base is another than the checkpoint's.
+    """
+    if lines := list_changed_base(checkpoint.state, digest, name):
+        raise InputError(
+            f"checkpoint-{checkpoint.step} cannot be exported, because this has changed:\n  "
+            + "\n  ".join(lines)
+            + "\nPut it back: what does not learn is copied from it."
+        )
 
 
 def describe_source(data: Plain) -> str:

@@ -1,0 +1,55 @@
+"""What a run has learned goes with the base that it was trained on, and with no other."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import limner
+from limner.config import toml
+from limner.config.schema import Config
+from limner.errors import InputError
+from limner.training import loop
+
+pytestmark = pytest.mark.frameworks
+
+
+def train(base: Path, pictures: Path, run: Path, **settings: Any) -> Path:
+    """Train a run of one step."""
+    raw = {
+        "run": str(run),
+        "model": {"base": str(base)},
+        "data": {"folder": str(pictures), "size": 32},
+        "train": {"steps": 1, "batch_size": 2, "seed": 5},
+    }
+    return loop.run_training(toml.build(Config, raw | settings), report=lambda line: None)
+
+
+def change(base: Path, component: str, **settings: Any) -> None:
+    """Change the config of a component."""
+    [path] = [*(base / component).glob("*config.json")]
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_result_gets_no_parts_that_it_was_not_trained_with(
+    base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    mine = shutil.copytree(base, tmp_path / "base")
+    run = train(mine, pictures, tmp_path / "run", adapter={"kind": "full"})
+    (run / "result.json").unlink()
+    before = files(run)
+    config = mine / "scheduler" / "scheduler_config.json"
+    meant = config.read_text()
+    change(mine, "scheduler", prediction_type="v_prediction")
+    with pytest.raises(InputError, match=r"cannot be exported, because .*\n  the base model: was"):
+        limner.export(run)
+    assert files(run) == before
+    config.write_text(meant)
+    limner.export(run)
+    assert files(run).keys() - before.keys() == {str(run / "result.json")}
