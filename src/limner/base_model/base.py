@@ -4,7 +4,12 @@ import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from limner.base_model.weight_files import choose_weight_files, has_weights, list_files
+from limner.base_model.weight_files import (
+    choose_weight_files,
+    has_usable_weights,
+    has_weights,
+    list_files,
+)
 from limner.json_types import Plain
 from limner.protocols import BaseConfigs
 from limner.storage import atomic
@@ -56,7 +61,14 @@ class BaseModel:
         Raises:
             InputError: when there are none, or when their index is not theirs.
         """
-        return choose_weight_files(self.component_folder(component), self.variant)
+        library = self.component_class(component)[0]
+        return choose_weight_files(self.component_folder(component), self.variant, library)
+
+    def has_usable_weights(self, component: str) -> bool:
+        """Return whether a component has safetensors weights, of the chosen variant or plain."""
+        names = list_files(self.component_folder(component))
+        library = self.component_class(component)[0]
+        return has_usable_weights(component, names, self.variant, library)
 
     def fingerprint(self, *components: str) -> str:
         """Return a digest of configs, vocabularies and weights: equal for equal bytes anywhere."""

@@ -162,6 +162,6 @@ def fetch_vae(model: ModelSettings) -> Path:
         name = path.removeprefix(prefix)
         if path.startswith(prefix) and "/" not in name:
             names.append(name)
-    wanted = [f"{prefix}{name}" for name in choose_files("vae", names, model.variant)]
+    wanted = [f"{prefix}{name}" for name in choose_files("vae", names, model.variant, "diffusers")]
     fetch_files(model, repository.name, wanted, tqdm)
     return folder

@@ -18,10 +18,11 @@ from limner.base_model.find import find_base, path_exists
 from limner.base_model.hub import endpoint, fetch_files, hub_errors, list_repository_files
 from limner.base_model.json_files import read_json
 from limner.base_model.weight_files import (
+    INDEX_NAME,
     check_length,
     choose_files,
     has_usable_weights,
-    list_files,
+    list_named_files,
     parse_variant,
 )
 from limner.config import toml
@@ -183,8 +184,7 @@ def check_weights(base: BaseModel, needed: Iterable[str], components: Iterable[s
     """
     with_weights = list(needed)
     for component in components:
-        names = list_files(base.component_folder(component))
-        if component not in with_weights and has_usable_weights(component, names, base.variant):
+        if component not in with_weights and base.has_usable_weights(component):
             with_weights.append(component)
     # All files are found before the first is opened: a missing one is reported first.
     paths = [path for component in with_weights for path in base.weight_files(component)]
@@ -232,13 +232,17 @@ def choose_repository_files(
     """
     prefix = f"{base.component_folder(component).name}/"
     inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    library = base.component_class(component)[0]
     if component in family.components:
         is_wanted = component in list_components_with_weights(family)
     else:
-        is_wanted = has_usable_weights(component, inner, base.variant)
+        is_wanted = has_usable_weights(component, inner, base.variant, library)
     if not is_wanted:
         return []
-    return [f"{prefix}{name}" for name in choose_files(component, inner, base.variant)]
+    files = choose_files(component, inner, base.variant, library)
+    if INDEX_NAME.fullmatch(files[0]):
+        files += list_named_files(base.component_folder(component) / files[0])
+    return [f"{prefix}{name}" for name in files]
 
 
 def read_statistic(base: BaseModel, name: str) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 
 from limner.base_model.base import INDEX, BaseModel
 from limner.base_model.configs import list_components
-from limner.base_model.weight_files import has_usable_weights, has_weights, list_files
+from limner.base_model.weight_files import STEMS, WEIGHTS_NAME, get_stem, has_weights, list_files
 from limner.config import toml
 from limner.config.schema import AdapterSettings, Config
 from limner.diffusion.result_scheduler import adapt_scheduler
@@ -308,7 +308,7 @@ def seal_result(stage: Path, kind: str, step: int) -> dict[str, FileRecord]:
 def is_copyable(base: BaseModel, name: str) -> bool:
     """Return whether the base has this component, and has its weights, if any, as safetensors."""
     names = list_files(base.component_folder(name))
-    return bool(names) and (not has_weights(names) or has_usable_weights(name, names, base.variant))
+    return bool(names) and (not has_weights(names) or base.has_usable_weights(name))
 
 
 def copy_component(base: BaseModel, name: str, target: Path) -> None:
@@ -321,7 +321,7 @@ def copy_component(base: BaseModel, name: str, target: Path) -> None:
         elif file.endswith((".txt", ".model")):
             shutil.copyfile(source / file, target / file)
     if has_weights(names):
-        copy_weights(base.weight_files(name), target)
+        copy_weights(base.weight_files(name), target, base.component_class(name)[0])
 
 
 def copy_json(source: Path, target: Path) -> None:
@@ -343,21 +343,18 @@ def write_json(path: Path, config: Mapping[str, object]) -> None:
     path.write_text(json.dumps(shown, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_weights(paths: Sequence[Path], target: Path) -> None:
+def copy_weights(paths: Sequence[Path], target: Path, library: str) -> None:
     """Copy a component's weight files; names lose their variant, shards get a new index."""
+    stem = STEMS.get(library) or get_stem(paths[0].name)
     shards: dict[str, str] = {}  # name of an array -> its file
     for path in paths:
         shard = re.search(r"-\d{5}-of-\d{5}", path.name)
-        name = f"{get_stem(path)}{shard[0] if shard else ''}.safetensors"
+        is_usual = WEIGHTS_NAME.fullmatch(path.name) is not None
+        name = f"{stem}{shard[0] if shard else ''}.safetensors" if is_usual else path.name
         shutil.copyfile(path, target / name)
-        if shard:
+        if shard or not is_usual:
             shards |= dict.fromkeys(sorted(safetensors.read_header(path).arrays), name)
     if shards:
         total_size = sum(path.stat().st_size for path in paths)
         index = {"metadata": {"total_size": total_size}, "weight_map": shards}
-        write_json(target / f"{get_stem(paths[0])}.safetensors.index.json", index)
-
-
-def get_stem(path: Path) -> str:
-    """Return a weight file's name up to its variant or shard, e.g. ``model``."""
-    return re.split(r"[.-]", path.name)[0]
+        write_json(target / f"{stem}.safetensors.index.json", index)

@@ -23,10 +23,11 @@ def has_safety_checker(index: Plain, folder: Path, variant: str | None, report: 
     if "safety_checker" not in components:
         return False
     folder = folder / "safety_checker"
+    library = components["safety_checker"][0]
     if "feature_extractor" not in components:
         report(f"{folder}: pictures are drawn without it: the base has no feature_extractor for it")
         return False
-    if has_usable_weights("safety_checker", list_files(folder), variant):
+    if has_usable_weights("safety_checker", list_files(folder), variant, library):
         return True
     report(
         f"{folder}: it has no weights in safetensors, and pickles are never opened: pictures are "

@@ -53,7 +53,7 @@ def check_base(base: BaseModel, family: Family) -> None:
     for name in list_components_with_weights(family):
         folder = base.component_folder(name)
         # Of another stage there is only what is used of it.
-        if has_usable_weights(name, list_files(folder), base.variant):
+        if base.has_usable_weights(name):
             check_component(folder, *base.component_class(name), base.variant)
     for name in family.text.tokenizers:
         load_component(base, name)
@@ -69,9 +69,12 @@ def check_pipeline(folder: Path, variant: str | None, report: Report) -> None:
     """
     for name, (library, class_name) in list_components(read_json(folder / INDEX)).items():
         component = folder / name
-        if not has_usable_weights(name, list_files(component), variant):
+        names = list_files(component)
+        # The safety checker is left out; what has no safetensors weights is refused when loaded.
+        may_load = name != "safety_checker" and any(".safetensors" in one for one in names)
+        if not may_load and not has_usable_weights(name, names, variant, library):
             continue
-        if "quantization_config" in read_json(component / "config.json"):
+        if read_json(component / "config.json").get("quantization_config"):
             report(f"{component}: it is quantized: its arrays are not compared with its config")
         else:
             check_component(component, library, class_name, variant)
@@ -87,7 +90,7 @@ def check_component(folder: Path, library: str, class_name: str, variant: str | 
     config = read_json(config_file)
     stored = {
         name: array
-        for name, (_, array) in read_stored(choose_weight_files(folder, variant)).items()
+        for name, (_, array) in read_stored(choose_weight_files(folder, variant, library)).items()
     }
     check_counts(config_file, config, len(stored))
     cls = find_class(library, class_name)
