@@ -53,3 +53,37 @@ def test_a_result_gets_no_parts_that_it_was_not_trained_with(
     config.write_text(meant)
     limner.export(run)
     assert files(run).keys() - before.keys() == {str(run / "result.json")}
+
+
+def test_a_class_of_other_betas_is_another_base(base: Path, pictures: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(base, tmp_path / "base")
+    config = mine / "scheduler" / "scheduler_config.json"
+    told = json.loads(config.read_text())
+    silent = {name: told[name] for name in told if name not in ("beta_start", "beta_end")}
+    config.write_text(json.dumps(silent))
+    run = train(mine, pictures, tmp_path / "run", train={"steps": 1, "batch_size": 2, "seed": 5})
+    index = json.loads((mine / "model_index.json").read_text())
+    for name, is_same in (("PNDMScheduler", True), ("HeunDiscreteScheduler", False)):
+        index["scheduler"] = ["diffusers", name]
+        (mine / "model_index.json").write_text(json.dumps(index))
+        more = {"train": {"steps": 2, "batch_size": 2, "seed": 5}}
+        if is_same:
+            train(mine, pictures, run, **more)
+            continue
+        with pytest.raises(InputError, match="the base model: was"):
+            train(mine, pictures, run, **more)
+
+
+@pytest.mark.parametrize("kind", ["torch", "jax"])
+def test_a_lora_is_drawn_on_what_it_was_trained_on(
+    base: Path, pictures: Path, tmp_path: Path, kind: str
+) -> None:
+    mine = shutil.copytree(base, tmp_path / "base")
+    run = train(mine, pictures, tmp_path / "run", adapter={"kind": "lora", "rank": 2})
+    call = {"engine": kind, "steps": 1, "device": "cpu", "output": tmp_path / "pictures"}
+    limner.generate(str(run), ["a circle"], **call)
+    weights = mine / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(InputError, match="is not what it was trained on"):
+        limner.generate(str(run), ["a circle"], **call)
+    limner.generate(str(run), ["a circle"], base=str(mine), **call)

@@ -41,6 +41,7 @@ class ModelSource:
     precision: str = "no"  # in which its previews were drawn
     half_vae: bool = False  # whether the autoencoder was in half precision, too
     tf32: bool = False  # whether float32 was computed in TF32
+    base_digest: str | None = None  # the fingerprint of the base that it was trained on
 
     def to_settings(self, family: str) -> ModelSettings:
         """Return the settings of the run that opened this base."""

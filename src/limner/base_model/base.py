@@ -10,6 +10,7 @@ from limner.base_model.weight_files import (
     has_weights,
     list_files,
 )
+from limner.diffusion.base_schedulers import list_silent_settings
 from limner.json_types import Plain
 from limner.protocols import BaseConfigs
 from limner.storage import atomic
@@ -82,6 +83,9 @@ class BaseModel:
             for key, value in self.configs[component].items()
             if not key.startswith("_") and key != "transformers_version"
         }
+        # Of a scheduler the class alone may decide on the noise.
+        if component == "scheduler":
+            config |= list_silent_settings(self.configs[component])
         folder = self.component_folder(component)
         files = [path for path in sorted(folder.glob("*")) if path.is_file()]
         paths = [path for path in files if path.name in VOCABULARY_FILES]

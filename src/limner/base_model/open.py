@@ -245,6 +245,22 @@ def choose_repository_files(
     return [f"{prefix}{name}" for name in files]
 
 
+def check_trained_on(base: BaseModel, family: Family, source: ModelSource) -> None:
+    """Refuse a base that is not the one a LoRA was trained on, where that is known.
+
+    Raises:
+        InputError: when its weights or configs are others.
+    """
+    if source.base_digest is None:
+        return
+    if base.fingerprint(*family.feature_components) != source.base_digest:
+        raise InputError(
+            f"{source.lora}: its base {base.name} is not what it was trained on: the weights or "
+            f"configuration have changed. Put it back; or give --base {base.name} to draw with it "
+            "as it is."
+        )
+
+
 def read_statistic(base: BaseModel, name: str) -> np.ndarray:
     """Read a small array of the trained component, float32."""
     for path in base.weight_files(base.trained_component):

@@ -1,5 +1,6 @@
 """Draw pictures from prompts, with a run's result, a model folder or a Hub repository."""
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -29,8 +30,10 @@ from limner.json_types import parse_json
 from limner.progress import print_line
 from limner.protocols import ModelSource
 from limner.storage import atomic, outputs
+from limner.storage.checkpoint import list_checkpoints
 from limner.storage.layout import LORA_FILE
 from limner.storage.run_folder import RunFolder
+from limner.storage.run_state import STATE_FILE
 from limner.training.result import check_result_of_run
 
 SCHEDULER = Path("scheduler", "scheduler_config.json")
@@ -137,6 +140,8 @@ def open_pipeline(
 ) -> Any:
     """Open the pipeline of a model; arguments are those of ``run_generate``."""
     source, trained_with = find_sources(model, base)
+    if other_stage is not None:  # part of what the fingerprint is of
+        source = replace(source, base_digest=None)
     other_stage = other_stage or trained_with
     if other_stage is not None and not path_exists("--other-stage", other_stage):
         check_hub_name(other_stage, "--other-stage", "a run's folder, one in the diffusers layout")
@@ -364,7 +369,18 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
     if base:
         # These are of the run's own base.
         run = replace(run, variant=None, revision=None, trained_revision=None)
-    return replace(run, model=base_source, lora=folder, other_stage=None), run.other_stage
+    digest = None if base else read_base_digest(folder)
+    source = replace(run, model=base_source, lora=folder, other_stage=None, base_digest=digest)
+    return source, run.other_stage
+
+
+def read_base_digest(run: Path) -> str | None:
+    """Return the fingerprint of a run's base; None where no checkpoint says it."""
+    for checkpoint in list_checkpoints(run):
+        with contextlib.suppress(InputError):
+            digest = read_json(checkpoint / STATE_FILE).get("base_digest")
+            return digest if isinstance(digest, str) else None
+    return None
 
 
 def to_file_name(text: str) -> str:

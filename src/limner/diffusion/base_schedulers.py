@@ -117,6 +117,19 @@ def check_scheduler(name: object, *, flow: bool) -> None:
     )
 
 
+def list_silent_settings(scheduler: Plain) -> Plain:
+    """Return the betas that a config leaves to its class, where those are not the usual ones.
+
+    Those of UnCLIPScheduler, which writes no name of its schedule, are left out.
+    """
+    defaults = GAUSSIAN.get(str(scheduler.get("_class_name")), USUAL)
+    return {
+        name: getattr(defaults, name)
+        for name in ("beta_start", "beta_end")
+        if name not in scheduler and getattr(defaults, name) != getattr(USUAL, name)
+    }
+
+
 def check_noise_settings(scheduler: Plain) -> None:
     """Refuse settings with which a class of ``GAUSSIAN`` adds noise otherwise.
 

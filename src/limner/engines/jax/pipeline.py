@@ -12,7 +12,7 @@ import numpy as np
 
 from limner.base_model.base import BaseModel
 from limner.base_model.configs import list_components
-from limner.base_model.open import open_base, read_pipeline_class
+from limner.base_model.open import check_trained_on, open_base, read_pipeline_class
 from limner.diffusion.sampler_settings import list_served
 from limner.diffusion.starting_noise import draw_starting_noise
 from limner.engines.jax import vae
@@ -291,6 +291,7 @@ def open_pipeline(
     choose_devices(device)
     family = find_family(source)
     base = open_base(source.to_settings(family.name), family)
+    check_trained_on(base, family, source)
     check_base(base, family)
     if safety_checker:
         report_unchecked(base, print_line)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from limner.base_model.base import BaseModel
-from limner.base_model.open import open_base
+from limner.base_model.open import check_trained_on, open_base
 from limner.engines.state import find_half_dtype
 from limner.engines.torch.encoders import TorchEncoders
 from limner.engines.torch.loading import make_scheduler
@@ -80,6 +80,7 @@ def open_lora_run(weights: ModelSource, *, as_previews: bool, safety_checker: bo
     assert weights.family is not None
     family = FAMILIES[weights.family]
     base = open_base(weights.to_settings(family.name), family)
+    check_trained_on(base, family, weights)
     check_base(base, family)
     half = find_half_dtype(torch, weights.precision) if as_previews else None
     encoders = TorchEncoders(base, torch.device("cpu"))
