@@ -22,8 +22,9 @@ from limner.diffusion.sampler_algorithms import (
     sample_pndm,
     sample_unipc,
 )
-from limner.diffusion.sampler_settings import read_whole_number, settle_settings
+from limner.diffusion.sampler_settings import CHOICES, read_whole_number, settle_settings
 from limner.errors import InputError
+from limner.json_types import Plain
 
 SAMPLERS = {
     "DDIMScheduler": sample_ddim,
@@ -122,6 +123,23 @@ def check_steps(
             f"{name}: {steps} are more than the scheduler's {count} timesteps, of which the first "
             f"is {first}; take fewer"
         )
+
+
+def check_drawing(scheduler: Plain) -> None:
+    """Refuse a scheduler of Gaussian diffusion with which a stock pipeline draws nothing.
+
+    Raises:
+        InputError: for betas that are no noise schedule, or a setting of an unknown value.
+    """
+    if scheduler.get("_class_name") not in GAUSSIAN:
+        return
+    make_betas(scheduler)
+    for name, values in CHOICES.items():
+        if name in scheduler and scheduler[name] not in values:
+            raise InputError(
+                f"the base's scheduler: {name} is {str(scheduler[name])[:80]!r}, one of "
+                f"{', '.join(values)} is expected. Fetch or save the model again."
+            )
 
 
 def make_sampler_alphas_bar(settings: dict[str, Any]) -> np.ndarray:

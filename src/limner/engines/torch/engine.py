@@ -13,6 +13,8 @@ import torch
 from limner.base_model.base import BaseModel
 from limner.config.schema import Config
 from limner.diffusion import make_objective
+from limner.diffusion.result_scheduler import adapt_scheduler
+from limner.diffusion.samplers import check_drawing
 from limner.engines.dropout import add_keys
 from limner.engines.state import find_half_dtype
 from limner.engines.torch import pipeline
@@ -280,4 +282,10 @@ def open_engine(
     report: Report,
 ) -> TorchEngine:
     """Open the engine of this process; weights are loaded when they are first needed."""
+    if config.preview.prompts or config.preview.captions:
+        objective = make_objective(base.configs["scheduler"], config.objective)
+        class_name = base.component_class("scheduler")[1]
+        check_drawing(
+            adapt_scheduler(base.configs["scheduler"], class_name, objective.prediction_type)
+        )
     return TorchEngine(config, base, family, process, micro_batch_size, report)

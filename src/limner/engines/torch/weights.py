@@ -31,6 +31,7 @@ from limner.base_model.weight_files import (
     list_files,
     parse_variant,
 )
+from limner.diffusion.samplers import check_drawing
 from limner.errors import InputError
 from limner.families import FAMILIES
 from limner.families.family import Family
@@ -69,6 +70,9 @@ def check_pipeline(folder: Path, variant: str | None, report: Report) -> None:
     """
     for name, (library, class_name) in list_components(read_json(folder / INDEX)).items():
         component = folder / name
+        if name == "scheduler":
+            path = component / "scheduler_config.json"
+            check_drawing(read_json(path) | {"_class_name": class_name})
         names = list_files(component)
         # The safety checker is left out; what has no safetensors weights is refused when loaded.
         may_load = name != "safety_checker" and any(".safetensors" in one for one in names)
