@@ -188,3 +188,19 @@ def test_a_pipe_in_a_component(sd: Path, tmp_path: Path, file: str) -> None:
     os.mkfifo(base / file)
     with pytest.raises(InputError, match="neither a file nor a folder"):
         open_base(ModelSettings(str(base)), FAMILIES["sd"])
+
+
+@pytest.mark.parametrize("name", ["padding_side", "truncation_side"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_captions_are_filled_up_and_cut_on_the_right(
+    name: str, side: str, base: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: side}))
+    model = ModelSettings(str(folder), "sd")
+    if side == "right":
+        open_base(model, FAMILIES["sd"])
+        return
+    with pytest.raises(InputError, match=f"tokenizer: {name} is 'left'"):
+        open_base(model, FAMILIES["sd"])

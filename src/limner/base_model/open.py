@@ -30,6 +30,7 @@ from limner.config.schema import Config, ModelSettings
 from limner.errors import InputError
 from limner.families import FAMILIES
 from limner.families.family import Family, Stage
+from limner.families.text import list_other_sides
 from limner.protocols import ModelSource
 from limner.storage import safetensors
 from limner.storage.layout import LORA_FILE
@@ -73,6 +74,7 @@ def check_compatible(base: BaseModel, family: Family) -> None:
     """Refuse components that are not of one model."""
     with explain_faults(f"{base.name}: its configs cannot be compared with one another"):
         problems = family.incompatibilities(base.configs)
+        problems += list_other_sides(family.text, base.configs)
     if problems:
         raise InputError(f"{base.name}: " + "\n".join(problems))
 

@@ -166,3 +166,17 @@ def encode_chunks(
 def mask_argument(batch: dict[str, Array]) -> dict[str, Array]:
     """Return the argument that hides empty chunks from a UNet, where there are several chunks."""
     return {"encoder_attention_mask": batch["mask"]} if "mask" in batch else {}
+
+
+def list_other_sides(text: Text, configs: BaseConfigs) -> list[str]:
+    """Return what is wrong where a tokenizer pads or cuts at another side than the family does."""
+    problems = []
+    for one in text.inputs:
+        for name, side in (("padding_side", one.padding), ("truncation_side", "right")):
+            stated = configs[one.tokenizer].get(name, side)
+            if stated != side:
+                problems.append(
+                    f"{one.tokenizer}: {name} is {stated!r}, and captions are filled up and cut "
+                    f"on the other; {side!r} is expected in its tokenizer_config.json"
+                )
+    return problems
