@@ -74,7 +74,7 @@ def test_a_class_of_other_betas_is_another_base(base: Path, pictures: Path, tmp_
             train(mine, pictures, run, **more)
 
 
-@pytest.mark.parametrize("kind", ["torch", "jax"])
+@pytest.mark.parametrize("kind", ["torch", pytest.param("jax", marks=pytest.mark.soak)])
 def test_a_lora_is_drawn_on_what_it_was_trained_on(
     base: Path, pictures: Path, tmp_path: Path, kind: str
 ) -> None:

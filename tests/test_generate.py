@@ -220,7 +220,7 @@ def test_what_cannot_be_drawn_is_said_in_one_message(runs, tmp_path, capsys, arg
     assert message in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize("engine", ["torch", "jax"])
+@pytest.mark.parametrize("engine", ["torch", pytest.param("jax", marks=pytest.mark.soak)])
 def test_pictures_are_written_batch_by_batch_and_what_they_replace_is_told(
     base, tmp_path, capsys, monkeypatch, engine
 ):

@@ -272,13 +272,14 @@ def test_loras_of_others(base: Path, tmp_path: Path) -> None:
     assert nets["text_encoder"].arrays[f"{text}.lora_A.weight"].shape == (2, 32)
     a, b = f"unet.{stem}.lora_A.weight", f"unet.{stem}.lora_B.weight"
     conv = "unet.down_blocks.0.resnets.0.conv1.lora_{}.weight"
-    for arrays in (
-        {a: down},
-        {a: normal(2, 65), b: up},
-        {a: down, b: up, f"unet.{stem}.lora_magnitude_vector": normal(64)},
-        {conv.format("A"): normal(2, 32, 3, 3), conv.format("B"): normal(32, 2, 1, 1)},
+    no_place = "no place in the unet"
+    for arrays, reason in (
+        ({a: down}, no_place),
+        ({a: normal(2, 65), b: up}, no_place),
+        ({a: down, b: up, f"unet.{stem}.lora_magnitude_vector": normal(64)}, "it is DoRA"),
+        ({conv.format("A"): normal(2, 32, 3, 3), conv.format("B"): normal(32, 2, 1, 1)}, no_place),
     ):
-        with pytest.raises(InputError, match="no place in the unet"):
+        with pytest.raises(InputError, match=reason):
             opened_with(arrays)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match="not a whole safetensors file"):

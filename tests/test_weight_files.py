@@ -49,7 +49,7 @@ def name_by_index(folder: Path, arrays: dict[str, np.ndarray], stem: str) -> Non
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("kind", ["torch", "jax"])
+@pytest.mark.parametrize("kind", ["torch", pytest.param("jax", marks=pytest.mark.soak)])
 def test_an_index_may_name_any_files(mine: Path, tmp_path: Path, kind: str) -> None:
     arrays = load_file(mine / ENCODER)
     name_by_index(mine / "text_encoder", arrays, "model")
