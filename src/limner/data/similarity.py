@@ -12,6 +12,7 @@ from limner.data import image
 DISTANCE = 4  # bits; docs/log.md tells which pictures it groups, rightly and wrongly
 FLAT = 2  # the deviation of grey, of 255, below which a picture is without detail
 MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
+ROWS = 64  # of a picture that are digested at once
 BLOCK = 4096  # hashes that are compared at once with all others of an equal band
 
 
@@ -33,7 +34,12 @@ def perceptual_hashes(picture: Image.Image | np.ndarray) -> tuple[int, int]:
 
 def digest_pixels(pixels: np.ndarray) -> int:
     """Return a 64-bit digest of a picture's shape and pixels."""
-    return xxhash.xxh3_64_intdigest(f"{pixels.shape}".encode() + pixels.tobytes())
+    digest = xxhash.xxh3_64(f"{pixels.shape}".encode())
+    # Some rows at a time: a copy of a large picture would be hundreds of MB.
+    for start in range(0, len(pixels), ROWS):
+        digest.update(np.ascontiguousarray(pixels[start : start + ROWS]))
+    value: int = digest.intdigest()
+    return value
 
 
 def read_frequencies(grey: Image.Image) -> int:
