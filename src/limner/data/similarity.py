@@ -37,9 +37,8 @@ def digest_pixels(pixels: np.ndarray) -> int:
     digest = xxhash.xxh3_64(f"{pixels.shape}".encode())
     # Some rows at a time: a copy of a large picture would be hundreds of MB.
     for start in range(0, len(pixels), ROWS):
-        digest.update(np.ascontiguousarray(pixels[start : start + ROWS]))
-    value: int = digest.intdigest()
-    return value
+        digest.update(pixels[start : start + ROWS].tobytes())
+    return digest.intdigest()
 
 
 def read_frequencies(grey: Image.Image) -> int:
