@@ -2,8 +2,11 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from limner.base_model.open import open_base
 from limner.config import toml
@@ -15,6 +18,15 @@ from limner.training import loop
 IS_SOAK = "CURVE_STEPS" in os.environ
 STEPS = int(os.environ.get("CURVE_STEPS", "12"))  # of the runs that both engines make
 HALFWAY = STEPS // 2
+
+
+@pytest.fixture(autouse=True)
+def float32_products() -> Iterator[None]:
+    """As exact as float32 allows, on whatever device."""
+    import jax
+
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def opened(folder: Path, family: str) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from haste import compiled_in_haste
-from jax_runs import opened, settings
+from jax_runs import float32_products, opened, settings  # noqa: F401
 
 from limner import engines
 from limner.base_model.open import open_base
@@ -33,13 +33,6 @@ jax = pytest.importorskip("jax")
 
 DRAWS = np.random.default_rng(0)
 TPU = SimpleNamespace(platform="tpu")
-
-
-@pytest.fixture(autouse=True)
-def float32_products():
-    """As exact as float32 allows, on whatever device."""
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def normal(*shape: int) -> np.ndarray:

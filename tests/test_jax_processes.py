@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import worker
-from jax_runs import bits, opened, settings, trained
+from jax_runs import bits, float32_products, opened, settings, trained  # noqa: F401
 
 import limner
 from limner import engines
@@ -42,13 +42,6 @@ from limner.training import loop
 for raw in json.loads(Path(sys.argv[1]).read_text()):
     loop.run_training(build(Config, raw), report=lambda line: None)
 """
-
-
-@pytest.fixture(autouse=True)
-def float32_products():
-    """As exact as float32 allows, on whatever device."""
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def started(folder: Path, jobs: list[Config], **environment: str) -> subprocess.Popen[str]:
@@ -103,7 +96,7 @@ def test_the_host_of_the_first_process_is_as_sockets_take_it(
 
     monkeypatch.setenv("LIMNER_COORDINATOR", address)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
-    assert processes.initialize() == host
+    assert processes.initialize(processes.read_process_count()) == host
 
 
 @pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.soak)])

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import tiny
 from haste import compiled_in_haste
-from jax_runs import HALFWAY, IS_SOAK, STEPS, bits, opened, settings, trained
+from jax_runs import (
+    HALFWAY,
+    IS_SOAK,
+    STEPS,
+    bits,
+    float32_products,  # noqa: F401
+    opened,
+    settings,
+    trained,
+)
 
 import limner
 from limner import engines
@@ -26,20 +35,6 @@ from limner.training.stream import Stream
 pytestmark = pytest.mark.frameworks
 
 jax = pytest.importorskip("jax")
-
-
-DRAWS = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def float32_products():
-    """As exact as float32 allows, on whatever device."""
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-def normal(*shape: int) -> np.ndarray:
-    return DRAWS.standard_normal(shape, np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +166,8 @@ def test_a_picture_is_the_stock_pipeline_s(family: str, kind: str, pair: Any) ->
     import torch
 
     found, _ = generate.find_sources(str(pair(family, kind)[3]), None)
-    noise, prompts = normal(3, 4, 16, 16), ["a red circle", "a blue one", "a red circle"]
+    noise = np.random.default_rng(0).standard_normal((3, 4, 16, 16), np.float32)
+    prompts = ["a red circle", "a blue one", "a red circle"]
     for name in ("ddim", "unipc"):
         stock = engines.open_pipeline(found, None, scheduler=name, precision="no", device="cpu")
         stock.set_progress_bar_config(disable=True)

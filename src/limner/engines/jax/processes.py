@@ -49,10 +49,9 @@ class JaxProcessGroup(Processes):
         super().__init__()
         self.precision = settings.precision or "no"
         prepare_host(settings)
-        count = int(os.environ.get("LIMNER_PROCESSES", "1"))
-        is_cluster = count == 1 and os.environ.get("LIMNER_CLUSTER")
-        with self.meeting_in_time(0 if is_cluster else count, settings.patience):
-            host = initialize()
+        count = read_process_count()
+        with self.meeting_in_time(count, settings.patience):
+            host = initialize(count)
         devices = choose_devices(settings.device)[: settings.devices]
         check_mesh(settings, devices)
         self.rank = jax.process_index()
@@ -184,10 +183,17 @@ def to_local_device(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jax.device_put(array, local_device()) for name, array in arrays.items()}
 
 
-def initialize() -> str:
-    """Join the other processes, where a launcher says that there are some.
+def read_process_count() -> int:
+    """Return how many processes there are, 0 for as many as JAX finds in a cluster or a TPU pod."""
+    count = int(os.environ.get("LIMNER_PROCESSES", "1"))
+    return 0 if count <= 1 and os.environ.get("LIMNER_CLUSTER") else max(count, 1)
 
-    It says so in variables of Limner's, or in those of a cluster or a TPU pod that JAX knows.
+
+def initialize(count: int) -> str:
+    """Join the other processes, where there are some.
+
+    Args:
+        count: see ``read_process_count``.
 
     Returns:
         The first process's host.
@@ -202,11 +208,10 @@ def initialize() -> str:
     # The processes watch each other by themselves, and the clock while they meet.
     join = functools.partial(
         jax.distributed.initialize,
-        initialization_timeout=PATIENCE.days * 86400,
-        heartbeat_timeout_seconds=PATIENCE.days * 86400,
+        initialization_timeout=int(PATIENCE.total_seconds()),
+        heartbeat_timeout_seconds=int(PATIENCE.total_seconds()),
         shutdown_timeout_seconds=10,
     )
-    count = int(os.environ.get("LIMNER_PROCESSES", "1"))
     if count > 1:
         try:
             coordinator = os.environ["LIMNER_COORDINATOR"]
@@ -223,7 +228,7 @@ def initialize() -> str:
             raise InputError(
                 f"the {count} processes did not find each other: {str(error).splitlines()[0]}"
             ) from error
-    elif os.environ.get("LIMNER_CLUSTER"):
+    elif count == 0:
         join()
     return get_host(os.environ.get("LIMNER_COORDINATOR", "")) or find_coordinator()
 
