@@ -12,7 +12,7 @@ from limner.base_model.base import BaseModel, read_front_matter
 from limner.base_model.find import path_exists
 from limner.base_model.json_files import MAX_BYTES, read_json
 from limner.base_model.open import open_base
-from limner.commands.generate import find_sources
+from limner.commands.drawn_model import find_sources
 from limner.config.schema import ModelSettings
 from limner.errors import InputError
 from limner.families import FAMILIES

@@ -12,7 +12,7 @@ from PIL import Image
 
 import limner
 from limner import cli
-from limner.commands import generate
+from limner.commands import drawn_model, generate
 from limner.config import toml
 from limner.config.schema import Config
 from limner.errors import InputError, IntegrityError
@@ -301,7 +301,7 @@ def test_a_result_of_a_run_that_is_not_whole_is_not_drawn_with(
 ):
     """As when its writing was cut short: files of two results would draw something."""
     run = Path(shutil.copytree(runs[kind], tmp_path / "run"))
-    assert generate.find_sources(str(run), None)[0].family == "sd"
+    assert drawn_model.find_sources(str(run), None)[0].family == "sd"
     content = (run / file).read_bytes()
     (run / file).unlink()
     if change is not None:
@@ -311,7 +311,7 @@ def test_a_result_of_a_run_that_is_not_whole_is_not_drawn_with(
     said = capsys.readouterr().err
     assert f"{run}: the result of this run is not whole" in said and "training command" in said
     (run / "config.json").unlink()
-    assert generate.find_sources(str(run), "base/of-it")[0].family is None
+    assert drawn_model.find_sources(str(run), "base/of-it")[0].family is None
 
 
 def test_a_lora_without_its_base_asks_for_it(runs, tmp_path):
@@ -336,17 +336,17 @@ def test_a_lora_takes_its_base_from_where_the_run_kept_it(tmp_path, monkeypatch)
     (run / "pytorch_lora_weights.safetensors").touch()
     model = {"base": "owner/name", "variant": "fp16", "revision": "abc", "cache_dir": "/downloads"}
     (run / "config.json").write_text(json.dumps({"model": model}))
-    assert generate.find_sources("~/run", None) == (
+    assert drawn_model.find_sources("~/run", None) == (
         ModelSource("owner/name", run, "sd", "fp16", "abc", "/downloads"),
         None,
     )
-    assert generate.find_sources("~/run", "~/other") == (
+    assert drawn_model.find_sources("~/run", "~/other") == (
         ModelSource(str(tmp_path / "other"), run, "sd", cache_dir="/downloads"),
         None,
     )
     (run / "model_index.json").touch()
     whole = ModelSource(str(run), None, "sd", variant="fp16", cache_dir="/downloads")
-    assert generate.find_sources("~/run", None) == (whole, None)
+    assert drawn_model.find_sources("~/run", None) == (whole, None)
 
 
 @pytest.mark.parametrize(
@@ -392,11 +392,11 @@ def test_a_config_that_is_no_run_s_is_left_alone_and_a_damaged_one_is_told(
     config = tmp_path / "config.json"
     config.write_text(json.dumps(written))
     if message is None:
-        known = generate.read_run_settings(config)
+        known = drawn_model.read_run_settings(config)
         assert known is None or known.model.base == ""
     else:
         with pytest.raises(IntegrityError, match="not what a run has written") as told:
-            generate.read_run_settings(config)
+            drawn_model.read_run_settings(config)
         assert message in str(told.value)
 
 

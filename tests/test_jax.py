@@ -467,10 +467,14 @@ def test_noise_is_drawn_in_the_type_of_the_stock_pipeline(
     own = engines.open_pipeline(
         ModelSource(str(base)), None, "jax", scheduler=None, precision=precision, device="cpu"
     )
+    started = []
     monkeypatch.setattr(
-        pipeline.Pipeline, "draw_from_noise", lambda self, prompts, noise, **settings: [noise]
+        pipeline.Pipeline,
+        "draw_from_noise",
+        lambda self, prompts, noise, **settings: started.append(noise) or noise,
     )
-    [noise] = own.draw(["a"] * 2, [1, 2], steps=1, guidance_scale=1.0, size=32)
+    own.draw(["a"] * 2, [1, 2], steps=1, guidance_scale=1.0, size=32)
+    [noise] = started
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[precision]
     for row, seed in zip(noise, (1, 2), strict=True):
         generator = torch.Generator("cpu").manual_seed(seed)

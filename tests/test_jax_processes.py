@@ -18,7 +18,7 @@ from jax_runs import bits, float32_products, opened, settings, trained  # noqa: 
 
 import limner
 from limner import engines
-from limner.commands import generate
+from limner.commands import drawn_model
 from limner.config import toml
 from limner.config.schema import Config
 from limner.data import contact_sheet
@@ -146,7 +146,7 @@ def test_eight_devices_two_processes_and_back(again: bool, pictures: Path, tmp_p
     for name in ("wide", "two") if again else ():
         assert bits(tmp_path / name, 6) == bits(tmp_path / f"{name} again", 6), name
     [shown] = (tmp_path / "two" / "previews" / "step-000006").glob("*.png")
-    found, _ = generate.find_sources(str(tmp_path / "two"), None)
+    found, _ = drawn_model.find_sources(str(tmp_path / "two"), None)
     pipeline = engines.open_pipeline(
         found, None, "jax", scheduler=None, precision="no", device="cpu"
     )

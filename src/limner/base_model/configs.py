@@ -117,6 +117,7 @@ def read_component_configs(
         configs[component] = read_json(path)
         if component == "scheduler":
             configs[component] = settle_scheduler(configs[component], index)
+        check_places(component_folder, configs[component])
         if "auto_map" in configs[component]:
             raise InputError(
                 f"{path}: auto_map asks for code that comes with the model. Such code is never "
@@ -143,6 +144,27 @@ def check_files(folder: Path) -> None:
     if odd:
         raise InputError(
             f"{odd[0]}: it is neither a file nor a folder. Fetch or copy the model again."
+        )
+
+
+def check_places(folder: Path, config: Plain) -> None:
+    """Refuse a component that transformers would read from elsewhere than from its weight files.
+
+    Args:
+        config: the component's.
+
+    Raises:
+        InputError: naming what says so.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"{folder / 'adapter_config.json'}: transformers would put an adapter on this "
+            "component, or read another model in its place. Merge it, or move it away."
+        )
+    if config.get("transformers_weights") is not None:
+        raise InputError(
+            f"{folder}: its config names a file of weights as transformers_weights, which is not "
+            "followed. Save the model again by save_pretrained."
         )
 
 

@@ -1,7 +1,5 @@
 """Draw pictures from prompts, with a run's result, a model folder or a Hub repository."""
 
-import contextlib
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,30 +14,21 @@ from limner.base_model.base import INDEX
 from limner.base_model.find import path_exists
 from limner.base_model.hub import check_hub_name
 from limner.base_model.json_files import read_json
+from limner.commands.drawn_model import find_sources
 from limner.config import toml
 from limner.config.declare import GUIDANCE, PIXELS
-from limner.config.schema import Config
 from limner.data.contact_sheet import draw_contact_sheet
 from limner.diffusion.base_schedulers import GAUSSIAN
 from limner.diffusion.result_scheduler import adapt_scheduler
 from limner.diffusion.sampler_settings import SCHEDULERS, adapt_to_pipeline
 from limner.diffusion.samplers import check_steps
-from limner.errors import InputError, IntegrityError, say_count
-from limner.families import get_family
-from limner.json_types import parse_json
+from limner.errors import InputError, say_count
 from limner.progress import print_line
 from limner.protocols import ModelSource
 from limner.storage import atomic, outputs
-from limner.storage.checkpoint import list_checkpoints
-from limner.storage.layout import LORA_FILE
-from limner.storage.run_folder import RunFolder
-from limner.storage.run_state import STATE_FILE
-from limner.training.result import check_result_of_run
 
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 MOST = 100_000  # pictures, steps, or pictures at once
-# The sections of a run's settings that its pictures depend on.
-SECTIONS = ("model", "objective", "adapter", "engine")
 
 
 @dataclass(frozen=True)
@@ -151,7 +140,7 @@ def open_pipeline(
     if other_source is not None and other_source.family is None:
         # No run of its own: it is read as the run read it.
         other_source = replace(other_source, variant=source.variant, cache_dir=source.cache_dir)
-    check_sampler(source, settings)
+    check_call(source, settings)
     return engines.open_pipeline(
         source,
         other_source,
@@ -163,9 +152,9 @@ def open_pipeline(
     )
 
 
-def check_sampler(source: ModelSource, settings: DrawSettings) -> None:
-    """Refuse more steps than the scheduler of a model that is here has timesteps; one that is to be
-    fetched is looked at when it is open.
+def check_call(source: ModelSource, settings: DrawSettings) -> None:
+    """Refuse more steps than the scheduler of a model that is here has timesteps, and no size where
+    the model states none; a model that is to be fetched is looked at when it is open.
 
     Raises:
         InputError: see ``samplers.check_steps``.
@@ -174,6 +163,11 @@ def check_sampler(source: ModelSource, settings: DrawSettings) -> None:
     if not (folder / SCHEDULER).is_file() or not (folder / INDEX).is_file():
         return
     scheduler, index = read_json(folder / SCHEDULER), read_json(folder / INDEX)
+    unet = folder / "unet" / "config.json"
+    # Stable Diffusion's pipeline; that of XL has a size of its own.
+    needs_size = index.get("_class_name") == "StableDiffusionPipeline" and settings.size is None
+    if needs_size and unet.is_file() and read_json(unet).get("sample_size", 0) is None:
+        raise InputError(f"size: {unet} states none (sample_size is null); give --size")
     class_name = str(scheduler.get("_class_name"))
     if class_name not in GAUSSIAN:
         return
@@ -280,107 +274,6 @@ def read_prompts(path: Path) -> list[str]:
             f"{path}: cannot be read as a text file with one prompt per line: {reason}"
         ) from error
     return [line.strip() for line in lines if line.strip()]
-
-
-def read_run_settings(config: Path) -> Config | None:
-    """Read the settings of a run that its pictures depend on; None where there is no run.
-
-    Raises:
-        IntegrityError: when they are not what a run has written.
-    """
-    if not config.is_file():
-        return None
-    try:
-        run = parse_json(config.read_text(encoding="utf-8"))
-        # A model may have a file of this name that is not a run's.
-        if not isinstance(run, dict) or not isinstance(run.get("model"), dict):
-            return None
-        settings: Config = toml.build(Config, {name: run.get(name) or {} for name in SECTIONS})
-        get_family(settings)
-    except (OSError, ValueError, InputError) as error:
-        raise IntegrityError(
-            f"{config}: not what a run has written ({error}). Remove it, and say with --base what "
-            "was trained."
-        ) from error
-    return settings
-
-
-def read_run(folder: Path) -> ModelSource:
-    """Read what a run was trained on and how; of a folder that holds no run, nothing is known."""
-    settings = read_run_settings(RunFolder(folder).config)
-    if settings is None:
-        return ModelSource("")
-    model = settings.model
-    return ModelSource(
-        model.base,
-        family=model.family,
-        variant=model.variant,
-        revision=model.revision,
-        cache_dir=model.cache_dir,
-        trained_revision=model.trained_revision,
-        vae=model.vae,
-        half_vae=model.vae is not None,
-        tf32=settings.engine.tf32,
-        other_stage=model.other_stage,
-        prediction_type=settings.objective.predict,
-        text_encoders=settings.adapter.text_encoders,
-        precision=settings.engine.precision or "no",
-    )
-
-
-def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]:
-    """Find the weights of a model, and the other stage with which its run was trained.
-
-    Args:
-        model: as for ``run_generate``.
-        base: base model of a LoRA; None: the one on which the run was trained.
-
-    Raises:
-        InputError: for a folder without a result, or a LoRA without a base.
-    """
-    model = os.path.expanduser(model)
-    path_exists("the model", model)
-    folder = Path(model)
-    if folder.is_file():
-        raise InputError(
-            f"{model}: a file; a folder is expected. Of a LoRA give the folder that holds it as "
-            f"{LORA_FILE}: limner generate {folder.parent} --base BASE"
-        )
-    run = read_run(folder)
-    check_result_of_run(folder)
-    if not folder.exists():
-        check_hub_name(model, "model", "a run's folder, a folder in the diffusers layout")
-    if not folder.is_dir() or (folder / INDEX).exists():
-        # A whole result has the scheduler and the autoencoder that it was trained with. The variant
-        # is for the other stage.
-        whole = replace(run, model=model, other_stage=None, prediction_type=None, vae=None)
-        return replace(whole, revision=None, trained_revision=None), run.other_stage
-    if not (folder / LORA_FILE).exists():
-        raise InputError(
-            f"{folder}: neither a diffusers folder ({INDEX}) nor a LoRA ({LORA_FILE}); a run "
-            "has its result here when it has finished"
-        )
-    base_source = os.path.expanduser(base) if base else run.model
-    if not base_source:
-        raise InputError(f"{folder}: the base model of this LoRA is not known; give it with --base")
-    setting = "--base" if base else f"{RunFolder(folder).config}: model.base"
-    if not path_exists(setting, base_source):
-        check_hub_name(base_source, setting, "the folder of the base with --base")
-    if base:
-        # These are of the run's own base.
-        run = replace(run, variant=None, revision=None, trained_revision=None)
-    digest = None if base else read_base_digest(folder)
-    source = replace(run, model=base_source, lora=folder, other_stage=None, base_digest=digest)
-    return source, run.other_stage
-
-
-def read_base_digest(run: Path) -> str | None:
-    """Return the fingerprint of a run's base; None where no checkpoint says it."""
-    for checkpoint in list_checkpoints(run):
-        with contextlib.suppress(InputError):
-            digest = read_json(checkpoint / STATE_FILE).get("base_digest")
-            return digest if isinstance(digest, str) else None
-    return None
 
 
 def to_file_name(text: str) -> str:

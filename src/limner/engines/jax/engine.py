@@ -275,7 +275,9 @@ class JaxEngine:
         drawing.nets = {
             name: self.model.select_arrays(params, frozen, name) for name in self.model.components
         }
-        pictures: list[np.ndarray] = drawing.draw(prompts, seeds, check_stop=check_stop, **call)
+        pictures: list[np.ndarray] = drawing.draw(
+            prompts, seeds, report=self.report, check_stop=check_stop, **call
+        )
         drawing.nets = {}
         if not keep:
             self.release_encoders()

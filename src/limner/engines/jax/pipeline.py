@@ -25,6 +25,7 @@ from limner.engines.jax.processes import choose_devices, local_device
 from limner.engines.jax.sampler import make_base_table
 from limner.engines.jax.settings import complete
 from limner.engines.jax.weights import check_base, read_component, serves
+from limner.engines.pictures import report_broken, round_pictures
 from limner.engines.state import find_half_dtype
 from limner.errors import InputError
 from limner.families import FAMILIES, find_pipeline_family
@@ -97,6 +98,7 @@ class Pipeline(NumpyFeatures):
         *,
         negative: str | None = None,
         batch: int = 4,
+        report: Report = print_line,
         check_stop: Callable[[], None] = lambda: None,
         keep: Callable[[list[np.ndarray]], None] = lambda pictures: None,
         **call: Unpack[DrawCall],
@@ -108,12 +110,14 @@ class Pipeline(NumpyFeatures):
 
         Args:
             negative: the negative prompt of all pictures.
+            report: told of pictures that are not finite.
             check_stop: called after each step of the sampler; what it raises ends the drawing.
             keep: called with the pictures of each batch, as soon as they are drawn.
         """
         side = latent_side(self.base, call["size"])
         shape = (self.base.configs["unet"].get("in_channels", 4), side, side)
         pictures: list[np.ndarray] = []
+        broken: list[bool] = []
         for start in range(0, len(prompts), batch):
             part = list(prompts[start : start + batch])
             noise = [
@@ -125,11 +129,14 @@ class Pipeline(NumpyFeatures):
                 # The last batch is filled up, so that only one shape is compiled.
                 part += part[-1:] * (batch - count)
                 noise += noise[-1:] * (batch - count)
-            drawn = self.draw_from_noise(
+            images = self.draw_from_noise(
                 part, np.stack(noise), negative=negative, check_stop=check_stop, **call
             )
-            keep(drawn[:count])
-            pictures += drawn[:count]
+            drawn, flags = round_pictures(images[:count])
+            keep(drawn)
+            pictures += drawn
+            broken += flags
+        report_broken(prompts, seeds, broken, report)
         return pictures
 
     def draw_from_noise(
@@ -142,8 +149,9 @@ class Pipeline(NumpyFeatures):
         size: int | None,
         negative: str | None = None,
         check_stop: Callable[[], None] = lambda: None,
-    ) -> list[np.ndarray]:
-        """Draw one picture per prompt from the starting noise; see ``draw``.
+    ) -> np.ndarray:
+        """Draw one picture per prompt from the starting noise, float32 [n, size, size, 3] in
+        [0, 1]; see ``draw``.
 
         Args:
             noise: standard normal, [n, channels, h, w].
@@ -160,8 +168,7 @@ class Pipeline(NumpyFeatures):
             }
         latents = self.denoise(noise, features, steps, guidance_scale, pixels, check_stop)
         decoded = self.encoders.decode("vae", decode_latents(latents, self.base.configs))
-        images = np.clip(decoded / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
-        return [(image * 255).round().astype(np.uint8) for image in images]
+        return np.clip(decoded / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
 
     def denoise(
         self,

@@ -54,7 +54,12 @@ class WordTokenizer:
                 f"{folder}: it cannot be read as CLIP's tokenizer ({reason}). Fetch or copy the "
                 "model again."
             ) from error
-        self.limit = int(config.get("model_max_length", config.get("max_len")) or UNLIMITED)
+        self.limit = config.get("model_max_length", config.get("max_len")) or UNLIMITED
+        if type(self.limit) is not int:
+            raise InputError(
+                f"{folder}: model_max_length is {str(self.limit)[:80]}, a whole number is "
+                "expected. Fetch or copy the model again."
+            )
         pad = self.inner.token_to_id(str(named["pad_token"]))
         if pad is None:
             raise InputError(

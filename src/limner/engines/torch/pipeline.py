@@ -1,13 +1,16 @@
 """Open stock diffusers pipelines, and draw with them."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Unpack
 
 import numpy as np
 import torch
 
+from limner.base_model.comparison import describe_fault
 from limner.diffusion.sampler_settings import SCHEDULERS
 from limner.diffusion.samplers import check_steps
+from limner.engines.pictures import report_broken, round_pictures
 from limner.engines.state import find_dtype
 from limner.engines.torch.arithmetic import set_precision_of_float32
 from limner.engines.torch.assembly import compute_as_previews, open_lora_run
@@ -16,7 +19,7 @@ from limner.engines.torch.processes import choose_device
 from limner.engines.torch.safety_checker import report_blackened
 from limner.engines.torch.two_stages import open_two_stages
 from limner.engines.torch.weights import silence_progress_bars
-from limner.errors import InputError
+from limner.errors import InputError, LimnerError, find_stop
 from limner.progress import print_line
 from limner.protocols import DrawCall, ModelSource, Report
 
@@ -108,12 +111,9 @@ def draw_pictures(  # noqa: PLR0913 - what is drawn, and who is told, most by ke
     scheduler = pipeline.scheduler
     check_steps(call["steps"], type(scheduler).__name__, scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    settings = name_settings(**call)
-    if check_stop is not None:
-        # The sampler's next step takes what this returns in the place of what it has: nothing.
-        settings["callback_on_step_end"] = lambda *step: check_stop() or {}
+    settings = name_settings(check_stop, **call)
     pictures: list[np.ndarray] = []
-    black: list[bool] = []
+    black, broken = list[bool](), list[bool]()
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
         # Noise is drawn on the host: the same for every device and batch size.
@@ -123,21 +123,54 @@ def draw_pictures(  # noqa: PLR0913 - what is drawn, and who is told, most by ke
         # Not None where there is none: some pipelines' own is an empty text.
         if negative is not None:
             settings["negative_prompt"] = [negative] * len(part)
-        output = pipeline(part, generator=generators, **settings)
-        drawn = [(picture * 255).round().astype(np.uint8) for picture in output.images]
+        with explain_fault_of(pipeline):
+            output = pipeline(part, generator=generators, **settings)
+        drawn, flags = round_pictures(output.images)
         keep(drawn)
         pictures += drawn
+        broken += flags
         # None: of a pipeline that checks nothing.
         black += getattr(output, "nsfw_content_detected", None) or [False] * len(part)
     report_blackened(prompts, seeds, black, report)
+    report_broken(prompts, seeds, broken, report)
     return pictures
 
 
-def name_settings(*, steps: int, guidance_scale: float | None, size: int | None) -> dict[str, Any]:
+@contextlib.contextmanager
+def explain_fault_of(pipeline: Any) -> Iterator[None]:
+    """Turn what a stock pipeline raises for settings that its networks do not fit into one message.
+
+    Raises:
+        InputError: in its place; a stop and a lack of memory stay what they are.
+    """
+    try:
+        yield
+    except (LimnerError, MemoryError, torch.OutOfMemoryError):
+        raise
+    # Whatever a config that is not the stock one leads to.
+    except Exception as error:
+        if find_stop(error) is not None:
+            raise
+        raise InputError(
+            f"{type(pipeline).__name__}: it cannot draw with these components: "
+            f"{describe_fault(error)}. Compare the model's configs with the stock ones."
+        ) from error
+
+
+def name_settings(
+    check_stop: Callable[[], None] | None,
+    *,
+    steps: int,
+    guidance_scale: float | None,
+    size: int | None,
+) -> dict[str, Any]:
     """Return the settings of a call under the stock pipelines' names."""
     settings: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
     if size is not None:
         settings |= {"height": size, "width": size}
     if guidance_scale is not None:
         settings["guidance_scale"] = guidance_scale
+    if check_stop is not None:
+        # The sampler's next step takes what this returns in the place of what it has: nothing.
+        settings["callback_on_step_end"] = lambda *step: check_stop() or {}
     return settings

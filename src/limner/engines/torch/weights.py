@@ -23,7 +23,11 @@ from limner.base_model.comparison import (
     read_stored,
     refuse_differences,
 )
-from limner.base_model.configs import list_components, list_components_with_weights
+from limner.base_model.configs import (
+    check_places,
+    list_components,
+    list_components_with_weights,
+)
 from limner.base_model.json_files import read_json
 from limner.base_model.weight_files import (
     choose_weight_files,
@@ -63,22 +67,36 @@ def check_base(base: BaseModel, family: Family) -> None:
 
 
 def check_pipeline(folder: Path, variant: str | None, report: Report) -> None:
-    """Compare the networks of a pipeline's folder with their configs, and say which are not.
+    """Compare the networks of a pipeline's folder with their configs, say which are not, and load
+    its tokenizers.
 
     Raises:
         InputError: naming the folder and what differs.
     """
-    for name, (library, class_name) in list_components(read_json(folder / INDEX)).items():
+    components = list_components(read_json(folder / INDEX))
+    for name, (library, class_name) in components.items():
         component = folder / name
         if name == "scheduler":
             path = component / "scheduler_config.json"
             check_drawing(read_json(path) | {"_class_name": class_name})
         names = list_files(component)
+        if not names:
+            raise InputError(
+                f"{component}: it is named in {INDEX}, and no file of it is there. Fetch or copy "
+                "the model again."
+            )
+        encoder = components.get(name.replace("tokenizer", "text_encoder"), ("", ""))
+        if name.startswith("tokenizer") and encoder[1] in KNOWN_CLASSES:
+            cls = find_class(library, class_name)
+            encoder_folder = folder / name.replace("tokenizer", "text_encoder")
+            load_tokenizer(component, cls, read_json(encoder_folder / "config.json"))
         # The safety checker is left out; what has no safetensors weights is refused when loaded.
         may_load = name != "safety_checker" and any(".safetensors" in one for one in names)
         if not may_load and not has_usable_weights(name, names, variant, library):
             continue
-        if read_json(component / "config.json").get("quantization_config"):
+        config = read_json(component / "config.json")
+        check_places(component, config)
+        if config.get("quantization_config"):
             report(f"{component}: it is quantized: its arrays are not compared with its config")
         else:
             check_component(component, library, class_name, variant)
@@ -255,9 +273,12 @@ def load_component(base: BaseModel, name: str) -> Any:
     cls = find_class(*base.component_class(name))
     folder = base.component_folder(name)
     with explain_faults(f"{folder}: no {cls.__name__} can be loaded from it"):
-        # Tokenizers and schedulers have no weights.
+        # Tokenizers and image processors have no weights.
+        if name.startswith("tokenizer"):
+            encoder = base.configs[name.replace("tokenizer", "text_encoder")]
+            return load_tokenizer(folder, cls, encoder)
         if not hasattr(cls, "dtype"):
-            return check_tokenizer(base, name, cls.from_pretrained(folder))
+            return cls.from_pretrained(folder)
         net, report = cls.from_pretrained(
             folder,
             use_safetensors=True,
@@ -274,27 +295,29 @@ def load_component(base: BaseModel, name: str) -> Any:
     return net
 
 
-def check_tokenizer(base: BaseModel, name: str, tokenizer: Any) -> Any:
-    """Return a tokenizer, or whatever else has no weights, if its text encoder knows all its ids.
+def load_tokenizer(folder: Path, cls: Any, encoder: Plain) -> Any:
+    """Load a tokenizer, if its text encoder knows all its ids and has as many positions.
+
+    Args:
+        encoder: the config of its text encoder.
 
     Raises:
-        ValueError: when the vocabulary is empty, or larger than the text encoder's.
+        InputError: when it cannot be loaded, when the vocabulary is empty, or larger than the text
+            encoder's.
     """
-    if not name.startswith("tokenizer"):
+    with explain_faults(f"{folder}: no {cls.__name__} can be loaded from it"):
+        tokenizer = cls.from_pretrained(folder)
+        size, known = len(tokenizer), encoder.get("vocab_size")
+        if size == 0 or tokenizer.pad_token_id is None:
+            raise ValueError(f"its vocabulary has {size} tokens, and no padding among them")
+        if type(known) is int and size > known:
+            raise ValueError(f"its vocabulary has {size} tokens, the text encoder knows {known}")
+        positions, length = encoder.get("max_position_embeddings"), tokenizer.model_max_length
+        if positions is not None and not (type(length) is int and 2 < length <= positions):
+            raise ValueError(
+                f"model_max_length is {length}, the text encoder has {positions} positions"
+            )
         return tokenizer
-    encoder = base.configs[name.replace("tokenizer", "text_encoder")]
-    size, known = len(tokenizer), encoder.get("vocab_size")
-    if size == 0 or tokenizer.pad_token_id is None:
-        raise ValueError(f"its vocabulary has {size} tokens, and no padding among them")
-    if type(known) is int and size > known:
-        raise ValueError(f"its vocabulary has {size} tokens, the text encoder knows {known}")
-    positions = encoder.get("max_position_embeddings")
-    if positions is not None and not 2 < tokenizer.model_max_length <= positions:
-        raise ValueError(
-            f"model_max_length is {tokenizer.model_max_length}, the text encoder has {positions} "
-            "positions"
-        )
-    return tokenizer
 
 
 def silence_progress_bars() -> None:
