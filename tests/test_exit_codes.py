@@ -143,6 +143,18 @@ def test_a_stop_that_a_library_makes_an_error_of_its_own_of(
     assert status is not None and status.state == "stopped"
 
 
+def test_a_message_is_printed_without_control_characters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse() -> None:
+        raise InputError("\x1b[2Ja/\u202egnp.\rb: not a file\nsecond line, é")
+
+    assert run_guarded(refuse) == 2
+    assert capsys.readouterr().err == (
+        "limner: \\x1b[2Ja/\\u202egnp.\\rb: not a file\nsecond line, é\n"
+    )
+
+
 def imports(process: subprocess.Popen[str], library: str) -> bool:
     """Whether a process has mapped a library."""
     try:

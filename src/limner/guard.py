@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from limner.errors import InputError, LimnerError, find_stop
+from limner.errors import InputError, LimnerError, find_stop, make_printable
 from limner.redaction import redacted_output
 
 
@@ -42,7 +42,9 @@ def explain_error(error: Exception) -> int:
     """Print what is to be said of an error, and return its exit code."""
     if isinstance(error, LimnerError):
         if not error.reported:
-            print(f"limner: {error}", file=sys.stderr)
+            # Names that were given, or found, are in it as they are; its own lines stay lines.
+            lines = [make_printable(line) for line in str(error).split("\n")]
+            print("limner: " + "\n".join(lines), file=sys.stderr)
         return error.code
     if isinstance(error, ModuleNotFoundError):
         message = explain_missing((error.name or "").split(".")[0])

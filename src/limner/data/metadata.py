@@ -164,6 +164,11 @@ def read_csv(path: Path) -> Table:
                     f"{path.name} line {number} of {path.parent}: more fields than the "
                     f"{len(columns)} columns; put a caption that holds commas in double quotes"
                 )
+            if any(field[:1].isspace() and field.lstrip()[:1] == '"' for field in fields):
+                raise InputError(
+                    f"{path.name} line {number} of {path.parent}: a space before a double quote, "
+                    "which would make the quotes a part of the text; take the space away"
+                )
             yield f"line {number}", dict(zip(columns, fields, strict=False))
 
     return Table(columns, name_fields())

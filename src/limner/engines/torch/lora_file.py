@@ -29,6 +29,10 @@ from limner.storage.layout import LORA_FILE
 Nets = dict[str, torch.nn.Module]
 
 ADAPTED_COMPONENTS = {name for family in FAMILIES.values() for name in family.lora_targets}
+OTHER_MODEL_OR_LAYOUT = (
+    "Was it trained on another model? Of kohya's layout, and of diffusers' own before 0.20, "
+    "diffusers reads only some layers; write the file in diffusers' layout of today then."
+)
 # Parts of the names of arrays that diffusers puts beside a network's own.
 ADAPTER_PARTS = (".lora_", ".lokr_")
 
@@ -55,7 +59,7 @@ def load_lora(pipeline: Any, folder: Path) -> None:
         else:
             message = (
                 f"{path}: it cannot be put on {name_place(pipeline)}: diffusers says "
-                f"{take_first_line(error)!r}. {hint or 'Was it trained on another model?'}"
+                f"{take_first_line(error)!r}. {hint or OTHER_MODEL_OR_LAYOUT}"
             )
         raise InputError(message) from error
     unused, missing = compare_with_networks(arrays, nets)
