@@ -425,3 +425,14 @@ def test_another_autoencoder_on_the_hub(
         open_base(
             ModelSettings(base=str(sdxl), family="sdxl", vae="no/such/place"), FAMILIES["sdxl"]
         )
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+def test_a_network_that_gives_more_than_latents_is_refused(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(request.getfixturevalue(family), tmp_path / "base")
+    network = "transformer" if family == "sd3" else "unet"
+    edit(folder / network / "config.json", out_channels=32)
+    with pytest.raises(InputError, match=f"{network}: out_channels is 32, the autoencoder's"):
+        open_base(ModelSettings(str(folder), family), FAMILIES[family])

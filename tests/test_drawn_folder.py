@@ -5,14 +5,18 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from limner.base_model.open import open_base
 from limner.commands.generate import DrawSettings, run_generate
+from limner.config.schema import ModelSettings
 from limner.errors import InputError
+from limner.families import FAMILIES
 
 pytestmark = pytest.mark.frameworks
 ENGINES = ("torch", "jax")
@@ -24,10 +28,14 @@ def copy(sd: Path, tmp_path: Path) -> Path:
     return shutil.copytree(sd, tmp_path / "copy")
 
 
-def draw(folder: Path, engine: str, size: int | None = 32) -> np.ndarray:
+def draw(
+    folder: Path, engine: str, size: int | None = 32, prompt: str = "a red circle", **others: Any
+) -> np.ndarray:
     """Draw one picture, uint8 [size, size, 3]."""
-    settings = DrawSettings(steps=2, size=size, engine=engine, precision="no", device="cpu")
-    [path] = run_generate(str(folder), ["a red circle"], settings, output=folder / engine)
+    settings = DrawSettings(
+        steps=2, size=size, engine=engine, precision="no", device="cpu", **others
+    )
+    [path] = run_generate(str(folder), [prompt], settings, output=folder / engine)
     with Image.open(path) as picture:
         return np.array(picture)
 
@@ -114,3 +122,69 @@ def test_pictures_that_are_not_finite_are_named(
     said = "".join(capsys.readouterr())
     assert "1 of 1 pictures has black places" in said
     assert "not finite: 'a red circle' (seed 0)" in said
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_prompts_that_are_cut_are_named(
+    sd: Path, copy: Path, engine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = " ".join(["circle"] * 100)
+    short = draw(copy, engine)
+    assert "cut" not in "".join(capsys.readouterr())
+    picture = draw(copy, engine, prompt=long, negative_prompt=f"{long} blue")
+    said = "".join(capsys.readouterr())
+    limit = json.loads((sd / "tokenizer" / "tokenizer_config.json").read_text())["model_max_length"]
+    assert f"2 prompts are cut, with more than the {limit} tokens" in said
+    assert "'circle circle" in said and not np.array_equal(picture, short)
+    # What is cut is not drawn, as was said.
+    other = draw(copy, engine, prompt=f"{long} yellow", negative_prompt=long)
+    assert np.array_equal(other, picture)
+
+
+@pytest.mark.parametrize(
+    ("scale", "negative", "words"),
+    [
+        (1.0, "blue", "the negative prompt does nothing: with a guidance scale of 1 pictures"),
+        (0.5, "blue", "the negative prompt does nothing: with a guidance scale of 0.5 pictures"),
+        (0.5, None, "guidance scale: 0.5 draws as 1 does, without guidance"),
+        (1.0, None, None),
+        (1.5, "blue", None),
+        (None, "blue", None),
+    ],
+)
+def test_options_that_do_nothing_are_named(
+    copy: Path,
+    scale: float | None,
+    negative: str | None,
+    words: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    draw(copy, "torch", guidance_scale=scale, negative_prompt=negative)
+    said = "".join(capsys.readouterr())
+    assert words in said if words else "guidance" not in said
+
+
+@pytest.mark.parametrize("given", ["/no/such", "some/base"])
+def test_a_base_beside_a_whole_model_is_refused(sd: Path, given: str) -> None:
+    with pytest.raises(InputError, match="is a whole model, not a LoRA, so that no base goes"):
+        run_generate(str(sd), ["a red circle"], DrawSettings(), base=given)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("name", "channels"), [("in_channels", 4), ("out_channels", 1)])
+def test_pictures_of_other_channels_are_refused(
+    copy: Path, pictures: Path, engine: str, name: str, channels: int
+) -> None:
+    import torch
+    from diffusers import AutoencoderKL
+
+    folder = copy / "vae"
+    config = json.loads((folder / "config.json").read_text()) | {name: channels}
+    with torch.random.fork_rng(devices=[]):
+        AutoencoderKL.from_config(config).save_pretrained(folder)
+    message = f"vae: {name} is {channels}; pictures have 3 channels"
+    with pytest.raises(InputError, match=message):
+        open_base(ModelSettings(str(copy)), FAMILIES["sd"])
+    if name == "out_channels":
+        with pytest.raises(InputError, match="pictures"):
+            draw(copy, engine)

@@ -52,6 +52,7 @@ def test_a_plain_base_fits() -> None:
     ("unet", "words"),
     [
         ({"in_channels": 9}, "in_channels is 9, the autoencoder's latent_channels is 4"),
+        ({"out_channels": 8}, "out_channels is 8, the autoencoder's latent_channels is 4"),
         (
             {"cross_attention_dim": 1024},
             "cross_attention_dim is 1024, the text encoder's hidden_size is 768",

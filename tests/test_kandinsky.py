@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ from limner.commands import export
 from limner.config import toml
 from limner.config.schema import AdapterSettings, Config, ModelSettings, PreviewSettings
 from limner.data import contact_sheet
-from limner.engines.torch import lora
+from limner.engines.torch import lora, pipeline
 from limner.errors import InputError
 from limner.families import FAMILIES
+from limner.families.published import load_published
 from limner.storage import checkpoint
 from limner.training import loop, several_recipes
 from limner.training.stream import Stream
@@ -816,6 +818,29 @@ def test_settings_that_mean_nothing_are_refused(family, name, value, kandinsky, 
             settings(kandinsky, wide, tmp_path, family, **{section: {key: value}}),
             report=lambda line: None,
         )
+
+
+def test_latents_that_are_not_halved_evenly_are_refused(kandinsky, wide, tmp_path):
+    cfg = settings(kandinsky, wide, tmp_path, DECODER, data={"size": 34})
+    with pytest.raises(InputError, match=r"data\.size: 34 pixels are no multiple of 4, which"):
+        loop.run_training(cfg, report=lambda line: None)
+
+
+def test_sizes_are_multiples_of_64_for_the_published_decoder():
+    configs = load_published("kandinsky22-decoder")
+    assert FAMILIES[DECODER].images.pixel_multiple(configs) == 64
+
+
+@pytest.mark.parametrize(("size", "drawn"), [(72, 128), (40, 64), (520, 576)])
+def test_a_size_that_the_stock_pipeline_would_round_is_refused(size, drawn):
+    decoder = SimpleNamespace(movq_scale_factor=8)
+    with pytest.raises(InputError, match=f"no multiple of 64, and the stock .* draw {drawn}; "):
+        pipeline.check_size(SimpleNamespace(decoder_pipe=decoder), size)
+    with pytest.raises(InputError, match=f"no multiple of 64, and the stock .* draw {drawn}; "):
+        pipeline.check_size(decoder, size)
+    pipeline.check_size(decoder, 512)
+    pipeline.check_size(decoder, None)
+    pipeline.check_size(SimpleNamespace(), size)
 
 
 def test_previews_of_a_prior_need_a_decoder(kandinsky, wide, tmp_path):

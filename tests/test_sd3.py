@@ -282,6 +282,14 @@ def test_gradient_checkpointing_and_micro_batches_change_nothing(
         ({"objective": {"min_snr": 5.0}}, "objective.min_snr: it means nothing to flow matching"),
         ({"objective": {"predict": "epsilon"}}, "objective.predict: it means nothing to family"),
         ({"data": {"size": 30}}, "data.size: 30 pixels are no multiple of 4"),
+        (
+            {"data": {"size": 128}},
+            "data.size: pictures of 128 pixels a side are longer than the 96",
+        ),
+        (
+            {"data": {"size": 64, "buckets": {"step": 16}}},
+            "data.buckets.largest: pictures of 128 pixels a side are longer than the 96",
+        ),
         ({"data": {"caption_chunks": 2}}, "data.caption_chunks: it means nothing to family"),
         ({"adapter": {"kind": "lora", "text_encoders": True}}, "adapter.text_encoders: it means"),
         ({"engine": {"attention": "math"}}, "engine.attention"),

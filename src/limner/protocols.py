@@ -109,7 +109,23 @@ class DrawCall(TypedDict):
     size: int | None  # pixels a side
 
 
-class Encoders(TextEncoders, Protocol):
+class Tokenizers(Protocol):
+    """The tokenizers of a base by name."""
+
+    def list_token_ids(self, tokenizer: str, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens included, uncut."""
+        ...
+
+    def pad_token(self, tokenizer: str) -> int:
+        """Id of the padding."""
+        ...
+
+    def max_tokens(self, tokenizer: str) -> int:
+        """Tokens that the tokenizer is made for, special ones included."""
+        ...
+
+
+class Encoders(TextEncoders, Tokenizers, Protocol):
     """The frozen parts of a base, numpy in and numpy out, loaded when first called; every engine
     has its own."""
 
@@ -126,18 +142,6 @@ class Encoders(TextEncoders, Protocol):
     def encode_image(self, name: str, processor: str, pixels: np.ndarray) -> np.ndarray:
         """CLIP image embedding, float32 [n, width], for pixels in [-1, 1], float32 [n, 3, side,
         side], which ``processor`` says how to normalise."""
-        ...
-
-    def list_token_ids(self, tokenizer: str, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens included, uncut."""
-        ...
-
-    def pad_token(self, tokenizer: str) -> int:
-        """Id of the padding."""
-        ...
-
-    def max_tokens(self, tokenizer: str) -> int:
-        """Tokens that the tokenizer is made for, special ones included."""
         ...
 
 

@@ -97,6 +97,7 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
     if not folder.exists():
         check_hub_name(model, "model", "a run's folder, a folder in the diffusers layout")
     if not folder.is_dir() or (folder / INDEX).exists():
+        refuse_base(folder, base)
         # A whole result has the scheduler and the autoencoder that it was trained with. The variant
         # is for the other stage.
         whole = replace(run, model=model, other_stage=None, prediction_type=None, vae=None)
@@ -122,6 +123,16 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
     digest = None if base else read_base_digest(folder)
     source = replace(run, model=base_source, lora=folder, other_stage=None, base_digest=digest)
     return source, run.other_stage
+
+
+def refuse_base(model: Path, base: str | None) -> None:
+    """Refuse a base beside what is no LoRA, or one that is not here."""
+    if base is None:
+        return
+    is_here = model.is_dir()
+    what = "is a whole model, not a LoRA" if is_here else "is not here"
+    remedy = "Leave --base out." if is_here else "Fetch the LoRA, and give its folder."
+    raise InputError(f"--base: {model} {what}, so that no base goes with it. {remedy}")
 
 
 def choose_variant(folder: Path) -> str | None:

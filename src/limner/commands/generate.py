@@ -96,6 +96,9 @@ def run_generate(
     # A shell's word that is no UTF-8 has lone surrogates, which tokenizers do not take.
     prompts = [prompt.encode("utf-8", "replace").decode() for prompt in prompts]
     pipeline = open_pipeline(model, base, other_stage, settings)
+    negative = settings.negative_prompt
+    engines.report_cut_prompts(pipeline, [*prompts, negative or ""], print_line)
+    report_idle_options(settings)
     drawings, paths = draw_into(pipeline, prompts, settings, output)
     if grid is not None:
         with atomic.disk_errors(grid):
@@ -122,6 +125,20 @@ def check_settings(settings: DrawSettings) -> None:
     scale = settings.guidance_scale
     if scale is not None and not GUIDANCE.contains(scale):
         raise InputError(f"guidance scale: {scale} {GUIDANCE.refusal}")
+
+
+def report_idle_options(settings: DrawSettings) -> None:
+    """Say which options do nothing beside the others."""
+    scale = settings.guidance_scale
+    if scale is None or scale > 1:
+        return
+    if settings.negative_prompt:
+        print_line(
+            f"the negative prompt does nothing: with a guidance scale of {scale:g} pictures are "
+            "drawn without guidance"
+        )
+    elif scale < 1:
+        print_line(f"guidance scale: {scale:g} draws as 1 does, without guidance")
 
 
 def open_pipeline(

@@ -108,6 +108,12 @@ def draw_pictures(
     return list(stock.draw_pictures(pipeline, prompts, seeds, **settings))
 
 
+def report_cut_prompts(pipeline: Any, prompts: Sequence[str], report: Report) -> None:
+    """Name the prompts that a pipeline's text encoders see cut; see ``caption_lengths``."""
+    kind = "jax" if hasattr(pipeline, "draw") else "torch"
+    import_module(kind, "pipeline").report_cut(pipeline, prompts, report)
+
+
 def open_profiler(kind: str, engine: Engine) -> Any:
     """Return what measures an engine; see ``engines.torch.profiler.TorchProfiler``."""
     return import_module(kind, "profiler").open_profiler(engine)

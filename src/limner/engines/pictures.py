@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from limner.errors import join_first, say_count
+from limner.errors import InputError, join_first, say_count
 from limner.protocols import Report
 
 
@@ -14,9 +14,17 @@ def round_pictures(images: Iterable[np.ndarray]) -> tuple[list[np.ndarray], list
 
     Args:
         images: in [0, 1], float [height, width, 3] each.
+
+    Raises:
+        InputError: for pictures of another number of channels.
     """
     pictures, broken = [], []
     for image in images:
+        if image.ndim != 3 or image.shape[-1] != 3:
+            raise InputError(
+                f"the autoencoder gives pictures of {image.shape[-1]} channels, 3 are expected. "
+                "Choose another autoencoder, or another base."
+            )
         finite = np.isfinite(image)
         broken.append(not finite.all())
         pictures.append((np.where(finite, image, 0) * 255).round().astype(np.uint8))

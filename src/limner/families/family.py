@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from limner.config.declare import Need
+from limner.config.declare import PIXELS, Need
 from limner.families.text import Text
 from limner.json_types import Plain
 from limner.protocols import Arguments, Array, BaseConfigs, Features
@@ -35,6 +35,8 @@ class Images:
     clip_size: Callable[[BaseConfigs], int] = lambda configs: 0
     # Configs -> what width and height of a crop are multiples of, in pixels.
     pixel_multiple: Callable[[BaseConfigs], int] = lambda configs: 1
+    # Configs -> the longest side of a crop, in pixels.
+    longest_side: Callable[[BaseConfigs], int] = lambda configs: PIXELS.most
     # Arrays among the trained network's weights that ``clean_latents`` reads.
     statistics: tuple[str, ...] = ()
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from limner.config.declare import Need
 from limner.families.family import Family, Images, Network, Stage
-from limner.families.sd import CLIP
+from limner.families.sd import CLIP, check_pixels
 from limner.families.text import Text, encode_chunks
 from limner.protocols import Arguments, Array, BaseConfigs, Encoders, Features, TextEncoders
 
@@ -121,7 +121,7 @@ def check_decoder(configs: BaseConfigs) -> list[str]:
     It may predict a variance besides the noise.
     """
     unet = configs["unet"]
-    problems = check_image_processor(configs)
+    problems = check_image_processor(configs) + check_pixels("movq", configs)
     latent_channels = configs["movq"].get("latent_channels", 3)
     in_channels = unet.get("in_channels", 4)
     out_channels = unet.get("out_channels", 4)
@@ -144,6 +144,17 @@ def check_decoder(configs: BaseConfigs) -> list[str]:
             f"{embedding_width}; these two are not from the same model"
         )
     return problems
+
+
+def count_pixels(configs: BaseConfigs) -> int:
+    """Return what the sides of a picture are multiples of.
+
+    The UNet halves latents evenly or not at all, and the stock pipeline draws multiples of as many
+    latents as a latent has pixels.
+    """
+    halvings = len(configs["unet"].get("block_out_channels", (0,) * 4)) - 1
+    latent = 1 << (len(configs["movq"].get("block_out_channels", (64,))) - 1)
+    return latent * max(latent, 1 << halvings)
 
 
 def enter_prior(x: Array, timestep: Array, batch: dict[str, Array]) -> Arguments:
@@ -222,6 +233,7 @@ DECODER = Family(
         latent_features=("latents",),
         views=("crop", "center_square"),
         clip_size=get_clip_image_size,
+        pixel_multiple=count_pixels,
     ),
     text=Text(),
     network=Network("unet", enter_decoder),

@@ -59,6 +59,16 @@ def check_scaling(configs: BaseConfigs, honoured: tuple[str, ...] = ()) -> list[
     return problems
 
 
+def check_pixels(autoencoder: str, configs: BaseConfigs) -> list[str]:
+    """Check that an autoencoder takes and gives pictures of three channels."""
+    config = configs[autoencoder]
+    return [
+        f"{autoencoder}: {name} is {str(config[name])[:80]}; pictures have 3 channels"
+        for name in ("in_channels", "out_channels")
+        if config.get(name, 3) != 3
+    ]
+
+
 def enter(x: Array, timestep: Array, batch: dict[str, Array]) -> Arguments:
     """Return the arguments of the UNet: latents, timestep and the caption's states."""
     return {
@@ -69,16 +79,18 @@ def enter(x: Array, timestep: Array, batch: dict[str, Array]) -> Arguments:
 
 
 def check_latent_channels(configs: BaseConfigs) -> list[str]:
-    """Check that the UNet takes the autoencoder's latents, and nothing besides them."""
-    in_channels = configs["unet"].get("in_channels")
+    """Check that the UNet takes and gives the autoencoder's latents, and nothing besides them."""
     latent_channels = configs["vae"].get("latent_channels")
-    if in_channels == latent_channels:
-        return []
-    return [
-        f"unet: in_channels is {in_channels}, the autoencoder's latent_channels is "
-        f"{latent_channels}; these two are not from the same model, or it is an inpainting or "
-        "depth model, no plain text-to-image base"
-    ]
+    problems = check_pixels("vae", configs)
+    for name in ("in_channels", "out_channels"):
+        channels = configs["unet"].get(name, 4)
+        if channels != latent_channels:
+            problems.append(
+                f"unet: {name} is {channels}, the autoencoder's latent_channels is "
+                f"{latent_channels}; these two are not from the same model, or it is an inpainting "
+                "or depth model, no plain text-to-image base"
+            )
+    return problems
 
 
 def check_configs(configs: BaseConfigs) -> list[str]:

@@ -47,6 +47,11 @@ def count_pixels(configs: BaseConfigs) -> int:
     return int(configs["transformer"].get("patch_size", 2)) << halvings
 
 
+def count_positions(configs: BaseConfigs) -> int:
+    """Return the tokens a side for which the transformer has positions."""
+    return int(configs["transformer"].get("pos_embed_max_size") or 96)
+
+
 def enter(x: Any, timestep: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of the transformer."""
     return {
@@ -62,8 +67,10 @@ def check_configs(configs: BaseConfigs) -> list[str]:
     transformer, vae = configs["transformer"], configs["vae"]
     first, second, t5 = (configs[one.encoder] for one in (CLIP_L, CLIP_G, T5))
     t5_width = t5.get("d_model", 512)
+    latents = vae.get("latent_channels", 4), "the autoencoder's latent_channels"
     rows = [
-        ("in_channels", 16, vae.get("latent_channels", 4), "the autoencoder's latent_channels"),
+        ("in_channels", 16, *latents),
+        ("out_channels", 16, *latents),
         ("joint_attention_dim", 4096, t5_width, "the third text encoder's d_model"),
         (
             "pooled_projection_dim",
@@ -72,7 +79,7 @@ def check_configs(configs: BaseConfigs) -> list[str]:
             "the projection_dim of both CLIPs together",
         ),
     ]
-    problems = sd.check_scaling(configs, ("shift_factor",))
+    problems = sd.check_pixels("vae", configs) + sd.check_scaling(configs, ("shift_factor",))
     shift = vae.get("shift_factor")
     if not isinstance(shift, int | float) or not -1e9 < shift < 1e9:
         problems.append(
@@ -113,6 +120,7 @@ SD3 = Family(
         clean_latents,
         latent_features=("mean", "std"),
         pixel_multiple=count_pixels,
+        longest_side=lambda configs: count_positions(configs) * count_pixels(configs),
     ),
     text=Text((CLIP_L, CLIP_G, T5), encode_text),
     # Positions are a table of sines, which diffusers keeps among the weights.

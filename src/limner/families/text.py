@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from limner.protocols import Array, BaseConfigs, Encoders, Features, TextEncoders
+from limner.protocols import Array, BaseConfigs, Features, TextEncoders, Tokenizers
 
 
 @dataclass(frozen=True)
@@ -27,26 +27,26 @@ class TextInput:
         # Not str.format: captions and templates may have braces of their own.
         return self.template.replace("{}", caption, 1)
 
-    def read_length(self, encoders: Encoders) -> int:
+    def read_length(self, tokenizers: Tokenizers) -> int:
         """Return the tokens of one chunk, special ones included."""
-        return self.length or encoders.max_tokens(self.tokenizer)
+        return self.length or tokenizers.max_tokens(self.tokenizer)
 
-    def count_tokens(self, encoders: Encoders, captions: list[str]) -> list[int]:
+    def count_tokens(self, tokenizers: Tokenizers, captions: list[str]) -> list[int]:
         """Return the tokens of each caption, uncut, with template and special tokens."""
         texts = [self.fill_template(caption) for caption in captions]
-        return [len(ids) for ids in encoders.list_token_ids(self.tokenizer, texts)]
+        return [len(ids) for ids in tokenizers.list_token_ids(self.tokenizer, texts)]
 
-    def count_limit(self, encoders: Encoders, chunks: int) -> int:
+    def count_limit(self, tokenizers: Tokenizers, chunks: int) -> int:
         """Return the tokens from which on a caption is cut, special ones counted once."""
-        special = len(encoders.list_token_ids(self.tokenizer, [""])[0])
-        return chunks * (self.read_length(encoders) - special) + special
+        special = len(tokenizers.list_token_ids(self.tokenizer, [""])[0])
+        return chunks * (self.read_length(tokenizers) - special) + special
 
-    def tokenize(self, encoders: Encoders, captions: list[str], chunks: int) -> np.ndarray:
+    def tokenize(self, tokenizers: Tokenizers, captions: list[str], chunks: int) -> np.ndarray:
         """Return token ids, int64 [n, chunks, length]; what is longer is cut."""
         texts = [self.fill_template(caption) for caption in captions]
-        special, *ids = encoders.list_token_ids(self.tokenizer, ["", *texts])
+        special, *ids = tokenizers.list_token_ids(self.tokenizer, ["", *texts])
         chunked = split_into_chunks(
-            ids, chunks, self.read_length(encoders), special, encoders.pad_token(self.tokenizer)
+            ids, chunks, self.read_length(tokenizers), special, tokenizers.pad_token(self.tokenizer)
         )
         return chunked if self.padding == "right" else move_padding_left(chunked, ids)
 
@@ -74,22 +74,22 @@ class Text:
         return tuple(one.tokenizer for one in self.inputs)
 
 
-def tokenize(text: Text, encoders: Encoders, captions: list[str], chunks: int) -> Features:
+def tokenize(text: Text, tokenizers: Tokenizers, captions: list[str], chunks: int) -> Features:
     """Return token ids by tokenizer, int64 [n, chunks, length], and an attention mask where needed.
 
     The mask, bool [n, chunks * length], is there with several chunks, or where the network reads
     which tokens are words. With several chunks it hides those without words, except the first, so
     that a caption which fits into one chunk means the same whatever the number of chunks is.
     """
-    ids = {one.tokenizer: one.tokenize(encoders, captions, chunks) for one in text.inputs}
+    ids = {one.tokenizer: one.tokenize(tokenizers, captions, chunks) for one in text.inputs}
     if text.uses_mask:
         first = text.inputs[0]
-        lengths = np.array(first.count_tokens(encoders, captions))
+        lengths = np.array(first.count_tokens(tokenizers, captions))
         return ids | {"mask": np.arange(ids[first.tokenizer].shape[-1]) < lengths[:, None]}
     if chunks == 1:
         return ids
     words = np.any(
-        [(ids[one.tokenizer] != one.tokenize(encoders, [""], 1)).any(-1) for one in text.inputs],
+        [(ids[one.tokenizer] != one.tokenize(tokenizers, [""], 1)).any(-1) for one in text.inputs],
         axis=0,
     )
     words[:, 0] = True

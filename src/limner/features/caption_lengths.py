@@ -1,7 +1,14 @@
 """Captions that are longer than the text encoders see."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+from limner.errors import join_first, say_count
+from limner.families.text import Text
+from limner.protocols import Report, Tokenizers
+
+SHOWN = 60  # characters of a prompt in a message
 
 
 @dataclass(frozen=True)
@@ -36,3 +43,19 @@ def find_truncated_captions(
         for key, text in pairs
         if lengths[text] > max_tokens
     ]
+
+
+def report_cut_prompts(
+    text: Text, tokenizers: Tokenizers, prompts: Sequence[str], report: Report
+) -> None:
+    """Name the prompts that text encoders will see cut: pipelines draw with one chunk of tokens."""
+    for one in text.inputs:
+        limit = one.count_limit(tokenizers, 1)
+        pairs = [(prompt, prompt) for prompt in dict.fromkeys(prompts)]
+        long = find_truncated_captions(pairs, partial(one.count_tokens, tokenizers), limit)
+        if long:
+            named = [f"{cut.caption[:SHOWN]!r} ({cut.tokens})" for cut in long]
+            report(
+                f"{say_count(len(long), 'prompt is', 'prompts are')} cut, with more than the "
+                f"{limit} tokens that the {one.tokenizer} gives on: {join_first(named)}"
+            )

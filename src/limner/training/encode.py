@@ -8,7 +8,7 @@ from pathlib import Path
 
 from limner.errors import InputError, LimnerError, Stopped, say_count
 from limner.features.caches import cache_folder
-from limner.features.caption_lengths import find_truncated_captions
+from limner.features.caption_lengths import find_truncated_captions, report_cut_prompts
 from limner.features.encoder import ImageRequest
 from limner.training.setup import Setup
 
@@ -105,7 +105,7 @@ def list_requests(setup: Setup) -> tuple[list[str], list[ImageRequest]]:
 
 
 def report_truncated_captions(setup: Setup) -> None:
-    """Name the captions that the text encoders will see cut."""
+    """Name the captions, and the prompts of previews, that the text encoders will see cut."""
     encoders = setup.engine.get_encoders()
     entries = (*setup.stream.entries, *setup.validation_entries)
     pairs = [(entry.key, caption) for entry in entries for caption in entry.captions]
@@ -119,6 +119,7 @@ def report_truncated_captions(setup: Setup) -> None:
                 f"{captions} cut, with more than the {limit} tokens that the {one.tokenizer} gives "
                 f"on: {named}"
             )
+    report_cut_prompts(setup.family.text, encoders, setup.config.preview.prompts, setup.report)
 
 
 def make_reported(text: str) -> LimnerError:

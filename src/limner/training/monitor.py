@@ -14,6 +14,7 @@ from limner.protocols import Metrics, NonFiniteStep, State
 from limner.storage import checkpoint
 from limner.storage.run_folder import RunFolder
 from limner.training import sinks
+from limner.training.resolve import find_preview_size
 from limner.training.setup import Setup
 from limner.training.status import StatusFile
 
@@ -237,8 +238,6 @@ class Monitor:
         setup, preview = self.setup, self.setup.config.preview
         prompts = [prompt for prompt in preview.prompts for _ in range(preview.count)]
         seeds = [setup.plan.seed + k for _ in preview.prompts for k in range(preview.count)]
-        # Stock pipelines draw multiples of 8.
-        size = setup.config.data.size - setup.config.data.size % 8
         # The loaders use the same tokenizers, which are not safe in threads.
         with setup.stream.features.busy, contextlib.suppress(Stopped):
             pictures = setup.engine.draw_previews(
@@ -248,7 +247,7 @@ class Monitor:
                 setup.stop.check,
                 steps=preview.steps,
                 guidance_scale=preview.guidance_scale,
-                size=size,
+                size=find_preview_size(setup.config.data),
             )
         if setup.process.any(setup.stop.asked):
             return False

@@ -10,6 +10,7 @@ from limner.base_model.open import open_base
 from limner.config.rules import check_config
 from limner.config.schema import SETTINGS, Config, DataSettings, ModelSettings
 from limner.data import mixture
+from limner.data.buckets import make_shapes
 from limner.data.listing import check_folder
 from limner.data.source import Source
 from limner.diffusion import make_objective
@@ -107,7 +108,7 @@ def settle(
     objective = make_objective(base.configs["scheduler"], config.objective)
     for doubt in describe_doubts(base.configs["scheduler"], objective.prediction_type):
         report(doubt)
-    check_preview_steps(config, base, family, objective.prediction_type)
+    check_previews(config, base, family, objective.prediction_type, report)
     sinks.require_packages(config.log.to)
     if not read_only:
         config = settle_repository(config, process)
@@ -128,35 +129,59 @@ def settle_paths(model: ModelSettings) -> ModelSettings:
 
 def check_sizes(data: DataSettings, family: Family, base: BaseModel) -> None:
     """Refuse sizes of pictures whose latents the network cannot take."""
+    buckets, most = data.buckets, family.images.longest_side(base.configs)
+    step, longest = ("data.size", data.size), ("data.size", data.size)
+    if buckets is not None:
+        step = "data.buckets.step", buckets.step
+        shapes = [make_shapes(side, buckets) for side in buckets.resolutions or (data.size,)]
+        longest = (
+            "data.buckets.largest",
+            max(side for sizes in shapes for size in sizes for side in size),
+        )
+    check_multiple(*step, family, base)
+    if longest[1] > most:
+        raise InputError(
+            f"{longest[0]}: pictures of {longest[1]} pixels a side are longer than the {most} for "
+            f"which this base's network has positions; choose at most {most}"
+        )
+
+
+def check_multiple(name: str, pixels: int, family: Family, base: BaseModel) -> None:
+    """Refuse sides of which latents, or pictures, would not be whole."""
     multiple = family.images.pixel_multiple(base.configs)
-    sizes = {"data.size": data.size}
-    if data.buckets is not None:
-        sizes = {"data.buckets.step": data.buckets.step}
-    for name, pixels in sizes.items():
-        if pixels % multiple:
-            raise InputError(
-                f"{name}: {pixels} pixels are no multiple of {multiple}, which family "
-                f"{family.name!r} needs; choose {max(1, round(pixels / multiple)) * multiple}"
-            )
+    if pixels % multiple:
+        raise InputError(
+            f"{name}: {pixels} pixels are no multiple of {multiple}, which family "
+            f"{family.name!r} needs; choose {max(1, round(pixels / multiple)) * multiple}"
+        )
 
 
-def check_preview_steps(
-    config: Config, base: BaseModel, family: Family, prediction_type: str | None
+def check_previews(
+    config: Config, base: BaseModel, family: Family, prediction_type: str | None, report: Report
 ) -> None:
-    """Refuse more steps for previews than the scheduler that draws them has timesteps."""
+    """Refuse more steps for previews than the scheduler that draws them has timesteps, and a size
+    that the pipeline does not draw; say where it is another than that of the crops."""
     if not config.preview.prompts and not config.preview.captions:
         return
-    pipeline = family.pipeline
     if family.stage is not None and family.stage.prefix:
         # The decoder draws, and it is the other stage.
         if base.other_stage is None:
             return
-        base, pipeline = base.other_stage, FAMILIES[family.stage.other_stage].pipeline
+        base, family = base.other_stage, FAMILIES[family.stage.other_stage]
         prediction_type = base.prediction_type
+    pipeline, size = family.pipeline, find_preview_size(config.data)
+    if size != config.data.size:
+        report(f"previews are of {size} pixels a side: stock pipelines draw multiples of 8")
+    check_multiple("data.size, at which previews are drawn", size, family, base)
     class_name = base.component_class("scheduler")[1]
     scheduler = adapt_scheduler(base.configs["scheduler"], class_name, prediction_type)
     scheduler = adapt_to_pipeline(scheduler, pipeline, None)
     check_steps(config.preview.steps, scheduler["_class_name"], scheduler, "preview.steps")
+
+
+def find_preview_size(data: DataSettings) -> int:
+    """Return the pixels a side of previews: stock pipelines draw multiples of 8."""
+    return max(8, data.size - data.size % 8)
 
 
 def find_checkpoint(config: Config, process: ProcessGroup, report: Report) -> Checkpoint | None:

@@ -33,6 +33,7 @@ from limner.families.family import Family
 from limner.families.sdxl import decode_latents
 from limner.families.text import encode_captions, tokenize
 from limner.features.arrays import NumpyFeatures
+from limner.features.caption_lengths import report_cut_prompts
 from limner.progress import print_line
 from limner.protocols import DrawCall, ModelSource, Report
 from limner.storage.layout import LORA_FILE
@@ -320,6 +321,11 @@ def open_pipeline(
         choose_kernel(local_device()),
         text_dtype,
     )
+
+
+def report_cut(pipeline: Pipeline, prompts: Sequence[str], report: Report) -> None:
+    """Name the prompts that text encoders see cut."""
+    report_cut_prompts(pipeline.family.text, pipeline.encoders, prompts, report)
 
 
 def report_unchecked(base: BaseModel, report: Report) -> None:

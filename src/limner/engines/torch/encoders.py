@@ -19,7 +19,48 @@ CLIP_STATISTICS = {
 }
 
 
-class TorchEncoders(NumpyFeatures):
+class StockTokenizers:
+    """Tokenizers of transformers, by name; see ``protocols.Tokenizers``."""
+
+    def component(self, name: str) -> Any:
+        """Return a tokenizer."""
+        raise NotImplementedError
+
+    def list_token_ids(self, tokenizer: str, texts: list[str]) -> list[list[int]]:
+        """See ``protocols.Tokenizers``."""
+        # Tokenizers do not take an empty list.
+        if not texts:
+            return []
+        tokens = self.component(tokenizer)(texts, truncation=False, verbose=False)
+        ids: list[list[int]] = tokens.input_ids
+        return ids
+
+    def pad_token(self, tokenizer: str) -> int:
+        """See ``protocols.Tokenizers``."""
+        return int(self.component(tokenizer).pad_token_id)
+
+    def max_tokens(self, tokenizer: str) -> int:
+        """See ``protocols.Tokenizers``."""
+        return int(self.component(tokenizer).model_max_length)
+
+
+class PipelineTokenizers(StockTokenizers):
+    """Those of a stock pipeline.
+
+    Args:
+        prefix: of their names in it.
+    """
+
+    def __init__(self, pipeline: Any, prefix: str):
+        self.components = pipeline.components
+        self.prefix = prefix
+
+    def component(self, name: str) -> Any:
+        """Return a tokenizer."""
+        return self.components[f"{self.prefix}{name}"]
+
+
+class TorchEncoders(StockTokenizers, NumpyFeatures):
     """Components of a base by name, on one device.
 
     Args:
@@ -78,23 +119,6 @@ class TorchEncoders(NumpyFeatures):
         tokens = torch.tensor(ids, device=self.device)
         states, pooled = run_text_encoder(self.component(name), tokens, skip)
         return states.cpu().numpy(), None if pooled is None else pooled.cpu().numpy()
-
-    def list_token_ids(self, tokenizer: str, texts: list[str]) -> list[list[int]]:
-        """See ``protocols.Encoders``."""
-        # Tokenizers do not take an empty list.
-        if not texts:
-            return []
-        tokens = self.component(tokenizer)(texts, truncation=False, verbose=False)
-        ids: list[list[int]] = tokens.input_ids
-        return ids
-
-    def pad_token(self, tokenizer: str) -> int:
-        """See ``protocols.Encoders``."""
-        return int(self.component(tokenizer).pad_token_id)
-
-    def max_tokens(self, tokenizer: str) -> int:
-        """See ``protocols.Encoders``."""
-        return int(self.component(tokenizer).model_max_length)
 
     def release(self, names: Iterable[str] | None = None) -> None:
         """Free these components, or all; they are loaded again when they are next used."""

@@ -14,12 +14,15 @@ from limner.engines.pictures import report_broken, round_pictures
 from limner.engines.state import find_dtype
 from limner.engines.torch.arithmetic import set_precision_of_float32
 from limner.engines.torch.assembly import compute_as_previews, open_lora_run
+from limner.engines.torch.encoders import PipelineTokenizers
 from limner.engines.torch.loading import load_pipeline
 from limner.engines.torch.processes import choose_device
 from limner.engines.torch.safety_checker import report_blackened
 from limner.engines.torch.two_stages import open_two_stages
 from limner.engines.torch.weights import silence_progress_bars
 from limner.errors import InputError, LimnerError, find_stop
+from limner.families import FAMILIES
+from limner.features.caption_lengths import report_cut_prompts
 from limner.progress import print_line
 from limner.protocols import DrawCall, ModelSource, Report
 
@@ -106,34 +109,74 @@ def draw_pictures(  # noqa: PLR0913 - what is drawn, and who is told, most by ke
         keep: called with the pictures of each batch, as soon as they are drawn.
 
     Raises:
-        InputError: for more steps than the scheduler has timesteps.
+        InputError: for more steps than the scheduler has timesteps, or a size that is not drawn.
     """
     scheduler = pipeline.scheduler
     check_steps(call["steps"], type(scheduler).__name__, scheduler.config)
+    check_size(pipeline, call["size"])
     pipeline.set_progress_bar_config(disable=True)
     settings = name_settings(check_stop, **call)
+    # Not None where there is none: some pipelines' own is an empty text.
+    if negative is not None:
+        settings["negative_prompt"] = negative
     pictures: list[np.ndarray] = []
     black, broken = list[bool](), list[bool]()
     for start in range(0, len(prompts), batch):
-        part = list(prompts[start : start + batch])
-        # Noise is drawn on the host: the same for every device and batch size.
-        generators = [
-            torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch]
-        ]
-        # Not None where there is none: some pipelines' own is an empty text.
-        if negative is not None:
-            settings["negative_prompt"] = [negative] * len(part)
-        with explain_fault_of(pipeline):
-            output = pipeline(part, generator=generators, **settings)
-        drawn, flags = round_pictures(output.images)
+        part = slice(start, start + batch)
+        drawn, flags, unsafe = draw_batch(pipeline, prompts[part], seeds[part], settings)
         keep(drawn)
         pictures += drawn
         broken += flags
-        # None: of a pipeline that checks nothing.
-        black += getattr(output, "nsfw_content_detected", None) or [False] * len(part)
+        black += unsafe
     report_blackened(prompts, seeds, black, report)
     report_broken(prompts, seeds, broken, report)
     return pictures
+
+
+def draw_batch(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]
+) -> tuple[list[np.ndarray], list[bool], list[bool]]:
+    """Draw one batch; return its pictures, which of them are not finite, and which are unsafe.
+
+    Args:
+        settings: as ``name_settings`` gives them, with one negative prompt for all, if any.
+    """
+    # Noise is drawn on the host: the same for every device and batch size.
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    if "negative_prompt" in settings:
+        settings = settings | {"negative_prompt": [settings["negative_prompt"]] * len(prompts)}
+    with explain_fault_of(pipeline):
+        output = pipeline(list(prompts), generator=generators, **settings)
+    pictures, broken = round_pictures(output.images)
+    # None: of a pipeline that checks nothing.
+    unsafe = getattr(output, "nsfw_content_detected", None) or [False] * len(prompts)
+    return pictures, broken, unsafe
+
+
+def report_cut(pipeline: Any, prompts: Sequence[str], report: Report) -> None:
+    """Name the prompts that the text encoders of a pipeline see cut, where its family is known."""
+    kind = type(pipeline).__name__
+    for family in FAMILIES.values():
+        is_part = family.stage is not None and family.stage.combined_pipeline == kind
+        if kind == family.pipeline or is_part:
+            prefix = family.stage.prefix if family.stage is not None and is_part else ""
+            tokenizers = PipelineTokenizers(pipeline, prefix)
+            report_cut_prompts(family.text, tokenizers, prompts, report)
+
+
+def check_size(pipeline: Any, size: int | None) -> None:
+    """Refuse a size in whose place a stock pipeline would draw a larger one.
+
+    Raises:
+        InputError: for what is no multiple of as many latents as a latent has pixels; of Kandinsky.
+    """
+    decoder = getattr(pipeline, "decoder_pipe", pipeline)
+    multiple = getattr(decoder, "movq_scale_factor", 1) ** 2
+    if size is not None and size % multiple:
+        raise InputError(
+            f"size: {size} pixels are no multiple of {multiple}, and the stock pipeline would draw "
+            f"{-(-size // multiple) * multiple}; choose {max(1, round(size / multiple)) * multiple}"
+        )
 
 
 @contextlib.contextmanager
