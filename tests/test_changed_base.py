@@ -63,15 +63,38 @@ def test_a_class_of_other_betas_is_another_base(base: Path, pictures: Path, tmp_
     config.write_text(json.dumps(silent))
     run = train(mine, pictures, tmp_path / "run", train={"steps": 1, "batch_size": 2, "seed": 5})
     index = json.loads((mine / "model_index.json").read_text())
-    for name, is_same in (("PNDMScheduler", True), ("HeunDiscreteScheduler", False)):
+    for name, words in (
+        ("DDIMScheduler", r"scheduler in model_index\.json: was \w+, now DDIMScheduler"),
+        ("HeunDiscreteScheduler", "the base model: was"),
+    ):
         index["scheduler"] = ["diffusers", name]
         (mine / "model_index.json").write_text(json.dumps(index))
         more = {"train": {"steps": 2, "batch_size": 2, "seed": 5}}
-        if is_same:
+        with pytest.raises(InputError, match=words):
             train(mine, pictures, run, **more)
-            continue
-        with pytest.raises(InputError, match="the base model: was"):
-            train(mine, pictures, run, **more)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_scheduler_of_another_class_draws_no_result(
+    base: Path, pictures: Path, tmp_path: Path, kind: str
+) -> None:
+    mine = shutil.copytree(base, tmp_path / "base")
+    run = train(mine, pictures, tmp_path / "run", adapter={"kind": kind})
+    before = files(run)
+    index = json.loads((mine / "model_index.json").read_text())
+    was, index["scheduler"] = index["scheduler"][1], ["diffusers", "EulerDiscreteScheduler"]
+    assert was != "EulerDiscreteScheduler"
+    (mine / "model_index.json").write_text(json.dumps(index))
+    (run / "result.json").unlink()
+    with pytest.raises(InputError, match=rf"was {was}, now EulerDiscreteScheduler"):
+        limner.export(run)
+    (run / "result.json").write_bytes(before[str(run / "result.json")])
+    call = {"steps": 1, "device": "cpu", "output": tmp_path / "pictures"}
+    if kind == "lora":
+        with pytest.raises(InputError, match=rf"had a {was} when .* names a EulerDiscrete"):
+            limner.generate(str(run), ["a circle"], **call)
+        limner.generate(str(run), ["a circle"], base=str(mine), **call)
+    assert files(run) == before
 
 
 @pytest.mark.parametrize("kind", ["torch", pytest.param("jax", marks=pytest.mark.soak)])

@@ -42,6 +42,7 @@ class ModelSource:
     half_vae: bool = False  # whether the autoencoder was in half precision, too
     tf32: bool = False  # whether float32 was computed in TF32
     base_digest: str | None = None  # the fingerprint of the base that it was trained on
+    scheduler: str | None = None  # the class of that base's scheduler
 
     def to_settings(self, family: str) -> ModelSettings:
         """Return the settings of the run that opened this base."""

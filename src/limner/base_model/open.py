@@ -261,6 +261,13 @@ def check_trained_on(base: BaseModel, family: Family, source: ModelSource) -> No
             f"configuration have changed. Put it back; or give --base {base.name} to draw with it "
             "as it is."
         )
+    scheduler = base.component_class("scheduler")[1]
+    if source.scheduler not in (None, "", scheduler):
+        raise InputError(
+            f"{source.lora}: its base {base.name} had a {source.scheduler} when it was trained on, "
+            f"and {INDEX} names a {scheduler} now, which draws other pictures. Put it back; or "
+            f"give --base {base.name} to draw with it as it is."
+        )
 
 
 def read_statistic(base: BaseModel, name: str) -> np.ndarray:

@@ -101,10 +101,8 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
         # A whole result has the scheduler and the autoencoder that it was trained with. The variant
         # is for the other stage.
         whole = replace(run, model=model, other_stage=None, prediction_type=None, vae=None)
-        variant = run.variant or choose_variant(folder)
-        return replace(
-            whole, revision=None, trained_revision=None, variant=variant
-        ), run.other_stage
+        whole = replace(whole, variant=run.variant or choose_variant(folder))
+        return replace(whole, revision=None, trained_revision=None), run.other_stage
     if not (folder / LORA_FILE).exists():
         raise InputError(
             f"{folder}: neither a diffusers folder ({INDEX}) nor a LoRA ({LORA_FILE}); a run "
@@ -120,8 +118,10 @@ def find_sources(model: str, base: str | None) -> tuple[ModelSource, str | None]
         # These are of the run's own base.
         variant = choose_variant(Path(base_source))
         run = replace(run, variant=variant, revision=None, trained_revision=None)
-    digest = None if base else read_base_digest(folder)
-    source = replace(run, model=base_source, lora=folder, other_stage=None, base_digest=digest)
+    source = replace(run, model=base_source, lora=folder, other_stage=None)
+    if not base:
+        digest, scheduler = read_base_of_run(folder)
+        source = replace(source, base_digest=digest, scheduler=scheduler)
     return source, run.other_stage
 
 
@@ -148,10 +148,15 @@ def choose_variant(folder: Path) -> str | None:
     return None
 
 
-def read_base_digest(run: Path) -> str | None:
-    """Return the fingerprint of a run's base; None where no checkpoint says it."""
+def read_base_of_run(run: Path) -> tuple[str | None, str | None]:
+    """Return the fingerprint of a run's base, and the class of its scheduler; None where no
+    checkpoint says it."""
     for checkpoint in list_checkpoints(run):
         with contextlib.suppress(InputError):
-            digest = read_json(checkpoint / STATE_FILE).get("base_digest")
-            return digest if isinstance(digest, str) else None
-    return None
+            state = read_json(checkpoint / STATE_FILE)
+            digest, scheduler = state.get("base_digest"), state.get("scheduler")
+            return (
+                digest if isinstance(digest, str) else None,
+                scheduler if isinstance(scheduler, str) else None,
+            )
+    return None, None

@@ -32,6 +32,8 @@ class RunState:
     version: int = RUN_STATE_VERSION
     # Of steps since the last regular row of metrics: the next row's mean is over these too.
     unlogged_losses: tuple[float, ...] = ()
+    # The class of the base's scheduler, which draws; in earlier builds it was not written.
+    scheduler: str = ""
     # Whether pictures that look alike are all held out, or none of them: in earlier builds any was.
     held_out_apart: bool = False
 

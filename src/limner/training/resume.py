@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from limner import rng
+from limner.base_model.base import INDEX
 from limner.config import toml
 from limner.config.schema import SETTINGS, Config
 from limner.errors import InputError
@@ -22,6 +23,7 @@ def make_run_state(
     plan: BatchPlan,
     data_digest: str,
     base_digest: str,
+    scheduler: str = "",
     held_out_apart: bool = True,
 ) -> RunState:
     """What a checkpoint remembers of its run, besides arrays."""
@@ -36,6 +38,7 @@ def make_run_state(
         base_digest=base_digest,
         random_digest=digest_random_numbers(plan.seed),
         numpy_version=np.__version__,
+        scheduler=scheduler,
         held_out_apart=held_out_apart,
     )
 
@@ -128,7 +131,8 @@ def list_changed_inputs(saved: RunState, now: RunState) -> list[str]:
             f"the data set: was {before}, now {after}, and the pictures or captions are not the "
             "same"
         )
-    lines += list_changed_base(saved, now.base_digest, now.config["model"]["base"])
+    name = now.config["model"]["base"]
+    lines += list_changed_base(saved, now.base_digest, now.scheduler, name)
     if saved.random_digest != now.random_digest:
         lines.append(
             f"random numbers: numpy {saved.numpy_version} drew others than numpy "
@@ -137,32 +141,34 @@ def list_changed_inputs(saved: RunState, now: RunState) -> list[str]:
     return lines
 
 
-def list_changed_base(saved: RunState, digest: str, name: str) -> list[str]:
+def list_changed_base(saved: RunState, digest: str, scheduler: str, name: str) -> list[str]:
     """A line about a base that is another than the checkpoint's; none where it is the same.
 
     Args:
         digest: of the base now; see ``BaseModel.fingerprint``.
+        scheduler: the class of its scheduler now.
         name: of the base now.
     """
     if saved.base_digest == digest:
-        return []
+        if saved.scheduler in ("", scheduler):
+            return []
+        return [f"the base's scheduler in {INDEX}: was {saved.scheduler}, now {scheduler}"]
     return [
         f"the base model: was {saved.config['model']['base']}, now {name}, and the weights or "
         "configuration are not the same"
     ]
 
 
-def check_base_of_checkpoint(checkpoint: Checkpoint, digest: str, name: str) -> None:
-    """Refuse to make a result of a checkpoint and of parts that it was not trained with.
-
-    Args:
-        digest: of the base now; see ``BaseModel.fingerprint``.
-        name: of the base now.
+def check_base_of_checkpoint(
+    checkpoint: Checkpoint, digest: str, scheduler: str, name: str
+) -> None:
+    """Refuse to make a result of a checkpoint and of parts that it was not trained with; the
+    arguments are those of ``list_changed_base``.
 
     Raises:
         InputError: when the base is another than the checkpoint's.
     """
-    if lines := list_changed_base(checkpoint.state, digest, name):
+    if lines := list_changed_base(checkpoint.state, digest, scheduler, name):
         raise InputError(
             f"checkpoint-{checkpoint.step} cannot be exported, because this has changed:\n  "
             + "\n  ".join(lines)

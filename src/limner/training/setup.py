@@ -77,7 +77,10 @@ def prepare(
     config = settle_previews(settled.config, records, report)
     plan = records.plan
     base_digest = digest_base(base, settled.family, process)
-    run_state = make_run_state(config, plan, records.digest, base_digest, records.held_out_apart)
+    scheduler = base.component_class("scheduler")[1]
+    run_state = make_run_state(
+        config, plan, records.digest, base_digest, scheduler, records.held_out_apart
+    )
     if checkpoint is not None:
         report_changes(checkpoint, run_state, plan, report)
     report_small_buckets(records.order, plan.batch_size, report)
