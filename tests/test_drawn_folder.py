@@ -47,6 +47,19 @@ def edit(path: Path, change: Callable[[dict[str, object]], object]) -> None:
     path.write_text(json.dumps(config))
 
 
+def test_a_folder_is_drawn_as_by_the_stock_pipeline(copy: Path) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    stock = StableDiffusionPipeline.from_pretrained(copy)
+    stock.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(0)
+    call = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
+    [wanted] = (stock("a red circle", generator=generator, **call).images * 255).round()
+    assert np.array_equal(draw(copy, "torch"), wanted)
+    assert np.abs(draw(copy, "jax") - wanted).max() <= 1
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("length", [None, "missing", 1e30, 20.0, 2, 10**6])
 def test_a_length_that_the_text_encoder_lacks(copy: Path, engine: str, length: object) -> None:
