@@ -229,13 +229,75 @@ UNREAD: dict[str, tuple[Arrays, dict[str, Any], str]] = {
     "rank of a pattern": (
         {},
         TARGETS | {"unet.rank_pattern": {"to_q": -1}},
-        "unet.rank_pattern of 'to_q' is -1, a number above 0",
+        "unet.rank_pattern of 'to_q' is -1, a whole number above 0",
     ),
     "int8": ({f"{TO_Q}.lora_A.weight": ONE.astype(np.int8)}, {}, "is of dtype I8; F64, F32"),
     "no component": ({}, {"r": 4, "lora_alpha": 8}, "says nothing of unet, it has lora_alpha, r."),
     "another component": ({}, {"transformer.r": 4}, "says nothing of unet, it has transformer.r."),
     "no targets": ({}, {"unet.r": 2, "unet.lora_alpha": 2}, "says no target_modules of unet"),
     "a setting of no LoRA": ({}, TARGETS | {"unet.nosuch": 8}, "has unet.nosuch, which is no"),
+    "an activated LoRA": (
+        {},
+        TARGETS | {"unet.alora_invocation_tokens": [1, 2]},
+        "header: unet.alora_invocation_tokens is [1, 2], null or [] is expected",
+    ),
+    "of a changed base": (
+        {},
+        TARGETS | {"unet.init_lora_weights": "pissa_niter_4"},
+        'unet.init_lora_weights is "pissa_niter_4", null or true or false or "gaussian"',
+    ),
+    "a rank with a point": ({}, TARGETS | {"unet.r": 2.0}, "unet.r is 2.0, a whole number above"),
+    "a pattern of nothing": ({}, TARGETS | {"unet.rank_pattern": None}, "is null, a table of num"),
+    "an alpha past all numbers": ({}, TARGETS | {"unet.lora_alpha": 10**400}, "a number above 0"),
+    "a switch as text": ({}, TARGETS | {"unet.use_rslora": "no"}, 'is "no", null or false or true'),
+    "targets of no text": ({}, TARGETS | {"unet.target_modules": 1}, "is 1, a text or a list of"),
+    "DoRA of no arrays": ({}, TARGETS | {"unet.use_dora": True}, "has unet.use_dora, and no array"),
+    "biases of no arrays": (
+        {},
+        TARGETS | {"unet.lora_bias": True},
+        "has unet.lora_bias, and no ar",
+    ),
+    "kohya's names": (
+        {f"{KOHYA}.lora_down.weight": ONE},
+        TARGETS | {"unet.arrow_config": {"top_k": 3}},
+        'unet.arrow_config is {"top_k": 3}, null is expected',
+    ),
+    "no dimensions": (
+        {f"{TO_Q}.lora_A.weight": np.float32(1)},
+        {},
+        f"the shape of {TO_Q}.lora_A.weight is [], two numbers above 0 are expected",
+    ),
+    "one dimension": ({f"{TO_Q}.lora_B.weight": ONE[0]}, {}, "lora_B.weight is [2], two numbers"),
+    "three dimensions": ({f"{TO_Q}.lora_A.weight": ONE[None]}, {}, "weight is [1, 2, 2], two num"),
+    "rank 0": ({f"{TO_Q}.lora_A.weight": np.ones((0, 64), np.float32)}, {}, "is [0, 64], two num"),
+    "rank 0 of kohya's": (
+        {
+            f"{KOHYA}.lora_down.weight": np.ones((0, 64), np.float32),
+            f"{KOHYA}.lora_up.weight": np.ones((64, 0), np.float32),
+            f"{KOHYA}.alpha": np.float32(2),
+        },
+        {},
+        "is [0, 64], two numbers",
+    ),
+    "no dimensions in old names": (
+        {f"{TO_Q}_lora.up.weight": np.float32(1)},
+        {},
+        "to_q_lora.up.weight is [], two numbers",
+    ),
+    "a bias of nothing": ({f"{TO_Q}.lora_B.bias": ONE[:0, 0]}, {}, "is [0], numbers above 0 are"),
+    "one layer by two names": (
+        {f"{TO_Q}.lora.down.weight": np.ones((2, 64), np.float32)},
+        {},
+        f"{TO_Q}.lora.down.weight and {TO_Q}.lora_A.weight are two names of one array",
+    ),
+    "an encoder's layer by two names": (
+        {
+            f"text_encoder.{Q_PROJ}.lora_A.weight": ONE,
+            f"text_encoder.{Q_PROJ.removeprefix('text_model.')}.lora_A.weight": ONE,
+        },
+        {},
+        "are two names of one array",
+    ),
     "LoHa": ({f"{KOHYA}.hada_w1_a": ONE}, {}, "of another kind of adapter: LoHa"),
     "LoKr": ({f"{KOHYA}.lokr_w1": ONE}, {}, "of another kind of adapter: LoKr in kohya's"),
     "differences": ({"lora_unet_conv_in.diff": ONE}, {}, "full differences of weights"),
@@ -294,9 +356,75 @@ def test_settings_of_a_header_are_those_of_peft() -> None:
 
     from peft import LoraConfig
 
-    from limner.engines.lora_file import LORA_SETTINGS
+    from limner.engines.lora_settings import SETTINGS
 
-    assert {field.name for field in fields(LoraConfig)} <= set(LORA_SETTINGS.split())
+    assert {field.name for field in fields(LoraConfig)} <= SETTINGS.keys()
+
+
+# Of peft's versions, what a header may have where nothing was chosen, besides what this one has.
+DEFAULTS: dict[str, list[Any]] = {
+    "layers_pattern": [None, []],
+    "loftq_config": [None, {}],
+    "megatron_core": [None, "megatron.core"],
+    "task_type": [None, "FEATURE_EXTRACTION"],
+    "inference_mode": [True, False],
+    "init_lora_weights": [True, False, "gaussian"],
+    "lora_dropout": [0, 0.0, 0.1, 1.0],
+    "lora_alpha": [8, 2.5],
+    "target_modules": [["to_q"], "all-linear"],
+}
+# Settings that any value is taken of.
+FREE = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+}
+
+
+def test_every_setting_of_a_header_is_taken_where_it_does_nothing() -> None:
+    from peft import LoraConfig
+
+    from limner.engines.lora_settings import SETTINGS, check_settings
+
+    fresh = LoraConfig(r=4, target_modules=["to_q"]).to_dict() | {"target_modules": ["to_q"]}
+    described = {f"unet.{name}": value for name, value in json.loads(json.dumps(fresh)).items()}
+    names = [f"{TO_Q}.lora_A.weight"]
+    check_settings(Path("file"), described, names)
+    assert fresh.keys() == SETTINGS.keys() - {"runtime_config"}
+    for name in SETTINGS:
+        for value in DEFAULTS.get(name, []):
+            check_settings(Path("file"), described | {f"unet.{name}": value}, names)
+        for value in (2, 1.5, True, "some", ["some"], {"some": "thing"}):
+            try:
+                check_settings(Path("file"), described | {f"unet.{name}": value}, names)
+            except InputError as error:
+                assert f"unet.{name}" in str(error) and name not in FREE
+                break
+        else:
+            assert name in FREE
+
+
+def test_the_dropout_of_a_header_is_of_training(base: Path, tmp_path: Path) -> None:
+    import torch
+
+    arrays = make_arrays(base, "sd", AdapterSettings("lora", 2))
+    settings = TARGETS | {"unet.target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+    drawn = []
+    for dropout in (0.0, 0.9):
+        header = json.dumps(settings | {"unet.lora_dropout": dropout})
+        save_file(
+            arrays,
+            tmp_path / LORA_FILE,
+            metadata={"format": "pt", "lora_adapter_metadata": header},
+        )
+        unet = open_pipeline(base, tmp_path, "torch").unet
+        with torch.no_grad():
+            drawn.append(unet(torch.ones(1, 4, 8, 8), 3, torch.ones(1, 4, 32)).sample)
+    assert torch.equal(*drawn)
 
 
 def add_adapters(network: Any, component: str, targets: list[str], **settings: Any) -> Arrays:

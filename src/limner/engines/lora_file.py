@@ -1,6 +1,5 @@
 """Read a LoRA file, for either engine, and say what of it does not fit."""
 
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from limner.engines.adapters import Shape
-from limner.errors import InputError, join_first, say_count
-from limner.json_types import read_object
+from limner.engines.lora_settings import check_settings, read_settings
+from limner.errors import InputError, join_first, make_printable, say_count
 from limner.storage import safetensors
 
 Arrays = dict[str, np.ndarray]
@@ -34,16 +33,7 @@ OTHER_KINDS = {
     ".b_norm": "norm layers",
     ".oft_": "OFT",
 }
-# Fields of peft's LoraConfig: diffusers gives it all that a header has of a component.
-LORA_SETTINGS = (
-    "alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias "
-    "corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode "
-    "init_lora_weights kasa_config layer_replication layers_pattern layers_to_transform "
-    "loftq_config lora_alpha lora_bias lora_dropout lora_ga_config megatron_config megatron_core "
-    "modules_to_save monteclora_config peft_type peft_version qalora_group_size r rank_pattern "
-    "revision runtime_config target_modules target_parameters task_type trainable_token_indices "
-    "use_bdlora use_dora use_qalora use_rslora velora_config"
-)
+HALVES = (".lora_A.weight", ".lora_B.weight")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -67,6 +57,8 @@ def read_lora_file(path: Path) -> tuple[Arrays, dict[str, Any]]:
         header = safetensors.read_header(path)
         check_dtypes(path, header)
         check_kind(path, list(header.arrays))
+        check_names(path, list(header.arrays))
+        check_shapes(path, header)
         arrays = safetensors.read_float32(path)
     except (OSError, ValueError) as error:
         raise InputError(
@@ -83,7 +75,7 @@ def read_lora_file(path: Path) -> tuple[Arrays, dict[str, Any]]:
     check_alphas(path, arrays)
     settings = read_settings(path, header.metadata)
     if settings and not any(".lokr_" in name for name in arrays):
-        check_settings(path, settings, arrays)
+        check_settings(path, settings, list(arrays))
     layers = list_layers(arrays).values()
     if layers and not any(layer.up.any() for layer in layers):
         print(f"{path}: its lora_B (up) arrays are all zeros; it changes nothing", file=sys.stderr)
@@ -131,6 +123,36 @@ def make_kind_error(path: Path, names: Sequence[str], kind: str) -> InputError:
     )
 
 
+def check_names(path: Path, names: Sequence[str]) -> None:
+    """Refuse two arrays of one place, by names of two layouts or versions."""
+    places: dict[str, str] = {}
+    for name in names:
+        # As transformers has named a CLIP text encoder's layers since 5.6.
+        place = rename_to_peft(name).replace(".text_model.encoder.", ".encoder.")
+        if place in places:
+            raise InputError(
+                f"{path}: {make_printable(places[place])} and {make_printable(name)} are two names "
+                "of one array. Leave out the one that is not meant."
+            )
+        places[place] = name
+
+
+def check_shapes(path: Path, header: safetensors.Header) -> None:
+    """Refuse arrays without numbers, and halves of layers that are no matrices or kernels."""
+    for name, array in header.arrays.items():
+        is_half = rename_to_peft(name).endswith(HALVES)
+        if (is_half and len(array.shape) not in (2, 4)) or 0 in array.shape:
+            expected = (
+                "two numbers above 0 are expected, of a convolution four"
+                if is_half
+                else "numbers above 0 are expected"
+            )
+            raise InputError(
+                f"{path}: the shape of {make_printable(name)} is {list(array.shape)}, {expected}. "
+                "Fetch the file again, or leave the layer out."
+            )
+
+
 def check_alphas(path: Path, arrays: Arrays) -> None:
     """Refuse alphas that are not one number above 0."""
     for name, array in arrays.items():
@@ -144,63 +166,6 @@ def check_alphas(path: Path, arrays: Arrays) -> None:
             )
 
 
-def check_settings(path: Path, settings: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Refuse a header that does not describe the components that the file has."""
-    for component in sorted({name.partition(".")[0] for name in names}):
-        own = [name.partition(".")[2] for name in settings if name.startswith(f"{component}.")]
-        if component.startswith("lora_"):
-            continue
-        if "target_modules" not in own:
-            what = "no target_modules" if own else "nothing"
-            raise InputError(
-                f"{path}: lora_adapter_metadata in its header says {what} of {component}, it has "
-                f"{', '.join(sorted(settings))[:160]}. {component}.r, {component}.lora_alpha and "
-                f"{component}.target_modules are expected; mend the header, or leave it out."
-            )
-        if unknown := sorted(set(own) - set(LORA_SETTINGS.split())):
-            raise InputError(
-                f"{path}: lora_adapter_metadata in its header has {component}.{unknown[0]:.80}, "
-                "which is no setting of a LoRA in peft. Leave it out of the header."
-            )
-
-
-def read_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the adapters' settings in a file's header, as diffusers writes them.
-
-    Raises:
-        InputError: when they are no settings by name, or have a rank or alpha that is no number.
-    """
-    try:
-        settings = read_object(metadata.get("lora_adapter_metadata", "{}"))
-        for name, value in settings.items():
-            check_number(name, value)
-    except ValueError as error:
-        raise InputError(
-            f"{path}: lora_adapter_metadata in its header cannot be read ({error}). Fetch or copy "
-            "it again."
-        ) from error
-    return settings
-
-
-def check_number(name: str, value: object) -> None:
-    """Refuse a rank or alpha that scales nothing, with a ``ValueError``."""
-    last = name.rpartition(".")[2]
-    if last in ("rank_pattern", "alpha_pattern") and value:
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} is {value!r:.80}, numbers by layer are expected")
-        for layer, number in value.items():
-            check_positive(f"{name} of {layer!r:.80}", number)
-    if last in ("r", "lora_alpha"):
-        check_positive(name, value)
-
-
-def check_positive(name: str, value: object) -> None:
-    """Refuse what is no finite number above 0, with a ``ValueError``."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:  # type: ignore[operator]
-        raise ValueError(f"{name} is {value!r:.80}, a number above 0 is expected")
-
-
 def rename_lora_array(name: str) -> str:
     """Return an array's name as diffusers writes it today."""
     for old, new in RENAMED_PARTS:
@@ -208,16 +173,21 @@ def rename_lora_array(name: str) -> str:
     return name
 
 
+def rename_to_peft(name: str) -> str:
+    """Return an array's name with halves named as in peft, of kohya's trainer too."""
+    # That has an underscore for the dot.
+    return rename_lora_array(
+        name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")
+    )
+
+
 def list_layers(arrays: Arrays) -> dict[str, Layer]:
     """Return what a file has both halves of, by the layers' names in it."""
     downs: Arrays = {}
     ups: Arrays = {}
     for name, array in arrays.items():
-        # kohya's trainer has an underscore for the dot.
-        today = rename_lora_array(name.replace(".lora_down.", ".lora_A.")).replace(
-            ".lora_up.", ".lora_B."
-        )
-        for half, found in ((".lora_A.weight", downs), (".lora_B.weight", ups)):
+        today = rename_to_peft(name)
+        for half, found in zip(HALVES, (downs, ups), strict=True):
             if today.endswith(half):
                 found[today.removesuffix(half)] = array
     layers = {}

@@ -62,6 +62,8 @@ def load_lora(pipeline: Any, folder: Path) -> None:
                 f"{take_first_line(error)!r}. {hint or OTHER_MODEL_OR_LAYOUT}"
             )
         raise InputError(message) from error
+    for net in nets.values():
+        net.eval()  # the dropout of layers that peft has added is on
     unused, missing = compare_with_networks(arrays, nets)
     if unused:
         raise InputError(explain_unused(path, unused, name_place(pipeline), hint))
