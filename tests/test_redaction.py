@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from limner import cli
 from limner.compat import diffusers
 from limner.config import toml
 from limner.config.schema import Config
+from limner.data.contact_sheet import draw_contact_sheet
 from limner.errors import InputError
 from limner.guard import run_guarded
 from limner.progress import print_line
@@ -48,6 +50,41 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://a/b?x=1&token=c0ffee&y", "https://a/b?x=1&token=[redacted]&y"),
         ("Bearer " + "x" * 30, "Bearer [redacted]"),
         ("a Bearer standing with a flag", "a Bearer standing with a flag"),
+        (f"https://{TOKEN}@c/d", "https://[redacted]@c/d"),
+        ("https://c0ffee0123456789abcdef@c/d", "https://[redacted]@c/d"),
+        ("https://c0ffee0123456789abcdef:@c/d", "https://[redacted]:@c/d"),
+        (
+            "https://c0ffee0123456789abcdef:x-oauth-basic@c/d",
+            "https://[redacted]:[redacted]@c/d",
+        ),
+        (f"git+https://ghp_{'x1' * 18}@c/d@v1", "git+https://[redacted]@c/d@v1"),
+        ("https://the-name-of-a-painter@c/d", "https://the-name-of-a-painter@c/d"),
+        ("https://c0ffee0123456789abcdef.org/d@e", "https://c0ffee0123456789abcdef.org/d@e"),
+        (f"a github_pat_{'x1_' * 8}, glpat-{'x' * 20}", "a [redacted], [redacted]"),
+        (f"AIza{'x' * 35} sk-{'x' * 40}", "[redacted] [redacted]"),
+        ("a task-of-the-day, sk-i, ghp_x", "a task-of-the-day, sk-i, ghp_x"),
+        (
+            "https://a/b?access_token=x#access_token=y",
+            "https://a/b?access_token=[redacted]#access_token=[redacted]",
+        ),
+        ("a?sv=1&sig=c0%2Bf=&se=2", "a?sv=1&sig=[redacted]&se=2"),
+        ("a?X-Amz-Signature=c0f&x=1", "a?X-Amz-Signature=[redacted]&x=1"),
+        ("a?Signature=c0f&amp;api_key=1", "a?Signature=[redacted]&amp;api_key=[redacted]"),
+        (
+            "a?apikey=1&api-key=2&apiKey=3",
+            "a?apikey=[redacted]&api-key=[redacted]&apiKey=[redacted]",
+        ),
+        ("a?client_secret=1&accessToken=2", "a?client_secret=[redacted]&accessToken=[redacted]"),
+        (f"a?key={'x1' * 16}&key=height", "a?key=[redacted]&key=height"),
+        ("a?design=1&monkey=2&tokens=3&size=4", "a?design=1&monkey=2&tokens=3&size=4"),
+        ("https://a:pa/ss@c/d", "https://a:[redacted]@c/d"),
+        ("https://a:p/a/s@s@c", "https://a:[redacted]@c"),
+        ("https://a:p ss@c, https://a:1a/2@c", "https://a:[redacted]@c, https://a:[redacted]@c"),
+        ("http://h:80/a@b http://[::1]:80/a@b", "http://h:80/a@b http://[::1]:80/a@b"),
+        ("at http://h:80, ask a@b", "at http://h:80, ask a@b"),
+        ("at http://h:80/x, http://h: a@b", "at http://h:80/x, http://h: a@b"),
+        ("https://a:p ss@c or a@b", "https://a:[redacted]@c or a@b"),
+        ("http://h:8080?x=a/b@c", "http://h:8080?x=a/b@c"),
         ("a word", "a word"),
     ],
 )
@@ -165,6 +202,37 @@ def test_a_traceback_of_a_defect(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_status(tmp_path: Path) -> None:
     write_status(RunFolder(tmp_path), RunStatus("failed", 1, 2, error=f"no {TOKEN}"))
     assert json.loads((tmp_path / "status.json").read_text())["error"] == "no [redacted]"
+
+
+@pytest.mark.frameworks
+def test_names_of_pictures(
+    base: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the labels on the sheet of all of them."""
+    from limner.commands import generate
+
+    drawn: list[Sequence[str]] = []
+
+    def draw(rows: Any, captions: Sequence[str]) -> Any:
+        drawn.append(captions)
+        return draw_contact_sheet(rows, captions)
+
+    monkeypatch.setattr(generate, "draw_contact_sheet", draw)
+    prompts = [f"a {TOKEN} b", KEY, f"http://me:{PASSWORD}@x"]
+    out, grid = tmp_path / "pictures", tmp_path / "grid.png"
+    words = ["--output", str(out), "--grid", str(grid), "--steps", "1", "--device", "cpu"]
+    assert cli.main(["generate", str(base), *prompts, *words]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "000-a-redacted-b-0.png",
+        "001-redacted-0.png",
+        "002-http-me-redacted-x-0.png",
+    ]
+    labels = [line for call in drawn for line in call]
+    assert labels == ["a [redacted] b", "[redacted]", "http://me:[redacted]@x"]
+    assert not any(secret in "".join(capfd.readouterr()) for secret in SECRETS)
 
 
 @pytest.mark.frameworks

@@ -17,9 +17,28 @@ SECRET_KEY = re.compile(r"(?<![A-Z0-9])(token|secret|password|api_?key)(?![A-Z0-
 SECRET_TEXT = re.compile(
     r"hf_[A-Za-z0-9]{20,}|hf_(?:oauth|jwt)_[\w.-]{20,}|api_org_[A-Za-z0-9]{20,}"
     r"|wandb_v1_[A-Za-z0-9_]{20,}"
-    r"|(?<=\bBearer )[\w.~+/-]{20,}=*|(?<=[?&]token=)[^\s&#\"']+"
+    # GitHub, GitLab, OpenAI, Google.
+    r"|gh[opsru]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
+    r"|\bsk-[A-Za-z0-9][\w-]{30,}|AIza[\w-]{35}"
+    r"|(?<=\bBearer )[\w.~+/-]{20,}=*"
 )
-URL_PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s/]+(?=@)")
+# Each begins with what stays. A parameter ``key`` may be anything: of it only what is long counts.
+SECRETS_OF_URLS = (
+    re.compile(
+        r"([?&#;](?:[\w.-]*[_.-]|access|auth|client)?"
+        r"(?:token|secret|password|passwd|pwd|signature|sig|api[_-]?key)=)[^\s&#\"']+",
+        re.IGNORECASE,
+    ),
+    re.compile(r"([?&#;](?:[\w.-]*[_.-])?key=)[^\s&#\"']{16,}", re.IGNORECASE),
+    # A user with letters and digits, too long for a name, is a token.
+    re.compile(r"(://)(?=[\w~.-]*\d)(?=[\w~.-]*[A-Za-z])[\w~.-]{20,}(?=(?::[^\s/]*)?@)"),
+    re.compile(r"(://[^\s/@:]*:)[^\s/]+(?=@)"),
+    # A password with a slash or with spaces, unless it may be a port and what follows it.
+    re.compile(
+        r"(://[^\s/@:\[]*:)(?!\d{1,5}(?:[/?#]|\W*(?:\s|$)))"
+        r"[^\s/@:\[](?:[^\s\"'<>]*|[^\s@\"'<>]*(?: [^\s@\"'<>]+){1,2})(?=@[\w\[])"
+    ),
+)
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")
 # Variables whose name has such a word, and that say where a secret lies.
 PLACES = ("PATH", "DIR", "FILE")
@@ -60,7 +79,10 @@ def redact_text(text: str, *, environment: bool = True) -> str:
             text = HIDDEN
         elif len(secret) >= SHORTEST:
             text = text.replace(secret, HIDDEN)
-    return URL_PASSWORD.sub(rf"\1{HIDDEN}", SECRET_TEXT.sub(HIDDEN, text))
+    text = SECRET_TEXT.sub(HIDDEN, text)
+    for pattern in SECRETS_OF_URLS:
+        text = pattern.sub(rf"\1{HIDDEN}", text)
+    return text
 
 
 def list_secrets() -> list[str]:

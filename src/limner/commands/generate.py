@@ -25,6 +25,7 @@ from limner.diffusion.samplers import check_steps
 from limner.errors import InputError, say_count
 from limner.progress import print_line
 from limner.protocols import ModelSource
+from limner.redaction import redact_text
 from limner.storage import atomic, outputs
 
 SCHEDULER = Path("scheduler", "scheduler_config.json")
@@ -254,7 +255,7 @@ def draw_into(
 
 def name_drawing(number: int, drawing: Drawing) -> str:
     """Return the name of a PNG file, of number, prompt and seed."""
-    return f"{number:03d}-{to_file_name(drawing.prompt)}-{drawing.seed}.png"
+    return f"{number:03d}-{to_file_name(redact_text(drawing.prompt))}-{drawing.seed}.png"
 
 
 def write_drawings(drawings: Sequence[Drawing], paths: Sequence[Path]) -> None:
@@ -270,7 +271,8 @@ def write_grid(drawings: Sequence[Drawing], count: int, path: Path) -> None:
     """Write a contact sheet with the ``count`` pictures of each prompt in a row."""
     rows = [drawings[start : start + count] for start in range(0, len(drawings), count)]
     sheet = draw_contact_sheet(
-        [[drawing.picture for drawing in row] for row in rows], [row[0].prompt for row in rows]
+        [[drawing.picture for drawing in row] for row in rows],
+        [redact_text(row[0].prompt) for row in rows],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
