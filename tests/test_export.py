@@ -537,6 +537,21 @@ def test_the_card_tells_no_secrets_and_runs_nothing(opened: BaseModel, tmp_path:
     )
 
 
+@pytest.mark.parametrize("inner", ["", "vae"])
+@pytest.mark.parametrize("name", ["model", "vae"])
+def test_the_card_loads_the_autoencoder_from_what_was_given(
+    sd: Path, tmp_path: Path, name: str, inner: str
+) -> None:
+    """The autoencoder's own folder, whatever it is called, or one that has it in ``vae``."""
+    given = tmp_path / name
+    shutil.copytree(sd / "vae", given / inner)
+    model = ModelSettings(base=str(sd), vae=str(given))
+    config = toml.to_plain(Config(model=model, adapter=AdapterSettings(kind="lora")))
+    text = model_card.write_model_card(config, open_base(model, SD), SD, 1)
+    wanted = '"path/to/the/autoencoder"' + (', subfolder="vae"' if inner else "")
+    assert f"vae=AutoencoderKL.from_pretrained({wanted})" in text and str(given) not in text
+
+
 def filled(opened: BaseModel, trained: dict[str, np.ndarray], run: Path) -> Path:
     """A run's folder with all that must stay at home."""
     result.write_full(opened, SD, run, trained, "epsilon", 5)

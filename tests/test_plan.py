@@ -310,6 +310,30 @@ def test_everything_that_changed_is_named_at_once() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.vae": "v"}, "was b, now b, model.vae was None, now 'v', and the weights"),
+        (
+            {"model.revision": "r"},
+            "was b, now b, model.revision was None, now 'r', and the weights",
+        ),
+        (
+            {"model.base": "n", "model.variant": "fp16", "model.other_stage": "o"},
+            "was b, now n, model.variant was None, now 'fp16', model.other_stage was None, now 'o'",
+        ),
+        ({"model.trained_revision": "t"}, "model.trained_revision was None, now 't', and"),
+        ({"model.cache_dir": "c"}, "was b, now b, and the weights"),
+    ],
+)
+def test_what_names_another_base_is_named(changes: dict[str, Any], words: str) -> None:
+    """Where the weights are the same, all of it may change."""
+    assert matched(changes) == []
+    with pytest.raises(InputError, match="the base model: was") as caught:
+        matched(changes, base="other")
+    assert words in str(caught.value)
+
+
 def test_other_random_numbers_are_refused() -> None:
     saved = saved_of(
         recipe(batch_size=4), batch_plan.make_plan(recipe(batch_size=4), 1, 50, None, 1)

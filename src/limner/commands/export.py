@@ -94,7 +94,7 @@ def export_run(
         base = open_base(config.model, family, for_generation=False)
         digest = base.fingerprint(*family.feature_components)
         scheduler = base.component_class("scheduler")[1]
-        check_base_of_checkpoint(newest, digest, scheduler, config.model.base)
+        check_base_of_checkpoint(newest, digest, scheduler)
         engines.check_base(config.engine.kind, base, family, report)
         objective = make_objective(base.configs["scheduler"], config.objective)
         write_result(newest, config, base, family, objective.prediction_type)

@@ -180,9 +180,10 @@ def add_lora_settings(
         classes.append(class_name)
     if model["vae"] is not None:
         # A path stays private; a name on the Hub is nobody's secret.
-        is_path = Path(model["vae"]).exists()
-        place = json.dumps("path/to/the/autoencoder" if is_path else model["vae"])
-        if base.component_folder("vae").name == "vae":
+        given, folder = Path(model["vae"]), base.component_folder("vae")
+        place = json.dumps("path/to/the/autoencoder" if given.exists() else model["vae"])
+        # What was given may be the autoencoder's own folder, of that name.
+        if folder.name == "vae" and folder != given.absolute():
             place += ', subfolder="vae"'
         options.append(f"vae=AutoencoderKL.from_pretrained({place})")
         classes.append("AutoencoderKL")

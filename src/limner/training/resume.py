@@ -17,6 +17,9 @@ from limner.storage.checkpoint import Checkpoint
 from limner.storage.run_state import RunState
 from limner.training.batch_plan import BatchPlan
 
+# Settings that say which weights a base has, besides its name.
+PARTS_OF_BASE = ("revision", "trained_revision", "variant", "vae", "other_stage")
+
 
 def make_run_state(
     config: Config,
@@ -131,8 +134,8 @@ def list_changed_inputs(saved: RunState, now: RunState) -> list[str]:
             f"the data set: was {before}, now {after}, and the pictures or captions are not the "
             "same"
         )
-    name = now.config["model"]["base"]
-    lines += list_changed_base(saved, now.base_digest, now.scheduler, name)
+    model = now.config["model"]
+    lines += list_changed_base(saved, now.base_digest, now.scheduler, model)
     if saved.random_digest != now.random_digest:
         lines.append(
             f"random numbers: numpy {saved.numpy_version} drew others than numpy "
@@ -141,34 +144,39 @@ def list_changed_inputs(saved: RunState, now: RunState) -> list[str]:
     return lines
 
 
-def list_changed_base(saved: RunState, digest: str, scheduler: str, name: str) -> list[str]:
+def list_changed_base(saved: RunState, digest: str, scheduler: str, model: Plain) -> list[str]:
     """A line about a base that is another than the checkpoint's; none where it is the same.
 
     Args:
         digest: of the base now; see ``BaseModel.fingerprint``.
         scheduler: the class of its scheduler now.
-        name: of the base now.
+        model: the settings of the base now.
     """
     if saved.base_digest == digest:
         if saved.scheduler in ("", scheduler):
             return []
         return [f"the base's scheduler in {INDEX}: was {saved.scheduler}, now {scheduler}"]
+    before = saved.config["model"]
+    others = "".join(
+        f", model.{name} was {before.get(name)!r}, now {model.get(name)!r}"
+        for name in PARTS_OF_BASE
+        if before.get(name) != model.get(name)
+    )
     return [
-        f"the base model: was {saved.config['model']['base']}, now {name}, and the weights or "
+        f"the base model: was {before['base']}, now {model['base']}{others}, and the weights or "
         "configuration are not the same"
     ]
 
 
-def check_base_of_checkpoint(
-    checkpoint: Checkpoint, digest: str, scheduler: str, name: str
-) -> None:
+def check_base_of_checkpoint(checkpoint: Checkpoint, digest: str, scheduler: str) -> None:
     """Refuse to make a result of a checkpoint and of parts that it was not trained with; the
     arguments are those of ``list_changed_base``.
 
     Raises:
         InputError: when the base is another than the checkpoint's.
     """
-    if lines := list_changed_base(checkpoint.state, digest, scheduler, name):
+    state = checkpoint.state
+    if lines := list_changed_base(state, digest, scheduler, state.config["model"]):
         raise InputError(
             f"checkpoint-{checkpoint.step} cannot be exported, because this has changed:\n  "
             + "\n  ".join(lines)
