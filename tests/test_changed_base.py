@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,51 @@ def test_a_lora_is_drawn_on_what_it_was_trained_on(
     with pytest.raises(InputError, match="is not what it was trained on"):
         limner.generate(str(run), ["a circle"], **call)
     limner.generate(str(run), ["a circle"], base=str(mine), **call)
+
+
+def swap_ends(path: Path) -> None:
+    """Give the first word of a vocabulary the number of the last, and the other way round."""
+    raw = json.loads(path.read_text())
+    words = raw["model"]["vocab"] if "model" in raw else raw
+    first, last = min(words, key=words.get), max(words, key=words.get)
+    words[first], words[last] = words[last], words[first]
+    path.write_text(json.dumps(raw))
+
+
+# What each file of a tokenizer is changed to.
+VOCABULARY: dict[str, Callable[[Path], object]] = {
+    "tokenizer.json": swap_ends,
+    "vocab.json": swap_ends,
+    "merges.txt": lambda path: path.write_text(path.read_text().rstrip().rpartition("\n")[0]),
+    "special_tokens_map.json": lambda path: path.write_text('{"pad_token": "!"}'),
+    "added_tokens.json": lambda path: path.write_text('{"!": 0}'),
+    "tokenizer_config.json": lambda path: change(path.parents[1], "tokenizer", pad_token="!"),
+}
+
+
+def test_a_tokenizer_is_part_of_what_was_trained_on(
+    base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Of each of its files a change is seen by all that goes on from a run, one more too."""
+    mine = shutil.copytree(base, tmp_path / "base")
+    lora = train(mine, pictures, tmp_path / "lora", adapter={"kind": "lora"})
+    full = train(mine, pictures, tmp_path / "full", adapter={"kind": "full"})
+    (full / "result.json").unlink()
+    call = {"steps": 1, "device": "cpu", "output": tmp_path / "pictures"}
+    more: dict[str, Any] = {"train": {"steps": 2, "batch_size": 2, "seed": 5}}
+    for name, edit in VOCABULARY.items():
+        path = mine / "tokenizer" / name
+        before = path.read_bytes() if path.exists() else None
+        edit(path)
+        with pytest.raises(InputError, match=r"lora: its base .* is not what it was trained on"):
+            limner.generate(str(lora), ["a circle"], **call)
+        for run, kind in ((lora, "lora"), (full, "full")):
+            with pytest.raises(InputError, match=r"resumed, because .*\n  the base model: was"):
+                train(mine, pictures, run, adapter={"kind": kind}, **more)
+        with pytest.raises(InputError, match=r"exported, because .*\n  the base model: was"):
+            limner.export(full)
+        path.unlink()
+        if before is not None:
+            path.write_bytes(before)
+    limner.export(full)
+    limner.generate(str(lora), ["a circle"], **call)
