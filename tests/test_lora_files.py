@@ -251,11 +251,20 @@ UNREAD: dict[str, tuple[Arrays, dict[str, Any], str]] = {
     "an alpha past all numbers": ({}, TARGETS | {"unet.lora_alpha": 10**400}, "a number above 0"),
     "a switch as text": ({}, TARGETS | {"unet.use_rslora": "no"}, 'is "no", null or false or true'),
     "targets of no text": ({}, TARGETS | {"unet.target_modules": 1}, "is 1, a text or a list of"),
-    "DoRA of no arrays": ({}, TARGETS | {"unet.use_dora": True}, "has unet.use_dora, and no array"),
+    "DoRA of no arrays": (
+        {},
+        TARGETS | {"unet.use_dora": True},
+        "use_dora is true, and no array of un",
+    ),
     "biases of no arrays": (
         {},
         TARGETS | {"unet.lora_bias": True},
-        "has unet.lora_bias, and no ar",
+        "lora_bias is true, and no arr",
+    ),
+    "arrays of DoRA": (
+        {f"{TO_Q}.lora_magnitude_vector": np.ones(64, np.float32)},
+        TARGETS,
+        "unet.use_dora is null, and an array of unet has .lora_magnitude_vector",
     ),
     "kohya's names": (
         {f"{KOHYA}.lora_down.weight": ONE},
@@ -477,6 +486,55 @@ def test_what_other_trainers_write_is_used(base: Path, tmp_path: Path) -> None:
         write(kohya | more)
         with pytest.raises(InputError, match=str(tmp_path)):
             open_pipeline(base, tmp_path, "torch")
+
+
+# peft takes biases for halves that were cut.
+@pytest.mark.filterwarnings("ignore:Adapter 'default'.*lora_B.bias")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"init_lora_weights": "gaussian", "lora_dropout": 0.1},
+        {"rank_pattern": {"to_q": 3}, "alpha_pattern": {"to_k": 1.5}},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"lora_bias": True, "init_lora_weights": False, "target_modules": ["to_out.0", "conv1"]},
+    ],
+)
+def test_what_diffusers_writes_is_used(
+    base: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """With its header, which holds every setting of peft's."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    unet = UNet2DConditionModel.from_pretrained(base / "unet", use_safetensors=True)
+    targets = {"target_modules": ["to_q", "to_k"]}
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=6, **(targets | settings)))
+    draws = np.random.default_rng(0)
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            values = draws.normal(0, 0.1, parameter.shape).astype(np.float32)
+            parameter.data = parameter.new_tensor(values)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+    pipeline = open_pipeline(base, tmp_path, "torch")
+    expected, additions = (read_additions({"unet": one}) for one in (unet, pipeline.unet))
+    assert additions.keys() == expected.keys() and len(additions) > 5
+    for name, addition in additions.items():
+        np.testing.assert_allclose(addition, expected[name], rtol=1e-5, atol=1e-6)
+    scales = {scale for module in pipeline.unet.modules() for scale in get_scales(module)}
+    wanted = {scale for module in unet.modules() for scale in get_scales(module)}
+    assert scales == wanted and max(scales) > 1
+
+
+def get_scales(module: Any) -> list[float]:
+    """What peft multiplies the product of a layer's halves by."""
+    return [*getattr(module, "scaling", {}).values()]
 
 
 ALPHAS: dict[str, Callable[[int], tuple[int, float | None]]] = {

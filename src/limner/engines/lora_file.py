@@ -149,7 +149,8 @@ def check_shapes(path: Path, header: safetensors.Header) -> None:
             )
             raise InputError(
                 f"{path}: the shape of {make_printable(name)} is {list(array.shape)}, {expected}. "
-                "Fetch the file again, or leave the layer out."
+                "Fetch the file again, or, where it was saved from shards (ZeRO-3, FSDP), gather "
+                "them before it is saved."
             )
 
 

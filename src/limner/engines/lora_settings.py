@@ -10,8 +10,8 @@ from typing import Any
 from limner.errors import InputError
 from limner.json_types import read_object
 
-# Settings that promise arrays -> the part of those arrays' names.
-PROMISED_ARRAYS = {"use_dora": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias"}
+# Settings that go with arrays -> the part of those arrays' names.
+ARRAYS_OF_SETTINGS = {"use_dora": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias"}
 # peft's kinds of models; none of them changes what an adapter does.
 TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 
@@ -152,7 +152,7 @@ def check_settings(path: Path, settings: Mapping[str, Any], names: Sequence[str]
 def check_component(
     path: Path, component: str, settings: Mapping[str, Any], names: Sequence[str]
 ) -> None:
-    """Refuse what a header lacks of a component, has besides, or promises."""
+    """Refuse what a header lacks of a component, has besides, or has other arrays for."""
     prefix = f"{component}."
     own = {
         name.removeprefix(prefix): settings[name] for name in settings if name.startswith(prefix)
@@ -169,14 +169,13 @@ def check_component(
             f"{path}: lora_adapter_metadata in its header has {component}.{unknown[0]:.80}, "
             "which is no setting of a LoRA in peft. Leave it out of the header."
         )
-    for setting, part in PROMISED_ARRAYS.items():
-        if own.get(setting) is True and not any(
-            part in name for name in names if name.startswith(prefix)
-        ):
+    for setting, part in ARRAYS_OF_SETTINGS.items():
+        holds = any(part in name for name in names if name.startswith(prefix))
+        if holds != (own.get(setting) is True):
             raise InputError(
-                f"{path}: lora_adapter_metadata in its header has {component}.{setting}, and no "
-                f"array of {component} has {part} in its name. Fetch the file again, or leave the "
-                "setting out of the header."
+                f"{path}: lora_adapter_metadata in its header: {component}.{setting} is "
+                f"{show_value(own.get(setting))}, and {'an' if holds else 'no'} array of "
+                f"{component} has {part} in its name. Mend the header, or fetch the file again."
             )
 
 
