@@ -125,13 +125,16 @@ def test_half_of_the_data_is_not_held_out_unasked(digests: list[int]) -> None:
     assert len(split(make_index([7] * 6), 2, apart=False)[1]) == 2
 
 
-def look_at(folder: Path, **settings: Any) -> tuple[Index, list[str]]:
+def look_at(
+    folder: Path, known: Path | None = None, **settings: Any
+) -> tuple[Index, list[str]]:
     told: list[str] = []
     config = DataSettings(folder=str(folder), caption=None, size=16, **settings)
-    return build_index(Folder(config, told.append), config, report=told.append), told
+    source = Folder(config, told.append)
+    return build_index(source, config, cache_file=known, report=told.append), told
 
 
-def test_flat_pictures_are_alike_by_their_pixels_only(tmp_path: Path) -> None:
+def test_flat_pictures_are_held_out_together(tmp_path: Path) -> None:
     """Of 8 sheets with a line each, every one is there in two files of other bytes."""
     for number in range(8):
         sheet = Image.new("RGB", (512, 512), "white")
@@ -144,6 +147,32 @@ def test_flat_pictures_are_alike_by_their_pixels_only(tmp_path: Path) -> None:
     for seed in range(5):
         training, held_out, _ = split(index, 4, seed)
         assert {e.key[0] for e in training}.isdisjoint(e.key[0] for e in held_out)
+
+
+def test_faint_and_plain_pictures_are_held_out_with_their_twins(tmp_path: Path) -> None:
+    """Eight light sketches and three plain colours, each twice: as PNG, and half as large as JPEG;
+    a run that looks again knows their looks."""
+    colors = {"red": (200, 30, 30), "white": (255, 255, 255), "grey": (120, 120, 120)}
+    pictures = {name: Image.new("RGB", (512, 512), color) for name, color in colors.items()}
+    for number in range(8):
+        sketch = Image.new("RGB", (512, 512), "white")
+        x = 60 + 50 * (number % 4)
+        y = 60 + 150 * (number // 4)
+        ImageDraw.Draw(sketch).ellipse((x, y, x + 120, y + 200), outline=(225, 225, 225), width=2)
+        pictures[f"sketch {number}"] = sketch
+    (tmp_path / "pictures").mkdir()
+    for name, picture in pictures.items():
+        picture.save(tmp_path / "pictures" / f"{name}.png")
+        picture.resize((256, 256)).save(tmp_path / "pictures" / f"{name}.jpg", quality=90)
+    for _ in range(2):
+        index, told = look_at(tmp_path / "pictures", known=tmp_path / "known.json")
+        assert [line[:45] for line in told] == ["11 of 22 records look like an earlier one: gr"]
+        assert [[Path(e.key).stem for e in group] for group in index.near_duplicates] == [
+            [name] * 2 for name in sorted(pictures)
+        ]
+    for seed in range(5):
+        training, held_out, _ = split(index, 6, seed)
+        assert {Path(e.key).stem for e in training}.isdisjoint(Path(e.key).stem for e in held_out)
 
 
 @pytest.mark.parametrize("flip", [True, False])

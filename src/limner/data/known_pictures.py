@@ -14,7 +14,7 @@ from limner.storage import atomic
 
 # The version of the list of decoded pictures, and the decoder: when either changes, pictures are
 # decoded anew.
-_DECODER = f"5, Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}"
+_DECODER = f"6, Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}"
 
 
 class PictureFacts(NamedTuple):
