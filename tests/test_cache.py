@@ -14,7 +14,7 @@ import pytest
 
 from limner.errors import DiskError, IntegrityError
 from limner.features.store import DAY, DiskStore, MemoryStore, name_shard
-from limner.storage import atomic
+from limner.storage import atomic, safetensors
 
 
 def rows(keys: list[str]) -> dict[str, np.ndarray]:
@@ -111,6 +111,71 @@ def test_truncated_and_foreign_files(tmp_path: Path) -> None:
     path.write_bytes(whole)
     path.rename(path.with_name("renamed.safetensors"))
     assert keys(0)[0] not in DiskStore(folder, told.append)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device"])
+def test_what_is_no_file_is_no_shard(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "picture-1"
+    filled(folder, (0, 1))
+    path = folder / name_shard(keys(2, 3))
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    told: list[str] = []
+    store = DiskStore(folder, told.append)
+    assert told == [
+        f"{path}: this part of the cache is damaged (it is no regular file); its pictures are "
+        "encoded again"
+    ]
+    assert store.missing(keys(0, 1, 2, 3)) == keys(2, 3)
+    store.put(keys(2, 3), rows(keys(2, 3)))
+    assert_holds(DiskStore(folder, lambda text: pytest.fail(text)), 0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"digests": '["a"]'}, "its keys and digests are no texts"),
+        ({"digests": "[1, null]"}, "its keys and digests are no texts"),
+        ({"digests": "7"}, "its keys and digests are no texts"),
+        ({"keys": "7"}, "its keys and digests are no texts"),
+        ({"keys": "[1, 2]"}, "its keys and digests are no texts"),
+        ({"keys": '{"a": 0, "b": 1}'}, "its keys and digests are no texts"),
+        ({"keys": '["a", "b"]'}, "its keys are not those that were written"),
+        ({"digests": "[" * 100_000}, "nested too deep"),
+        (None, "it has no arrays"),
+    ],
+)
+def test_a_shard_with_the_right_digest_and_wrong_values(
+    tmp_path: Path, change: dict[str, str] | None, words: str
+) -> None:
+    folder = tmp_path / "caption-1"
+    filled(folder, (0, 1))
+    (path,) = folder.iterdir()
+    arrays, metadata = safetensors.read_arrays(path)
+    metadata = {name: metadata[name] for name in ("version", "keys", "digests")} | (change or {})
+    metadata["digest"] = atomic.digest_json(metadata)
+    whole = {name: array.copy() for name, array in arrays.items()} if change else {}
+    safetensors.write_arrays(path, whole, metadata)
+    told: list[str] = []
+    store = DiskStore(folder, told.append)
+    assert len(told) == 1 and f"is damaged ({words})" in told[0]
+    assert store.missing(keys(0, 1)) == keys(0, 1)
+
+
+def test_rows_of_other_arrays_are_one_message(tmp_path: Path) -> None:
+    """Whole, and of another shape, or under another name, than those beside them."""
+    for other in (
+        {"mean": np.zeros((1, 5), np.float32), "mask": np.zeros(1, np.int64)},
+        {"latents": np.zeros((1, 2, 3), np.float32), "mask": np.zeros(1, np.int64)},
+    ):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        store = filled(folder, (0, 1))
+        store.put(keys(2), other)
+        assert_holds(store, 0, 1)
+        for order in ((0, 2), (2, 0)):
+            with pytest.raises(IntegrityError) as caught:
+                store.get(keys(*order))
+            assert f"{folder}: another program has written rows of other arrays" in str(caught.value)
+            assert "Remove this folder and run the same command again" in str(caught.value)
 
 
 def test_a_damaged_shard_is_replaced_by_the_next_put(tmp_path: Path) -> None:

@@ -411,6 +411,33 @@ def test_an_entry_that_others_may_write_is_made_again(size: int, mode: int, tmp_
     assert len(lines) == 1 and "is made again: others than its owner may write it" in lines[0]
 
 
+@pytest.mark.parametrize("size", [compile_cache.MAX_BYTES, -1])
+def test_an_entry_that_is_no_file_is_made_again(
+    size: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A pipe in the place of a program, or of the time of its last use."""
+    sealed_cache.install(str(tmp_path), size)
+    cache, lines = sealed_cache.find_installed(), []
+    assert cache is not None
+    cache.report = lines.append
+    kinds = ("cache", "atime") if size > 0 else ("cache",)
+    for kind in kinds:
+        cache.put("program", b"code")
+        entry = tmp_path / f"{sealed_cache.make_name('program')}-{kind}"
+        entry.unlink()
+        os.mkfifo(entry)
+        assert cache.get("program") is None and not entry.exists()
+        assert len(lines) == 1 and lines.pop().endswith("is made again: it is no regular file")
+    cache.put("program", b"code")
+    assert cache.get("program") == b"code"
+    other = tmp_path / "other-atime"
+    os.mkfifo(other)
+    (tmp_path / "other-cache").write_bytes(b"x")
+    sealed_cache.sweep(tmp_path)
+    assert capfd.readouterr().err == f"limner: {other} is removed: it is no regular file\n"
+    assert not list(tmp_path.glob("other-*"))
+
+
 class PathOfEtils(type(Path())):  # type: ignore[misc]
     """What JAX takes for its paths where etils is installed: less than Python's own."""
 

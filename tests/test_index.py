@@ -1,6 +1,7 @@
 """The look at the data: what is good, what is not and why, and what it is called by content."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 from PIL import Image
 
 from limner.config.schema import DataSettings
-from limner.data import image, similarity
+from limner.data import image, known_pictures, similarity
 from limner.data.index import Entry, Index, build_index, check_resized_size, write_skipped
 from limner.data.picture_file import Undecodable
 from limner.data.source import BadRecord, Record
 from limner.errors import InputError
 from limner.features.caption_lengths import find_truncated_captions
+from limner.storage import atomic
 
 AS_USUAL: Any = {"background": "white", "max_pixels": 10_000}
 
@@ -311,6 +313,83 @@ def test_a_damaged_memory_is_as_good_as_none(tmp_path: Path, damage: bytes) -> N
     }
     known.write_text(known.read_text().replace("[5, 9,", "[5, 8,"))
     assert seen(source, known=known) == first
+
+
+def write_known(path: Path, pictures: dict[str, Any]) -> None:
+    """Write the list of decoded pictures with its right digest, whatever the entries hold."""
+    digest = atomic.digest_json([known_pictures._DECODER, pictures])
+    path.write_text(json.dumps({"digest": digest, "pictures": pictures}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({0: height} for height in ("9", 64.5, 2**70, -1, 0, None, True, float("nan"), [5])),
+        *({2: look} for look in ("x", 2**64, -1, None, 1.5, False)),
+        *({3: look} for look in (None, 2**70, "1")),
+        *({4: further} for further in (0, None, "no")),
+    ],
+)
+def test_an_entry_that_no_picture_has_is_decoded_again(
+    tmp_path: Path, change: dict[int, Any]
+) -> None:
+    known, told = tmp_path / "known.json", []
+    source = Mine(*(Record(f"{i}", picture(tmp_path / f"{i}.png", i), ("x",)) for i in range(3)))
+    first = seen(source, known=known)
+    right = json.loads(known.read_text())["pictures"]
+    bad = next(iter(right))
+    facts = [change.get(place, fact) for place, fact in enumerate(right[bad])]
+    write_known(known, right | {bad: facts})
+    config = DataSettings(size=4)
+    assert build_index(source, config, cache_file=known, report=told.append) == first
+    assert told == [f"{known}: 1 entry is of no picture: its picture is decoded again"]
+    assert json.loads(known.read_text())["pictures"] == right
+
+
+@pytest.mark.parametrize("facts", [[], [5, 9, 1, 1], [5, 9, 1, 1, False, 0], {}, "abcde", None, 7])
+def test_an_entry_of_another_form_is_decoded_again(tmp_path: Path, facts: Any) -> None:
+    known, told = tmp_path / "known.json", []
+    write_known(known, {"0 white": facts, "1 white": facts})
+    assert known_pictures.read_decoded_pictures(known, told.append) == {}
+    assert told == [f"{known}: 2 entries are of no picture: their pictures are decoded again"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a device"])
+def test_a_memory_that_is_no_file_is_ignored_and_left(tmp_path: Path, kind: str) -> None:
+    known, told = tmp_path / "known.json", []
+    if kind == "pipe":
+        os.mkfifo(known)
+    elif kind == "folder":
+        known.mkdir()
+    else:
+        known.symlink_to("/dev/null")
+    before = os.lstat(known)
+    source = Mine(Record("a", picture(tmp_path / "a.png"), ("x",)))
+    for _ in range(2):
+        told.clear()
+        build_index(source, DataSettings(size=4), cache_file=known, report=told.append)
+        assert told == [
+            f"{known} is no regular file and is ignored, so pictures are decoded again each time; "
+            "remove it"
+        ]
+    assert os.lstat(known).st_mode == before.st_mode
+
+
+def test_a_memory_that_may_not_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, told = tmp_path / "known.json", []
+    source = Mine(Record("a", picture(tmp_path / "a.png"), ("x",)))
+    first, real = seen(source, known=known), Path.read_text
+
+    def refuse(path: Path, **options: Any) -> str:
+        if path == known:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert build_index(source, DataSettings(size=4), cache_file=known, report=told.append) == first
+    assert len(told) == 1 and "is ignored (PermissionError: [Errno 13] Permission" in told[0]
 
 
 def test_the_memory_of_another_decoder_is_not_trusted(

@@ -219,7 +219,13 @@ class DiskStore:
                 f"{path}: this part of the cache has been removed or changed during the run "
                 f"({error}). Run the same command again: it is encoded anew."
             ) from error
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        try:
+            return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        except (KeyError, ValueError) as error:
+            raise IntegrityError(
+                f"{self.folder}: another program has written rows of other arrays here ({error}). "
+                "Remove this folder and run the same command again: they are encoded anew."
+            ) from error
 
     def read(self, key: str) -> Features:
         """Read one row and compare it with its digest.
@@ -307,6 +313,11 @@ def digest_row(row: Features) -> str:
     return state.hexdigest()
 
 
+def is_list_of_texts(value: object) -> bool:
+    """Whether a value of JSON is a list of texts."""
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
 def open_shard(path: Path) -> Shard:
     """Read a shard's header.
 
@@ -328,8 +339,12 @@ def open_shard(path: Path) -> Shard:
         name: ArraySpan(array.numpy_dtype, array.shape, array.begin)
         for name, array in header.arrays.items()
     }
+    if not is_list_of_texts(keys) or not is_list_of_texts(digests) or len(digests) != len(keys):
+        raise DamagedError("its keys and digests are no texts")
     if name_shard(keys) != path.name or any(
-        array.shape[0] != len(keys) for array in arrays.values()
+        array.shape[:1] != (len(keys),) for array in arrays.values()
     ):
         raise DamagedError("its keys are not those that were written")
+    if not arrays:
+        raise DamagedError("it has no arrays")
     return Shard(keys, digests, arrays)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from limner.json_types import Plain
+from limner.storage import atomic
 
 NamedArrays = dict[str, np.ndarray]
 DTYPE_NAMES = {
@@ -118,6 +119,9 @@ def read_header(path: Path) -> Header:
             describes do not fill the rest of the file exactly.
         OSError: when the file cannot be read.
     """
+    # A pipe or a device could be read for ever.
+    if atomic.is_device(path):
+        raise SafetensorsError("it is no regular file")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)

@@ -17,6 +17,7 @@ from jax._src.lru_cache import LRUCache
 
 from limner.engines.machine import instruction_sets, processor_name
 from limner.protocols import Report
+from limner.storage import atomic
 
 DIGEST_BYTES = 32
 
@@ -36,7 +37,11 @@ class SealedCache(LRUCache):
     def get(self, key: str) -> bytes | None:
         """Return an entry, or None where there is none, or one that was removed for its digest."""
         name = make_name(key)
-        reason = find_stranger(self.folder / f"{name}-cache")
+        path = self.folder / f"{name}-cache"
+        reason = find_stranger(path)
+        # A pipe or a device could be read, or written, for ever.
+        if atomic.is_device(path) or atomic.is_device(path.with_name(f"{name}-atime")):
+            reason = "it is no regular file"
         if reason is not None:
             self.remove(key, reason)
             return None
@@ -128,12 +133,17 @@ def find_installed() -> SealedCache | None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove entries that a killed process has left half-written.
+    """Remove entries that a killed process has left half-written, and what is no file, which JAX
+    would read when it looks for the oldest.
 
     JAX writes the time of use last, and never again writes or removes an entry without it.
     """
     jax_lock = filelock.FileLock(folder / ".lockfile", timeout=10)
     with contextlib.suppress(filelock.Timeout), jax_lock:
+        for path in [*folder.glob("*-atime"), *folder.glob("*-cache")]:
+            if atomic.is_device(path):
+                path.unlink(missing_ok=True)
+                write_to_stderr(f"limner: {path} is removed: it is no regular file")
         for path in folder.glob("*-cache"):
             if not path.with_name(f"{path.name.removesuffix('-cache')}-atime").exists():
                 path.unlink(missing_ok=True)
