@@ -14,7 +14,7 @@ from PIL import Image
 
 from limner.config.schema import DataSettings
 from limner.data.folder import Folder
-from limner.data.hub_dataset import HubDataset
+from limner.data.hub_dataset import HubDataset, find_cache
 from limner.data.image import decode
 from limner.data.mixture import open_source
 from limner.data.source import BadRecord, Record
@@ -670,3 +670,93 @@ def test_a_folder_as_a_hub_data_set_is_known_by_its_content(tmp_path: Path, offl
     (data / "a.png").rename(data / "b.png")
     write_jsonl(data / "metadata.jsonl", [{"file_name": "b.png", "text": "new"}])
     assert hub(tmp_path, str(data))[0].key == "row 0 (b.png)"
+
+
+READER_FILES = {
+    "imagefolder": "metadata.jsonl",
+    "json": "rows.jsonl",
+    "csv": "rows.csv",
+    "parquet": "rows.parquet",
+}
+
+
+def write_rows(path: Path, kind: str, picture: Path, text: str) -> None:
+    """One row, as a reader of files expects it; always of the same time."""
+    if kind in ("imagefolder", "json"):
+        column = {"file_name": picture.name} if kind == "imagefolder" else {"image": str(picture)}
+        write_jsonl(path, [column | {"text": text}])
+    elif kind == "csv":
+        path.write_text(f"image,text\n{picture},{text}\n")
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"image": [str(picture)], "text": [text]}), path)
+    os.utime(path, ns=(10**18, 10**18))
+
+
+@pytest.mark.parametrize("kind", READER_FILES)
+def test_files_of_a_reader_are_known_by_their_content(
+    tmp_path: Path, offline: Any, kind: str
+) -> None:
+    """The same size and time, and another caption."""
+    data, picture = tmp_path / "set", tmp_path / "a.png"
+    data.mkdir()
+    # The others read every file in the folder as one of theirs.
+    picture = data / "a.png" if kind == "imagefolder" else picture
+    paint(picture)
+    for text in ("old", "new"):
+        write_rows(data / READER_FILES[kind], kind, picture, text)
+        assert hub(tmp_path, kind, hub_files=str(data))[0].captions == (text,)
+
+
+def test_files_beside_a_folder_are_known_by_their_content(tmp_path: Path, offline: Any) -> None:
+    (tmp_path / "set").mkdir()
+    paint(tmp_path / "beside" / "a.png")
+    for text in ("old", "new"):
+        write_rows(tmp_path / "beside/metadata.jsonl", "imagefolder", Path("a.png"), text)
+        source = hub(tmp_path, str(tmp_path / "set"), hub_files="../beside")
+        assert source[0].captions == (text,)
+
+
+@pytest.mark.parametrize("kind", READER_FILES)
+def test_a_reader_without_its_files_is_refused(tmp_path: Path, offline: Any, kind: str) -> None:
+    with pytest.raises(InputError) as caught:
+        hub(tmp_path, kind)
+    assert str(caught.value) == (
+        f"data.hub: {kind} is a kind of files, which lie in a folder; give it as data.hub_files"
+    )
+
+
+def test_a_folder_of_the_hub_is_not_taken_for_one_on_disk(
+    tmp_path: Path, offline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    settings = DataSettings(hub="a/b", hub_files="pictures", cache_dir="cache")
+    assert find_cache(settings) == "cache"
+
+
+@pytest.mark.parametrize("closed", ["folder", "file"])
+def test_what_datasets_cannot_read_is_named(
+    tmp_path: Path, offline: Any, monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    """``datasets`` would leave the folder out, and say nothing."""
+    data = tmp_path / "set"
+    paint(data / "a.png"), paint(data / "closed" / "b.png")
+    write_jsonl(data / "metadata.jsonl", [{"file_name": "a.png", "text": "x"}])
+    refused = str(data / "closed" if closed == "folder" else data / "metadata.jsonl")
+
+    def guard(function: Any) -> Any:
+        def open_or_list(path: Any, *given: Any, **named: Any) -> Any:
+            if os.fspath(path) == refused:
+                raise PermissionError(13, "Permission denied", refused)
+            return function(path, *given, **named)
+
+        return open_or_list
+
+    monkeypatch.setattr(os, "scandir", guard(os.scandir))
+    monkeypatch.setattr("limner.storage.atomic.open", guard(open), raising=False)
+    with pytest.raises(InputError) as caught:
+        hub(tmp_path, str(data))
+    assert str(caught.value) == f"data.hub: {data}: {refused} cannot be read: Permission denied"

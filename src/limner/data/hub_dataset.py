@@ -16,6 +16,8 @@ from limner.storage import atomic
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
+# What datasets calls its readers of files; their folder is data.hub_files.
+READERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "text", "webdataset", "xml")
 # Types of a column that holds pictures as paths or as the bytes of files.
 FILE_DTYPES = ("string", "large_string", "binary", "large_binary")
 
@@ -55,7 +57,7 @@ def load_table(config: DataSettings) -> Any:
     """Load a ``datasets.Dataset`` with the columns of pictures and captions only.
 
     Raises:
-        InputError, HubError, DiskError: see ``explain_failure``.
+        InputError, HubError, DiskError: see ``explain_failure`` and ``find_cache``.
     """
     try:
         import datasets
@@ -64,6 +66,13 @@ def load_table(config: DataSettings) -> Any:
             "data.hub: Hub data sets need the package datasets; install it (pip install "
             "limner[hub]), or give data.folder"
         ) from error
+    if config.hub in READERS and config.hub_files is None:
+        # Without one, datasets would read whatever lies in the folder of the command.
+        raise InputError(
+            f"data.hub: {config.hub} is a kind of files, which lie in a folder; give it as "
+            "data.hub_files"
+        )
+    cache = find_cache(config)
     try:
         table = datasets.load_dataset(
             config.hub,
@@ -71,7 +80,7 @@ def load_table(config: DataSettings) -> Any:
             split=config.split,
             revision=config.hub_revision,
             data_dir=config.hub_files,
-            cache_dir=find_cache(config),
+            cache_dir=cache,
         )
     except Exception as error:
         raise explain_failure(error, config) from error
@@ -107,20 +116,58 @@ def read_pixels(values: list[Any], key: str) -> np.ndarray:
 
 
 def find_cache(config: DataSettings) -> str | None:
-    """Return the folder of what ``datasets`` keeps; for a folder on disk one that its content
+    """Return the folder of what ``datasets`` keeps; for folders on disk one that their content
     names: ``datasets`` knows files by size and time, and would go on with the old ones after an
-    edit that keeps both."""
+    edit that keeps both.
+
+    Raises:
+        InputError: naming what cannot be read.
+    """
     import datasets
 
-    folder = Path(config.hub or "")
-    if not folder.is_dir():
+    folders = find_folders(config)
+    if not folders:
         return config.cache_dir
     digest = xxhash.xxh3_128()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(os.fsencode(file.relative_to(folder)) + b"\0")
-        digest.update(atomic.digest_file(file).encode())
+    try:
+        for folder in folders:
+            for file in list_files(folder):
+                digest.update(os.fsencode(file.relative_to(folder)) + b"\0")
+                digest.update(atomic.digest_file(file).encode())
+    except OSError as error:
+        raise InputError(
+            f"data.hub: {config.hub}: {error.filename} cannot be read: {error.strerror}"
+        ) from error
     cache = Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE)
     return str(cache / "by-content" / digest.hexdigest())
+
+
+def find_folders(config: DataSettings) -> list[Path]:
+    """Return the folders on disk that a data set is read from; none for one of the Hub."""
+    files = Path(config.hub_files or "")
+    if config.hub in READERS:
+        folders = [files]
+    else:
+        folders = [Path(config.hub or "")]
+        # What lies in the first folder need not be read twice; datasets refuses an absolute one.
+        if ".." in files.parts:
+            folders.append(folders[0] / files)
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Return all files below a folder, in order; as for ``datasets``, links to folders lead
+    nowhere.
+
+    Raises:
+        OSError: for a folder that cannot be listed, which ``datasets`` would leave out unsaid.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = (Path(top) / name for top, _, names in os.walk(folder, onerror=refuse) for name in names)
+    return sorted(path for path in found if path.is_file())
 
 
 def explain_failure(error: Exception, config: DataSettings) -> LimnerError:
