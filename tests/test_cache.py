@@ -174,7 +174,9 @@ def test_rows_of_other_arrays_are_one_message(tmp_path: Path) -> None:
         for order in ((0, 2), (2, 0)):
             with pytest.raises(IntegrityError) as caught:
                 store.get(keys(*order))
-            assert f"{folder}: another program has written rows of other arrays" in str(caught.value)
+            assert f"{folder}: another program has written rows of other arrays" in str(
+                caught.value
+            )
             assert "Remove this folder and run the same command again" in str(caught.value)
 
 

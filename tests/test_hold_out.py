@@ -125,9 +125,7 @@ def test_half_of_the_data_is_not_held_out_unasked(digests: list[int]) -> None:
     assert len(split(make_index([7] * 6), 2, apart=False)[1]) == 2
 
 
-def look_at(
-    folder: Path, known: Path | None = None, **settings: Any
-) -> tuple[Index, list[str]]:
+def look_at(folder: Path, known: Path | None = None, **settings: Any) -> tuple[Index, list[str]]:
     told: list[str] = []
     config = DataSettings(folder=str(folder), caption=None, size=16, **settings)
     source = Folder(config, told.append)

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,125 @@ def test_a_second_text_of_a_picture_is_told(tmp_path: Path) -> None:
         pytest.skip("this disk does not tell large letters from small")
     captions, told = read(tmp_path)
     assert captions == {"a.png": "a"} and "1 text is left out" in told[0] and "a.TXT" in told[0]
+    assert told == ["1 text is left out, because its picture has another: a.TXT"]
+    (tmp_path / "b.txt").write_text("b"), (tmp_path / "a.Txt").write_text("b")
+    assert read(tmp_path)[1] == [
+        "2 texts are left out, because their pictures have others: a.TXT, a.Txt",
+        "1 text is left out, because no picture has the same name: b.txt",
+    ]
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(InputError) as caught:
+        read(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: a.png could have its caption from any of 'a.TXT', 'a.Txt'; keep one"
+    )
+
+
+NFC, NFD = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+
+
+def paint_both(folder: Path) -> None:
+    """Two pictures whose names differ in how their accent is written."""
+    paint(folder / f"{NFC}.png"), paint(folder / f"{NFD}.png")
+    if len(os.listdir(folder)) == 1:
+        pytest.skip("this disk knows one spelling")
+
+
+@pytest.mark.parametrize("ending", [".txt", ".TXT"])
+def test_pictures_that_differ_in_accents_have_their_own_texts(tmp_path: Path, ending: str) -> None:
+    paint_both(tmp_path)
+    (tmp_path / f"{NFC}{ending}").write_text("composed")
+    (tmp_path / f"{NFD}{ending}").write_text("decomposed")
+    both = {f"{NFC}.png": "composed", f"{NFD}.png": "decomposed"}
+    assert read(tmp_path) == (both, [])
+    (tmp_path / f"{NFC}{ending}").unlink()
+    captions, told = read(tmp_path)
+    assert captions == {f"{NFD}.png": "decomposed"}, "the other's text is not taken"
+    assert told == [
+        f"1 of 2 pictures is left out, because it has no .txt with its caption: {NFC}.png"
+    ]
+
+
+@pytest.mark.parametrize(("picture", "text"), [(NFC, NFD), (NFD, NFC)])
+def test_a_text_of_another_spelling_serves_where_there_is_none(
+    tmp_path: Path, picture: str, text: str
+) -> None:
+    paint(tmp_path / f"{picture}.png"), (tmp_path / f"{text}.txt").write_text("x")
+    assert read(tmp_path) == ({f"{picture}.png": "x"}, [])
+    (tmp_path / f"{picture}.txt").write_text("y")
+    assert read(tmp_path) == (
+        {f"{picture}.png": "y"},
+        [f"1 text is left out, because its picture has another: {text}.txt"],
+    )
+
+
+def test_a_text_that_could_be_one_of_two_spellings_is_refused(tmp_path: Path) -> None:
+    """Of two accents there is a third way to write them."""
+    forms = ["\u1ead", "a\u0323\u0302", "\u1ea1\u0302"]
+    paint(tmp_path / f"{forms[0]}.png")
+    for text in forms[1:]:
+        (tmp_path / f"{text}.txt").write_text(text)
+    with pytest.raises(InputError) as caught:
+        read(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: {forms[0]}.png could have its caption from any of 'a\\u0323\\u0302.txt', "
+        "'\\u1ea1\\u0302.txt'; keep one"
+    )
+    for text in forms[1:]:
+        (tmp_path / f"{text}.txt").unlink(), paint(tmp_path / f"{text}.png")
+    (tmp_path / f"{forms[0]}.png").unlink()
+    write_rows(tmp_path / "metadata.jsonl", (f"{forms[0]}.png", "x"), (f"{forms[1]}.png", "y"))
+    source = Folder(DataSettings(folder=str(tmp_path)), lambda line: None)
+    assert source[1].captions == ("y",)
+    with pytest.raises(BadRecord) as bad:
+        source[0]
+    assert bad.value.reason == (
+        "metadata.jsonl line 1: file_name could be 'a\\u0323\\u0302.png' or '\\u1ea1\\u0302.png', "
+        "whose accents are written differently; rename one"
+    )
+
+
+def test_pictures_that_share_a_text_are_told(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png", "x"), paint(tmp_path / "a.jpg"), paint(tmp_path / "b.png", "y")
+    captions, told = read(tmp_path)
+    assert captions == {"a.jpg": "x", "a.png": "x", "b.png": "y"}
+    assert told == ["2 pictures share their .txt with another: a.jpg, a.png"]
+
+
+def test_links_to_nothing_are_named_and_no_text_is_blamed(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png", "a")
+    for name, target in (("b", "gone.png"), ("c", "d.png"), ("d", "c.png"), ("e", "b.png")):
+        (tmp_path / f"{name}.png").symlink_to(target), (tmp_path / f"{name}.txt").write_text(name)
+    paint(tmp_path / "f.png"), (tmp_path / "f.txt").symlink_to("gone.txt")
+    nothing = f"is a link to {tmp_path / 'gone.png'}, and there is no such file"
+    circle = "is a link that leads back to itself, so there is no such file"
+    wanted = {
+        "b.png": f"b.png {nothing}",
+        "c.png": f"c.png {circle}",
+        "d.png": f"d.png {circle}",
+        "e.png": f"e.png {nothing}",
+        "f.png": f"f.txt is a link to {tmp_path / 'gone.txt'}, and there is no such file",
+    }
+    names = sorted(wanted)
+    for caption in ("text", None):
+        source = Folder(DataSettings(folder=str(tmp_path), caption=caption), lambda line: None)
+        for i, name in enumerate(names[: 5 if caption else 4], 1):
+            with pytest.raises(BadRecord) as caught:
+                source[i]
+            assert str(caught.value) == f"{name}: {wanted[name]}"
+    write_rows(tmp_path / "metadata.jsonl", ("b.png", "x"), ("gone.png", "x"))
+    source = Folder(DataSettings(folder=str(tmp_path)), lambda line: None)
+    for i, words in enumerate((f"b.png {nothing}", f"there is no such file in {tmp_path}")):
+        with pytest.raises(BadRecord) as caught:
+            source[i]
+        assert caught.value.reason == f"metadata.jsonl line {i + 1}: {words}"
+    (tmp_path / "metadata.jsonl").unlink(), (tmp_path / "metadata.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(InputError) as refused:
+        read(tmp_path)
+    assert str(refused.value) == (
+        f"{tmp_path}: metadata.jsonl is a link to {tmp_path / 'gone.jsonl'}, and there is no such "
+        "file"
+    )
 
 
 @pytest.mark.parametrize("name", ["Q: what.png", "a:b.png", "\\a.png", "C:/x.png", "sub/D:.png"])
@@ -435,7 +555,9 @@ def test_names_forge_no_message(tmp_path: Path) -> None:
     (tmp_path / f"x{FORGED}").unlink(), (tmp_path / f"x{FORGED}").symlink_to("nowhere")
     with pytest.raises(BadRecord) as caught:
         read(tmp_path)
-    assert str(caught.value).startswith(f"x{ESCAPED}: x{ESCAPED[:-4]}.txt: there is no such file")
+    assert str(caught.value) == (
+        f"x{ESCAPED}: x{ESCAPED} is a link to {tmp_path / 'nowhere'}, and there is no such file"
+    )
 
 
 def test_names_forge_no_error(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from limner.config.schema import DataSettings
@@ -10,6 +12,7 @@ from limner.data.listing import (
     METADATA_FILES,
     Listing,
     compose_accents,
+    explain_no_file,
     find_base,
     list_folder,
     report_other_splits,
@@ -39,12 +42,13 @@ class Folder:
         self.prefix = find_base(everything, config.split, report)
         self.base = self.root / self.prefix
         self.names = frozenset(everything.files)
-        self.names_by_nfc = {compose_accents(name): name for name in everything.files}
+        self.names_by_nfc = group_by(compose_accents, everything.files)
         self.files = Listing(self.root, [n for n in everything.files if n.startswith(self.prefix)])
         self.metadata = self.find_metadata(everything)
         self.rows = self.read_rows()
         used = {name for row in self.rows if (name := self.find_file(row)) is not None}
         self.report_unlisted(report)
+        self.report_shared(report)
         if not self.prefix and os.path.normpath(config.split) != ".":
             report_other_splits(self.root, used, report)
         self.find_left_out(everything, used).report_left_out(report)
@@ -59,10 +63,17 @@ class Folder:
         if key is None and reason is not None:
             printable = isinstance(name, str) and name and name.isprintable()
             raise BadRecord(name if printable else repr(name), f"{where}: {reason}")
+        if key is None and (alike := self.find_spellings(self.rows[i])):
+            raise BadRecord(
+                name,
+                f"{where}: file_name could be {' or '.join(map(ascii, alike))}, whose accents are "
+                "written differently; rename one",
+            )
         key = key or folder + os.path.normpath(name)
         path = self.root / key
         if not os.path.isfile(path):
-            raise BadRecord(key, f"{where}: there is no such file in {self.root / folder}")
+            reason = explain_no_file(path, f"there is no such file in {self.root / folder}")
+            raise BadRecord(key, f"{where}: {reason}" if self.metadata else reason)
         self.check_inside(path, key, where)
         if isinstance(captions, Path):
             self.check_inside(captions, key, where)
@@ -91,6 +102,8 @@ class Folder:
                     f"{self.root / name} is a link to a place outside {self.root}; put the file "
                     "itself there"
                 )
+            if not os.path.lexists(os.path.realpath(self.root / name)):
+                raise InputError(f"{self.root}: {explain_no_file(self.root / name)}")
         return names
 
     def read_rows(self) -> list[Row]:
@@ -146,15 +159,36 @@ class Folder:
                 f"{self.base}: no pictures here; pictures with {' or '.join(METADATA_FILES)}, or "
                 "with a .txt beside each, are expected"
             )
-        texts = {compose_accents(name[:-4]): name for name in self.files.texts}
-        rows = []
-        for name in pictures:
-            text = texts.get(compose_accents(os.path.splitext(name)[0]))
-            if text is not None:
-                rows.append(Row(text, name, self.root / text))
+        texts = self.match_texts()
+        rows = [
+            Row(texts[name], name, self.root / texts[name]) for name in pictures if name in texts
+        ]
         if not rows:
             raise InputError(self.explain_missing_captions())
         return rows
+
+    def match_texts(self) -> dict[str, str]:
+        """Return the text of each picture that has one: that of its very name, else one whose name
+        has its accents written in another way, and is no other picture's.
+
+        Raises:
+            InputError: when it could be one of several.
+        """
+        stems = {name: os.path.splitext(name)[0] for name in self.files.pictures}
+        texts = group_by(cut_ending, self.files.texts)
+        others = [name for name in self.files.texts if cut_ending(name) not in stems.values()]
+        others_by_nfc = group_by(lambda name: compose_accents(cut_ending(name)), others)
+        pairs = {}
+        for picture, stem in stems.items():
+            alike = texts.get(stem) or others_by_nfc.get(compose_accents(stem), [])
+            if len(alike) > 1 and f"{stem}.txt" not in alike:
+                raise InputError(
+                    f"{self.root}: {make_printable(picture)} could have its caption from any of "
+                    f"{', '.join(map(ascii, alike))}; keep one"
+                )
+            if alike:
+                pairs[picture] = f"{stem}.txt" if f"{stem}.txt" in alike else alike[0]
+        return pairs
 
     def explain_missing_captions(self) -> str:
         """Return the message for pictures without captions."""
@@ -192,6 +226,18 @@ class Folder:
         )
         used.report_left_out(report)
 
+    def report_shared(self, report: Report) -> None:
+        """Say which pictures have one text, as ``a.png`` and ``a.jpg`` have."""
+        rows = [row for row in self.rows if isinstance(row.captions, Path)]
+        counts = Counter(row.where for row in rows)
+        shared = Listing(self.root)
+        shared.leave_out(
+            "picture shares its .txt with another",
+            "pictures share their .txt with another",
+            (row.file_name for row in rows if counts[row.where] > 1),
+        )
+        shared.report_left_out(report)
+
     def find_left_out(self, everything: Listing, used: set[str]) -> Listing:
         """Return what is in the folder and in no record, by reason.
 
@@ -215,10 +261,20 @@ class Folder:
             f"{total} are left out, because they have no {need.format('their')}",
             (name for name in pictures if name not in used),
         )
+        texts = [name for name in texts if name not in read and name not in used]
+        stems = {compose_accents(os.path.splitext(name)[0]) for name in pictures}
+        if self.metadata or self.caption is None:
+            stems = set()
+        second = [name for name in texts if compose_accents(cut_ending(name)) in stems]
+        left_out.leave_out(
+            "text is left out, because its picture has another",
+            "texts are left out, because their pictures have others",
+            second,
+        )
         left_out.leave_out(
             f"text is {unread}",
             f"texts are {unread}",
-            (name for name in texts if name not in read and name not in used),
+            (name for name in texts if name not in second),
         )
         left_out.leave_out(
             "file that is no picture is left out",
@@ -234,13 +290,17 @@ class Folder:
         return left_out
 
     def find_file(self, row: Row) -> str | None:
-        """Return a row's file as the disk spells it, relative to the root.
+        """Return a row's file as the disk spells it, relative to the root; None where there is
+        none, or several differ in their accents alone."""
+        spellings = self.find_spellings(row)
+        return spellings[0] if len(spellings) == 1 else None
 
-        A row may have composed or decomposed accents, and either slash.
-        """
+    def find_spellings(self, row: Row) -> list[str]:
+        """Return the files that a row may mean: the one of its very name, else those of its name
+        with composed or decomposed accents. It may have either slash."""
         name = row.file_name
         if not isinstance(name, str):
-            return None
+            return []
         # A name that is listed is one, whatever it would mean elsewhere: "C: the sea.png".
         paths = [row.folder + name]
         if explain_bad_name(name) is None:
@@ -248,10 +308,10 @@ class Folder:
             paths += [os.path.normpath(row.folder + spelling) for spelling in spellings]
         for path in paths:
             if path in self.names:
-                return path
+                return [path]
             if compose_accents(path) in self.names_by_nfc:
                 return self.names_by_nfc[compose_accents(path)]
-        return None
+        return []
 
     def check_inside(self, path: Path, key: str, where: str) -> None:
         """Refuse a link that leads out of the folder."""
@@ -262,6 +322,19 @@ class Folder:
         """Whether a file is in the folder, after all links; one that leads to itself is."""
         # Not by ``Path.resolve``, which raises RuntimeError for a link that leads to itself.
         return Path(os.path.realpath(path)).is_relative_to(self.real_root)
+
+
+def group_by(read_key: Callable[[str], str], names: Iterable[str]) -> dict[str, list[str]]:
+    """Return names by a part or form of them, in order."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(read_key(name), []).append(name)
+    return groups
+
+
+def cut_ending(text: str) -> str:
+    """Return the name of a text without ``.txt``."""
+    return text[: -len(".txt")]
 
 
 def find_meant(name: str) -> str | None:
@@ -289,6 +362,8 @@ def read_caption_file(path: Path, key: str) -> list[str]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(CAPTION_FILE + 1)
+    except FileNotFoundError as error:
+        raise BadRecord(key, explain_no_file(path)) from error
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise BadRecord(key, f"{path.name} cannot be read: {reason}") from error

@@ -166,7 +166,9 @@ def list_files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
-    found = (Path(top) / name for top, _, names in os.walk(folder, onerror=refuse) for name in names)
+    found = (
+        Path(top) / name for top, _, names in os.walk(folder, onerror=refuse) for name in names
+    )
     return sorted(path for path in found if path.is_file())
 
 

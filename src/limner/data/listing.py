@@ -1,5 +1,6 @@
 """What lies in a data folder: the files that records are made of, and all else with the reason."""
 
+import errno
 import os
 import re
 import unicodedata
@@ -7,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from limner.errors import InputError, join_first, say_count
+from limner.errors import InputError, join_first, make_printable, say_count
 from limner.protocols import Report
 from limner.storage.run_folder import RunFolder
 
@@ -159,6 +160,27 @@ def is_file(entry: os.DirEntry[str]) -> bool:
         return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
     except OSError:
         return True
+
+
+def explain_no_file(path: Path, otherwise: str = "there is no such file") -> str:
+    """Return the reason why a path is no file that can be read.
+
+    Args:
+        otherwise: of what is not there, and is no link.
+    """
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP and os.path.islink(path):
+            return f"{path.name} is a link that leads back to itself, so there is no such file"
+        if error.errno == errno.ENOENT and os.path.islink(path):
+            target = make_printable(os.path.realpath(path))
+            return f"{path.name} is a link to {target}, and there is no such file"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
+            return f"{path.name} cannot be read: {error.strerror}"
+    except ValueError:  # a name that no file can have
+        pass
+    return otherwise
 
 
 def find_base(listing: Listing, split: str, report: Report) -> str:
