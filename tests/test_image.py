@@ -54,8 +54,16 @@ def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def png(width: int, height: int, depth: int, colour: int, data: bytes, extra: bytes = b"") -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+def png(
+    width: int,
+    height: int,
+    depth: int,
+    colour: int,
+    data: bytes,
+    extra: bytes = b"",
+    interlaced: bool = False,
+) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
@@ -258,6 +266,70 @@ def test_key_colours_of_16_bits() -> None:
         chunk(b"tRNS", struct.pack(">H", 1000)),
     )
     assert decoded(grey, "#010203").tolist() == [[[1, 2, 3], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_a_key_colour_of_16_bits_hides_no_other(interlaced: bool) -> None:
+    """Others with the same higher bytes, or the same lower ones, are to be seen."""
+    key = (0x1234, 0x0056, 0x7800)
+    others = [(0x12FF, 0x0056, 0x7800), (0x1234, 0x0056, 0x7801), (0x1234, 0x0100, 0x7800)]
+    others += [(0x3434, 0x5656, 0x0000), (0x1233, 0x0056, 0x7800)]
+    colors = [key, *others, key]
+    if interlaced:  # a row of seven is divided among passes of 1, 1, 2 and 3 pixels
+        parts = [colors[0:1], colors[4:5], colors[2::4], colors[1::2]]
+    else:
+        parts = [colors]
+    rows = b"".join(b"\0" + b"".join(struct.pack(">3H", *c) for c in part) for part in parts)
+    hidden = chunk(b"tRNS", struct.pack(">3H", *key))
+    data = png(7, 1, 16, 2, rows, hidden, interlaced)
+    wanted = [[value >> 8 for value in color] for color in colors]
+    wanted[0] = wanted[-1] = [9, 8, 7]
+    assert decoded(data, "#090807").tolist() == [wanted]
+
+
+def test_a_dark_key_colour_of_16_bits() -> None:
+    """It would be one of 8 bits by its numbers."""
+    rows = b"\0" + struct.pack(">6H", 0, 0, 5, 0, 0, 0x0500)
+    data = png(2, 1, 16, 2, rows, chunk(b"tRNS", struct.pack(">3H", 0, 0, 5)))
+    assert decoded(data, "white").tolist() == [[[255] * 3, [0, 0, 5]]]
+
+
+def test_a_key_colour_of_16_bits_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = np.random.default_rng(0).integers(0, 3, (40, 30, 3)) * 0x0101 + 0x1200
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in draws)
+    data = png(30, 40, 16, 2, rows, chunk(b"tRNS", struct.pack(">3H", 0x1200, 0x1301, 0x1200)))
+    whole = decoded(data, "#ff00ff")
+    hidden = (draws == (0x1200, 0x1301, 0x1200)).all(-1)
+    assert 0 < hidden.sum() < 200
+    assert (whole[hidden] == (255, 0, 255)).all()
+    np.testing.assert_array_equal(whole[~hidden], draws[~hidden] >> 8)
+    monkeypatch.setattr(image, "STRIP_PIXELS", 90)
+    np.testing.assert_array_equal(decoded(data, "#ff00ff"), whole)
+
+
+@pytest.mark.parametrize(
+    ("depth", "packed", "key", "wanted"),
+    [
+        (1, b"\x40", 0, [9, 255]),
+        (1, b"\x40", 1, [0, 9]),
+        (2, b"\x1b", 1, [0, 9, 170, 255]),
+        (2, b"\x1b", 3, [0, 85, 170, 9]),
+        (4, b"\x05\xaf", 5, [0, 9, 170, 255]),
+        (4, b"\x05\xaf", 15, [0, 85, 170, 9]),
+        (8, b"\x00\x05\x0a\xff", 5, [0, 9, 10, 255]),
+        (8, b"\x00\x05\x0a\xff", 0x0105, [0, 9, 10, 255]),
+    ],
+)
+def test_a_key_colour_of_few_bits(depth: int, packed: bytes, key: int, wanted: list) -> None:
+    hidden = chunk(b"tRNS", struct.pack(">H", key))
+    data = png(len(wanted), 1, depth, 0, b"\0" + packed, hidden)
+    assert decoded(data, "#090909").tolist() == [[[level] * 3 for level in wanted]]
+
+
+def test_the_higher_bits_of_a_key_colour_of_8_bits_mean_nothing() -> None:
+    hidden = chunk(b"tRNS", struct.pack(">3H", 0x0105, 0xFF06, 7))
+    data = png(2, 1, 8, 2, b"\0" + bytes([5, 6, 7, 1, 255, 0]), hidden)
+    assert decoded(data, "white").tolist() == [[[255] * 3, [1, 255, 0]]]
 
 
 def test_one_bit_and_eight_bit_grey() -> None:

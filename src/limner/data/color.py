@@ -6,13 +6,28 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from limner.data.picture_file import Undecodable
 
 Color = tuple[int, int, int]  # red, green, blue, 0 to 255
 # What PIL calls the colour spaces of ICC profiles that it can convert from.
 MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "Lab": "LAB"}
+# By which Pillow multiplies grey of 2 and 4 bits, by what it calls their packing.
+GREY_STEPS = {"L;2": 85, "L;4": 17}
+
+
+def scale_key_color(picture: ImageFile.ImageFile) -> None:
+    """Give the colour that is transparent in an opened PNG the range of its unpacked pixels, which
+    Pillow does not."""
+    key, tiles = picture.info.get("transparency"), picture.tile
+    if picture.format != "PNG" or key is None or not tiles:
+        return
+    if tiles[0].args in GREY_STEPS:
+        picture.info["transparency"] = key * GREY_STEPS[tiles[0].args]
+    elif tiles[0].args == "RGB":
+        # Of the 16 bits that the file has, the higher ones mean nothing.
+        picture.info["transparency"] = tuple(value & 255 for value in key)
 
 
 def flatten_to_srgb(picture: Image.Image, background: Color, scale: float) -> Image.Image:

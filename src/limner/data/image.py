@@ -10,15 +10,22 @@ from typing import Any
 
 import numpy as np
 import PIL
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageFile
 
-from limner.data.color import Color, find_scale, flatten_to_srgb, needs_conversion
+from limner.data.color import (
+    Color,
+    find_scale,
+    flatten_to_srgb,
+    needs_conversion,
+    scale_key_color,
+)
 from limner.data.geometry import Geometry
 from limner.data.picture_file import (
     JPEG_SIGNATURE,
     Undecodable,
     check_memory,
     check_size,
+    has_deep_key_color,
     open_content,
     read_file,
     read_orientation,
@@ -127,8 +134,30 @@ def unpack(content: bytes, background: Color, max_pixels: int) -> np.ndarray:
     check_memory(picture, content)
     if picture.format == "JPEG":
         return finish(picture, decode_jpeg(picture, content), background)
+    hides_deep_color = has_deep_key_color(picture)
+    scale_key_color(picture)
     picture.load()
+    if hides_deep_color:
+        hide_deep_color(picture, content)
     return finish(picture, None, background)
+
+
+def hide_deep_color(picture: ImageFile.ImageFile, content: bytes) -> None:
+    """Make one colour of an unpacked PNG of 16 bits transparent. Pillow keeps the higher 8 bits,
+    which other colours may have too."""
+    key = picture.info.pop("transparency")
+    lower = open_content(content)
+    check_memory(lower, content)
+    # The bytes of each value in reverse order: what Pillow keeps are then the lower ones.
+    lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+    lower.load()
+    alpha = np.empty((picture.height, picture.width), np.uint8)
+    for top, bottom in list_strips(picture):
+        area = 0, top, picture.width, bottom
+        values = np.asarray(picture.crop(area)).astype(np.uint16) << 8
+        values |= np.asarray(lower.crop(area))
+        alpha[top:bottom] = np.where((values == key).all(-1), 0, 255)
+    picture.putalpha(Image.fromarray(alpha))
 
 
 def decode_jpeg(picture: Image.Image, content: bytes) -> np.ndarray:

@@ -274,12 +274,19 @@ def check_memory(picture: ImageFile.ImageFile, content: bytes) -> None:
     else:
         bytes_per_pixel = BYTES_OF_MODE.get(picture.mode, 4) + 3
         bytes_per_pixel += BYTES_OF_DECODER.get(picture.format or "", 0)
+        bytes_per_pixel += 6 * has_deep_key_color(picture)  # the lower bytes, and what is hidden
     needed = pixels * bytes_per_pixel + len(content)
     if needed > MEMORY:
         raise Undecodable(
             f"{picture.width}x{picture.height} pixels take {needed >> 20} MiB while they are "
             f"unpacked, and {MEMORY >> 20} at most are allowed: make the picture smaller"
         )
+
+
+def has_deep_key_color(picture: ImageFile.ImageFile) -> bool:
+    """Whether an opened picture is a PNG of 16-bit colours, of which one is transparent."""
+    is_deep = bool(picture.tile) and picture.tile[0].args == "RGB;16B"
+    return picture.format == "PNG" and is_deep and "transparency" in picture.info
 
 
 def check_work(picture: ImageFile.ImageFile, content: bytes) -> None:
