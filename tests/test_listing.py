@@ -12,7 +12,8 @@ from PIL import Image
 
 from limner.config.schema import DataSettings
 from limner.data.folder import Folder
-from limner.data.source import BadRecord
+from limner.data.index import build_index
+from limner.data.source import BadRecord, Record
 from limner.errors import InputError, join_first, say_count
 from limner.storage.run_folder import RunFolder
 
@@ -255,6 +256,52 @@ def test_a_folder_that_cannot_be_listed_is_told(
     refused = tmp_path.name
     with pytest.raises(InputError, match=rf"data\.folder: {tmp_path}: Permission denied"):
         read(tmp_path)
+
+
+def test_what_may_not_be_read_is_named_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a user who may list a folder and not enter it, and may not read some files."""
+    for name in ("a", "b", "names/c"):
+        paint(tmp_path / f"{name}.png", name)
+    paint(tmp_path / "d.png"), (tmp_path / "d.txt").write_text("d")
+    real, closed = os.stat, {str(tmp_path / "names" / "c.png"), str(tmp_path / "closed" / "x.png")}
+    (tmp_path / "l.png").symlink_to("closed/x.png"), (tmp_path / "l.txt").write_text("l")
+
+    def look(path: Any, **options: Any) -> os.stat_result:
+        if not isinstance(path, int) and os.path.realpath(path) in closed:
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return real(path, **options)
+
+    def read_file(path: Any, *given: Any, **options: Any) -> Any:
+        if Path(path).name in ("b.png", "d.txt"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return open(path, *given, **options)
+
+    monkeypatch.setattr(os, "stat", look)
+    monkeypatch.setattr("limner.data.folder.open", read_file, raising=False)
+    monkeypatch.setattr("limner.storage.atomic.open", read_file, raising=False)
+    settings = DataSettings(folder=str(tmp_path), size=4)
+    source = Folder(settings, lambda line: None)
+    index = build_index(source, settings, report=lambda line: None, only_look=True)
+    assert [entry.key for entry in index.entries] == ["a.png"]
+    assert list(index.skipped) == [
+        ("b.png", "cannot be read: Permission denied"),
+        ("d.png", "d.txt cannot be read: Permission denied"),
+        ("l.png", "l.png cannot be read: Permission denied"),
+        ("names/c.png", "c.png cannot be read: Permission denied"),
+    ]
+    paths = [Record("p", path, ("x",)) for path in sorted(map(Path, closed))]
+    with pytest.raises(InputError) as caught:
+        build_index(paths, settings, report=lambda line: None)
+    assert str(caught.value).count("p: cannot be read: Permission denied") == 2
+    closed.add(str(tmp_path / "root"))
+    with pytest.raises(InputError) as refused:
+        Folder(DataSettings(folder=str(tmp_path / "root")), print)
+    assert str(refused.value) == (
+        f"data.folder: {tmp_path / 'root'} cannot be read (Permission denied); give a folder with "
+        "pictures and captions"
+    )
 
 
 def test_texts_and_other_files_are_told_in_a_line_each(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def find_folders(config: DataSettings) -> list[Path]:
         # What lies in the first folder need not be read twice; datasets refuses an absolute one.
         if ".." in files.parts:
             folders.append(folders[0] / files)
-    return [folder for folder in folders if folder.is_dir()]
+    return [folder for folder in folders if os.path.isdir(folder)]
 
 
 def list_files(folder: Path) -> list[Path]:

@@ -335,9 +335,9 @@ def digest_file_content(picture: Path | bytes) -> str:
     """
     if isinstance(picture, bytes):
         return xxhash.xxh3_128(picture).hexdigest()
-    if not picture.is_file():
-        raise Undecodable("not a regular file" if picture.exists() else "no such file")
     try:
+        if not picture.is_file():
+            raise Undecodable("not a regular file" if picture.exists() else "no such file")
         return atomic.digest_file(picture)
     except OSError as error:
         raise Undecodable(f"cannot be read: {error.strerror or error}") from error

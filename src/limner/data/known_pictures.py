@@ -56,7 +56,10 @@ def read_decoded_pictures(cache_file: Path | None, report: Report) -> DecodedPic
         good = {name: PictureFacts(*facts) for name, facts in pictures.items() if is_sound(facts)}
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        report(f"{cache_file} cannot be read and is ignored ({error.strerror})")
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         report(f"{cache_file} is damaged and is ignored ({shorten(reason)}); it is made again")
         return {}

@@ -106,12 +106,17 @@ def compose_accents(name: str) -> str:
 
 
 def check_folder(root: Path) -> None:
-    """Refuse a folder of pictures that is not there."""
-    if not root.is_dir():
-        raise InputError(
-            f"data.folder: {root} is {'not a folder' if root.exists() else 'not there'}; give a "
-            "folder with pictures and captions"
-        )
+    """Refuse a folder of pictures that is not there, or cannot be looked at."""
+    if os.path.isdir(root):
+        return
+    try:
+        os.stat(root)
+        problem = "is not a folder"
+    except PermissionError as error:
+        problem = f"cannot be read ({error.strerror})"
+    except (OSError, ValueError):  # the second for a name that no file can have
+        problem = "is not there"
+    raise InputError(f"data.folder: {root} {problem}; give a folder with pictures and captions")
 
 
 def list_folder(root: Path) -> Listing:
@@ -246,7 +251,7 @@ def find_split(root: Path, folders: set[str], split: str) -> str | None:
             )
         if alike:
             return alike[0]
-        if split != "train" and (root / split).is_dir():
+        if split != "train" and os.path.isdir(root / split):
             return exact
     return None
 
