@@ -99,6 +99,7 @@ FAINT = {
     "a short line": lambda i: draw_line(20 + 80 * (i % 6), 100 + 200 * (i // 6)),
     "colours that are equally bright": tint,
 }
+BOUND_INKS = range(18, 60, 2)  # some of which are above the bound between faint and ordinary
 TWINS = {
     "half the size": lambda p: p.resize((p.width // 2, p.height // 2), Image.Resampling.LANCZOS),
     "three times the size": lambda p: p.resize((p.width * 3, p.height * 3)),
@@ -126,17 +127,42 @@ def test_faint_pictures_are_alike_in_another_size_or_format_and_others_are_not(k
         assert sum(far) <= 3, change  # of 24
 
 
-def test_the_bound_between_faint_and_other_pictures_parts_few_twins() -> None:
+PAPERS = {
+    "white": (255, 255, 255),
+    "grey": (128, 128, 128),
+    "pink": (250, 200, 210),
+    "green": (90, 200, 120),
+    "blue": (60, 90, 220),
+}
+
+
+@pytest.mark.parametrize("paper", [*PAPERS, "black"])
+def test_the_bound_between_faint_and_other_pictures_parts_few_twins(paper: str) -> None:
     """What is a little darker is read as ordinary pictures are, and has much the same hash."""
     parted = 0
-    for seed in range(20):
-        sheets = [draw_faintly(seed, (255, 255, 255), ink, 3) for ink in range(20, 80, 3)]
-        looks = [look(sheet) for sheet in sheets]
-        deviations = [float(similarity.shrink_exactly(np.asarray(s)).std()) for s in sheets]
-        above = int(np.searchsorted(deviations, similarity.FLAT))
-        assert 0 < above < len(looks)
-        parted += (looks[above - 1] ^ looks[above]).bit_count() > similarity.DISTANCE
+    for seed in range(10):
+        sheets = [draw_faintly(seed, PAPERS.get(paper, (255,) * 3), ink, 3) for ink in BOUND_INKS]
+        if paper == "black":
+            sheets = [ImageOps.invert(sheet) for sheet in sheets]
+        small = [
+            s.convert("L").reduce(8).resize((32, 32), Image.Resampling.LANCZOS) for s in sheets
+        ]
+        above = int(np.searchsorted([np.asarray(s).std() for s in small], similarity.FLAT))
+        assert 0 < above < len(sheets)
+        one, other = look(sheets[above - 1]), look(sheets[above])
+        parted += (one ^ other).bit_count() > similarity.DISTANCE
     assert parted <= 1
+
+
+def test_a_faint_drawing_on_papers_of_other_colours_is_not_alike() -> None:
+    for seed in range(10):
+        looks = [look(draw_faintly(seed, paper, 20, 1)) for paper in PAPERS.values()]
+        assert similarity.group_similar(looks) == []
+        # A shade that a scanner may give the same paper.
+        shades = [tuple(level - 4 for level in paper) for paper in PAPERS.values()]
+        again = [look(draw_faintly(seed, shade, 20, 1)) for shade in shades]
+        count = len(PAPERS)
+        assert similarity.group_similar([*looks, *again]) == [[i, i + count] for i in range(count)]
 
 
 COLOURS = list(itertools.product((0, 85, 170, 255), repeat=3))

@@ -149,7 +149,7 @@ def hide_deep_color(picture: ImageFile.ImageFile, content: bytes) -> None:
     lower = open_content(content)
     check_memory(lower, content)
     # The bytes of each value in reverse order: what Pillow keeps are then the lower ones.
-    lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+    lower.tile = [type(tile)(*tile[:3], args="RGB;16L") for tile in lower.tile]
     lower.load()
     alpha = np.empty((picture.height, picture.width), np.uint8)
     for top, bottom in list_strips(picture):

@@ -72,7 +72,7 @@ def read_decoded_pictures(cache_file: Path | None, report: Report) -> DecodedPic
 
 def is_sound(facts: object) -> bool:
     """Whether a row of the list holds what a decoded picture can have."""
-    if not isinstance(facts, list) or len(facts) != len(PictureFacts._fields):
+    if not isinstance(facts, list) or len(facts) != len(PictureFacts.__annotations__):
         return False
     numbers, further_frames = facts[:-1], facts[-1]
     # Neither are booleans numbers here, nor 64.0.

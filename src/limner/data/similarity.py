@@ -22,8 +22,11 @@ TOLERANCE = 3
 FIELD_BITS = 9  # of a plain picture's hash: its proportions, red, green and blue
 # Hashes of plain pictures are below; no other is, since the first bit of a pHash is always set.
 PLAIN_END = 1 << 4 * FIELD_BITS
-COLOR_STEP = 12  # levels of a faint picture's mean colour that turn over one bit of its hash
-COLOR_BITS = 21  # that a channel may turn over: 255 levels
+# Levels of a faint picture's mean colour that turn over one bit of its hash: of grey, and of what
+# red and blue are above green.
+GREY_STEP, TINT_STEP = 12.75, 17.0
+GREY_TINT = 10  # of 21 steps, where red, green and blue are equal
+COLOR_BITS = 21  # for each of the three
 
 
 def perceptual_hashes(picture: Image.Image | np.ndarray) -> tuple[int, int]:
@@ -38,14 +41,17 @@ def perceptual_hashes(picture: Image.Image | np.ndarray) -> tuple[int, int]:
     pixels = np.asarray(picture)
     shrunk = image.shrink(pixels, min(pixels.shape[:2]) // 64, "L")
     grey = Image.fromarray(shrunk).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    if float(np.asarray(grey, np.float32).std()) >= FLAT:
+    deviation = float(np.asarray(grey, np.float32).std())
+    if deviation >= FLAT:
         return read_frequencies(grey), read_frequencies(grey.transpose(MIRROR))
     small = shrink_exactly(pixels)
     color = small.mean((0, 1))
     if small.std((0, 1)).max() < PLAIN:
         code = encode_plain(color, pixels.shape[0], pixels.shape[1])
         return code, code
-    stretched, turned = stretch_contrast(small), encode_color(color)
+    # The more there is to be seen, the less its colour counts: at the bound, not at all.
+    turned = encode_color(color, min(1.0, 2 * (1 - deviation / FLAT)))
+    stretched = stretch_contrast(small)
     mirrored = stretched.transpose(MIRROR)
     return read_frequencies(stretched) ^ turned, read_frequencies(mirrored) ^ turned
 
@@ -78,15 +84,23 @@ def stretch_contrast(small: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint((grey - low) * (255 / (high - low))).astype(np.uint8))
 
 
-def encode_color(color: np.ndarray) -> int:
+def encode_color(color: np.ndarray, share: float) -> int:
     """Return the bits that a faint picture's mean colour, 0 to 255 [3], turns over in its hash:
-    none for white, one more for each ``COLOR_STEP`` levels below it in each channel."""
+    none for white, and one more for each step away from it.
+
+    A little more or less of a colour is a bit, seldom two: of greys only the first part changes.
+
+    Args:
+        share: 0 to 1, of the steps that are taken.
+    """
+    red, green, blue = (float(level) for level in color)
+    tints = [share * (level - green) / TINT_STEP + GREY_TINT for level in (red, blue)]
     bits = 0
-    for number, level in enumerate(color):
-        # The channels of a grey take a step at different levels, so that few bits change at once.
-        steps = int(255 - level + 4 * number) // COLOR_STEP
+    for number, step in enumerate([share * (255 - float(color @ GREY)) / GREY_STEP, *tints]):
+        steps = min(COLOR_BITS, max(0, round(step)))
         bits |= ((1 << steps) - 1) << COLOR_BITS * number
-    return bits
+    whites = (1 << GREY_TINT) - 1
+    return bits ^ (whites << COLOR_BITS | whites << 2 * COLOR_BITS)
 
 
 def encode_plain(color: np.ndarray, height: int, width: int) -> int:
