@@ -17,7 +17,10 @@ from limner.storage import atomic
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
 # What datasets calls its readers of files; their folder is data.hub_files.
-READERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "text", "webdataset", "xml")
+READERS = (
+    *("arrow", "csv", "hdf5", "imagefolder", "json", "lance", "pandas", "parquet", "text"),
+    *("webdataset", "xml"),
+)
 # Types of a column that holds pictures as paths or as the bytes of files.
 FILE_DTYPES = ("string", "large_string", "binary", "large_binary")
 
