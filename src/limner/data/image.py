@@ -51,6 +51,7 @@ KERNELS = {
 MAX_SHRINK = 64  # the largest factor by which libvips shrinks, PIL does beyond
 STRIP_PIXELS = 2**22  # that are converted to sRGB at once
 LARGE = 2**26  # pixels from which a picture is halved, or more, before PIL resizes it
+READING = 2  # counts the changes of what is read of a file: features of before are encoded again
 RESIZED_BY_PIL = 50_000_000  # pixels that PIL may resize a picture to
 # How the rows and columns of a picture become upright, by the orientation in its EXIF.
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -376,11 +377,11 @@ def load_vips() -> Any:
 
 
 def decoder_versions() -> str:
-    """Return the versions of the libraries that decode and resize: the last bits depend on them."""
+    """Return the versions of what decodes and resizes: the last bits depend on them."""
     vips = load_vips()
     vips_version = ".".join(str(vips.version(part)) for part in range(3))
     return (
-        f"Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}, libvips "
+        f"reading {READING}, Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}, libvips "
         f"{vips_version}"
     )
 
