@@ -1,6 +1,7 @@
 """Processes of one run, each with its own exit code and messages: started without a launcher, which
 would end all of them and give one code."""
 
+import atexit
 import os
 import socket
 import sys
@@ -67,6 +68,8 @@ def run(
     torch.set_num_threads(1)
     code = run_guarded(lambda: action(folder, engine, *given))
     sys.stderr.flush()
+    # As where Python ends; a child that was forked would leave this out.
+    atexit._run_exitfuncs()
     os._exit(code)
 
 
@@ -143,6 +146,33 @@ def fail_alone(folder: Path, engine: str, who: int) -> None:
         if process.rank == who:
             raise DiskError("disk: full")
         process.barrier()
+
+
+def stop_while_devices_are_sought(folder: Path, engine: str, victim: int) -> None:
+    """One gets a signal between its meeting with the others and its devices, for which the others
+    wait."""
+    import signal
+    import time
+
+    import jax
+
+    from limner import engines
+    from limner.config.schema import EngineSettings
+    from limner.training.signals import Stop
+
+    def stop(kind: str | None = None) -> list[Any]:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except Exception as error:
+            # As JAX does with whatever ends its start.
+            raise RuntimeError(f"Unable to initialize backend 'cpu': {error}")  # noqa: B904
+        return []
+
+    if os.environ["LOCAL_RANK"] == str(victim):
+        jax.devices = stop
+    with Stop():
+        engines.join_processes(EngineSettings(kind=engine, device="cpu", patience=PATIENCE))  # type: ignore[arg-type]
 
 
 def train(folder: Path, engine: str, raw: dict[str, Any]) -> None:

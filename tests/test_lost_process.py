@@ -141,17 +141,38 @@ def test_a_signal_to_one_process_before_training_ends_all(
     assert all("stopped" in text and "Traceback" not in text for text in said), said
 
 
-@pytest.mark.parametrize("engine", ["torch", pytest.param("jax", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("engine", "who"),
+    [("torch", 1), ("jax", 0), pytest.param("jax", 1, marks=pytest.mark.soak)],
+)
 def test_an_error_of_one_process_alone_ends_all_with_its_code(
-    engine: str, ctx: ForkServerContext, tmp_path: Path
+    engine: str, who: int, ctx: ForkServerContext, tmp_path: Path
 ) -> None:
-    pair = ranks.start(ctx, tmp_path, engine, ranks.fail_alone, 1)
+    """JAX ends a process with SIGABRT that it finds alone, unless that has ended before."""
+    pair = ranks.start(ctx, tmp_path, engine, ranks.fail_alone, who)
     for process in pair:
         process.join(30)
     said = [ranks.said(tmp_path, rank) for rank in (0, 1)]
     assert [process.exitcode for process in pair] == [5, 5], said
-    assert said[1] == "limner: disk: full\n"
-    assert "process 1 (process" in said[0] and "has left the run: disk: full" in said[0]
+    assert said[who] == "limner: disk: full\n"
+    other = said[1 - who]
+    assert f"process {who} (process" in other and "has left the run: disk: full" in other
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.soak)])
+def test_a_signal_before_the_devices_are_there_ends_all(
+    victim: int, ctx: ForkServerContext, tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    pair = ranks.start(ctx, tmp_path, "jax", ranks.stop_while_devices_are_sought, victim)
+    for process in pair:
+        process.join(30)
+    said = [ranks.said(tmp_path, rank) for rank in (0, 1)]
+    assert [process.exitcode for process in pair] == [3, 3], said
+    assert time.monotonic() - began < 20
+    assert said[victim].startswith("limner: stopped before training began")
+    assert "has left the run: stopped before training began" in said[1 - victim]
+    assert not any("Traceback" in text for text in said)
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.soak)])

@@ -381,8 +381,8 @@ def decoder_versions() -> str:
     vips = load_vips()
     vips_version = ".".join(str(vips.version(part)) for part in range(3))
     return (
-        f"reading {READING}, Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}, libvips "
-        f"{vips_version}"
+        f"reading {READING}, Pillow {PIL.__version__}, simplejpeg "
+        f"{metadata.version('simplejpeg')}, libvips {vips_version}"
     )
 
 

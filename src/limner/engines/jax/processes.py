@@ -3,9 +3,12 @@
 Several hosts meet by ``jax.distributed``.
 """
 
+import atexit
+import contextlib
 import functools
 import itertools
 import os
+import sys
 from datetime import timedelta
 from importlib import metadata
 from importlib.util import find_spec
@@ -21,7 +24,7 @@ from limner.engines.jax.compile_cache import enable
 from limner.engines.jax.relay import Relay
 from limner.engines.machine import share_heap
 from limner.engines.process import PATIENCE, Processes
-from limner.errors import InputError
+from limner.errors import InputError, LimnerError, find_stop
 
 # Counts the exchanges of this process: all processes of a run make the same ones.
 MESSAGE_NUMBER = itertools.count()
@@ -52,14 +55,16 @@ class JaxProcessGroup(Processes):
         count = read_process_count()
         with self.meeting_in_time(count, settings.patience):
             host = initialize(count)
-        devices = choose_devices(settings.device)[: settings.devices]
-        check_mesh(settings, devices)
-        self.rank = jax.process_index()
-        self.world_size = jax.process_count()
-        self.device_count = len(devices) // self.world_size
-        grid = np.array(devices).reshape(-1, settings.fsdp)
-        self.mesh = Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+        # What JAX knows before it looks for devices, for which the processes wait for each other.
+        self.rank = distributed.global_state.process_id
+        self.world_size = distributed.global_state.num_processes
         self.start_watch(host, settings.patience)
+        try:
+            self.mesh = make_mesh(settings)
+        except BaseException as error:
+            self.close(error)
+            raise
+        self.device_count = self.mesh.size // self.world_size
 
     @property
     def device_name(self) -> str:
@@ -100,6 +105,23 @@ class JaxProcessGroup(Processes):
     def leave_group(self) -> None:
         """Do nothing: JAX leaves the others when the process ends."""
 
+    def close(self, error: BaseException | None = None) -> None:
+        """See ``ProcessGroup``."""
+        super().close(error)
+        if error is not None and self.world_size > 1:
+            # While Python ends, JAX would wait for the others, and abort where they are gone.
+            code = error.code if isinstance(error, LimnerError) else LimnerError.code
+            atexit.register(end_now, code)
+
+
+def end_now(code: int) -> None:
+    """End this process with a code, and with nothing that others have registered before."""
+    for stream in (sys.stdout, sys.stderr):
+        # Nobody may be left to read it.
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
 
 def join_processes(settings: EngineSettings) -> JaxProcessGroup:
     """Join the processes of this run."""
@@ -125,6 +147,24 @@ def exclude_nondeterministic_kernels() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_deterministic_ops" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+
+
+def make_mesh(settings: EngineSettings) -> Mesh:
+    """Return all devices of the run as a mesh.
+
+    Raises:
+        InputError: see ``choose_devices`` and ``check_mesh``.
+        Stopped: where a signal came while they were looked for.
+    """
+    devices = choose_devices(settings.device)[: settings.devices]
+    if jax.process_count() != distributed.global_state.num_processes:
+        raise InputError(
+            f"JAX finds {jax.process_count()} processes, and this one was started alone. Set "
+            "LIMNER_CLUSTER=1 in all of them, so that they meet"
+        )
+    check_mesh(settings, devices)
+    grid = np.array(devices).reshape(-1, settings.fsdp)
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def check_mesh(settings: EngineSettings, devices: list[Any]) -> None:
@@ -162,6 +202,9 @@ def choose_devices(kind: str | None) -> list[Any]:
     try:
         devices = sorted(jax.devices(kind), key=lambda device: (device.process_index, device.id))
     except RuntimeError as error:
+        # JAX makes an error of its own of whatever ends it, and names no cause.
+        if (stop := find_stop(error.__context__)) is not None:
+            raise stop from None
         usable = ", ".join(dict.fromkeys(str(device.platform) for device in jax.devices()))
         reason = str(error).splitlines()[0]
         raise InputError(
