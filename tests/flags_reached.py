@@ -37,7 +37,15 @@ REACHED: dict[
         },
     ),
     "train_data_dir": ("--train_data_dir=mine", {"data.folder": "mine"}),
-    "image_column": ("--image_column=photo", {"data.image": "photo"}),
+    "image_column": (
+        "--dataset_name=me/set --image_column=photo",
+        {
+            "data.hub": "me/set",
+            "data.image": "photo",
+            "data.hub_files": "pictures",
+            "data.folder": None,
+        },
+    ),
     "caption_column": ("--caption_column=words", {"data.caption": "words"}),
     "max_train_samples": ("--max_train_samples=9", {"data.max_records": 9}),
     "resolution": ("--resolution=64", {"data.size": 64}),

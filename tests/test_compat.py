@@ -579,6 +579,29 @@ def test_the_token_reaches_the_process_and_no_setting(trained, capsys, monkeypat
     assert "HF_TOKEN is safer" in said
 
 
+def test_what_does_nothing_in_the_scripts_is_no_setting_of_the_run(trained, capsys):
+    """Their defaults have a warm-up beside the constant schedule, which has none there either."""
+    given = ["--rank=8", "--lr_scheduler=cosine", "--lr_warmup_steps=9"]
+    assert diffusers.main(FULL, BASE) == 0
+    assert diffusers.main(FULL, [*BASE, "--lr_warmup_steps=9", "--offload_ema"]) == 0
+    assert diffusers.main(LORA, [*BASE, *given, "--validation_prompt=a cat"]) == 0
+    plain, idle, active = trained
+    assert plain == idle and (plain.optim.warmup, plain.optim.ema_offload) == (0, False)
+    assert plain.preview.steps == 25
+    assert (active.optim.warmup, active.adapter.rank, active.preview.steps) == (9, 8, 30)
+    said = "".join(capsys.readouterr())
+    assert said.count("--offload_ema does nothing without --use_ema") == 1
+    assert said.count("--lr_warmup_steps does nothing with --lr_scheduler=constant") == 1
+
+
+def test_a_folder_has_no_other_column_of_pictures(trained, capsys):
+    assert diffusers.main(FULL, [*BASE, "--image_column=photo"]) == 2
+    said = "".join(capsys.readouterr())
+    assert "--image_column: 'photo' was given, but the pictures of a folder" in said
+    assert diffusers.main(FULL, [*BASE, "--image_column=photo", "--dataset_name=me/set"]) == 0
+    assert len(trained) == 1 and trained[0].data.image == "photo"
+
+
 def test_only_the_first_process_speaks(trained, capsys, monkeypatch):
     for rank, expected in ("0", 1), ("1", 0):
         monkeypatch.setenv("RANK", rank)
@@ -630,7 +653,7 @@ def test_the_script_files_start_their_namesake(script, trained, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(path), run_name="__main__")
     assert stop.value.code == 0
-    assert trained == [config(script, "--max_train_steps=3")]
+    assert trained == [diffusers.drop_idle_settings(config(script, "--max_train_steps=3"))]
 
 
 def test_help_is_quick_and_loads_no_framework():

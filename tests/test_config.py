@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from limner.config.rules import check_config
+from limner.commands import show
+from limner.config.rules import check_config, describe_idle_settings, list_idle_settings
 from limner.config.schema import SETTINGS, Config, TimestepBiasSettings
 from limner.config.toml import RENAMED, apply_overrides, build, flatten, load_recipe, to_plain
 from limner.errors import InputError
@@ -31,11 +32,14 @@ def refusal(raw: dict[str, Any]) -> str:
 def wrong(*overrides: str, raw: dict[str, Any] = GOOD, own_records: bool = False) -> str:
     """What ``check`` says about a good recipe with some settings changed."""
     with pytest.raises(InputError) as caught:
-        check_config(
-            build(Config, apply_overrides(json.loads(json.dumps(raw)), overrides)),
-            own_records=own_records,
-        )
+        check_config(given(*overrides, raw=raw), own_records=own_records)
     return str(caught.value)
+
+
+def given(*overrides: str, raw: dict[str, Any] = GOOD) -> Config:
+    """A good recipe with some settings changed."""
+    config: Config = build(Config, apply_overrides(json.loads(json.dumps(raw)), overrides))
+    return config
 
 
 @pytest.mark.parametrize(
@@ -308,6 +312,99 @@ def test_config_is_frozen() -> None:
 )
 def test_ranges(overrides: list[str], message: str) -> None:
     assert message in wrong(*overrides)
+
+
+IDLE = {
+    "optim.warmup=100": 'a schedule that has a warm-up, such as optim.schedule="constant_with_w',
+    "optim.cycles=2": 'optim.schedule="cosine_with_restarts"',
+    "data.image=photo": "a data set of the Hub (hub)",
+    "data.hub_config=small": "a data set of the Hub (hub)",
+    "data.hub_revision=v2": "a data set of the Hub (hub)",
+    "data.hub_files=part": "a data set of the Hub (hub)",
+    "adapter.rank=8": 'adapter.kind="lora"',
+    "adapter.alpha=8": 'adapter.kind="lora"',
+    "adapter.dropout=0.1": 'adapter.kind="lora"',
+    "adapter.targets=to_q": 'adapter.kind="lora"',
+    "engine.devices=2": 'engine.kind="jax"',
+    "engine.fsdp=2": 'engine.kind="jax"',
+    "objective.timestep_bias.begin=5": 'the strategy "range"',
+    "objective.timestep_bias.end=5": 'the strategy "range"',
+    "objective.timestep_bias={strategy='range', portion=0.5}": 'the strategy "later" or',
+    "objective.flow.mode_scale=1.0": 'the density "mode"',
+    "objective.flow={density='mode', logit_std=0.5}": 'the density "logit_normal"',
+    "objective.flow={density='uniform', logit_mean=0.5}": 'the density "logit_normal"',
+}
+
+
+@pytest.mark.parametrize("override", IDLE)
+def test_a_setting_that_does_nothing_alone_is_refused_where_another_run_was_meant(
+    override: str,
+) -> None:
+    said = wrong(override)
+    assert f" does nothing without {IDLE[override]}" in said and said.count("\n") == 0
+    [name] = [one.place for one in list_idle_settings(given(override))]
+    assert said.startswith(f"{name}: ") and f"or leave {name} at its default, " in said
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optim.warmup=9", "optim.schedule=linear"),
+        ("optim.cycles=2", "optim.schedule=cosine_with_restarts", "optim.warmup=2"),
+        ("adapter.rank=8", "adapter.kind=lora", "adapter.targets=to_q", "adapter.alpha=2"),
+        ("engine.devices=2", "engine.kind=jax", "engine.compile_cache=off"),
+        ("data.hub=me/set", "data.folder=none", "data.image=photo", "data.cache_dir=here"),
+        ("objective.timestep_bias={strategy='range', begin=5, end=9}",),
+        ("preview.captions=1", "preview.steps=9"),
+        ("preview.prompts=a cat", "preview.every=9", "preview.safety_checker=false"),
+        ("validation.hold_out=0.1", "validation.every=9"),
+        # What equals the default is no wish.
+        ("optim.warmup=0", "adapter.rank=4", "data.image=image", "engine.fsdp=1"),
+    ],
+)
+def test_a_setting_beside_what_it_needs_is_taken(overrides: tuple[str, ...]) -> None:
+    config = given(*overrides)
+    check_config(config)
+    assert describe_idle_settings(config) == []
+
+
+def test_a_setting_of_one_data_set_is_looked_at_beside_its_own() -> None:
+    sets = 'data.sets=[{folder="a", image="photo"}, {hub="b/c", image="photo"}]'
+    said = wrong("data.folder=none", sets, "data.split=test")
+    assert said == (
+        'data.split: "test" does nothing without data.folder or data.hub; sets have their own. '
+        'Give that, or leave data.split at its default, "train"\n'
+        'data.sets[0].image: "photo" does nothing without a data set of the Hub (hub). '
+        'Give that, or leave data.sets[0].image at its default, "image"'
+    )
+
+
+def test_records_of_the_caller_stand_in_for_a_data_set_of_the_recipe() -> None:
+    check_config(given("data.folder=none", "data.image=photo"), own_records=True)
+
+
+def test_a_setting_that_harms_nobody_is_said() -> None:
+    config = given(
+        *("optim.ema_offload=true", "export.private=true", "data.cache_dir=here"),
+        *("preview.steps=9", "preview.count=2", "validation.every=5", "log.project=mine"),
+        *("engine.compile_cache=off", "data.empty_caption=zeros"),
+        *("data.drop_caption=0.1", "data.caption=none"),
+    )
+    check_config(config)
+    assert describe_idle_settings(config) == [
+        "data.cache_dir: does nothing without data.hub",
+        "data.drop_caption: does nothing without data.caption",
+        "optim.ema_offload: does nothing without optim.ema",
+        'engine.compile_cache: does nothing without engine.kind="jax"',
+        "preview.count, preview.steps: do nothing without preview.prompts or preview.captions",
+        "validation.every: does nothing without validation.hold_out",
+        "log.project: does nothing without log.to",
+        "export.private: does nothing without export.hub",
+    ]
+    shown = show.format_settings(
+        given("data.folder=none", "data.hub=a/b", "optim.ema_offload=true")
+    )
+    assert shown.endswith("\n# optim.ema_offload: does nothing without optim.ema")
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:

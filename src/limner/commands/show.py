@@ -5,6 +5,7 @@ import math
 import os
 
 from limner.config import toml
+from limner.config.rules import describe_idle_settings
 from limner.config.schema import Config, DataSettings
 from limner.config.toml import format_value
 from limner.data import mixture
@@ -24,7 +25,8 @@ def format_settings(config: Config) -> str:
         tables = {name: v for name, v in values.items() if isinstance(v, dict)}
         for name, table in tables.items():
             lines += ["", f"[{section}.{name}]", *format_section(table)]
-    return "\n".join([*lines, "", *format_arithmetic(config)])
+    remarks = [f"# {line}" for line in describe_idle_settings(config)]
+    return "\n".join([*lines, "", *format_arithmetic(config), *remarks])
 
 
 def format_section(values: Plain) -> list[str]:

@@ -11,9 +11,9 @@ from pathlib import Path
 from limner.compat.common_flags import COMMON_FLAGS
 from limner.compat.flag import TRACKERS, Flag, choose_trackers
 from limner.compat.scripts import SCRIPTS
-from limner.config.rules import check_config
+from limner.config.rules import check_config, list_idle_settings
 from limner.config.schema import Config
-from limner.config.toml import build
+from limner.config.toml import build, to_plain
 from limner.errors import InputError, report_once
 from limner.guard import run_guarded
 from limner.json_types import Plain
@@ -73,6 +73,15 @@ def run_script(script: str, arguments: Namespace) -> None:
     """
     with report_once():
         config = to_config(script, arguments)
+    from limner.training.signals import Stop
+
+    # A signal may come while what follows is imported.
+    with Stop(ends_process=True):
+        train_as_asked(script, arguments, config)
+
+
+def train_as_asked(script: str, arguments: Namespace, config: Config) -> None:
+    """Say what the flags do not do, and train; see ``run_script``."""
     # Bad flags need not wait for this import.
     from limner.training.loop import run_training
 
@@ -82,6 +91,7 @@ def run_script(script: str, arguments: Namespace) -> None:
     if arguments.hub_token:
         os.environ["HF_TOKEN"] = arguments.hub_token
     try:
+        config = drop_idle_settings(config)
         run_training(config, report=lambda line: print_line(name_flags(script, line)))
     except InputError as error:
         error.args = (name_flags(script, str(error)),)
@@ -108,10 +118,20 @@ def to_config(script: str, arguments: Namespace) -> Config:
                 put_setting(settings, setting, setting_value)
     try:
         config: Config = build(Config, settings)
-        check_config(config)
+        check_config(drop_idle_settings(config))
     except InputError as error:
         raise InputError(name_flags(script, str(error))) from error
     return config
+
+
+def drop_idle_settings(config: Config) -> Config:
+    """Return a config without the settings that do nothing in it: the scripts have defaults for
+    them, and pass over them in silence. Flags among them are among the remarks."""
+    settings = to_plain(config)
+    for one in list_idle_settings(config):
+        put_setting(settings, one.place, one.default)
+    dropped: Config = build(Config, settings)
+    return dropped
 
 
 def put_setting(settings: Plain, name: str, value: object) -> None:
@@ -149,6 +169,11 @@ def list_refusals(arguments: Namespace) -> list[str]:
         reasons.append(
             "there is nothing to train on: give --dataset_name (Hub or local data set) or "
             "--train_data_dir (folder)"
+        )
+    if arguments.dataset_name is None and arguments.image_column != "image":
+        reasons.append(
+            f"--image_column: {arguments.image_column!r} was given, but the pictures of a folder "
+            "(--train_data_dir) are the column image. Leave it out, or give --dataset_name"
         )
     if report_to not in destinations:
         reasons.append(

@@ -57,6 +57,44 @@ Need = Literal[
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What must be given beside a setting for it to do anything: one of some settings, or one
+    setting with one of some values."""
+
+    names: tuple[str, ...]  # a name without a dot is of the same section
+    text: str  # the same in words, as the end of "does nothing without ..."
+    values: tuple[str, ...] = ()  # empty: any but none, 0, false and what is empty
+    # Whether the setting is refused without them: whoever gives it wants another run than this
+    # would be. Else a line says so.
+    refused: bool = True
+
+
+HUB = Beside(("hub",), "a data set of the Hub (hub)")
+ONE_SET = Beside(("folder", "hub"), "data.folder or data.hub; sets have their own")
+DOWNLOADS = Beside(("data.hub", "data.sets"), "data.hub", refused=False)
+SOME_CAPTIONS = Beside(("caption",), "data.caption", refused=False)
+DROPPED = Beside(("drop_caption",), "data.drop_caption", refused=False)
+PART = Beside(("strategy",), 'the strategy "later" or "earlier"', ("later", "earlier"))
+BOUNDS = Beside(("strategy",), 'the strategy "range"', ("range",))
+LOGIT_NORMAL = Beside(("density",), 'the density "logit_normal"', ("logit_normal",))
+MODE = Beside(("density",), 'the density "mode"', ("mode",))
+LORA = Beside(("kind",), 'adapter.kind="lora"', ("lora",))
+WARM_UP = Beside(
+    ("schedule",),
+    'a schedule that has a warm-up, such as optim.schedule="constant_with_warmup"',
+    ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+)
+RESTARTS = Beside(("schedule",), 'optim.schedule="cosine_with_restarts"', ("cosine_with_restarts",))
+AVERAGE = Beside(("ema",), "optim.ema", refused=False)
+JAX = Beside(("kind",), 'engine.kind="jax"', ("jax",))
+JAX_CACHE = replace(JAX, refused=False)
+PREVIEWS = Beside(("prompts", "captions"), "preview.prompts or preview.captions", refused=False)
+HELD_OUT = Beside(("hold_out",), "validation.hold_out", refused=False)
+TRACKERS = Beside(("to",), "log.to", refused=False)
+PUSH = Beside(("hub",), "export.hub", refused=False)
+
+
+@dataclass(frozen=True)
 class Declaration:
     """What is known of a setting besides its type and default."""
 
@@ -68,6 +106,7 @@ class Declaration:
     shared: bool  # by recipes that are trained one after the other
     on_card: bool  # shown on the model card
     needs: Need
+    beside: Beside | None
 
 
 def setting(  # noqa: PLR0913 - what a declaration says, most of it by keyword
@@ -81,7 +120,8 @@ def setting(  # noqa: PLR0913 - what a declaration says, most of it by keyword
     shared: bool = False,
     on_card: bool = False,
     needs: Need = "",
+    beside: Beside | None = None,
 ) -> Any:
     """A dataclass field that carries its declaration."""
-    declaration = Declaration(about, unit, range, resume, path, shared, on_card, needs)
+    declaration = Declaration(about, unit, range, resume, path, shared, on_card, needs, beside)
     return field(default=default, metadata={"declaration": declaration})

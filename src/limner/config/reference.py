@@ -52,6 +52,8 @@ def format_table(settings: typing.Iterable[Setting]) -> Iterator[str]:
             about.append(f"in {declaration.unit}")
         if declaration.needs:
             about.append(f"means nothing to families without {declaration.needs}")
+        if declaration.beside is not None:
+            about.append(f"does nothing without {declaration.beside.text}")
         resume = "" if declaration.resume == "fixed" else declaration.resume
         default = "none" if one.default is None else format_default(one.default)
         cells = [f"`{one.name}`", format_type(one.type), f"`{default}`", "; ".join(about), resume]

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from limner.config.declare import MOST, PIXELS, SEED, Range
+from limner.config.declare import MOST, PIXELS, SEED, Beside, Range
 from limner.config.schema import SETTINGS, BucketSettings, Config, DataSetSettings
+from limner.config.toml import format_value
 from limner.errors import InputError, shorten
 
 NAME_BYTES, PATH_BYTES = 255, 4_000  # what file systems hold
@@ -27,6 +28,7 @@ def check_config(config: Config, *, own_records: bool = False) -> None:
         *check_mixture(config.data.sets),
         *check_buckets(config.data.buckets),
         *check_changes(config.checkpoint.allow_changes),
+        *check_idle(config, own_records),
     ]
     if problems:
         raise InputError("\n".join(problems))
@@ -200,3 +202,75 @@ def check_changes(names: tuple[str, ...]) -> Iterator[str]:
                 f"checkpoint.allow_changes[{i}]: {name!r} was given, one of "
                 f"{', '.join(map(repr, allowed))} is expected"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class IdleSetting:
+    """A setting that was given, and does nothing without another one."""
+
+    place: str
+    value: object
+    default: object
+    beside: Beside
+
+
+def list_idle_settings(config: Config) -> Iterator[IdleSetting]:
+    """The settings that have another value than their default, and do nothing without what is not
+    given; see ``declare.Beside``."""
+    for place, section in list_sections(config):
+        for field in dataclasses.fields(section):
+            name = f"{place}{field.name}"
+            setting = SETTINGS.get(re.sub(r"\[\d+\]", "", name))
+            value = getattr(section, field.name)
+            if setting is None or value == field.default:
+                continue
+            beside, range_ = setting.declaration.beside, setting.declaration.range
+            # What is out of range is refused for that.
+            if beside is None or (range_ and value is not None and not range_.contains(value)):
+                continue
+            others = [config[n] if "." in n else getattr(section, n) for n in beside.names]
+            given = any(one in beside.values if beside.values else one for one in others)
+            if not given:
+                yield IdleSetting(name, value, field.default, beside)
+
+
+def list_sections(section: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """A config's sections and all that are inside them, each with what its settings' names begin
+    with, e.g. ``data.sets[0].``."""
+    yield place, section
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from list_sections(value, f"{place}{field.name}.")
+        elif isinstance(value, tuple):
+            for i, inner in enumerate(value):
+                if dataclasses.is_dataclass(inner):
+                    yield from list_sections(inner, f"{place}{field.name}[{i}].")
+
+
+def check_idle(config: Config, own_records: bool) -> Iterator[str]:
+    """Complain of settings that do nothing, where another run was meant."""
+    for one in list_idle_settings(config):
+        # A recipe's data set gives way to the caller's own records.
+        if one.beside.refused and not (own_records and one.place.startswith("data.")):
+            yield (
+                f"{one.place}: {say_value(one.value)} does nothing without {one.beside.text}. Give "
+                f"that, or leave {one.place} at its default, {say_value(one.default)}"
+            )
+
+
+def describe_idle_settings(config: Config) -> list[str]:
+    """Lines about settings that do nothing, and do no harm."""
+    names: dict[str, list[str]] = {}
+    for one in list_idle_settings(config):
+        if not one.beside.refused:
+            names.setdefault(one.beside.text, []).append(one.place)
+    return [
+        f"{', '.join(places)}: {'does' if len(places) == 1 else 'do'} nothing without {text}"
+        for text, places in names.items()
+    ]
+
+
+def say_value(value: object) -> str:
+    """A setting's value as an override writes it."""
+    return "none" if value is None else shorten(format_value(value))

@@ -9,14 +9,33 @@ from typing import Any, Literal
 from limner.config.declare import (
     ABOVE_0,
     AT_LEAST_0,
+    AVERAGE,
     BELOW_1,
     BOTH_BELOW_1,
+    BOUNDS,
     DECAY,
+    DOWNLOADS,
+    DROPPED,
     GUIDANCE,
+    HELD_OUT,
+    HUB,
+    JAX,
+    JAX_CACHE,
+    LOGIT_NORMAL,
+    LORA,
+    MODE,
+    ONE_SET,
+    PART,
     PATIENCE,
     PIXELS,
+    PREVIEWS,
     PROBABILITY,
+    PUSH,
+    RESTARTS,
     SEED,
+    SOME_CAPTIONS,
+    TRACKERS,
+    WARM_UP,
     Declaration,
     setting,
     up_to,
@@ -68,14 +87,16 @@ class DataSetSettings:
         None, "name on the Hub, or a path for datasets", path=True, resume="free"
     )
     hub_config: str | None = setting(
-        None, "configuration of the data set on the Hub", resume="free"
+        None, "configuration of the data set on the Hub", resume="free", beside=HUB
     )
-    hub_revision: str | None = setting(None, "branch, tag or commit on the Hub", resume="free")
+    hub_revision: str | None = setting(
+        None, "branch, tag or commit on the Hub", resume="free", beside=HUB
+    )
     hub_files: str | None = setting(
-        None, "data_dir of datasets.load_dataset", path=True, resume="free"
+        None, "data_dir of datasets.load_dataset", path=True, resume="free", beside=HUB
     )
     split: str = setting("train", "part of the data set", resume="free")
-    image: str = setting("image", "column of the pictures", resume="free")
+    image: str = setting("image", "column of the pictures", resume="free", beside=HUB)
     caption: str | None = setting("text", "column of the captions", resume="free")
     repeats: int = setting(1, "how often an epoch sees each record")
     weight: float | None = setting(
@@ -125,17 +146,19 @@ class DataSettings:
         None, "name on the Hub, or a path for datasets", path=True, resume="free"
     )
     hub_config: str | None = setting(
-        None, "configuration of the data set on the Hub", resume="free"
+        None, "configuration of the data set on the Hub", resume="free", beside=HUB
     )
-    hub_revision: str | None = setting(None, "branch, tag or commit on the Hub", resume="free")
+    hub_revision: str | None = setting(
+        None, "branch, tag or commit on the Hub", resume="free", beside=HUB
+    )
     hub_files: str | None = setting(
-        None, "data_dir of datasets.load_dataset", path=True, resume="free"
+        None, "data_dir of datasets.load_dataset", path=True, resume="free", beside=HUB
     )
     cache_dir: str | None = setting(
-        None, "where datasets keeps downloads", path=True, resume="free"
+        None, "where datasets keeps downloads", path=True, resume="free", beside=DOWNLOADS
     )
-    split: str = setting("train", "part of the data set", resume="free")
-    image: str = setting("image", "column of the pictures", resume="free")
+    split: str = setting("train", "part of the data set", resume="free", beside=ONE_SET)
+    image: str = setting("image", "column of the pictures", resume="free", beside=HUB)
     caption: str | None = setting(
         "text",
         "column of the captions; none: there are no captions",
@@ -191,12 +214,14 @@ class DataSettings:
         range=PROBABILITY,
         needs="captions",
         on_card=True,
+        beside=SOME_CAPTIONS,
     )
     empty_caption: Literal["base", "zeros", "encoded"] = setting(
         "base",
         "what stands for a dropped caption; base: zeros where the base says so of empty prompts",
         needs="caption chunks",
         on_card=True,
+        beside=DROPPED,
     )
     caption_chunks: int = setting(
         1,
@@ -225,9 +250,11 @@ class TimestepBiasSettings:
         "later", "which part of the timesteps", on_card=True
     )
     multiplier: float = setting(1.0, "how much more often", on_card=True)
-    portion: float = setting(0.25, "of all timesteps, for later and earlier", on_card=True)
-    begin: int = setting(0, "first timestep, for range", on_card=True)
-    end: int = setting(1000, "end of the timesteps, for range", on_card=True)
+    portion: float = setting(
+        0.25, "of all timesteps, for later and earlier", on_card=True, beside=PART
+    )
+    begin: int = setting(0, "first timestep, for range", on_card=True, beside=BOUNDS)
+    end: int = setting(1000, "end of the timesteps, for range", on_card=True, beside=BOUNDS)
 
 
 @dataclass(frozen=True)
@@ -237,10 +264,14 @@ class FlowSettings:
     density: Literal["logit_normal", "mode", "uniform"] = setting(
         "logit_normal", "of the noise levels (arXiv:2403.03206, section 3.1)", on_card=True
     )
-    logit_mean: float = setting(0.0, "of logit_normal; below 0 means more noise", on_card=True)
-    logit_std: float = setting(1.0, "of logit_normal", range=ABOVE_0, on_card=True)
+    logit_mean: float = setting(
+        0.0, "of logit_normal; below 0 means more noise", on_card=True, beside=LOGIT_NORMAL
+    )
+    logit_std: float = setting(
+        1.0, "of logit_normal", range=ABOVE_0, on_card=True, beside=LOGIT_NORMAL
+    )
     mode_scale: float = setting(
-        1.29, "of mode, -1 to 1.75; above 0 means more of the middle", on_card=True
+        1.29, "of mode, -1 to 1.75; above 0 means more of the middle", on_card=True, beside=MODE
     )
     shift: float | None = setting(
         None,
@@ -295,17 +326,26 @@ class AdapterSettings:
     """Which weights learn: all of them, or low-rank additions (arXiv:2106.09685)."""
 
     kind: Literal["full", "lora"] = setting("full", "all weights, or a LoRA", on_card=True)
-    rank: int = setting(4, "rank of the added matrices", range=up_to(16_384), on_card=True)
+    rank: int = setting(
+        4, "rank of the added matrices", range=up_to(16_384), on_card=True, beside=LORA
+    )
     alpha: float | None = setting(
         None,
         "the addition is multiplied by alpha / rank; none: equal to rank",
         range=ABOVE_0,
         on_card=True,
+        beside=LORA,
     )
     dropout: float = setting(
-        0.0, "part of an adapter's input that is zeroed while training", range=BELOW_1, on_card=True
+        0.0,
+        "part of an adapter's input that is zeroed while training",
+        range=BELOW_1,
+        on_card=True,
+        beside=LORA,
     )
-    targets: tuple[str, ...] = setting((), "module names; empty: the family's own", on_card=True)
+    targets: tuple[str, ...] = setting(
+        (), "module names; empty: the family's own", on_card=True, beside=LORA
+    )
     text_encoders: bool = setting(
         False,
         "adapters on the text encoders too; captions are then encoded in every step, never cached",
@@ -339,9 +379,15 @@ class OptimizerSettings:
         range=AT_LEAST_0,
         resume="on request",
         on_card=True,
+        beside=WARM_UP,
     )
     cycles: int = setting(
-        1, "of cosine_with_restarts", range=ABOVE_0, resume="on request", on_card=True
+        1,
+        "of cosine_with_restarts",
+        range=ABOVE_0,
+        resume="on request",
+        on_card=True,
+        beside=RESTARTS,
     )
     betas: tuple[float, float] = setting(
         (0.9, 0.999),
@@ -378,7 +424,7 @@ class OptimizerSettings:
         on_card=True,
     )
     ema_offload: bool = setting(
-        False, "keep the average in host memory", resume="free", on_card=True
+        False, "keep the average in host memory", resume="free", on_card=True, beside=AVERAGE
     )
 
 
@@ -453,6 +499,7 @@ class EngineSettings:
         range=ABOVE_0,
         resume="free",
         shared=True,
+        beside=JAX,
     )
     fsdp: int = setting(
         1,
@@ -460,12 +507,14 @@ class EngineSettings:
         range=ABOVE_0,
         resume="free",
         shared=True,
+        beside=JAX,
     )
     compile_cache: str = setting(
         "auto",
         "for JAX, compiled steps: auto (a user-wide folder), off, or a folder",
         resume="free",
         shared=True,
+        beside=JAX_CACHE,
     )
     patience: float = setting(
         600.0,
@@ -514,23 +563,34 @@ class PreviewSettings:
         range=up_to(1_000, AT_LEAST_0),
         resume="free",
     )
-    count: int = setting(1, "pictures per prompt", range=up_to(1_000), resume="free")
+    count: int = setting(
+        1, "pictures per prompt", range=up_to(1_000), resume="free", beside=PREVIEWS
+    )
     every: int | None = setting(
         None,
         "without it and every_epochs: at the beginning and the end only",
         unit="optimizer steps",
         range=ABOVE_0,
         resume="free",
+        beside=PREVIEWS,
     )
     every_epochs: float | None = setting(
-        None, "in place of every", unit="epochs", range=up_to(1_000_000), resume="free"
+        None,
+        "in place of every",
+        unit="epochs",
+        range=up_to(1_000_000),
+        resume="free",
+        beside=PREVIEWS,
     )
-    steps: int = setting(25, "of the sampler", range=up_to(10_000), resume="free")
+    steps: int = setting(25, "of the sampler", range=up_to(10_000), resume="free", beside=PREVIEWS)
     guidance_scale: float = setting(
-        7.5, "of classifier-free guidance", range=GUIDANCE, resume="free"
+        7.5, "of classifier-free guidance", range=GUIDANCE, resume="free", beside=PREVIEWS
     )
     safety_checker: bool = setting(
-        True, "blacken what the base's safety checker finds unsafe, where it has one", resume="free"
+        True,
+        "blacken what the base's safety checker finds unsafe, where it has one",
+        resume="free",
+        beside=PREVIEWS,
     )
 
 
@@ -542,10 +602,19 @@ class ValidationSettings:
         0, "records, or below 1 a share of them: 0.05", range=AT_LEAST_0
     )
     every: int = setting(
-        100, "between validations", unit="optimizer steps", range=ABOVE_0, resume="free"
+        100,
+        "between validations",
+        unit="optimizer steps",
+        range=ABOVE_0,
+        resume="free",
+        beside=HELD_OUT,
     )
     timesteps: int = setting(
-        4, "noise levels per record, evenly spread", range=up_to(10_000), resume="free"
+        4,
+        "noise levels per record, evenly spread",
+        range=up_to(10_000),
+        resume="free",
+        beside=HELD_OUT,
     )
 
 
@@ -563,8 +632,10 @@ class LogSettings:
     to: tuple[Literal["tensorboard", "wandb", "comet_ml"], ...] = setting(
         (), "further trackers", resume="free"
     )
-    folder: str = setting("logs", "below the run's folder", resume="free")
-    project: str = setting("limner", "name of the project in trackers", resume="free")
+    folder: str = setting("logs", "below the run's folder", resume="free", beside=TRACKERS)
+    project: str = setting(
+        "limner", "name of the project in trackers", resume="free", beside=TRACKERS
+    )
 
 
 @dataclass(frozen=True)
@@ -573,7 +644,7 @@ class ExportSettings:
     HF_TOKEN."""
 
     hub: str | None = setting(None, "name of the repository to push to", resume="free")
-    private: bool = setting(False, "where the repository is made", resume="free")
+    private: bool = setting(False, "where the repository is made", resume="free", beside=PUSH)
 
 
 @dataclass(frozen=True)

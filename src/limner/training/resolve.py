@@ -7,7 +7,7 @@ from limner import engines
 from limner.base_model.base import INDEX, BaseModel
 from limner.base_model.find import check_base_name
 from limner.base_model.open import open_base
-from limner.config.rules import check_config
+from limner.config.rules import check_config, describe_idle_settings
 from limner.config.schema import SETTINGS, Config, DataSettings, ModelSettings
 from limner.data import mixture
 from limner.data.buckets import make_shapes
@@ -94,6 +94,8 @@ def settle(
 ) -> Settled:
     """Settle what the config leaves to the launcher, the family, the base, the Hub or chance."""
     config, family = resolve(config, own_records=source is not None)
+    for line in describe_idle_settings(config):
+        report(line)
     config = replace(config, engine=replace(config.engine, precision=process.precision))  # type: ignore[arg-type]
     config = replace(config, model=settle_paths(config.model))
     checkpoint = find_checkpoint(config, process, report)
