@@ -85,6 +85,18 @@ def test_an_error_of_the_first_process_reaches_all(error: BaseException) -> None
         assert other.reported and str(error) in str(other)
 
 
+def test_one_that_leaves_with_an_error_keeps_no_thread_that_holds_it() -> None:
+    """With the error it would hold the tensors of the run while Python ends."""
+    process = Threads(0, [""], threading.Barrier(1))
+    Processes.__init__(process)
+    left: list[Any] = []
+    process.watch = SimpleNamespace(leave=left.append)  # type: ignore[assignment]
+    before = set(threading.enumerate())
+    process.close(DiskError("full"))
+    assert set(threading.enumerate()) <= before
+    assert left == [{"error": "DiskError", "text": "full"}]
+
+
 def test_a_result_that_is_no_json_is_an_error_in_all() -> None:
     first, second = together(2, lambda process: process.first(lambda: {1, 2}))
     assert isinstance(first, TypeError) and isinstance(second, LimnerError)

@@ -20,7 +20,7 @@ from limner.errors import InputError, NonFiniteError, Stopped
 from limner.storage import atomic, checkpoint
 from limner.storage.run_folder import RunFolder
 from limner.storage.run_state import STATE_FILE
-from limner.training import loop, result, setup
+from limner.training import loop, result, setup, signals
 from limner.training import push as push_module
 from limner.training.signals import Stop
 
@@ -232,6 +232,37 @@ def test_a_signal_while_looking_stops_at_once_and_later_is_a_request(capfd):
         signal.raise_signal(signal.SIGTERM)
         assert stop.asked
     assert "stopping as soon as the state is saved" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_no_signal_changes_the_end_of_a_stopped_process(last, monkeypatch):
+    """Not while the contexts are closed, nor while Python ends, however late it comes."""
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    before = {number: signal.getsignal(number) for number in signals.NUMBERS}
+    try:
+        with pytest.raises(Stopped, match="is saved"), Stop(ends_process=last):
+            try:
+                with Stop() as stop:
+                    stop.save_first = True
+                    signal.raise_signal(signal.SIGTERM)
+                    raise Stopped("checkpoint-4 is saved")
+            finally:
+                for now[0] in (101.0, 110.0):
+                    for number in signals.NUMBERS:
+                        signal.raise_signal(number)
+        for number in signals.NUMBERS:
+            assert signal.getsignal(number) == (signal.SIG_IGN if last else before[number])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_process_that_has_finished_is_ended_by_signals_as_any():
+    before = {number: signal.getsignal(number) for number in signals.NUMBERS}
+    with Stop(ends_process=True), Stop():
+        pass
+    assert {number: signal.getsignal(number) for number in signals.NUMBERS} == before
 
 
 def test_a_closed_terminal_is_a_stop_too_but_not_under_nohup(monkeypatch):

@@ -112,7 +112,7 @@ def run_train(arguments: Namespace) -> None:
     from limner.training.signals import Stop
 
     # A signal may come while what follows is imported.
-    with Stop():
+    with Stop(ends_process=True):
         train_recipes(arguments)
 
 
@@ -136,7 +136,7 @@ def run_encode(arguments: Namespace) -> None:
     """Fill the caches of a recipe."""
     from limner.training.signals import Stop
 
-    with Stop():
+    with Stop(ends_process=True):
         from limner.training import loop
 
         with report_once():

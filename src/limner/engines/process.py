@@ -140,14 +140,19 @@ class Processes(ProcessGroup):
             return
         self.ending.set()
         self.watch.leave(None if error is None else to_message(error, "it"))
+        if error is None:
+            self.leave_group()
+            return
         # To leave may mean to wait for one that is no longer there.
         known = error if isinstance(error, LimnerError) else LimnerError(f"{error}")
         timer = threading.Timer(DEPARTURE, self.end, [known])
         timer.daemon = True
-        if error is not None:
-            timer.start()
+        timer.start()
         self.leave_group()
         timer.cancel()
+        # The error leads to every tensor of the run: were this thread the last to let go of it,
+        # while Python ends, PyTorch would abort the process.
+        timer.join()
 
     @abstractmethod
     def leave_group(self) -> None:

@@ -9,10 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
-from limner.errors import LimnerError, Stopped
+from limner.errors import LimnerError, Stopped, find_stop
 
 # A terminal's Ctrl-C reaches a launcher too, which passes it on: signals within this time are one.
 REPEAT_SECONDS = 3
@@ -40,9 +40,15 @@ class Stop:
     handles a signal only when the main thread comes back to it: where that waits for a process, a
     compiler or an import, a thread ends the run, after the first signal if no step is unsaved, and
     after a later one in any case.
+
+    Args:
+        ends_process: whether the process ends with this context. After a stop Python still takes a
+            second for that, in which further signals are then ignored: the exit code stays.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, ends_process: bool = False) -> None:
+        self.ends_process = ends_process
+        self.over = False  # whether a stop has ended a context inside this one
         self.asked = False
         self.asked_at = 0.0  # seconds of the monotonic clock, of this process's first signal
         self.save_first = False
@@ -69,16 +75,27 @@ class Stop:
                 self.previous_handlers[number] = signal.signal(number, self.handle_signal)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.closed.set()
+        stopped = self.asked or self.over or find_stop(error) is not None
         for number, handler in self.previous_handlers.items():
-            signal.signal(number, handler)
+            outer = getattr(handler, "__self__", None)
+            if stopped and isinstance(outer, Stop):
+                outer.over = True
+            signal.signal(number, signal.SIG_IGN if stopped and self.ends_process else handler)
         if self.previous_handlers:
             signal.set_wakeup_fd(self.previous_wakeup)
             self.writer.close()  # the thread reads the end, and ends
 
     def handle_signal(self, number: int, frame: FrameType | None) -> None:
         """Ask the run to stop, or end the process when it was asked before."""
+        if self.over:
+            return
         if not self.asked_at:
             self.asked = True
             self.asked_at = time.monotonic()
