@@ -15,7 +15,7 @@ ANYS = 12.0  # in a thousand lines of the package
 # What may be longer, and by how much: a file, or a function as file:name. Each has its reason.
 EXCEPTIONS: dict[str, tuple[int, str]] = {
     "__init__.py:generate": (72, "what each option means, and no logic"),
-    "config/schema.py": (707, "a table: every setting, declared once and in the file's order"),
+    "config/schema.py": (708, "a table: every setting, declared once and in the file's order"),
 }
 
 

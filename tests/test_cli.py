@@ -149,7 +149,11 @@ def test_the_users_home_is_meant_wherever_a_path_is_given(
         ("datasets", "hub"),
         ("bitsandbytes", "bits"),
         ("comet_ml", "comet"),
-        ("numpy", None),
+        ("numpy", ""),
+        ("pyvips", ""),
+        ("imagehash", ""),
+        ("PIL", ""),
+        ("yaml", ""),
         ("torchx", None),
     ],
 )
@@ -170,12 +174,154 @@ def test_a_missing_package_is_one_message(missing: str, extra: str | None) -> No
         assert done.returncode == 1 and "Traceback" in done.stderr
         return
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = project["optional-dependencies"][extra]
+    needed = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    whose = f"limner[{extra}]" if extra else "limner"
     assert done.returncode == 2, done.stderr
     message, _, command = done.stderr.partition("pip install ")
-    assert message == f"limner: {missing} is missing. Install what limner[{extra}] needs: "
+    assert message == f"limner: {missing} is missing. Install what {whose} needs: "
     versions = [set(re.split("(?=[<>])|,", one)) for one in shlex.split(command)]
     assert versions == [set(re.split("(?=[<>])|,", one)) for one in needed]
+
+
+BROKEN = """
+import sys
+from limner.guard import run_guarded
+sys.path.insert(0, {folder!r})
+source = '''{source}'''
+sys.exit(run_guarded(lambda: exec(compile(source, "here", "exec"), {{"__name__": {module!r}}})))
+"""
+
+
+def run_broken(source: str, module: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What a module's source ends in, beside packages that lie in a folder."""
+    script = BROKEN.format(source=source, module=module, folder=str(folder))
+    environment = {"PYTHONPATH": str(ROOT / "src")}
+    words = [sys.executable, "-c", script]
+    return subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize(
+    ("package", "install", "error", "source"),
+    [
+        ("torch", "torch", "OSError('libx.so: cannot open')", "import torch"),
+        ("peft", "peft", "ImportError('libx.so: cannot open\\nfile')", "import peft"),
+        ("yaml", "pyyaml", "AttributeError('libx.so: cannot open')", "import yaml"),
+        # As transformers and diffusers do, which import their parts when they are asked for them.
+        (
+            *("tqdm", "tqdm", "ImportError('libx.so: cannot open')"),
+            "try:\n  import tqdm\nexcept ImportError as e:\n  raise RuntimeError('tqdm?') from e",
+        ),
+    ],
+)
+def test_a_package_that_cannot_be_imported_is_one_message(
+    package: str, install: str, error: str, source: str, tmp_path: Path
+) -> None:
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text(f"raise {error}")
+    done = run_broken(source, "limner.engines.torch.engine", tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"limner: {package} is installed, but cannot be imported: libx.so: cannot open. Install it "
+        f"again: pip install --force-reinstall {install}\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "module"),
+    [
+        ("raise ImportError('mine')", "limner.engines.torch.engine"),
+        ("from xxhash import none_of_its_names", "limner.storage.atomic"),
+        ("import xxhash; xxhash.xxh3_128('mine', 'x')", "limner.storage.atomic"),
+        ("import json; json.loads('mine')", "limner.config.toml"),
+    ],
+)
+def test_a_defect_of_the_program_keeps_its_traceback(
+    source: str, module: str, tmp_path: Path
+) -> None:
+    done = run_broken(source, module, tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
+
+
+def test_a_current_folder_that_is_gone_is_told_before_a_framework_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(GOOD)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for words in (["train", recipe], ["check", recipe], ["generate", tmp_path, "red"], ["demo"]):
+        assert cli.main([str(word) for word in words]) == 2
+        assert capsys.readouterr().err == (
+            "limner: the current folder cannot be found (No such file or directory): it was "
+            "removed, or may not be entered. Change to another folder, e.g. with `cd`, and run the "
+            "command again.\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["generate", "", "red"], "model"),
+        (["generate", "run", "red", "--output", ""], "--output"),
+        (["generate", "run", "red", "--grid="], "--grid"),
+        (["generate", "run", "red", "--base="], "--base"),
+        (["export", "run", "--other-stage="], "--other-stage"),
+        (["export", "run", "--combined", ""], "--combined"),
+        (["check", "r.toml", "--json="], "--json"),
+        (["demo", "--folder", ""], "--folder"),
+        (["train", ""], "recipe"),
+    ],
+)
+def test_an_option_s_empty_text_is_no_path(
+    words: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    assert f"argument {option}: '' is no path; give one" in capsys.readouterr().err
+
+
+LINK = "is a link to nowhere, which is not there. Make that folder, remove the link, or choose"
+
+
+@pytest.mark.parametrize("command", ["train", "check", "encode"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.cache=r.toml", "r.toml: Not a directory"),
+        ("data.cache=r.toml/cache", "r.toml/cache: Not a directory"),
+        ("data.cache=link", f"link: it {LINK}"),
+        ("run=link", f"link: it {LINK}"),
+        ("run=link/run", f"link/run: link {LINK}"),
+        ("run=r.toml", "r.toml: Not a directory"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_told_before_a_framework_is_imported(
+    command: str,
+    override: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").mkdir()
+    (tmp_path / "r.toml").write_text(GOOD.replace('"b"', '"f"'))
+    (tmp_path / "link").symlink_to("nowhere")
+    assert cli.main([command, "r.toml", override]) == 5
+    said = capsys.readouterr().err
+    assert said.startswith(f"limner: {message}") and said.count("\n") == 1
+
+
+def test_pictures_are_not_drawn_for_a_link_to_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("nowhere")
+    for option in ("--output=link", "--output=link/pictures", "--grid=link/grid.png"):
+        assert cli.main(["generate", "model", "red", option]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"limner: {option.partition('=')[0]}: link") and LINK in said
 
 
 @pytest.mark.parametrize("command", ["train", "check", "encode"])

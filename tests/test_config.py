@@ -407,6 +407,18 @@ def test_a_setting_that_harms_nobody_is_said() -> None:
     assert shown.endswith("\n# optim.ema_offload: does nothing without optim.ema")
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, one in SETTINGS.items() if one.declaration.path and one.default != ""]
+)
+def test_an_empty_text_is_no_path(name: str) -> None:
+    """``run=$UNSET`` would write into the current folder."""
+    place, override = name, f"{name}="
+    if name.startswith("data.sets."):
+        place = name.replace("sets.", "sets[0].")
+        override = f"data.sets=[{{{name.removeprefix('data.sets.')} = ''}}]"
+    assert f"{place}: '' is no path; give one" in wrong(override)
+
+
 def test_all_that_is_wrong_is_said_at_once() -> None:
     assert wrong("train.steps=0", "optim.warmup=-1", "data.drop_caption=2").count("\n") == 2
 

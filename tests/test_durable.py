@@ -282,6 +282,35 @@ def test_other_errors_are_not_the_disk_s(tmp_path: Path) -> None:
         raise FileNotFoundError(errno.ENOENT, "a defect of the program")
 
 
+@pytest.mark.parametrize(
+    "name",
+    "EINVAL ENOENT ENOTCONN ETIMEDOUT EHOSTDOWN ESTALE EBUSY EXDEV ENXIO EUCLEAN".split(),  # noqa: SIM905
+)
+def test_what_a_disk_or_a_share_says_of_a_file_is_the_disk_s(name: str, tmp_path: Path) -> None:
+    number = getattr(errno, name)
+    place = tmp_path / "a"
+    with pytest.raises(DiskError, match=f"^{place}: {os.strerror(number)}"):  # noqa: SIM117
+        with atomic.disk_errors(place):
+            raise OSError(number, os.strerror(number), str(place))
+
+
+@pytest.mark.parametrize("name", ["EBADF", "EFAULT", "EINVAL", "ETIMEDOUT", "ENOTCONN", "EPIPE"])
+def test_what_no_file_is_named_in_may_be_a_defect(name: str, tmp_path: Path) -> None:
+    """Or a socket's fault: a bad descriptor, a bad address, a place before a file's beginning."""
+    number = getattr(errno, name)
+    with pytest.raises(OSError, match=os.strerror(number)), atomic.disk_errors(tmp_path):
+        raise OSError(number, os.strerror(number))
+    with pytest.raises(OSError, match="no number"), atomic.disk_errors(tmp_path):
+        raise OSError("no number")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="of Linux")
+def test_a_place_where_the_system_makes_no_folder() -> None:
+    place = Path("/proc/limner")
+    with pytest.raises(DiskError, match=f"{place}: No such file"), atomic.lock(place):
+        pass
+
+
 HOLDER = """
 import sys; from pathlib import Path; from limner.storage import atomic
 with atomic.lock(Path(sys.argv[1])):

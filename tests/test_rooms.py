@@ -34,6 +34,7 @@ ROOMS = (
     "engines",
     "training",
     "commands",
+    "options",
     "cli",
     "compat",
     "__main__",

@@ -1,16 +1,16 @@
 """The ``limner`` command: arguments in, one command called, an exit code out."""
 
-import argparse
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import limner
 from limner.errors import report_once
 from limner.guard import run_guarded
+from limner.options import add_renamed_option, suggest_setting, to_name, to_path
 from limner.redaction import redacted_output
 
 if TYPE_CHECKING:
@@ -46,45 +46,6 @@ def make_parser() -> ArgumentParser:
     for name, command in COMMANDS.items():
         command.add_arguments(subparsers.add_parser(name, help=command.help))
     return parser
-
-
-def suggest_setting(option: str) -> str:
-    """Return how a setting is written that was given as an option; empty for what is none."""
-    name, _, value = option.lstrip("-").partition("=")
-    if "." not in name:
-        return ""
-    return f". A setting is written without dashes: {name}={value or 'VALUE'}"
-
-
-def to_path(text: str) -> Path:
-    """Return a path as a user writes it: ``~`` is the home folder."""
-    return Path(text).expanduser()
-
-
-class RenamedOption(argparse.Action):
-    """An old option, refused with its new name, which is ``const``."""
-
-    def __call__(
-        self,
-        parser: ArgumentParser,
-        namespace: Namespace,
-        values: object,
-        option_string: str | None = None,
-    ) -> NoReturn:
-        """End the command with a message."""
-        parser.error(f"{option_string}: renamed to {self.const}")
-
-
-def add_renamed_option(parser: ArgumentParser, old: str, new: str) -> None:
-    """Make the parser refuse an old option with its new name, whatever follows it."""
-    parser.add_argument(
-        old,
-        action=RenamedOption,
-        const=new,
-        nargs="?",
-        default=argparse.SUPPRESS,
-        help=argparse.SUPPRESS,
-    )
 
 
 def add_recipe_arguments(parser: ArgumentParser, words_help: str = OVERRIDES_HELP) -> None:
@@ -172,13 +133,18 @@ def run_show(arguments: Namespace) -> None:
 def add_generate_arguments(parser: ArgumentParser) -> None:
     """Add what ``limner generate`` takes: the model, the prompts, the settings, the files."""
     parser.add_argument(
-        "model", help="a run's folder, a folder in the diffusers layout, or a Hub repository"
+        "model",
+        type=to_name,
+        help="a run's folder, a folder in the diffusers layout, or a Hub repository",
     )
     parser.add_argument("words", metavar="prompts", nargs="*", default=[], help="what to draw")
     parser.add_argument("--prompt-file", type=to_path, help="a text file with one prompt per line")
-    parser.add_argument("--base", help="base model of a LoRA, where the run does not say")
+    parser.add_argument(
+        "--base", type=to_name, help="base model of a LoRA, where the run does not say"
+    )
     parser.add_argument(
         "--other-stage",
+        type=to_name,
         help="the other stage of a two-stage model, prior or decoder, where the run does not say",
     )
     add_renamed_option(parser, "--partner", "--other-stage")
@@ -275,7 +241,9 @@ def run_generate(arguments: Namespace) -> None:
 def add_export_arguments(parser: ArgumentParser) -> None:
     """Add what ``limner export`` takes."""
     parser.add_argument("run", type=to_path)
-    parser.add_argument("--push", metavar="REPOSITORY", help="Hub repository to push the result to")
+    parser.add_argument(
+        "--push", type=to_name, metavar="REPOSITORY", help="Hub repository to push the result to"
+    )
     parser.add_argument(
         "--combined",
         metavar="FOLDER",
@@ -284,6 +252,7 @@ def add_export_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--other-stage",
+        type=to_name,
         help="for --combined: the other stage, a run, a folder or a Hub repository (default: "
         "the run's own)",
     )

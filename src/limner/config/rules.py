@@ -46,7 +46,7 @@ def check_ranges(config: Config) -> Iterator[str]:
             yield f"{place}: {value} {range_.refusal}"
         elif most is not None and abs(value) > most:
             yield f"{place}: {shorten(repr(value))} is more than the {most:,} that are possible"
-        elif isinstance(value, str):
+        elif isinstance(value, str) and value != SETTINGS[name].default:
             fault = find_fault(value, is_path=declaration.path)
             if fault is not None:
                 yield f"{place}: {shorten(repr(value))} {fault}"
@@ -79,6 +79,8 @@ def find_fault(text: str, *, is_path: bool) -> str | None:
         return "holds a NUL character, which no file can"
     if not is_path:
         return None
+    if not text:
+        return "is no path; give one (of a shell's variable that is not set, nothing is left)"
     try:
         parts = [os.fsencode(part) for part in text.split("/")]
     except UnicodeEncodeError:

@@ -512,6 +512,7 @@ class EngineSettings:
     compile_cache: str = setting(
         "auto",
         "for JAX, compiled steps: auto (a user-wide folder), off, or a folder",
+        path=True,
         resume="free",
         shared=True,
         beside=JAX_CACHE,

@@ -27,23 +27,15 @@ HOLDER_FILE = ".lock-holder"
 # Names of what is not whole yet (tmp), not needed any more (old) or to be deleted (del). A folder
 # of the user's may hold any other.
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.limner-[0-9a-f]{16}\.(?P<kind>tmp|old|del)")
-# Errors of the disk, or of the place that the user chose; all others are defects of the program.
-REFUSALS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.ENOLCK,
-    errno.EOPNOTSUPP,
-)
+# Errors of the disk, the network share or the place that the user chose, where the system knows
+# them; all others, as EBADF and EFAULT, are defects of the program.
+REFUSALS = """
+    ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOTDIR EISDIR EEXIST ENOTEMPTY ENAMETOOLONG ELOOP
+    ENOLCK EOPNOTSUPP ESTALE EBUSY ETXTBSY EXDEV EMLINK ENXIO ENODEV ENOMEDIUM EUCLEAN EBADMSG
+    EREMOTEIO ENOKEY EKEYEXPIRED
+""".split()  # noqa: SIM905
+# The same, of a file that is named; else they come from a socket, or from a defect.
+NAMED_REFUSALS = "ENOENT EINVAL EILSEQ ENOTCONN ETIMEDOUT EHOSTDOWN EHOSTUNREACH ECONNRESET".split()  # noqa: SIM905
 
 
 def digest_file(path: Path) -> str:
@@ -91,7 +83,7 @@ def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in REFUSALS:
+        if not is_refusal(error):
             raise
         space = ""
         if needed:
@@ -102,6 +94,14 @@ def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
             f"{path}: {error.strerror}{space}. What was whole before is whole still; make room or "
             "choose another folder."
         ) from error
+
+
+def is_refusal(error: OSError) -> bool:
+    """Whether an error is the disk's, not the program's."""
+    name = errno.errorcode.get(error.errno or 0)
+    # Two names of one number on some systems.
+    name = "EOPNOTSUPP" if error.errno == errno.EOPNOTSUPP else name
+    return name in REFUSALS or (name in NAMED_REFUSALS and error.filename is not None)
 
 
 def name_temporary(path: Path, kind: str, mark: str | None = None) -> Path:

@@ -22,8 +22,9 @@ from limner.diffusion.samplers import check_steps
 from limner.errors import InputError, IntegrityError
 from limner.families import FAMILIES, get_family
 from limner.families.family import Family
+from limner.features import caches
 from limner.protocols import ProcessGroup, Report
-from limner.storage import atomic
+from limner.storage import atomic, outputs
 from limner.storage import checkpoint as checkpoints
 from limner.storage.checkpoint import Checkpoint
 from limner.storage.layout import LORA_FILE
@@ -33,10 +34,13 @@ from limner.training.result import is_run
 
 
 def check_places(config: Config, *, own_records: bool = False) -> None:
-    """Refuse a base or pictures that are not there, and a run's folder with a model in it, before a
-    framework is imported."""
+    """Refuse a base or pictures that are not there, folders that cannot be made, and a run's folder
+    with a model in it, before a framework is imported."""
     check_base_name(config.model)
     check_run_folder(Path(config.run), get_family(config))
+    outputs.check_folder_place(Path(config.run))
+    if config.data.cache not in ("off", "memory"):
+        outputs.check_folder_place(caches.cache_folder(config))
     if own_records:
         return
     for folder in (config.data.folder, *(one.folder for one in config.data.sets)):
