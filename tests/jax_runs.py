@@ -54,12 +54,14 @@ def settings(
             "threads": 1,
         },
         "adapter": {
-            "kind": kind,
-            "text_encoders": kind == "lora" and family == "sdxl",
+            "kind": "lora",
+            "text_encoders": family == "sdxl",
             "rank": 3,
             "alpha": 6.0,
-            "dropout": 0.1 if kind == "lora" and family == "sdxl" else 0.0,
-        },
+            "dropout": 0.1 if family == "sdxl" else 0.0,
+        }
+        if kind == "lora"
+        else {},
         "optim": {"learning_rate": 1e-5, "ema": 0.9},
         "objective": {"min_snr": 5.0},
         "train": {"steps": STEPS, "batch_size": 4, "micro_batch_size": 2, "seed": 3},

@@ -89,7 +89,7 @@ def result(
         for kind in ("full", "lora"):
             sections = {
                 "train": {"steps": 3},
-                "adapter": {"kind": kind, "rank": 3, "alpha": 6.0},
+                "adapter": {"kind": "lora", "rank": 3, "alpha": 6.0} if kind == "lora" else {},
                 "optim": {"learning_rate": 3e-2, "ema": 0.5},
             }
             preview = {"prompts": ["a red circle"], "steps": 2, "guidance_scale": 4.0, "count": 2}
@@ -248,7 +248,10 @@ def test_a_step_is_what_diffusers_computes(family, kind, kandinsky, wide, tmp_pa
 
     monkeypatch.setattr(lora, "add_adapters", moved)
     loop.run_training(
-        settings(kandinsky, wide, tmp_path, family, adapter={"kind": kind, "rank": 3}),
+        settings(
+            *(kandinsky, wide, tmp_path, family),
+            adapter={"kind": "lora", "rank": 3} if kind == "lora" else {},
+        ),
         report=lambda line: None,
     )
     [row] = rows(tmp_path)
@@ -676,7 +679,7 @@ def test_one_command_trains_both_and_draws_with_both(
 
 def test_recipes_one_after_the_other_share_an_engine(kandinsky, sd, wide, tmp_path):
     first = settings(kandinsky, wide, tmp_path / "first", PRIOR)
-    for name, value in (("kind", "jax"), ("precision", "bf16"), ("fsdp", 2)):
+    for name, value in (("kind", "jax"), ("precision", "bf16"), ("patience", 9.0)):
         second = settings(kandinsky, wide, tmp_path / "second", DECODER, engine={name: value})
         with pytest.raises(InputError, match=f"need the same engine.{name}"):
             several_recipes.run_all([first, second])

@@ -11,6 +11,7 @@ from pathlib import Path
 from limner import engines
 from limner.base_model.base import BaseModel
 from limner.config.schema import Config
+from limner.data import image
 from limner.data.index import Entry, Index
 from limner.data.source import Source
 from limner.families.family import Family
@@ -71,6 +72,8 @@ def prepare(
     Raises:
         LimnerError: of the kind that fits, for all that would keep the run from going well.
     """
+    # Without a cache it would be missing when the first picture is cut.
+    image.load_vips()
     settled = settle(config, source, process, report, read_only=read_only)
     base, checkpoint = settled.base, settled.checkpoint
     records = plan_records(settled, process, report, read_only=read_only)
