@@ -79,11 +79,7 @@ def prepare(
     records = plan_records(settled, process, report, read_only=read_only)
     config = settle_previews(settled.config, records, report)
     plan = records.plan
-    base_digest = digest_base(base, settled.family, process)
-    scheduler = base.component_class("scheduler")[1]
-    run_state = make_run_state(
-        config, plan, records.digest, base_digest, scheduler, records.held_out_apart
-    )
+    run_state = identify_run(settled, config, records, process)
     if checkpoint is not None:
         report_changes(checkpoint, run_state, plan, report)
     report_small_buckets(records.order, plan.batch_size, report)
@@ -151,6 +147,13 @@ def open_stream(
     )
 
 
-def digest_base(base: BaseModel, family: Family, process: ProcessGroup) -> str:
-    """The fingerprint of all that the weights depend on."""
-    return process.first(lambda: base.fingerprint(*family.feature_components))
+def identify_run(
+    settled: Settled, config: Config, records: RunRecords, process: ProcessGroup
+) -> RunState:
+    """What a checkpoint remembers of this run: its settings, records and base."""
+    base, components = settled.base, settled.family.feature_components
+    digest = process.first(lambda: base.fingerprint(*components))
+    scheduler = base.component_class("scheduler")[1]
+    return make_run_state(
+        config, records.plan, records.digest, digest, scheduler, records.held_out_apart
+    )
