@@ -427,6 +427,7 @@ def test_another_autoencoder_on_the_hub(
         )
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
 def test_a_network_that_gives_more_than_latents_is_refused(
     family: str, request: pytest.FixtureRequest, tmp_path: Path

@@ -110,7 +110,12 @@ def test_a_component_that_transformers_reads_from_elsewhere(copy: Path, engine: 
     adapter.unlink()
     config = copy / "text_encoder" / "config.json"
     edit(config, lambda config: config.update(transformers_weights="other.safetensors"))
-    with pytest.raises(InputError, match="names a file of weights as transformers_weights"):
+    with pytest.raises(InputError, match="names other files as transformers_weights"):
+        draw(copy, engine)
+    edit(config, lambda config: config.pop("transformers_weights"))
+    config = copy / "tokenizer" / "tokenizer_config.json"
+    edit(config, lambda config: config.update(fast_tokenizer_files=["tokenizer.4.0.0.json"]))
+    with pytest.raises(InputError, match="names other files as fast_tokenizer_files"):
         draw(copy, engine)
 
 

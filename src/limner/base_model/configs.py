@@ -148,7 +148,7 @@ def check_files(folder: Path) -> None:
 
 
 def check_places(folder: Path, config: Plain) -> None:
-    """Refuse a component that transformers would read from elsewhere than from its weight files.
+    """Refuse a component that transformers would read from elsewhere than from its usual files.
 
     Args:
         config: the component's.
@@ -161,11 +161,12 @@ def check_places(folder: Path, config: Plain) -> None:
             f"{folder / 'adapter_config.json'}: transformers would put an adapter on this "
             "component, or read another model in its place. Merge it, or move it away."
         )
-    if config.get("transformers_weights") is not None:
-        raise InputError(
-            f"{folder}: its config names a file of weights as transformers_weights, which is not "
-            "followed. Save the model again by save_pretrained."
-        )
+    for name in ("transformers_weights", "fast_tokenizer_files"):
+        if config.get(name):
+            raise InputError(
+                f"{folder}: its config names other files as {name}, which is not followed. Save "
+                "the model again by save_pretrained."
+            )
 
 
 def is_odd(path: Path) -> bool:

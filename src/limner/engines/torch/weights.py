@@ -88,6 +88,7 @@ def check_pipeline(folder: Path, variant: str | None, report: Report) -> None:
         encoder = components.get(name.replace("tokenizer", "text_encoder"), ("", ""))
         if name.startswith("tokenizer") and encoder[1] in KNOWN_CLASSES:
             cls = find_class(library, class_name)
+            check_places(component, read_json(component / "tokenizer_config.json"))
             encoder_folder = folder / name.replace("tokenizer", "text_encoder")
             load_tokenizer(component, cls, read_json(encoder_folder / "config.json"))
         # The safety checker is left out; what has no safetensors weights is refused when loaded.
