@@ -3,9 +3,11 @@ what an installed package brings along."""
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import limner
 from limner import cli
 from limner.commands import bench, export, generate
 from limner.config import toml
+from limner.errors import InputError
+from limner.training import signals
 
 ROOT = Path(__file__).parents[1]
 GOOD = 'run = "r"\n[model]\nbase = "b"\n[data]\nfolder = "f"\n[train]\nsteps = 1\nbatch_size = 1\n'
@@ -55,6 +59,43 @@ def test_prompts_and_options_mix(called: list[Any], line: list[str]) -> None:
         ["a", "b"],
         3,
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "RUN", "red"], "stopped; the pictures of whole batches are written. Run"),
+        (["export", "RUN"], "stopped; run the same command again"),
+        (["check", "r.toml"], "stopped; run the same command again"),
+        (["bench", "r.toml"], "stopped; run the same command again"),
+        (["train", "r.toml"], "stopped before training began; what was encoded is kept"),
+    ],
+)
+@pytest.mark.parametrize("number", signals.NUMBERS)
+def test_a_signal_ends_a_command_with_its_words(
+    words: list[str],
+    said: str,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = {one: signal.getsignal(one) for one in signals.NUMBERS}
+    command = replace(cli.COMMANDS[words[0]], run=lambda arguments: signal.raise_signal(number))
+    monkeypatch.setitem(cli.COMMANDS, words[0], command)
+    try:
+        assert cli.main(words) == 3
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert capsys.readouterr().err.startswith(f"limner: {said}")
+
+
+def test_settings_of_an_adapter_ask_for_its_kind(recipe: Path) -> None:
+    for words in (["adapter.rank=4"], ["adapter.rank=4", "adapter.alpha=none"]):
+        with pytest.raises(InputError, match=r"adapter: rank.* is given without adapter\.kind"):
+            toml.load_recipe(recipe, words)
+    assert toml.load_recipe(recipe, ["adapter.rank=4", "adapter.kind=lora"]).adapter.rank == 4
+    assert toml.load_recipe(recipe).adapter.kind == "full"
 
 
 @pytest.mark.parametrize("order", ["r --steps 5 o", "--steps 5 r o", "r o --steps 5"])

@@ -241,6 +241,16 @@ UNREAD: dict[str, tuple[Arrays, dict[str, Any], str]] = {
         TARGETS | {"unet.alora_invocation_tokens": [1, 2]},
         "header: unet.alora_invocation_tokens is [1, 2], null or [] is expected",
     ),
+    "arrays of an excluded layer": (
+        {},
+        TARGETS | {"unet.exclude_modules": ["attn2.to_v", "to_q"]},
+        "unet.exclude_modules leaves out unet.",
+    ),
+    "an excluding expression": (
+        {},
+        TARGETS | {"unet.exclude_modules": "(a+)+b"},
+        'unet.exclude_modules is "(a+)+b", a list of texts is expected',
+    ),
     "of a changed base": (
         {},
         TARGETS | {"unet.init_lora_weights": "pissa_niter_4"},
@@ -379,6 +389,7 @@ DEFAULTS: dict[str, list[Any]] = {
     "inference_mode": [True, False],
     "init_lora_weights": [True, False, "gaussian"],
     "lora_dropout": [0, 0.0, 0.1, 1.0],
+    "exclude_modules": [["attn2.to_k"], ["a.to_q", "q"]],
     "lora_alpha": [8, 2.5],
     "target_modules": [["to_q"], "all-linear"],
 }
@@ -617,3 +628,17 @@ def test_other_families(kind: str, sd3: Path, kandinsky: Path, tmp_path: Path) -
     first = targets[0]
     with pytest.raises(InputError, match=f"{len(arrays) // 2} arrays .* have no place in a "):
         draw_with({name.replace(f".{first}.", ".to_x."): a for name, a in arrays.items()})
+
+
+def test_a_file_of_two_layouts_is_named_as_such(base: Path, tmp_path: Path) -> None:
+    """As diffusers' conversion leaves it of a LoRA on convolutions."""
+    arrays = make_arrays(base, "sd", AdapterSettings("lora", 2))
+    old = {
+        name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): array
+        for name, array in arrays.items()
+        if ".attn2." in name
+    }
+    new = {name: array for name, array in arrays.items() if ".attn2." not in name}
+    save_file(old | new, tmp_path / LORA_FILE, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"Its names are of two layouts, such as \S+lora\.down"):
+        open_pipeline(base, tmp_path, "torch")

@@ -11,6 +11,7 @@ import pytest
 from limner.config import toml
 from limner.config.schema import SETTINGS, Config
 from limner.errors import InputError, IntegrityError
+from limner.json_types import Plain
 from limner.storage.run_state import RunState
 from limner.training import batch_plan, resume
 from limner.training.batch_plan import BatchPlan
@@ -290,6 +291,32 @@ def test_another_setting_is_refused_unless_allowed(name: str, value: Any, words:
         assert matched({name: value}, allow=(name,)) == [f"from step 30 on, {words}"]
         with pytest.raises(InputError):
             matched({name: value}, allow=("optim.warmup",))
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"adapter": {"rank": 8, "alpha": 2.0}}, {}),
+        ({"optim": {"warmup": 10, "cycles": 2}}, {}),
+        ({"engine": {"fsdp": 2}}, {"optim": {"warmup": 3}}),
+        ({}, {"adapter": {"rank": 16}, "optim": {"ema_offload": True}}),
+    ],
+)
+def test_a_setting_that_does_nothing_may_change(before: Plain, now: Plain) -> None:
+    """As one that an earlier build took, and that is refused today."""
+    plan = batch_plan.make_plan(recipe(batch_size=4), 1, 50, None, 1)
+    plain = toml.to_plain(recipe(batch_size=4, seed=1))
+
+    def change(sections: Plain) -> Config:
+        return toml.build(Config, plain | {n: plain[n] | sections[n] for n in sections})
+
+    saved = saved_of(change(before), plan)
+    assert resume.check_unchanged(saved, saved_of(change(now), plan), 30) == []
+    lora = {"adapter": {"kind": "lora", "rank": 8}}
+    with pytest.raises(InputError, match=r"adapter\.rank: was 8, now 4"):
+        resume.check_unchanged(
+            saved_of(change(lora), plan), saved_of(change({"adapter": {"kind": "lora"}}), plan), 30
+        )
 
 
 def test_everything_that_changed_is_named_at_once() -> None:

@@ -407,7 +407,8 @@ def test_a_stop_while_encoding_is_heard_by_all_before_one_leaves(mine: bool) -> 
         process=process,
         stop=stop,
         family=family,
-        config=SimpleNamespace(data=data),
+        config=SimpleNamespace(data=data, preview=SimpleNamespace(prompts=())),
+        report=print,
         engine=SimpleNamespace(get_encoders=lambda: None),
     )
     with pytest.raises(Stopped, match="stopped before training began"):

@@ -12,6 +12,7 @@ from limner.errors import report_once
 from limner.guard import run_guarded
 from limner.options import add_renamed_option, suggest_setting, to_name, to_path
 from limner.redaction import redacted_output
+from limner.training.signals import BEFORE_TRAINING, Stop
 
 if TYPE_CHECKING:
     from limner.config.schema import Config
@@ -35,7 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # argparse takes a list of words up to the first option, and leaves those after it.
     if extra:
         arguments.words = [*arguments.words, *extra]
-    return run_guarded(lambda: COMMANDS[arguments.command].run(arguments))
+    return run_guarded(lambda: run_command(COMMANDS[arguments.command], arguments))
+
+
+def run_command(command: "Command", arguments: Namespace) -> None:
+    """Run a command, which a signal ends with a message and an exit code of its own."""
+    # Here already, as a signal may come while the command's modules are imported.
+    with Stop(ends_process=True, words=command.stopped):
+        command.run(arguments)
 
 
 def make_parser() -> ArgumentParser:
@@ -70,15 +78,6 @@ def add_train_arguments(parser: ArgumentParser) -> None:
 
 def run_train(arguments: Namespace) -> None:
     """Train one recipe, or several one after the other."""
-    from limner.training.signals import Stop
-
-    # A signal may come while what follows is imported.
-    with Stop(ends_process=True):
-        train_recipes(arguments)
-
-
-def train_recipes(arguments: Namespace) -> None:
-    """Train one recipe, or several one after the other, while signals are heard."""
     from limner.config import toml
     from limner.training import loop, several_recipes
 
@@ -95,14 +94,11 @@ def train_recipes(arguments: Namespace) -> None:
 
 def run_encode(arguments: Namespace) -> None:
     """Fill the caches of a recipe."""
-    from limner.training.signals import Stop
+    from limner.training import loop
 
-    with Stop(ends_process=True):
-        from limner.training import loop
-
-        with report_once():
-            config = load_recipe(arguments)
-        loop.run_training(config, only_encode=True)
+    with report_once():
+        config = load_recipe(arguments)
+    loop.run_training(config, only_encode=True)
 
 
 def add_check_arguments(parser: ArgumentParser) -> None:
@@ -326,14 +322,18 @@ class Command:
     help: str
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], None]
+    stopped: str = "stopped; run the same command again"  # what is said after a signal
 
 
 COMMANDS = {
-    "train": Command("train, or resume a training", add_train_arguments, run_train),
+    "train": Command(
+        "train, or resume a training", add_train_arguments, run_train, BEFORE_TRAINING
+    ),
     "encode": Command(
         "encode pictures and captions ahead of time; training then loads no encoder",
         add_recipe_arguments,
         run_encode,
+        BEFORE_TRAINING,
     ),
     "check": Command(
         "check every picture and caption, and report what training would do with them",
@@ -349,6 +349,7 @@ COMMANDS = {
         "draw pictures with a run, a model folder or a Hub repository",
         add_generate_arguments,
         run_generate,
+        "stopped; the pictures of whole batches are written. Run the same command again",
     ),
     "export": Command(
         "write the result of a run's newest checkpoint again, or push it to the Hub",

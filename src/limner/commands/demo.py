@@ -15,7 +15,6 @@ from limner.storage import atomic, outputs
 from limner.storage.layout import LORA_FILE
 from limner.storage.run_folder import RunFolder
 from limner.training import loop, sinks
-from limner.training.signals import Stop
 
 BUNDLED = Path(bundled.__file__).parent
 PROMPTS = tuple(
@@ -38,8 +37,7 @@ def run_demo(
     """
     outputs.check_output_picture("--output", output)
     folder = folder or choose_run_folder(engine)
-    with Stop(ends_process=True):
-        loop.run_training(load_demo_recipe(folder, engine, overrides))
+    loop.run_training(load_demo_recipe(folder, engine, overrides))
     before, after = read_validation_losses(folder)
     sheet = contact_sheet.draw_contact_sheet(
         draw_before_and_after(folder, engine), PROMPTS, heads=("base", "fine-tuned"), tile=128

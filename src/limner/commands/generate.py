@@ -96,6 +96,7 @@ def run_generate(
     outputs.check_output_picture("--grid", grid)
     # A shell's word that is no UTF-8 has lone surrogates, which tokenizers do not take.
     prompts = [prompt.encode("utf-8", "replace").decode() for prompt in prompts]
+    check_grid(grid, list_paths(prompts, settings, output))
     pipeline = open_pipeline(model, base, other_stage, settings)
     negative = settings.negative_prompt
     engines.report_cut_prompts(pipeline, [*prompts, negative or ""], print_line)
@@ -105,6 +106,16 @@ def run_generate(
         with atomic.disk_errors(grid):
             write_grid(drawings, settings.count, grid)
     return paths
+
+
+def check_grid(grid: Path | None, paths: Sequence[Path]) -> None:
+    """Refuse a contact sheet in the place of one of its pictures.
+
+    Args:
+        paths: of the pictures.
+    """
+    if grid is not None and grid.resolve() in {path.resolve() for path in paths}:
+        raise InputError(f"--grid: {grid} is the file of a picture that is drawn; choose another")
 
 
 def check_settings(settings: DrawSettings) -> None:
@@ -235,14 +246,15 @@ def draw_into(
 ) -> tuple[list[Drawing], list[Path]]:
     """Draw as ``draw`` does, and write the files of each batch when it is drawn; say how many of
     them have replaced older ones."""
-    paths: list[Path] = []
+    paths = list_paths(prompts, settings, folder)
+    written: list[Path] = []
     replaced: list[Path] = []
 
     def keep(drawings: list[Drawing]) -> None:
-        names = [folder / name_drawing(len(paths) + i, one) for i, one in enumerate(drawings)]
-        replaced.extend(name for name in names if name.exists())
-        write_drawings(drawings, names)
-        paths.extend(names)
+        part = paths[len(written) : len(written) + len(drawings)]
+        replaced.extend(path for path in part if path.exists())
+        write_drawings(drawings, part)
+        written.extend(part)
 
     drawings = draw(pipeline, prompts, settings, keep)
     if replaced:
@@ -250,12 +262,14 @@ def draw_into(
             f"{folder}: {say_count(len(replaced), 'older file', 'older files')} of the same "
             "number, prompt and seed replaced; --output chooses another folder"
         )
-    return drawings, paths
+    return drawings, written
 
 
-def name_drawing(number: int, drawing: Drawing) -> str:
-    """Return the name of a PNG file, of number, prompt and seed."""
-    return f"{number:03d}-{to_file_name(redact_text(drawing.prompt))}-{drawing.seed}.png"
+def list_paths(prompts: Sequence[str], settings: DrawSettings, folder: Path) -> list[Path]:
+    """Return the PNG files of all pictures, named by number, prompt and seed."""
+    names = [to_file_name(redact_text(prompt)) for prompt in prompts]
+    pairs = [(name, settings.seed + k) for name in names for k in range(settings.count)]
+    return [folder / f"{i:03d}-{name}-{seed}.png" for i, (name, seed) in enumerate(pairs)]
 
 
 def write_drawings(drawings: Sequence[Drawing], paths: Sequence[Path]) -> None:

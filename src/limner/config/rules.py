@@ -10,6 +10,7 @@ from limner.config.declare import MOST, PIXELS, SEED, Beside, Range
 from limner.config.schema import SETTINGS, BucketSettings, Config, DataSetSettings
 from limner.config.toml import format_value
 from limner.errors import InputError, shorten
+from limner.json_types import Plain
 
 NAME_BYTES, PATH_BYTES = 255, 4_000  # what file systems hold
 MOST_REPEATS = 10_000  # each is a lap with an order of its own
@@ -231,8 +232,7 @@ def list_idle_settings(config: Config) -> Iterator[IdleSetting]:
             if beside is None or (range_ and value is not None and not range_.contains(value)):
                 continue
             others = [config[n] if "." in n else getattr(section, n) for n in beside.names]
-            given = any(one in beside.values if beside.values else one for one in others)
-            if not given:
+            if not is_given(beside, others):
                 yield IdleSetting(name, value, field.default, beside)
 
 
@@ -248,6 +248,30 @@ def list_sections(section: Any, place: str = "") -> Iterator[tuple[str, Any]]:
             for i, inner in enumerate(value):
                 if dataclasses.is_dataclass(inner):
                     yield from list_sections(inner, f"{place}{field.name}[{i}].")
+
+
+def settle_idle(settings: Plain) -> Plain:
+    """Return settings by name, with the default of each that does nothing beside the others."""
+    return {
+        name: SETTINGS[name].default if is_idle(name, settings) else value
+        for name, value in settings.items()
+    }
+
+
+def is_idle(name: str, settings: Plain) -> bool:
+    """Return whether a setting does nothing beside others, by name; see ``declare.Beside``."""
+    setting = SETTINGS.get(name)
+    beside = None if setting is None else setting.declaration.beside
+    if beside is None:
+        return False
+    section = name.rpartition(".")[0]
+    others = [settings.get(one if "." in one else f"{section}.{one}") for one in beside.names]
+    return not is_given(beside, others)
+
+
+def is_given(beside: Beside, others: list[Any]) -> bool:
+    """Return whether one of the values of other settings is what must be beside a setting."""
+    return any(one in beside.values if beside.values else one for one in others)
 
 
 def check_idle(config: Config, own_records: bool) -> Iterator[str]:

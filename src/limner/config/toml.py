@@ -41,7 +41,24 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Config:
         ) from error
     except ValueError as error:
         raise InputError(f"{shorten(str(path))}: not a TOML file: {shorten(str(error))}") from error
-    return build(Config, apply_overrides(raw, overrides))
+    raw = apply_overrides(raw, overrides)
+    refuse_without_kind(raw)
+    return build(Config, raw)
+
+
+def refuse_without_kind(raw: Plain) -> None:
+    """Refuse settings of an adapter in a recipe that names no kind of one: the whole network would
+    learn. As values they may be the defaults, which are as good as not given.
+
+    Raises:
+        InputError: naming them.
+    """
+    adapter = raw.get("adapter")
+    if isinstance(adapter, dict) and adapter and "kind" not in adapter:
+        raise InputError(
+            f"adapter: {', '.join(adapter)} is given without adapter.kind, so that the whole "
+            'network would learn. Give adapter.kind="lora", or leave the section out.'
+        )
 
 
 def read_small_file(path: Path) -> str:

@@ -73,7 +73,11 @@ SETTINGS = {
     "corda_config": UNSET,
     "ensure_weight_tying": take_only(None, False),
     "eva_config": UNSET,
-    "exclude_modules": take_only(None, [], ""),
+    # Of which the file has no arrays; see ``check_excluded``.
+    "exclude_modules": Setting(
+        lambda value: value in (None, "", []) or (isinstance(value, list) and is_targets(value)),
+        "a list of texts",
+    ),
     "fan_in_fan_out": take_only(None, False),
     "inference_mode": ANY,
     # Others are arrays for a base that was changed, or that are no halves of a product.
@@ -169,6 +173,7 @@ def check_component(
             f"{path}: lora_adapter_metadata in its header has {component}.{unknown[0]:.80}, "
             "which is no setting of a LoRA in peft. Leave it out of the header."
         )
+    check_excluded(path, component, own.get("exclude_modules"), names)
     for setting, part in ARRAYS_OF_SETTINGS.items():
         holds = any(part in name for name in names if name.startswith(prefix))
         if holds != (own.get(setting) is True):
@@ -177,6 +182,23 @@ def check_component(
                 f"{show_value(own.get(setting))}, and {'an' if holds else 'no'} array of "
                 f"{component} has {part} in its name. Mend the header, or fetch the file again."
             )
+
+
+def check_excluded(path: Path, component: str, excluded: object, names: Sequence[str]) -> None:
+    """Refuse arrays of layers that a header excludes, which peft would leave out.
+
+    Args:
+        excluded: names of layers, or their ends.
+    """
+    if not isinstance(excluded, list):
+        return
+    ends = tuple(f".{end}" for end in excluded)
+    left_out = [name for name in names if f".{name.partition('.lora')[0]}".endswith(ends) and ends]
+    if left_out:
+        raise InputError(
+            f"{path}: lora_adapter_metadata in its header: {component}.exclude_modules leaves out "
+            f"{min(left_out):.120}, of which the file has values. Mend the header, or leave it out."
+        )
 
 
 def check_value(path: Path, name: str, value: object) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from limner import rng
 from limner.base_model.base import INDEX
 from limner.config import toml
+from limner.config.rules import settle_idle
 from limner.config.schema import SETTINGS, Config
 from limner.errors import InputError
 from limner.json_types import Plain
@@ -107,12 +108,13 @@ def declares(name: str, resume: str) -> bool:
 def list_changed_settings(saved: RunState, now: RunState) -> dict[str, str]:
     """Settings that are not free to change and have changed, each with a line about it.
 
-    One that did not exist when the run began had its default, which means what was done before.
+    One that did not exist when the run began had its default, which means what was done before. One
+    that does nothing beside the others counts as its default.
     """
     before = toml.flatten(toml.to_plain(Config())) | toml.flatten(
         redact(saved.config, environment=False)
     )
-    after = toml.flatten(now.config)
+    before, after = settle_idle(before), settle_idle(toml.flatten(now.config))
     return {
         name: f"{name}: was {before.get(name)!r}, now {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())

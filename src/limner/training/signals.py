@@ -44,10 +44,11 @@ class Stop:
     Args:
         ends_process: whether the process ends with this context. After a stop Python still takes a
             second for that, in which further signals are then ignored: the exit code stays.
+        words: of the ``Stopped`` that is raised at once.
     """
 
-    def __init__(self, *, ends_process: bool = False) -> None:
-        self.ends_process = ends_process
+    def __init__(self, *, ends_process: bool = False, words: str = BEFORE_TRAINING) -> None:
+        self.ends_process, self.words = ends_process, words
         self.over = False  # whether a stop has ended a context inside this one
         self.asked = False
         self.asked_at = 0.0  # seconds of the monotonic clock, of this process's first signal
@@ -157,7 +158,7 @@ class Stop:
     def check(self) -> None:
         """Raise ``Stopped`` when a stop was asked for while nothing has been trained."""
         if self.asked:
-            raise Stopped(BEFORE_TRAINING)
+            raise Stopped(self.words)
 
 
 def is_ignored(number: int) -> bool:

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def load_lora(pipeline: Any, folder: Path) -> None:
     arrays, settings = read_lora_file(path)
     nets = list_networks(pipeline)
     hint = guess_prefix(arrays, [name for name in nets if name in ADAPTED_COMPONENTS])
+    hint = hint or guess_two_layouts(arrays)
     shapes = {name: list_shapes(net) for name, net in nets.items()}
     try:
         with mute_libraries():
@@ -76,6 +77,19 @@ def load_lora(pipeline: Any, folder: Path) -> None:
     described = {name.partition(".")[0] for name in settings}
     bare = {name: net for name, net in nets.items() if name not in described}
     set_scales(path, arrays, bare, get_rounding(nets))
+
+
+def guess_two_layouts(names: Iterable[str]) -> str:
+    """Return a hint where some names are of today's layout and others of an older one, of which
+    diffusers reads only one; else nothing."""
+    is_old = {name: rename_lora_array(name) != name for name in names if "lora" in name}
+    if len(set(is_old.values())) < 2:
+        return ""
+    old, new = (min(name for name in is_old if is_old[name] is which) for which in (True, False))
+    return (
+        f"Its names are of two layouts, such as {old} and {new}, and diffusers reads one: write "
+        "the file in that of today."
+    )
 
 
 @contextmanager
