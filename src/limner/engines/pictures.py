@@ -39,12 +39,22 @@ def report_broken(
     Args:
         flags: of each picture, whether it has.
     """
-    pictures = zip(prompts, seeds, flags, strict=True)
-    broken = [f"{prompt!r} (seed {seed})" for prompt, seed, is_broken in pictures if is_broken]
-    if broken:
-        total = f"of {len(flags)} pictures"
+    if any(flags):
+        count = say_part(flags, "has", "have")
         report(
-            f"{say_count(len(broken), f'{total} has', f'{total} have')} black places, because the "
-            f"networks gave numbers there that are not finite: {join_first(broken)}. In fp16 that "
-            "is often an overflow: another precision may do. Else the weights are broken"
+            f"{count} black places, because the networks gave numbers there that are not finite: "
+            f"{name_flagged(prompts, seeds, flags)}. In fp16 that is often an overflow: another "
+            "precision may do. Else the weights are broken"
         )
+
+
+def say_part(flags: Sequence[bool], one: str, several: str) -> str:
+    """Return how many of all pictures are flagged, and the verb: ``2 of 8 pictures are``."""
+    total = f"of {len(flags)} pictures"
+    return say_count(sum(flags), f"{total} {one}", f"{total} {several}")
+
+
+def name_flagged(prompts: Sequence[str], seeds: Sequence[int], flags: Sequence[bool]) -> str:
+    """Return prompt and seed of the pictures that are flagged."""
+    pictures = zip(prompts, seeds, flags, strict=True)
+    return join_first([f"{prompt!r} (seed {seed})" for prompt, seed, is_one in pictures if is_one])

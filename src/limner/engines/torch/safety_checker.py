@@ -5,9 +5,9 @@ from pathlib import Path
 
 from limner.base_model.configs import list_components
 from limner.base_model.weight_files import has_usable_weights, list_files
+from limner.engines.pictures import name_flagged, say_part
 from limner.engines.torch.encoders import TorchEncoders
 from limner.engines.torch.weights import check_component
-from limner.errors import join_first, say_count
 from limner.json_types import Plain
 from limner.protocols import Report
 
@@ -56,13 +56,9 @@ def report_blackened(
     Args:
         flags: of each picture, whether it has.
     """
-    pictures = zip(prompts, seeds, flags, strict=True)
-    black = [f"{prompt!r} (seed {seed})" for prompt, seed, is_black in pictures if is_black]
-    if black:
-        total = f"of {len(flags)} pictures"
+    if any(flags):
         report(
-            f"{say_count(len(black), f'{total} is', f'{total} are')} black, because the base's "
-            f"safety checker found {'it' if len(black) == 1 else 'them'} unsafe: "
-            f"{join_first(black)}. Without it: --no-safety-checker, or "
-            "preview.safety_checker=false for previews"
+            f"{say_part(flags, 'is', 'are')} black, because the base's safety checker found "
+            f"{'it' if sum(flags) == 1 else 'them'} unsafe: {name_flagged(prompts, seeds, flags)}. "
+            "Without it: --no-safety-checker, or preview.safety_checker=false for previews"
         )
