@@ -76,31 +76,41 @@ def check_pipeline(folder: Path, variant: str | None, report: Report) -> None:
     components = list_components(read_json(folder / INDEX))
     for name, (library, class_name) in components.items():
         component = folder / name
+        names = list_files(component)
         if name == "scheduler":
             path = component / "scheduler_config.json"
             check_drawing(read_json(path) | {"_class_name": class_name})
-        names = list_files(component)
-        if not names and name != "safety_checker":
+        elif name.startswith("tokenizer"):
+            encoder = name.replace("tokenizer", "text_encoder")
+            if components.get(encoder, ("", ""))[1] in KNOWN_CLASSES:
+                cls = find_class(library, class_name)
+                check_places(component, read_json(component / "tokenizer_config.json"))
+                load_tokenizer(component, cls, read_json(folder / encoder / "config.json"))
+        elif not names and name != "safety_checker":
             raise InputError(
                 f"{component}: it is named in {INDEX}, and no file of it is there. Fetch or copy "
                 "the model again."
             )
-        encoder = components.get(name.replace("tokenizer", "text_encoder"), ("", ""))
-        if name.startswith("tokenizer") and encoder[1] in KNOWN_CLASSES:
-            cls = find_class(library, class_name)
-            check_places(component, read_json(component / "tokenizer_config.json"))
-            encoder_folder = folder / name.replace("tokenizer", "text_encoder")
-            load_tokenizer(component, cls, read_json(encoder_folder / "config.json"))
         # The safety checker is left out; what has no safetensors weights is refused when loaded.
         may_load = name != "safety_checker" and any(".safetensors" in one for one in names)
-        if not may_load and not has_usable_weights(name, names, variant, library):
-            continue
-        config = read_json(component / "config.json")
-        check_places(component, config)
-        if config.get("quantization_config"):
-            report(f"{component}: it is quantized: its arrays are not compared with its config")
-        else:
-            check_component(component, library, class_name, variant)
+        if may_load or has_usable_weights(name, names, variant, library):
+            check_network(component, library, class_name, variant, report)
+
+
+def check_network(
+    folder: Path, library: str, class_name: str, variant: str | None, report: Report
+) -> None:
+    """Compare a network with its config, or say that it is quantized.
+
+    Raises:
+        InputError: listing what differs.
+    """
+    config = read_json(folder / "config.json")
+    check_places(folder, config)
+    if config.get("quantization_config"):
+        report(f"{folder}: it is quantized: its arrays are not compared with its config")
+    else:
+        check_component(folder, library, class_name, variant)
 
 
 def check_component(folder: Path, library: str, class_name: str, variant: str | None) -> None:
