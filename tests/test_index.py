@@ -2,12 +2,15 @@
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_color import LINEAR as LINEAR_GREY
+from test_image import chunk, cmyk_profile, encode, linear_profile, png, tabled_srgb_profile
 
 from limner.config.schema import DataSettings
 from limner.data import image, known_pictures, similarity
@@ -309,6 +312,7 @@ def test_a_damaged_memory_is_as_good_as_none(tmp_path: Path, damage: bytes) -> N
             *(5, 9),
             *similarity.perceptual_hashes(image.decode(tmp_path / "a.png", **AS_USUAL)),
             False,
+            False,
         ]
     }
     known.write_text(known.read_text().replace("[5, 9,", "[5, 8,"))
@@ -328,6 +332,7 @@ def write_known(path: Path, pictures: dict[str, Any]) -> None:
         *({2: look} for look in ("x", 2**64, -1, None, 1.5, False)),
         *({3: look} for look in (None, 2**70, "1")),
         *({4: further} for further in (0, None, "no")),
+        *({5: profile} for profile in (1, None, "no")),
     ],
 )
 def test_an_entry_that_no_picture_has_is_decoded_again(
@@ -346,7 +351,9 @@ def test_an_entry_that_no_picture_has_is_decoded_again(
     assert json.loads(known.read_text())["pictures"] == right
 
 
-@pytest.mark.parametrize("facts", [[], [5, 9, 1, 1], [5, 9, 1, 1, False, 0], {}, "abcde", None, 7])
+@pytest.mark.parametrize(
+    "facts", [[], [5, 9, 1, 1, False], [5, 9, 1, 1, False, False, 0], {}, "abcdef", None, 7]
+)
 def test_an_entry_of_another_form_is_decoded_again(tmp_path: Path, facts: Any) -> None:
     known, told = tmp_path / "known.json", []
     write_known(known, {"0 white": facts, "1 white": facts})
@@ -428,6 +435,60 @@ def test_further_frames_and_pages_are_told(tmp_path: Path) -> None:
         assert [line for line in told if "frames" in line] == [
             "5 of 11 records have further frames or pages, of which none but the first is used: "
             "a.gif; b.tif; c.webp; ..."
+        ]
+
+
+def test_profiles_that_cannot_be_used_are_told(tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    grey = Image.fromarray(draws.integers(0, 256, (9, 9), np.uint8))
+    color = Image.fromarray(draws.integers(0, 256, (9, 9, 3), np.uint8))
+    faint = Image.merge("LA", (grey, Image.new("L", (9, 9), 9)))
+    linear, srgb, press = linear_profile(), tabled_srgb_profile(), cmyk_profile()
+    for name, one, profile in (
+        ("bad a.png", color, linear[:150]),
+        ("bad b.jpg", color, b"no profile"),
+        ("bad c.webp", color, press),
+        ("bad d.tif", color.convert("CMYK"), linear),
+        ("bad e.png", grey, linear),
+        ("bad f.png", color.convert("P"), LINEAR_GREY),
+        ("bad g.png", faint, press),
+        ("bad h.gif.png", color.convert("RGBA"), LINEAR_GREY),
+        ("good a.png", color, srgb),
+        ("good b.jpg", color, linear),
+        ("good c.png", grey, srgb),
+        ("good d.png", grey, LINEAR_GREY),
+        ("good e.tif", color.convert("CMYK"), press),
+        ("good f.png", color.convert("P"), linear),
+        ("good g.png", faint, linear),
+        ("good h.png", faint, LINEAR_GREY),
+        ("good i.webp", color, None),
+    ):
+        one.save(tmp_path / name, icc_profile=profile)
+    # A profile whose packing is damaged, and one too long to be unpacked.
+    rows = b"".join(b"\0" + row.tobytes() for row in np.asarray(color))
+    packed = zlib.compress(b"\0" * (2**24 + 1))
+    for name, data in (("bad i.png", b"rgb\0\0broken"), ("bad j.png", b"rgb\0\0" + packed)):
+        (tmp_path / name).write_bytes(png(9, 9, 8, 2, rows, chunk(b"iCCP", data)))
+    # One of which a piece is missing.
+    content = encode(color, "JPEG", icc_profile=draws.bytes(70_000))
+    content = content.replace(b"ICC_PROFILE\0\2\2", b"ICC_PROFILX\0\2\2")
+    (tmp_path / "bad k.jpg").write_bytes(content)
+    opened = color.copy()
+    opened.info["icc_profile"] = press
+    source = Mine(
+        *(Record(path.name, path, ("x",)) for path in sorted(tmp_path.iterdir())),
+        Record("bad opened", opened, ("x",)),
+    )
+    for _ in range(2):  # decoded, and then known
+        told: list[str] = []
+        index = build_index(
+            source, DataSettings(size=4), cache_file=tmp_path / "known", report=told.append
+        )
+        bad = [entry.key for entry in index.with_unusable_profile]
+        assert bad == [record.key for record in source.records if record.key.startswith("bad")]
+        assert [line for line in told if "profile" in line] == [
+            "12 of 21 records have a colour profile that cannot be used, and sRGB is assumed "
+            "instead: bad a.png; bad b.jpg; bad c.webp; ..."
         ]
 
 

@@ -136,17 +136,47 @@ def convert_lab(picture: Image.Image) -> Image.Image:
 
 def has_grey_profile(picture: Image.Image) -> bool:
     """Whether a picture has a usable profile of grey values."""
-    icc = picture.info.get("icc_profile")
+    icc: bytes = picture.info.get("icc_profile") or b""
     return bool(icc) and needs_conversion(icc, "L")
 
 
-@functools.lru_cache(maxsize=64)
+def has_unusable_profile(picture: Image.Image) -> bool:
+    """Whether a picture has a profile that is ignored: one that cannot be read, or is meant for
+    another kind of picture. Grey with a profile that is sRGB has a usable one."""
+    if "icc_profile" not in picture.info:
+        return False
+    icc: bytes = picture.info["icc_profile"] or b""
+    mode = picture.mode
+    # Of a profile that cannot be unpacked, PIL keeps None.
+    if not icc:
+        return True
+    is_transparent = picture.has_transparency_data
+    if is_deep(mode) or mode in ("1", "L", "LA", "La"):
+        if measure_profile(icc, "L") is not None:
+            return False
+        # Behind transparency, grey becomes RGB.
+        return measure_profile(icc, "RGB") is None or (
+            needs_conversion(icc, "RGB") and not is_transparent
+        )
+    if is_transparent or mode in ("P", "PA"):
+        mode = "RGB"
+    return measure_profile(icc, mode) is None
+
+
 def needs_conversion(icc: bytes, mode: str) -> bool:
     """Whether a profile can be read, is meant for this mode, and is not sRGB."""
+    change = measure_profile(icc, mode)
+    return change is not None and change > 2
+
+
+@functools.lru_cache(maxsize=64)
+def measure_profile(icc: bytes, mode: str) -> int | None:
+    """Return by how much, 0 to 255, a profile's conversion to sRGB changes values of its own mode
+    at most: 255 for CMYK and Lab. None where it cannot be read, or is meant for another mode."""
     try:
         space = ImageCms.ImageCmsProfile(io.BytesIO(icc)).profile.xcolor_space.strip()
         if MODES.get(space) != mode:
-            return False
+            return None
         # sRGB has many profiles with many names: whether this is one is asked of its numbers.
         steps = np.arange(0, 256, 51, dtype=np.uint8)
         if mode == "RGB":
@@ -156,8 +186,8 @@ def needs_conversion(icc: bytes, mode: str) -> bool:
         else:
             # Converting one pixel shows whether the profile works.
             apply_profile(Image.new(mode, (1, 1)), icc)
-            return True
+            return 255
         converted = np.asarray(apply_profile(Image.fromarray(colors), icc)).astype(int)
-        return bool(np.abs(converted - colors.reshape(1, len(colors[0]), -1)).max() > 2)
+        return int(np.abs(converted - colors.reshape(1, len(colors[0]), -1)).max())
     except (OSError, TypeError, ValueError, ImageCms.PyCMSError):
-        return False
+        return None

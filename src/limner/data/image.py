@@ -16,6 +16,7 @@ from limner.data.color import (
     Color,
     find_scale,
     flatten_to_srgb,
+    has_unusable_profile,
     needs_conversion,
     scale_key_color,
 )
@@ -269,19 +270,22 @@ def reduce_array(array: np.ndarray) -> np.ndarray:
     )
 
 
-def has_further_frames(picture: Path | bytes) -> bool:
-    """Whether a picture that decodes is the first of several frames or pages of its file."""
+def find_unused(picture: Path | bytes) -> tuple[bool, bool]:
+    """Return what of a file that decodes is not used: whether there are further frames or pages,
+    and whether there is a profile that cannot be used."""
+    bad_profile = False
     try:
         content = read_file(picture) if isinstance(picture, Path) else picture
+        opened = open_content(content)
+        bad_profile = has_unusable_profile(opened)
         # What follows a JPEG in its file is a preview, a map or the other eye's view.
-        if content.startswith(JPEG_SIGNATURE):
-            return False
-        return bool(getattr(open_content(content), "is_animated", False))
+        is_jpeg = content.startswith(JPEG_SIGNATURE)
+        return not is_jpeg and bool(getattr(opened, "is_animated", False)), bad_profile
     except MemoryError:
         raise
     # What follows can be damaged in any way; it is not used.
     except Exception:
-        return False
+        return False, bad_profile
 
 
 def load_views(

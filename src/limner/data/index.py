@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from PIL import Image
 
 from limner import rng
 from limner.config.schema import DataSettings
 from limner.data import buckets, geometry, image, similarity
 from limner.data.buckets import TooSmall
+from limner.data.color import has_unusable_profile
 from limner.data.known_pictures import (
     DecodedPictures,
     PictureFacts,
@@ -49,6 +51,7 @@ class Entry:
     perceptual_hash: int = 0
     mirrored_hash: int | None = None  # None where pictures are not mirrored
     further_frames: bool = False
+    unusable_profile: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -121,6 +124,11 @@ class Index:
     def with_further_frames(self) -> list[Entry]:
         """Records whose picture is the first of several in its file."""
         return [entry for entry in self.entries if entry.further_frames]
+
+    @property
+    def with_unusable_profile(self) -> list[Entry]:
+        """Records whose picture has a colour profile that is ignored."""
+        return [entry for entry in self.entries if entry.unusable_profile]
 
     def captions(self) -> Iterator[tuple[str, str]]:
         """Yield every caption as (key of its record, caption)."""
@@ -214,9 +222,11 @@ def report_flaws(index: Index, config: DataSettings, report: Report) -> None:
     near_duplicates = [entry for group in index.near_duplicates for entry in group[1:]]
     several = "several captions, one of which is drawn each time"
     further = "further frames or pages, of which none but the first is used"
+    profile = "a colour profile that cannot be used, and sRGB is assumed instead"
     for one, many, flaw, entries in (
         ("has", "have", several, index.with_several_captions),
         ("has", "have", further, index.with_further_frames),
+        ("has", "have", profile, index.with_unusable_profile),
         ("has", "have", "an empty caption", without_caption),
         ("repeats", "repeat", "the picture of an earlier one", index.exact_duplicates),
         ("looks", "look", "like an earlier one", near_duplicates),
@@ -302,16 +312,17 @@ def measure_picture(
     """Return the digest of a picture's content, and its facts, which are added to ``decoded``."""
     if not isinstance(picture, Path | bytes):
         pixels = decode(picture, config)
+        bad_profile = isinstance(picture, Image.Image) and has_unusable_profile(picture)
         # The size is width first, as it has been in digests from the first.
         content = f"{pixels.shape[1::-1]}".encode() + pixels.tobytes()
-        return xxhash.xxh3_128(content).hexdigest(), read_facts(pixels)
+        return xxhash.xxh3_128(content).hexdigest(), read_facts(pixels, False, bad_profile)
     # The bytes of a file decode alike each time on one background.
     digest = digest_file_content(picture)
     name = f"{digest} {config.background}"
     facts = decoded.get(name)
     # A picture that is larger than this recipe allows is refused by decoding it again.
     if facts is None or not 0 < facts.height * facts.width <= config.max_pixels:
-        facts = read_facts(decode(picture, config), image.has_further_frames(picture))
+        facts = read_facts(decode(picture, config), *image.find_unused(picture))
         decoded[name] = facts
     return digest, facts
 
@@ -321,10 +332,11 @@ def decode(picture: image.Picture, config: DataSettings) -> np.ndarray:
     return image.decode(picture, background=config.background, max_pixels=config.max_pixels)
 
 
-def read_facts(pixels: np.ndarray, further_frames: bool = False) -> PictureFacts:
+def read_facts(pixels: np.ndarray, further_frames: bool, unusable_profile: bool) -> PictureFacts:
     """Return the facts of a decoded picture, uint8 [H, W, 3]."""
     height, width, _ = pixels.shape
-    return PictureFacts(height, width, *similarity.perceptual_hashes(pixels), further_frames)
+    hashes = similarity.perceptual_hashes(pixels)
+    return PictureFacts(height, width, *hashes, further_frames, unusable_profile)
 
 
 def digest_file_content(picture: Path | bytes) -> str:

@@ -16,7 +16,7 @@ from limner.storage import atomic
 
 # The version of the list of decoded pictures, and the decoder: when either changes, pictures are
 # decoded anew.
-_DECODER = f"6, Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}"
+_DECODER = f"7, Pillow {PIL.__version__}, simplejpeg {metadata.version('simplejpeg')}"
 
 
 class PictureFacts(NamedTuple):
@@ -27,6 +27,7 @@ class PictureFacts(NamedTuple):
     perceptual_hash: int
     mirrored_hash: int  # of its mirror image
     further_frames: bool  # whether its file has more frames or pages
+    unusable_profile: bool  # whether its profile is ignored
 
 
 # By digest of the content and background: what shows through a picture changes its hashes.
@@ -74,9 +75,9 @@ def is_sound(facts: object) -> bool:
     """Whether a row of the list holds what a decoded picture can have."""
     if not isinstance(facts, list) or len(facts) != len(PictureFacts.__annotations__):
         return False
-    numbers, further_frames = facts[:-1], facts[-1]
+    numbers, flags = facts[:4], facts[4:]
     # Neither are booleans numbers here, nor 64.0.
-    if not all(type(number) is int for number in numbers) or type(further_frames) is not bool:
+    if {type(number) for number in numbers} != {int} or {type(flag) for flag in flags} != {bool}:
         return False
     height, width, *hashes = numbers
     return 0 < height < 2**31 and 0 < width < 2**31 and all(0 <= one < 2**64 for one in hashes)

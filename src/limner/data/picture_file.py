@@ -148,7 +148,8 @@ def read_header(content: bytes) -> ImageFile.ImageFile:
 
 
 def drop_long_chunks(content: bytes) -> tuple[bytes, bytes | None]:
-    """Return a PNG without texts and profile that Pillow would refuse it for, and that profile.
+    """Return a PNG without texts and profile that Pillow would refuse it for, and that profile;
+    an empty one for one beyond ``PROFILE_BYTES``.
 
     Raises:
         Undecodable: when there are more chunks than ``SEGMENTS``, or more to unpack in them than
@@ -172,7 +173,7 @@ def drop_long_chunks(content: bytes) -> tuple[bytes, bytes | None]:
                 kept.append(content[start:at])
                 start = end
                 if kind == b"iCCP":
-                    profile = unpacked
+                    profile = unpacked or b""
         at = end
     else:
         raise Undecodable(f"more than {SEGMENTS} chunks")
