@@ -198,6 +198,11 @@ def test_a_row_without_a_file_is_named(tmp_path: Path) -> None:
         ("../out.png", "'..'"),
         ("sub/../../out.png", "'..'"),
         ("..\\out.png", "'..'"),
+        ("sub\\..\\..\\out.png", "'..'"),
+        ("sub\\b/../../out.png", "'..'"),
+        ("sub/..\\../out.png", "'..'"),
+        ("../data/a.png", "'..'"),
+        ("/sub/../a.png", "absolute"),
         ("/etc/hostname", "absolute"),
         ("C:\\out.png", "absolute"),
         ("c:/out.png", "absolute"),
@@ -223,6 +228,35 @@ def test_names_that_lead_out_of_the_folder(
     assert source[0].key == "a.png"
     key, reason = bad(source, 1)
     assert words in reason and reason.startswith(kind) and "\0" not in key
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("sub/../a.png", "a.png"),
+        ("./sub/.././a.png", "a.png"),
+        ("sub\\..\\a.png", "a.png"),
+        ("sub/../sub/b.png", "sub/b.png"),
+        ("sub/../.hidden/c.png", ".hidden/c.png"),
+        ("a/b/../../a.png", "a.png"),
+    ],
+)
+def test_names_that_stay_inside_the_folder(tmp_path: Path, name: str, key: str) -> None:
+    paint(tmp_path / "a.png"), paint(tmp_path / "sub/b.png"), paint(tmp_path / ".hidden/c.png")
+    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": name, "text": "x"}])
+    source, _ = folder(tmp_path)
+    assert (source[0].key, source[0].captions) == (key, ("x",))
+    assert source[0].image == tmp_path / key
+
+
+def test_a_row_of_a_subfolder_stays_in_it(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png"), paint(tmp_path / "sub" / "b.png")
+    names = "../a.png", "x/../b.png"
+    rows = [{"file_name": name, "text": "x"} for name in names]
+    write_jsonl(tmp_path / "sub" / "metadata.jsonl", rows)
+    source, _ = folder(tmp_path)
+    assert "file_name leads out of the metadata file's folder with '..'" in bad(source, 0)[1]
+    assert source[1].key == "sub/b.png"
 
 
 def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
@@ -708,6 +742,53 @@ def test_files_of_a_reader_are_known_by_their_content(
     for text in ("old", "new"):
         write_rows(data / READER_FILES[kind], kind, picture, text)
         assert hub(tmp_path, kind, hub_files=str(data))[0].captions == (text,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "missing"),
+    [
+        ("parquet", ["train-00000-of-00002.parquet"], ["train-00001-of-00002.parquet"]),
+        ("parquet", ["00002-of-00002.parquet"], ["00001-of-00002.parquet"]),
+        (
+            "json",
+            ["t-00001-of-00003-ab12.jsonl", "t-00001-of-00002.jsonl", "t-00000-of-00002.jsonl"],
+            ["t-00000-of-00003.jsonl", "t-00002-of-00003.jsonl"],
+        ),
+        # Of parts in another folder, or of another ending, none is one of these.
+        (
+            "folder",
+            ["data/train-00000-of-00002.csv", "train-00001-of-00002.csv", "x-00001-of-00002.txt"],
+            ["data/train-00001-of-00002.csv"],
+        ),
+        ("folder", ["train-00000-of-00001.csv", "test-00000-of-00002.csv"], []),
+        ("csv", ["a-00001-of-00002.csv", "a-00002-of-00002.csv"], []),
+        ("imagefolder", ["seed-00001-of-00004.png"], []),
+    ],
+)
+def test_missing_parts_of_a_table_are_named(
+    tmp_path: Path, offline: Any, kind: str, names: list[str], missing: list[str]
+) -> None:
+    data = tmp_path / "set"
+    for name in names:
+        path = data / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "imagefolder":
+            paint(path)
+            write_rows(data / "metadata.jsonl", kind, path, "x")
+        else:
+            write_rows(path, {"folder": "csv"}.get(kind, kind), data / "a.png", "x")
+    name, files = (str(data), None) if kind == "folder" else (kind, str(data))
+    if not missing:
+        assert hub(tmp_path, name, hub_files=files)[0].captions == ("x",)
+        return
+    with pytest.raises(InputError) as caught:
+        hub(tmp_path, name, hub_files=files)
+    said = "1 part is" if len(missing) == 1 else f"{len(missing)} parts are"
+    assert str(caught.value) == (
+        f"data.hub: {name}: {said} missing of those that the names of the others count: "
+        f"{', '.join(str(data / one) for one in missing)}. Put all parts there, or rename what is "
+        "to be read alone."
+    )
 
 
 def test_files_beside_a_folder_are_known_by_their_content(tmp_path: Path, offline: Any) -> None:

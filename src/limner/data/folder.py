@@ -350,8 +350,10 @@ def explain_bad_name(name: object) -> str | None:
         return "file_name is missing or not a text"
     if "\0" in name:
         return "file_name holds a NUL character"
-    if ".." in re.split(r"[\\/]", name):
-        return "file_name leads out of the folder with '..'"
+    # Either slash may be meant; what a folder's name and '..' undo between them is of no matter.
+    spellings = os.path.normpath(name), os.path.normpath(name.replace("\\", "/"))
+    if any(spelling.split("/")[0] == ".." for spelling in spellings):
+        return "file_name leads out of the metadata file's folder with '..'"
     if name[0] in "/\\" or re.match(r"[A-Za-z]:", name):
         return "file_name is absolute; it must be relative to the metadata file"
     return None

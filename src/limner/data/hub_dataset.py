@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 import xxhash
 
 from limner.config.schema import DataSettings
+from limner.data.listing import is_picture
 from limner.data.source import BadRecord, Record, explain_missing_column, read_captions
-from limner.errors import DiskError, HubError, InputError, LimnerError
+from limner.errors import DiskError, HubError, InputError, LimnerError, join_first, say_count
 from limner.storage import atomic
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -23,6 +25,9 @@ READERS = (
 )
 # Types of a column that holds pictures as paths or as the bytes of files.
 FILE_DTYPES = ("string", "large_string", "binary", "large_binary")
+
+# Part of a table by its name; what datasets puts behind the total may differ between parts.
+PART = re.compile(r"(.*?)(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?((?:\.\w+)+)")
 
 
 class HubDataset:
@@ -76,15 +81,18 @@ def load_table(config: DataSettings) -> Any:
             "data.hub_files"
         )
     cache = find_cache(config)
+    where: dict[str, Any] = {
+        "revision": config.hub_revision,
+        "data_dir": config.hub_files,
+        "cache_dir": cache,
+    }
     try:
-        table = datasets.load_dataset(
-            config.hub,
-            config.hub_config,
-            split=config.split,
-            revision=config.hub_revision,
-            data_dir=config.hub_files,
-            cache_dir=cache,
-        )
+        if find_folders(config):
+            builder = datasets.load_dataset_builder(config.hub, config.hub_config, **where)
+            check_parts(builder.config.data_files or {}, config)
+        table = datasets.load_dataset(config.hub, config.hub_config, split=config.split, **where)
+    except InputError:
+        raise
     except Exception as error:
         raise explain_failure(error, config) from error
     columns = [config.image]
@@ -173,6 +181,39 @@ def list_files(folder: Path) -> list[Path]:
         Path(top) / name for top, _, names in os.walk(folder, onerror=refuse) for name in names
     )
     return sorted(path for path in found if path.is_file())
+
+
+def check_parts(data_files: Mapping[str, Sequence[str]], config: DataSettings) -> None:
+    """Refuse files that are parts of a table, when others of its parts are not on disk:
+    ``datasets`` would read those that are there.
+
+    Args:
+        data_files: the files of each split, as ``datasets`` has found them.
+
+    Raises:
+        InputError: naming the missing ones.
+    """
+    splits = re.findall(r"\w+(?:[.-]\w+)*", config.split)
+    numbers: dict[tuple[str, str, str], set[int]] = {}
+    for split, files in data_files.items():
+        for file in files if str(split) in splits or "all" in splits else ():
+            # Pictures may be called so, and be chosen among.
+            if (part := PART.fullmatch(str(file))) and not is_picture(str(file)):
+                name, number, total, ending = part.groups()
+                numbers.setdefault((name, total, ending), set()).add(int(number))
+    missing = []
+    for (name, total, ending), there in numbers.items():
+        # They are counted from 0, or from 1.
+        first = int(int(total) in there)
+        absent = sorted(set(range(first, first + int(total))).difference(there))
+        paths = [f"{name}{number:05}-of-{total}{ending}" for number in absent]
+        missing += [path for path in paths if not os.path.exists(path)]
+    if missing:
+        said = say_count(len(missing), "part is missing", "parts are missing")
+        raise InputError(
+            f"data.hub: {config.hub}: {said} of those that the names of the others count: "
+            f"{join_first(missing)}. Put all parts there, or rename what is to be read alone."
+        )
 
 
 def explain_failure(error: Exception, config: DataSettings) -> LimnerError:
