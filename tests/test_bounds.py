@@ -70,7 +70,8 @@ def test_no_whole_number_is_without_end(name: str, number: int, tmp_path: Path) 
 )
 def test_absurd_counts_are_refused(override: str, tmp_path: Path) -> None:
     name = override.partition("=")[0]
-    more = ["data.folder=none"] if name == "data.sets" else []
+    beside = {"data.sets": ["data.folder=none"], "adapter.rank": ["adapter.kind=lora"]}
+    more = beside.get(name, [])
     assert name in refuse(tmp_path, *more, override)
 
 

@@ -80,6 +80,8 @@ def test_a_signal_ends_a_command_with_its_words(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = {one: signal.getsignal(one) for one in signals.NUMBERS}
+    # nohup lets a closed terminal be ignored.
+    signal.signal(number, signal.SIG_DFL)
     command = replace(cli.COMMANDS[words[0]], run=lambda arguments: signal.raise_signal(number))
     monkeypatch.setitem(cli.COMMANDS, words[0], command)
     try:
