@@ -169,7 +169,7 @@ BAD_RECORDS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no captions": (lambda f: rewrite(f, 1, text=[]), ("001.png", "list of captions is empty")),
     "above the folder": (
         lambda f: rewrite(f, 1, file_name="../secret.png"),
-        ("../secret.png", "leads out of the folder"),
+        ("../secret.png", "leads out of the metadata file's folder"),
     ),
     "absolute": (lambda f: rewrite(f, 1, file_name="/etc/hostname"), ("/etc/hostname", "absolute")),
     "no file name": (
