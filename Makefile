@@ -43,7 +43,7 @@ check-jax:
 soak: install
 	$(BIN)/python -m pytest tests/test_resume.py --kills 100 -m "soak or not soak"
 	$(BIN)/python -m pytest tests/test_kandinsky.py -k launcher -m soak
-	CURVE_STEPS=100 $(BIN)/python -m pytest tests/test_jax*.py tests/test_flax.py tests/test_curve.py -m "soak or not soak"
+	CURVE_STEPS=100 $(BIN)/python -m pytest tests/test_jax*.py tests/test_flax.py tests/test_curve.py tests/test_guide.py -m "soak or not soak"
 	$(BIN)/python -m pytest tests/test_gpu_check.py -m soak
 	$(BIN)/python -m pytest tests/test_fuzz_settings.py tests/test_lost_process.py tests/test_exit_codes.py tests/test_export.py tests/test_same_picture.py tests/test_generate.py tests/test_changed_base.py tests/test_weight_files.py -m soak
 	$(BIN)/python -m pytest tests/test_broken_bases.py -m soak

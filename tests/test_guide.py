@@ -297,6 +297,7 @@ def test_the_flax_guide_s_commands_and_their_snippet(
     assert flax_inference("flax-torch-model", place, cold_shell).std() > 1
 
 
+@pytest.mark.soak
 def test_the_flax_guide_s_snippet_on_eight_devices(shallow: Path, tmp_path: Path) -> None:
     """Weights on every device, prompts and keys divided, one compiled call."""
     assert flax_inference(str(shallow), tmp_path, {**os.environ, **worker.devices(8)}).std() > 1

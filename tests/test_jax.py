@@ -56,7 +56,7 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.stable_diffusion(folder, channels=(96,), attention=False)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", [pytest.param("sd", marks=pytest.mark.soak), "sdxl"])
 def test_the_unet_and_its_gradient(family: str, base: Path, sdxl: Path) -> None:
     from limner.engines.torch.weights import load_component
 
@@ -422,7 +422,7 @@ def test_encoders_give_the_features_that_torch_gives(base: Path, sdxl: Path) -> 
         )
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.soak)])
 def test_one_seed_is_one_picture_in_both_engines(family: str, base: Path, sdxl: Path) -> None:
     """To 2 of 255, in a batch that is not filled too; another seed is another picture."""
     source = ModelSource(str({"sd": base, "sdxl": sdxl}[family]))

@@ -107,6 +107,7 @@ def losses_with_dropout(
     return [*losses, *engine.losses(state, rows, average=False).tolist()]
 
 
+@pytest.mark.soak
 def test_dropout_is_the_example_s_in_both_engines(pictures: Path, tmp_path: Path) -> None:
     """Whatever the micro-batches are; and none when nothing is learnt."""
     base = tiny.stable_diffusion(tmp_path / "sd", channels=(64,), attention=False)
@@ -159,7 +160,11 @@ def test_both_engines_leave_the_same_checkpoints_and_results(
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("sd", "full"), ("sdxl", "lora"), pytest.param("sd", "lora", marks=pytest.mark.soak)],
+    [
+        pytest.param("sd", "full", marks=pytest.mark.soak),
+        ("sdxl", "lora"),
+        pytest.param("sd", "lora", marks=pytest.mark.soak),
+    ],
 )
 def test_a_picture_is_the_stock_pipeline_s(family: str, kind: str, pair: Any) -> None:
     """Of JAX's result, in both: the same latents, within 2 of 255."""
@@ -199,6 +204,7 @@ def test_a_picture_is_the_stock_pipeline_s(family: str, kind: str, pair: Any) ->
         np.testing.assert_array_equal(again[:2], again[2:])
 
 
+@pytest.mark.soak
 def test_the_command_draws_with_jax(pair: Any, tmp_path: Path) -> None:
     [made] = limner.generate(
         str(pair("sd", "full")[3]),

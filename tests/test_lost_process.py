@@ -32,7 +32,7 @@ def wait_for(*files: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "where", "victim"),
     [
-        ("torch", "barrier", 1),
+        pytest.param("torch", "barrier", 1, marks=pytest.mark.soak),
         ("torch", "sum", 0),
         pytest.param("torch", "sleep", 1, marks=pytest.mark.soak),
         ("jax", "barrier", 0),
