@@ -32,6 +32,15 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: a recipe, and an empty folder for its base and its pictures."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").mkdir()
+    (tmp_path / "r.toml").write_text(GOOD.replace('"b"', '"f"'))
+    return tmp_path
+
+
+@pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the verbs hand on."""
     calls: list[Any] = []
@@ -343,14 +352,10 @@ def test_a_folder_that_cannot_be_made_is_told_before_a_framework_is_imported(
     command: str,
     override: str,
     message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    place: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "f").mkdir()
-    (tmp_path / "r.toml").write_text(GOOD.replace('"b"', '"f"'))
-    (tmp_path / "link").symlink_to("nowhere")
+    (place / "link").symlink_to("nowhere")
     assert cli.main([command, "r.toml", override]) == 5
     said = capsys.readouterr().err
     assert said.startswith(f"limner: {message}") and said.count("\n") == 1
@@ -381,14 +386,10 @@ def test_a_place_that_is_not_there_is_told_before_a_framework_is_imported(
     command: str,
     override: str,
     message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    place: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """None can be imported among the quick tests."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "f").mkdir()
-    (tmp_path / "r.toml").write_text(GOOD.replace('"b"', '"f"'))
     words = ["data.folder=none", override] if "sets" in override else [override]
     assert cli.main([command, "r.toml", *words]) == 2
     said = capsys.readouterr().err
@@ -397,19 +398,16 @@ def test_a_place_that_is_not_there_is_told_before_a_framework_is_imported(
 
 @pytest.mark.parametrize("name", ["model_index.json", "unet", "pytorch_lora_weights.safetensors"])
 def test_a_folder_with_somebody_s_model_is_no_run_s(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A result would replace it: bad input never loses data."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "f").mkdir()
-    (tmp_path / "r.toml").write_text(GOOD.replace('"b"', '"f"'))
-    (tmp_path / name).write_text("mine")
+    (place / name).write_text("mine")
     assert cli.main(["train", "r.toml", "run=."]) == 2
     assert capsys.readouterr().err == (
         f"limner: run: . holds {name}, which no run has written there, and a result would replace "
         "it. Choose another folder.\n"
     )
-    assert (tmp_path / name).read_text() == "mine"
+    assert (place / name).read_text() == "mine"
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:

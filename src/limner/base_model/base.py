@@ -52,6 +52,11 @@ class BaseModel:
         library, class_name = index[component][:2]
         return library, class_name
 
+    @property
+    def scheduler_class(self) -> str:
+        """The class of the scheduler that draws: that of the index."""
+        return self.component_class("scheduler")[1]
+
     def component_folder(self, component: str) -> Path:
         """Return the folder of a component."""
         return self.external_folders.get(component, self.folder / component)

@@ -261,7 +261,7 @@ def check_trained_on(base: BaseModel, family: Family, source: ModelSource) -> No
             f"configuration have changed. Put it back; or give --base {base.name} to draw with it "
             "as it is."
         )
-    scheduler = base.component_class("scheduler")[1]
+    scheduler = base.scheduler_class
     if source.scheduler not in (None, "", scheduler):
         raise InputError(
             f"{source.lora}: its base {base.name} had a {source.scheduler} when it was trained on, "

@@ -93,8 +93,7 @@ def export_run(
         family = FAMILIES[config.model.family]
         base = open_base(config.model, family, for_generation=False)
         digest = base.fingerprint(*family.feature_components)
-        scheduler = base.component_class("scheduler")[1]
-        check_base_of_checkpoint(newest, digest, scheduler)
+        check_base_of_checkpoint(newest, digest, base.scheduler_class)
         engines.check_base(config.engine.kind, base, family, report)
         objective = make_objective(base.configs["scheduler"], config.objective)
         write_result(newest, config, base, family, objective.prediction_type)

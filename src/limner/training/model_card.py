@@ -187,7 +187,7 @@ def add_lora_settings(
             place += ', subfolder="vae"'
         options.append(f"vae=AutoencoderKL.from_pretrained({place})")
         classes.append("AutoencoderKL")
-    before, class_name = base.configs["scheduler"], base.component_class("scheduler")[1]
+    before, class_name = base.configs["scheduler"], base.scheduler_class
     after = adapt_scheduler(before, class_name, settings["objective"]["predict"])
     changes = {name: value for name, value in after.items() if before.get(name) != value}
     scheduler = None

@@ -179,7 +179,7 @@ def check_previews(
     if size != config.data.size:
         report(f"previews are of {size} pixels a side: stock pipelines draw multiples of 8")
     check_multiple("data.size, at which previews are drawn", size, family, base)
-    class_name = base.component_class("scheduler")[1]
+    class_name = base.scheduler_class
     scheduler = adapt_scheduler(base.configs["scheduler"], class_name, prediction_type)
     scheduler = adapt_to_pipeline(scheduler, pipeline, None)
     check_steps(config.preview.steps, scheduler["_class_name"], scheduler, "preview.steps")

@@ -153,7 +153,6 @@ def identify_run(
     """What a checkpoint remembers of this run: its settings, records and base."""
     base, components = settled.base, settled.family.feature_components
     digest = process.first(lambda: base.fingerprint(*components))
-    scheduler = base.component_class("scheduler")[1]
     return make_run_state(
-        config, records.plan, records.digest, digest, scheduler, records.held_out_apart
+        config, records.plan, records.digest, digest, base.scheduler_class, records.held_out_apart
     )

@@ -22,7 +22,7 @@ def make_base_table(
         InputError: for a sampler, a setting or a number of steps without a table.
     """
     # The index decides on the class: old configs name that of Flax.
-    class_name = base.component_class("scheduler")[1]
+    class_name = base.scheduler_class
     config = base.configs["scheduler"] | {"_class_name": class_name}
     config = adapt_to_pipeline(config, family.pipeline, name)
     return make_table(config, steps, name, prediction_type)

@@ -284,7 +284,7 @@ def open_engine(
     """Open the engine of this process; weights are loaded when they are first needed."""
     if config.preview.prompts or config.preview.captions:
         objective = make_objective(base.configs["scheduler"], config.objective)
-        class_name = base.component_class("scheduler")[1]
+        class_name = base.scheduler_class
         check_drawing(
             adapt_scheduler(base.configs["scheduler"], class_name, objective.prediction_type)
         )

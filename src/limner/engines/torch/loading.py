@@ -134,7 +134,7 @@ def make_scheduler(base: BaseModel, prediction_type: str | None) -> Any:
     """Make the scheduler that a result on this base is drawn with; see ``result_scheduler``."""
     import diffusers
 
-    class_name = base.component_class("scheduler")[1]
+    class_name = base.scheduler_class
     config = adapt_scheduler(base.configs["scheduler"], class_name, prediction_type)
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
